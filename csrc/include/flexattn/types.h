@@ -1,0 +1,24 @@
+// Types shared by every operator's interface. No torch, no Python, no CUDA header: g++ and nvcc both read this.
+#pragma once
+
+#include <cstdint>
+
+namespace flexattn {
+
+enum class DType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
+
+// An opaque cudaStream_t; null (the default stream) on the CPU, which ignores it.
+using Stream = void*;
+
+// Element strides of a [batch, head, row, channel] tensor whose last dimension is dense:
+//   x[b, h, n, c] = data[b * batch + h * head + n * row + c]
+struct Strides {
+  int64_t batch = 0;
+  int64_t head = 0;
+  int64_t row = 0;
+};
+
+constexpr int kBitsPerWord = 32;
+constexpr int64_t words_for_bits(int64_t bits) { return (bits + kBitsPerWord - 1) / kBitsPerWord; }
+
+}  // namespace flexattn
