@@ -1,0 +1,301 @@
+"""LLaVA with FlexAttention, on transformers' own LLaVA: nothing of its modelling code is repeated here.
+
+What is added: two projections on the existing attention modules of the layers that attend to high-resolution (HR)
+tokens, an attention function (attention.py), and one state object per forward call (state.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForImageTextToText, Cache, DynamicCache, LlavaForConditionalGeneration
+
+from flexattn_cuda import attention, checkpoints
+from flexattn_cuda.configuration import FlexAttnConfig, FlexAttnLlavaConfig
+from flexattn_cuda.state import Call, HighResolution, Rows
+from flexattn_cuda.trace import Trace
+from flexattn_cuda.vision import encode_pictures, encode_tiles
+
+_PICTURE_ARGUMENTS = ("pixel_values", "pixel_values_hr", "image_live")
+
+
+class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVA whose later layers also attend to selected tokens of the high-resolution photo.
+
+    Without HR pixels, or with `flexattn_config=None`, it computes what transformers' LLaVA computes.
+    """
+
+    config_class = FlexAttnLlavaConfig
+    config: FlexAttnLlavaConfig
+
+    def __init__(self, config: FlexAttnLlavaConfig):
+        config.check()
+        super().__init__(config)
+        self.model.language_model.set_attn_implementation(attention.NAME)
+        for layer in config.hr_layers:
+            module = self.model.language_model.layers[layer].self_attn
+            for name in ("k_proj", "v_proj"):
+                plain = getattr(module, name)
+                setattr(module, f"{name}_hd", nn.Linear(plain.in_features, plain.out_features, plain.bias is not None))
+        self.post_init()
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *args: Any,
+        config: FlexAttnLlavaConfig | None = None,
+        flexattn: FlexAttnConfig | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads our own format, transformers' LLaVA format, or a folder in the released format.
+
+        Args:
+            name_or_path: A local folder, or a hub id.
+            config: Replaces the checkpoint's configuration.
+            flexattn: Replaces the settings of the mechanism, e.g. `FlexAttnConfig.paper()`.
+            output_loading_info: As in transformers: (model, info) instead of model.
+            kwargs: As in transformers: dtype, device_map, ...
+        Raises:
+            checkpoints.CheckpointError: The folder is missing, of an unknown format, or lacks weights.
+        """
+        folder = checkpoints.resolve_folder(name_or_path)
+        config = config or checkpoints.load_config(folder)
+        if flexattn is not None:
+            config.flexattn_config = flexattn.to_dict()
+        config.check()
+        model, info = checkpoints.load_weights(super().from_pretrained, folder, config, *args, **kwargs)
+        return (model, info) if output_loading_info else model
+
+    # ---------------------------------------------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_hr: torch.Tensor | None = None,
+        image_live: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        hr_alpha: float = 1.0,
+        prompt_length: int | None = None,
+        flexattn_trace: Trace | None = None,
+        **kwargs: Any,
+    ):
+        """One forward call; what transformers' LLaVA documents is as there.
+
+        Args:
+            input_ids: [B, N]; every picture stands as S*S ids `config.image_token_id` in a row.
+            pixel_values: [n, 3, lowres, lowres] normalised photos in the order of the prompt; made from
+                `pixel_values_hr` when absent.
+            pixel_values_hr: [n, 3, highres, highres] the same photos; without them no row sees HR tokens.
+            image_live: [n, 4] int, (top, left, bottom, right) of the photo inside its padding, in cells of the S x S
+                grid, half-open; the whole grid when absent.
+            labels: [B, N]; the rows that predict an answer token (label other than -100) see HR tokens, each with its
+                own selection, mixed in with weight `hr_alpha`. Without labels: the last prompt row and later ones.
+            prompt_length: Positions of the sequence up to the end of the prompt, where it is not the end of this call
+                or, with a cache, of the previous one (a prompt in chunks, or drafts to verify). `generate` sets it.
+            flexattn_trace: Records maps and selections.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        if pixel_values is None and pixel_values_hr is not None:
+            size = self.config.vision_config.image_size if self.config.flexattn is None else self.config.flexattn.lowres_size
+            pixel_values = functional.interpolate(
+                pixel_values_hr.float(), size=(size, size), mode="bilinear", align_corners=False, antialias=True
+            )
+        if pixel_values is not None and input_ids is None:
+            raise ValueError("pictures need input_ids: their places in the prompt are the image tokens")
+
+        sequence = input_ids if input_ids is not None else inputs_embeds
+        device, (batch, queries) = sequence.device, sequence.shape[:2]
+        if use_cache is None:
+            use_cache = getattr(self.config.text_config, "use_cache", True) and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.text_config)
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+
+        spans: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
+        if input_ids is not None:
+            is_picture = input_ids == self.config.image_token_id
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_picture, 0))
+            if pixel_values is not None:
+                spans = self._picture_spans(is_picture, pixel_values.shape[0])
+                features = encode_pictures(self.model, pixel_values).to(inputs_embeds)
+                inputs_embeds = inputs_embeds.masked_scatter(is_picture.unsqueeze(-1), features)
+            elif not torch.compiler.is_compiling() and bool(is_picture.any()):
+                raise ValueError("the prompt has image tokens, but no pixel_values came with it")
+
+        pictures = HighResolution.beside(past_key_values)
+        if pixel_values_hr is not None and self.config.flexattn is not None:
+            new = self._high_resolution(pixel_values_hr, image_live, spans, position_ids, past, inputs_embeds)
+            pictures = new if pictures is None else pictures.joined_with(new)
+        call = None
+        if pictures is not None:
+            if prompt_length is None:
+                prompt_length = past + queries if queries > 1 or past == 0 else pictures.prompt_length
+            pictures.prompt_length = prompt_length
+            if past_key_values is not None:
+                pictures.keep_beside(past_key_values)
+            call = self._call(pictures, labels, past, batch, queries, hr_alpha, flexattn_trace, device)
+
+        return super().forward(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            flexattn=call,
+            **kwargs,
+        )
+
+    def _call(
+        self,
+        pictures: HighResolution,
+        labels: torch.Tensor | None,
+        past: int,
+        batch: int,
+        queries: int,
+        alpha: float,
+        trace: Trace | None,
+        device: torch.device,
+    ) -> Call | None:
+        config = self.config.flexattn
+        if labels is not None:
+            rows = Rows.of_answers(config, labels)
+        else:
+            rows = Rows.of_generation(config, batch, past, queries, pictures.prompt_length, device)
+        if rows is None or (rows.listed is not None and rows.listed.shape[1] == 0):
+            return None
+        layers = self.config.text_config.num_hidden_layers
+        return Call(config, layers, self.config.lr_side, self.config.hr_side, pictures, rows, alpha, trace)
+
+    def _picture_spans(self, is_picture: torch.Tensor, count: int) -> list[list[tuple[int, int]]]:
+        """Per row of the batch, where each picture's LR tokens begin and end."""
+        tokens = self.config.lr_side**2
+        spans: list[list[tuple[int, int]]] = []
+        for row in is_picture.cpu():
+            at = row.nonzero().flatten()
+            begins = at[:: tokens]
+            if len(at) % tokens or any(int(at[i * tokens + tokens - 1]) - int(b) != tokens - 1 for i, b in enumerate(begins)):
+                raise ValueError(
+                    f"a row of the prompt has {len(at)} image tokens; every picture takes {tokens} "
+                    f"({self.config.lr_side} x {self.config.lr_side}) of them, without a gap"
+                )
+            spans.append([(int(begin), int(begin) + tokens) for begin in begins])
+        places = sum(len(row) for row in spans)
+        if places != count:
+            raise ValueError(f"the prompts have room for {places} pictures, but {count} came with them")
+        return spans
+
+    def _high_resolution(
+        self,
+        pixels: torch.Tensor,
+        live: torch.Tensor | None,
+        spans: list[list[tuple[int, int]]],
+        position_ids: torch.Tensor | None,
+        past: int,
+        inputs_embeds: torch.Tensor,
+    ) -> HighResolution:
+        """Encodes the HR tiles and lays the pictures out row by row of the batch. No gradient, as in the released code."""
+        config, side, hr_side = self.config.flexattn, self.config.lr_side, self.config.hr_side
+        count = sum(len(row) for row in spans)
+        expected = (count, 3, config.highres_size, config.highres_size)
+        if tuple(pixels.shape) != expected:
+            raise ValueError(f"pixel_values_hr has shape {list(pixels.shape)}; for these prompts it must be {list(expected)}")
+        if live is not None and tuple(live.shape) != (count, 4):
+            raise ValueError(f"image_live has shape {list(live.shape)}; it must be {[count, 4]}")
+
+        device, dtype = inputs_embeds.device, inputs_embeds.dtype
+        batch, pictures = len(spans), max(1, max(len(row) for row in spans))
+        head_dim = self.model.language_model.layers[0].self_attn.head_dim
+        state = HighResolution(
+            features=torch.zeros(batch, pictures, hr_side**2, inputs_embeds.shape[-1], device=device, dtype=dtype),
+            cos=torch.zeros(batch, pictures, hr_side**2, head_dim, device=device, dtype=dtype),
+            sin=torch.zeros(batch, pictures, hr_side**2, head_dim, device=device, dtype=dtype),
+            ranges=torch.zeros(batch, pictures, 2, dtype=torch.int32, device=device),
+            live=torch.zeros(batch, pictures, 4, dtype=torch.int32, device=device),
+        )
+        whole = torch.tensor([0, 0, side, side], dtype=torch.int32)
+        picture = 0
+        with torch.no_grad():
+            for row, places in enumerate(spans):
+                for slot, (begin, end) in enumerate(places):
+                    state.features[row, slot] = encode_tiles(self.model, pixels[picture], config.zoom).to(state.features)
+                    state.live[row, slot] = (whole if live is None else live[picture]).to(device, torch.int32)
+                    state.ranges[row, slot] = torch.tensor([past + begin, past + end], dtype=torch.int32)
+                    positions = (
+                        torch.arange(past + begin, past + end, device=device)
+                        if position_ids is None
+                        else position_ids[row if position_ids.shape[0] > 1 else 0, begin:end]
+                    )
+                    state.cos[row, slot], state.sin[row, slot] = self._hr_rotary(positions, inputs_embeds)
+                    picture += 1
+        state.features, state.cos, state.sin = (t.flatten(1, 2) for t in (state.features, state.cos, state.sin))
+        return state
+
+    def _hr_rotary(self, positions: torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
+        """cos and sin [h*h, d] of HR keys: the tables at the LR positions [S*S], resized to the HR grid."""
+        config, side, hr_side = self.config.flexattn, self.config.lr_side, self.config.hr_side
+        tables = self.model.language_model.rotary_emb(like, position_ids=positions[None])
+        corners = {} if config.hr_position == "nearest" else {"align_corners": False}
+        resized = []
+        for table in tables:
+            grid = table[0].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+            grid = functional.interpolate(grid, size=(hr_side, hr_side), mode=config.hr_position, **corners)
+            resized.append(grid.flatten(2)[0].T)
+        return resized
+
+    # --------------------------------------------------------------------------------------------------- generate
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any):
+        """As in transformers; `flexattn_trace=Trace()` records what every step looked at."""
+        prompt = next((x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+        if prompt is not None and prompt.ndim >= 2:
+            kwargs.setdefault("prompt_length", prompt.shape[1])
+        return super().generate(inputs, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool = False, **kwargs: Any):
+        pictures = {name: kwargs.pop(name, None) for name in _PICTURE_ARGUMENTS}
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        # Pictures come in once; afterwards they live in the key/value cache and beside it.
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            inputs |= pictures
+        else:
+            for name in _PICTURE_ARGUMENTS:
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ):
+        """Beams and several samples repeat rows; a row's pictures are repeated as a group, not one by one."""
+        pictures = {name: kwargs.pop(name) for name in _PICTURE_ARGUMENTS if kwargs.get(name) is not None}
+        if expand_size > 1 and pictures and input_ids is not None:
+            per_row = ((input_ids == self.config.image_token_id).sum(-1) // self.config.lr_side**2).tolist()
+            groups = torch.arange(sum(per_row)).split(per_row)
+            order = torch.cat([group for group in groups for _ in range(expand_size)])
+            pictures = {name: value[order.to(value.device)] for name, value in pictures.items()}
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, kwargs | pictures
+
+
+AutoModelForImageTextToText.register(FlexAttnLlavaConfig, FlexAttnLlavaForConditionalGeneration)
+checkpoints.register_key_conversion(FlexAttnLlavaForConditionalGeneration)
