@@ -108,6 +108,9 @@ class FlexAttnConfig:
         """From `extra` in the config.json of a checkpoint in the released format: a dict whose values are strings."""
         if not isinstance(extra, dict):
             raise ValueError(f"'extra' in config.json is {extra!r}; it must be an object of strings")
+        known = ("zoom_ratio", "lowres_size", "highres_size", "threshold", "warmup", "special")
+        if unknown := sorted(set(extra) - set(known)):
+            raise ValueError(f"'extra' in config.json has unknown keys: {', '.join(unknown)}; known: {', '.join(known)}")
 
         def number(key: str, kind: type, default: Any) -> Any:
             if key not in extra:

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, Cache, DynamicCache, Llava
 
 from flexattn_cuda import attention, checkpoints
 from flexattn_cuda.configuration import FlexAttnConfig, FlexAttnLlavaConfig
+from flexattn_cuda.rotary import hr_rotary_tables
 from flexattn_cuda.state import Call, HighResolution, Rows
 from flexattn_cuda.trace import Trace
 from flexattn_cuda.vision import encode_pictures, encode_tiles
@@ -30,6 +31,8 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     config_class = FlexAttnLlavaConfig
     config: FlexAttnLlavaConfig
+    # The released format has HR projections in every layer; those before first_layer are never used.
+    _keys_to_ignore_on_load_unexpected = [r"self_attn\.[kv]_proj_hd\."]
 
     def __init__(self, config: FlexAttnLlavaConfig):
         config.check()
@@ -242,22 +245,13 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                         if position_ids is None
                         else position_ids[row if position_ids.shape[0] > 1 else 0, begin:end]
                     )
-                    state.cos[row, slot], state.sin[row, slot] = self._hr_rotary(positions, inputs_embeds)
+                    tables = self.model.language_model.rotary_emb(inputs_embeds, position_ids=positions[None])
+                    state.cos[row, slot], state.sin[row, slot] = hr_rotary_tables(
+                        tuple(table[0] for table in tables), hr_side, config.hr_position
+                    )
                     picture += 1
         state.features, state.cos, state.sin = (t.flatten(1, 2) for t in (state.features, state.cos, state.sin))
         return state
-
-    def _hr_rotary(self, positions: torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
-        """cos and sin [h*h, d] of HR keys: the tables at the LR positions [S*S], resized to the HR grid."""
-        config, side, hr_side = self.config.flexattn, self.config.lr_side, self.config.hr_side
-        tables = self.model.language_model.rotary_emb(like, position_ids=positions[None])
-        corners = {} if config.hr_position == "nearest" else {"align_corners": False}
-        resized = []
-        for table in tables:
-            grid = table[0].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-            grid = functional.interpolate(grid, size=(hr_side, hr_side), mode=config.hr_position, **corners)
-            resized.append(grid.flatten(2)[0].T)
-        return resized
 
     # --------------------------------------------------------------------------------------------------- generate
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.models.llama.modeling_llama import rotate_half
 
 from flexattn_cuda import ops
 from flexattn_cuda.configuration import FlexAttnConfig
+from flexattn_cuda.rotary import rotate
 from flexattn_cuda.selection import select
 from flexattn_cuda.trace import LayerTrace, Trace
 
@@ -189,7 +189,7 @@ class Call:
         tokens, cos, sin = (ops.gather_tokens(table, index) for table in (pictures.features, pictures.cos, pictures.sin))
         keys = module.k_proj_hd(tokens).unflatten(-1, (-1, module.head_dim))  # [B, M, Hkv, d]
         values = module.v_proj_hd(tokens).unflatten(-1, (-1, module.head_dim))
-        keys = keys * cos.unsqueeze(2) + rotate_half(keys) * sin.unsqueeze(2)
+        keys = rotate(keys, cos.unsqueeze(2), sin.unsqueeze(2))
         batch = index.shape[0]
         arguments: dict[str, Any] = dict(
             k_hr=keys.flatten(0, 1),
