@@ -273,6 +273,11 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 inputs.pop(name, None)
         return inputs
 
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
+        """Static caches: transformers would build the mask before the call; ours is made from the padding inside it."""
+        return attention_mask
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
