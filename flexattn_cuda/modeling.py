@@ -20,7 +20,7 @@ from flexattn_cuda.state import Call, HighResolution, Rows
 from flexattn_cuda.trace import Trace
 from flexattn_cuda.vision import encode_pictures, encode_tiles
 
-_PICTURE_ARGUMENTS = ("pixel_values", "pixel_values_hr", "image_live")
+_PICTURE_ARGUMENTS = ("pixel_values", "pixel_values_hr", "image_features", "hr_features", "image_live")
 
 
 class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -83,6 +83,8 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         pixel_values_hr: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        hr_features: torch.Tensor | None = None,
         image_live: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
@@ -103,6 +105,8 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             pixel_values: [n, 3, lowres, lowres] normalised photos in the order of the prompt; made from
                 `pixel_values_hr` when absent.
             pixel_values_hr: [n, 3, highres, highres] the same photos; without them no row sees HR tokens.
+            image_features, hr_features: [n, S*S, D] and [n, h*h, D], from `encode`, instead of the pixels: for photos that
+                are asked about more than once.
             image_live: [n, 4] int, (top, left, bottom, right) of the photo inside its padding, in cells of the S x S
                 grid, half-open; the whole grid when absent.
             labels: [B, N]; the rows that predict an answer token (label other than -100) see HR tokens, each with its
@@ -113,12 +117,12 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
-        if pixel_values is None and pixel_values_hr is not None:
-            size = self.config.vision_config.image_size if self.config.flexattn is None else self.config.flexattn.lowres_size
-            pixel_values = functional.interpolate(
-                pixel_values_hr.float(), size=(size, size), mode="bilinear", align_corners=False, antialias=True
-            )
-        if pixel_values is not None and input_ids is None:
+        if pixel_values is not None or pixel_values_hr is not None:
+            if image_features is not None or hr_features is not None:
+                raise ValueError("pass either pixels or features of the photos")
+        elif hr_features is not None and image_features is None:
+            raise ValueError("hr_features need image_features: the photo's low-resolution tokens")
+        if input_ids is None and any(x is not None for x in (pixel_values, pixel_values_hr, image_features)):
             raise ValueError("pictures need input_ids: their places in the prompt are the image tokens")
 
         sequence = input_ids if input_ids is not None else inputs_embeds
@@ -133,16 +137,18 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if input_ids is not None:
             is_picture = input_ids == self.config.image_token_id
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_picture, 0))
-            if pixel_values is not None:
-                spans = self._picture_spans(is_picture, pixel_values.shape[0])
-                features = encode_pictures(self.model, pixel_values).to(inputs_embeds)
-                inputs_embeds = inputs_embeds.masked_scatter(is_picture.unsqueeze(-1), features)
+            given = next((x for x in (pixel_values, pixel_values_hr, image_features) if x is not None), None)
+            if given is not None:
+                spans = self._picture_spans(is_picture, given.shape[0])
+                if image_features is None:
+                    image_features, hr_features = self.encode(pixel_values, pixel_values_hr)
+                inputs_embeds = inputs_embeds.masked_scatter(is_picture.unsqueeze(-1), image_features.to(inputs_embeds))
             elif not torch.compiler.is_compiling() and bool(is_picture.any()):
                 raise ValueError("the prompt has image tokens, but no pixel_values came with it")
 
         pictures = HighResolution.beside(past_key_values)
-        if pixel_values_hr is not None and self.config.flexattn is not None:
-            new = self._high_resolution(pixel_values_hr, image_live, spans, position_ids, past, inputs_embeds)
+        if hr_features is not None and self.config.flexattn is not None:
+            new = self._high_resolution(hr_features, image_live, spans, position_ids, past, inputs_embeds)
             pictures = new if pictures is None else pictures.joined_with(new)
         call = None
         if pictures is not None:
@@ -164,6 +170,29 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             flexattn=call,
             **kwargs,
         )
+
+    def encode(
+        self, pixel_values: torch.Tensor | None, pixel_values_hr: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Image tokens of n photos: low-resolution [n, S*S, D] and, where HR pixels are given, HR [n, h*h, D].
+
+        No gradient flows through the HR tokens, as in the released code. Arguments as in `forward`.
+        """
+        config, hr_features = self.config.flexattn, None
+        if pixel_values_hr is not None and config is not None:
+            expected = [3, config.highres_size, config.highres_size]
+            if list(pixel_values_hr.shape[1:]) != expected or pixel_values_hr.ndim != 4:
+                raise ValueError(f"pixel_values_hr has shape {list(pixel_values_hr.shape)}; it must be [n, {str(expected)[1:]}")
+            with torch.no_grad():
+                hr_features = torch.stack([encode_tiles(self.model, photo, config.zoom) for photo in pixel_values_hr])
+        size = self.config.vision_config.image_size if config is None else config.lowres_size
+        if pixel_values is None:
+            pixel_values = functional.interpolate(
+                pixel_values_hr.float(), size=(size, size), mode="bilinear", align_corners=False, antialias=True
+            )
+        if list(pixel_values.shape[1:]) != [3, size, size]:
+            raise ValueError(f"pixel_values has shape {list(pixel_values.shape)}; it must be [n, 3, {size}, {size}]")
+        return encode_pictures(self.model, pixel_values), hr_features
 
     def _call(
         self,
@@ -206,19 +235,19 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     def _high_resolution(
         self,
-        pixels: torch.Tensor,
+        features: torch.Tensor,
         live: torch.Tensor | None,
         spans: list[list[tuple[int, int]]],
         position_ids: torch.Tensor | None,
         past: int,
         inputs_embeds: torch.Tensor,
     ) -> HighResolution:
-        """Encodes the HR tiles and lays the pictures out row by row of the batch. No gradient, as in the released code."""
+        """Lays the pictures' HR tokens out row by row of the batch."""
         config, side, hr_side = self.config.flexattn, self.config.lr_side, self.config.hr_side
         count = sum(len(row) for row in spans)
-        expected = (count, 3, config.highres_size, config.highres_size)
-        if tuple(pixels.shape) != expected:
-            raise ValueError(f"pixel_values_hr has shape {list(pixels.shape)}; for these prompts it must be {list(expected)}")
+        expected = [count, hr_side**2, inputs_embeds.shape[-1]]
+        if list(features.shape) != expected:
+            raise ValueError(f"hr_features has shape {list(features.shape)}; for these prompts it must be {expected}")
         if live is not None and tuple(live.shape) != (count, 4):
             raise ValueError(f"image_live has shape {list(live.shape)}; it must be {[count, 4]}")
 
@@ -234,22 +263,21 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         )
         whole = torch.tensor([0, 0, side, side], dtype=torch.int32)
         picture = 0
-        with torch.no_grad():
-            for row, places in enumerate(spans):
-                for slot, (begin, end) in enumerate(places):
-                    state.features[row, slot] = encode_tiles(self.model, pixels[picture], config.zoom).to(state.features)
-                    state.live[row, slot] = (whole if live is None else live[picture]).to(device, torch.int32)
-                    state.ranges[row, slot] = torch.tensor([past + begin, past + end], dtype=torch.int32)
-                    positions = (
-                        torch.arange(past + begin, past + end, device=device)
-                        if position_ids is None
-                        else position_ids[row if position_ids.shape[0] > 1 else 0, begin:end]
-                    )
-                    tables = self.model.language_model.rotary_emb(inputs_embeds, position_ids=positions[None])
-                    state.cos[row, slot], state.sin[row, slot] = hr_rotary_tables(
-                        tuple(table[0] for table in tables), hr_side, config.hr_position
-                    )
-                    picture += 1
+        for row, places in enumerate(spans):
+            for slot, (begin, end) in enumerate(places):
+                state.features[row, slot] = features[picture].detach().to(state.features)
+                state.live[row, slot] = (whole if live is None else live[picture]).to(device, torch.int32)
+                state.ranges[row, slot] = torch.tensor([past + begin, past + end], dtype=torch.int32)
+                positions = (
+                    torch.arange(past + begin, past + end, device=device)
+                    if position_ids is None
+                    else position_ids[row if position_ids.shape[0] > 1 else 0, begin:end]
+                )
+                tables = self.model.language_model.rotary_emb(inputs_embeds, position_ids=positions[None])
+                state.cos[row, slot], state.sin[row, slot] = hr_rotary_tables(
+                    tuple(table[0] for table in tables), hr_side, config.hr_position
+                )
+                picture += 1
         state.features, state.cos, state.sin = (t.flatten(1, 2) for t in (state.features, state.cos, state.sin))
         return state
 
