@@ -1,0 +1,482 @@
+"""Photos and questions in, tensors out: the released preprocessing, the prompt, and the tokenizers of all three formats.
+
+    photo ─ upright RGB ─ padded to a centred square ─ highres_size² (bicubic) ─ CLIP mean/std ─► pixel_values_hr
+                                                                                └ lowres_size² (antialiased bilinear) ─► pixel_values
+    text  ─ tokenizer ─ every <image> becomes S*S image token ids ─► input_ids, attention_mask
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.nn import functional
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
+
+from flexattn_cuda import checkpoints
+from flexattn_cuda.configuration import FlexAttnLlavaConfig
+from flexattn_cuda.sentencepiece_model import read_sentencepiece
+
+IMAGE = "<image>"
+RELEASED_IMAGE_ID = -200
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# The prompt of Vicuna v1, which the released weights and the 7B model were trained with.
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+VICUNA_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}" + VICUNA_SYSTEM + " {% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: {% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% else %}{{ ' ' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+_LONGEST_SIDE = 65_535  # pixels; what a JPEG can hold. Beyond it the padded square alone would fill the memory.
+_BAND_PIXELS = 1 << 24  # pixels of the padded square that are held at a time
+
+
+class InputError(ValueError):
+    """A picture, a prompt, a device or an option that cannot be used; the message says what is allowed."""
+
+
+# ------------------------------------------------------------------------------------------------------------- photos
+
+
+def open_photo(path: str | Path) -> Image.Image:
+    """Reads a picture file, upright and in RGB. InputError where it is missing, empty, damaged or too large."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"there is no picture {path}")
+    if not path.is_file():
+        raise InputError(f"{path} is not a picture file; pass the path of a PNG, JPEG or other image file")
+    if path.stat().st_size == 0:
+        raise InputError(f"the picture {path} is an empty file")
+    try:
+        with Image.open(path) as image:
+            return upright_rgb(image)
+    except InputError as error:
+        raise InputError(f"the picture {path} cannot be used: {error}") from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise InputError(f"the picture {path} has more than {limit} pixels; make it smaller first") from None
+    except Image.UnidentifiedImageError:
+        raise InputError(f"{path} is not a picture that can be read; PNG, JPEG and other common formats can") from None
+    except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
+        raise InputError(f"the picture {path} is damaged or cannot be read: {error}") from None
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The picture as a viewer shows it: turned by its EXIF orientation, transparent parts white, 8 bits of RGB."""
+    if min(image.size) < 1:
+        raise InputError(f"it has {image.width} x {image.height} pixels")
+    if max(image.size) > _LONGEST_SIDE:
+        raise InputError(f"it has {image.width} x {image.height} pixels; a side may have at most {_LONGEST_SIDE}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        levels = np.asarray(image, dtype=np.float32)
+        if levels.max() > 255:  # 16 bits; Pillow would clip them
+            levels = levels / 257
+        image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        backdrop = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(backdrop, image)
+    return image.convert("RGB")
+
+
+def live_rectangle(width: int, height: int, side: int) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right), half-open, of a photo inside its square padding, in cells of a side x side grid.
+
+    The margin is rounded as in the released code: `(W - H) // 2` first, truncated to cells last.
+    """
+    margin = int((abs(width - height) // 2) / max(width, height) * side)
+    if width > height:
+        return margin, 0, side - margin, side
+    return 0, margin, side, side - margin
+
+
+def square_resized(photo: Image.Image, side: int, colour: tuple[int, int, int]) -> Image.Image:
+    """The photo padded to a centred square of `colour`, resized to side x side with Pillow's bicubic filter.
+
+    Pillow resizes rows first, then columns, so the square is made a band of rows at a time: the pixels are those of
+    the whole square resized at once, without holding it.
+    """
+    size = max(photo.size)
+    left, top = (size - photo.width) // 2, (size - photo.height) // 2
+    narrow = Image.new("RGB", (side, size), colour)
+    rows = max(1, _BAND_PIXELS // size)
+    for begin in range(0, photo.height, rows):
+        end = min(begin + rows, photo.height)
+        band = Image.new("RGB", (size, end - begin), colour)
+        band.paste(photo.crop((0, begin, photo.width, end)), (left, 0))
+        narrow.paste(band.resize((side, end - begin), Image.Resampling.BICUBIC), (0, top + begin))
+    return narrow.resize((side, side), Image.Resampling.BICUBIC)
+
+
+class FlexAttnLlavaImageProcessor(ImageProcessingMixin):
+    """Photos -> pixel_values, pixel_values_hr, image_live.
+
+    Args:
+        lowres_size, highres_size: Sides in pixels of the two versions; highres_size None (plain LLaVA) makes the
+            low-resolution one from the photo itself.
+        lr_side: Side S of the grid of low-resolution image tokens.
+        image_mean, image_std: Of the vision tower, for values in 0..1. The mean, rounded down to 8 bits, also is the
+            colour of the padding.
+    """
+
+    model_input_names = ["pixel_values", "pixel_values_hr", "image_live"]
+
+    def __init__(
+        self,
+        lowres_size: int = 336,
+        highres_size: int | None = 1008,
+        lr_side: int = 24,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+        **kwargs: Any,
+    ):
+        super().__init__()
+        self.lowres_size = lowres_size
+        self.highres_size = highres_size
+        self.lr_side = lr_side
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+
+    @classmethod
+    def from_config(cls, folder: str | Path, config: FlexAttnLlavaConfig) -> FlexAttnLlavaImageProcessor:
+        """For a checkpoint folder of any format: sizes from `config`, mean and std from the folder's or its vision
+        tower's preprocessor_config.json, CLIP's where there is none."""
+        return cls(**_sizes(config), **_mean_and_std(Path(folder)))
+
+    def __call__(self, images: Any, return_tensors: str | None = "pt") -> BatchFeature:
+        """
+        Args:
+            images: A PIL image, an [H, W] or [H, W, 3 or 4] uint8 array, or a list of them.
+        Returns:
+            pixel_values [n, 3, lowres, lowres] float32, pixel_values_hr [n, 3, highres, highres] float32 (absent for a
+            plain LLaVA), image_live [n, 4] int32: (top, left, bottom, right) in cells of the S x S grid, half-open.
+        Raises:
+            InputError: Something that is not a picture, or no picture at all.
+        """
+        photos = [upright_rgb(as_image(image)) for image in flat_list(images)]
+        if not photos:
+            raise InputError("there is no picture in the list of pictures")
+        size = self.highres_size or self.lowres_size
+        colour = tuple(int(x * 255) for x in self.image_mean)
+        mean, std = (torch.tensor(x, dtype=torch.float32).view(1, 3, 1, 1) for x in (self.image_mean, self.image_std))
+        squares = np.stack([np.asarray(square_resized(photo, size, colour)) for photo in photos])
+        pixels = (torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        values = {"pixel_values": pixels}
+        if self.highres_size is not None:
+            shape = (self.lowres_size, self.lowres_size)
+            small = functional.interpolate(pixels, size=shape, mode="bilinear", align_corners=False, antialias=True)
+            values = {"pixel_values": small, "pixel_values_hr": pixels}
+        live = [live_rectangle(photo.width, photo.height, self.lr_side) for photo in photos]
+        values["image_live"] = torch.tensor(live, dtype=torch.int32)
+        if return_tensors != "pt":
+            values = {name: value.numpy() for name, value in values.items()}
+        return BatchFeature(values, tensor_type=return_tensors)
+
+
+def as_image(picture: Any) -> Image.Image:
+    """A PIL image from a PIL image or a uint8 array [H, W] or [H, W, 3 or 4]."""
+    if isinstance(picture, Image.Image):
+        return picture
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
+        if picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4)):
+            return Image.fromarray(picture)
+        raise InputError(f"an array of shape {list(picture.shape)} is no picture; it must be [H, W] or [H, W, 3 or 4]")
+    raise InputError(
+        f"a picture is a PIL image or a uint8 array [H, W, 3], not {type(picture).__name__}; open a file with open_photo"
+    )
+
+
+def flat_list(images: Any) -> list[Any]:
+    """One picture, a list, or a list of lists, as one list."""
+    if images is None:
+        return []
+    if isinstance(images, (list, tuple)):
+        return [picture for part in images for picture in flat_list(part)]
+    return [images]
+
+
+def _sizes(config: FlexAttnLlavaConfig) -> dict[str, int | None]:
+    if config.flexattn is None:
+        return {"lowres_size": config.vision_config.image_size, "highres_size": None, "lr_side": config.lr_side}
+    return {
+        "lowres_size": config.flexattn.lowres_size,
+        "highres_size": config.flexattn.highres_size,
+        "lr_side": config.lr_side,
+    }
+
+
+def _mean_and_std(folder: Path) -> dict[str, Any]:
+    folders = [folder]
+    if checkpoints.checkpoint_format(folder) == "released":
+        folders.append(checkpoints.vision_tower_folder(folder))
+    for place in folders:
+        for values in (_read_json(place / "processor_config.json").get("image_processor"), _read_json(place / "preprocessor_config.json")):
+            if values:
+                return {name: values[name] for name in ("image_mean", "image_std") if values.get(name)}
+    return {}
+
+
+# --------------------------------------------------------------------------------------------------------- processor
+
+
+class FlexAttnLlavaProcessor(ProcessorMixin):
+    """Pictures and prompts for `FlexAttnLlavaForConditionalGeneration`.
+
+    Args:
+        image_processor: `FlexAttnLlavaImageProcessor`.
+        tokenizer: Any tokenizer of transformers.
+        image_token_id: The id that stands for an image token; the tokenizer's id of "<image>" when None.
+        split_at_images: Tokenize the text between two "<image>" as texts of their own, as the released code does (its
+            tokenizer then puts a space before each). Otherwise "<image>" is a token of the tokenizer.
+        chat_template: Jinja template of the prompt; Vicuna v1 when None.
+    """
+
+    def __init__(
+        self,
+        image_processor: FlexAttnLlavaImageProcessor,
+        tokenizer: Any,
+        image_token_id: int | None = None,
+        split_at_images: bool = False,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ):
+        known = tokenizer.get_vocab().get(IMAGE)
+        if image_token_id is None and known is None:
+            raise InputError(f"the tokenizer has no token {IMAGE}; pass image_token_id, or add the token to it")
+        self.image_token = IMAGE
+        self.image_token_id = known if image_token_id is None else image_token_id
+        self.split_at_images = split_at_images or known != self.image_token_id
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or VICUNA_TEMPLATE)
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens of one picture in the sequence, S*S."""
+        return self.image_processor.lr_side**2
+
+    def prompt(self, question: str, images: int = 1) -> str:
+        """The prompt that asks `question` about `images` pictures, up to where the answer begins."""
+        if not isinstance(question, str) or not question.strip():
+            raise InputError("the question is empty")
+        if IMAGE in question:
+            raise InputError(f"the question contains {IMAGE}, which marks the place of a picture; leave it out")
+        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str | None = "pt",
+        padding: bool = True,
+        padding_side: str = "left",
+        add_special_tokens: bool = True,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """
+        Args:
+            images: None, a PIL image, a list of them in the order of the "<image>" marks of all texts, or one list per
+                text.
+            text: One prompt or a list of prompts, each with one "<image>" per picture; a prompt without one is fine.
+            return_tensors: "pt", or None for lists.
+            padding: Make all rows as long as the longest.
+            padding_side: Where the padding goes: "left" (generation) or "right".
+            add_special_tokens: Begin with the tokenizer's begin-of-sequence token.
+        Returns:
+            input_ids, attention_mask [B, N] int64, and for pictures what `FlexAttnLlavaImageProcessor` returns.
+        Raises:
+            InputError: Pictures and "<image>" marks that do not match, or something that is neither.
+        """
+        unknown = sorted(name for name, value in kwargs.items() if value is not None)
+        if unknown:
+            raise TypeError(f"FlexAttnLlavaProcessor takes no {', '.join(unknown)}")
+        if text is None:
+            raise InputError("there is no text; every picture needs a prompt with an <image> mark")
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(one, str) for one in texts):
+            raise InputError("text must be a string or a list of strings")
+        pictures = flat_list(images)
+        self._check_counts(texts, images, len(pictures))
+
+        rows = [self.expand_image_tokens(self._tokenize(one, add_special_tokens)) for one in texts]
+        longest = max(len(row) for row in rows) if padding else 0
+        fill = self.tokenizer.pad_token_id
+        if fill is None:
+            fill = self.tokenizer.unk_token_id or 0
+        ids, mask = [], []
+        for row in rows:
+            gap = max(0, longest - len(row))
+            sides = (gap, 0) if padding_side == "left" else (0, gap)
+            ids.append([fill] * sides[0] + row + [fill] * sides[1])
+            mask.append([0] * sides[0] + [1] * len(row) + [0] * sides[1])
+        if return_tensors == "pt" and len({len(row) for row in ids}) > 1:
+            raise InputError("texts of different lengths make no tensor without padding; pass padding=True")
+        features = BatchFeature({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
+        if pictures:
+            features.update(self.image_processor(pictures, return_tensors=return_tensors))
+        return features
+
+    def expand_image_tokens(self, ids: Sequence[int] | torch.Tensor) -> Any:
+        """Input ids [N] of the released format, where -200 stands for a picture, with S*S image token ids for each.
+
+        A tensor gives a tensor, a list gives a list.
+        """
+        values = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+        if values and not isinstance(values[0], int):
+            raise InputError("expand_image_tokens takes the ids of one prompt, [N]; expand the rows of a batch one by one")
+        expanded: list[int] = []
+        for value in values:
+            expanded += [self.image_token_id] * self.image_tokens if value == RELEASED_IMAGE_ID else [value]
+        if isinstance(ids, torch.Tensor):
+            return torch.tensor(expanded, dtype=ids.dtype, device=ids.device)
+        return expanded
+
+    def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Ids of one prompt, with -200 for each picture."""
+        if not self.split_at_images:
+            ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+            return [RELEASED_IMAGE_ID if token == self.image_token_id else token for token in ids]
+        first, *rest = text.split(IMAGE)
+        ids = list(self.tokenizer(first, add_special_tokens=add_special_tokens)["input_ids"])
+        for part in rest:
+            ids += [RELEASED_IMAGE_ID] + self.tokenizer(part, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _check_counts(self, texts: list[str], images: Any, pictures: int) -> None:
+        marks = [text.count(IMAGE) for text in texts]
+        if sum(marks) != pictures:
+            raise InputError(
+                f"the text has {sum(marks)} {IMAGE} marks, but {pictures} pictures came with it; "
+                "put one mark into the text for every picture"
+            )
+        if isinstance(images, (list, tuple)) and images and all(isinstance(part, (list, tuple)) for part in images):
+            given = [len(flat_list(part)) for part in images]
+            if given != marks:
+                raise InputError(f"the texts have {marks} {IMAGE} marks, but {given} pictures came with them, text by text")
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> FlexAttnLlavaProcessor:
+        """From a folder (or hub id) in our own format, in transformers' LLaVA format, or in the released format.
+
+        Raises:
+            checkpoints.CheckpointError: The folder is missing, of an unknown format, or has no tokenizer.
+        """
+        folder = checkpoints.resolve_folder(name_or_path)
+        form = checkpoints.checkpoint_format(folder)
+        if form == "flexattn":
+            values = _read_json(folder / "processor_config.json")
+            if "image_processor" not in values:
+                raise checkpoints.CheckpointError(f"{folder} has no processor: save one there with save_pretrained")
+            return cls(
+                FlexAttnLlavaImageProcessor(**values["image_processor"]),
+                _load_tokenizer(folder, form),
+                image_token_id=values["image_token_id"],
+                split_at_images=values["split_at_images"],
+                chat_template=_chat_template(folder),
+            )
+        config = checkpoints.load_config(folder)
+        tokenizer = _load_tokenizer(folder, form)
+        if form == "released" and len(tokenizer) == config.image_token_id:
+            tokenizer.add_tokens([IMAGE], special_tokens=True)
+        return cls(
+            FlexAttnLlavaImageProcessor.from_config(folder, config),
+            tokenizer,
+            image_token_id=config.image_token_id,
+            split_at_images=form == "released",
+            chat_template=_chat_template(folder),
+        )
+
+
+AutoProcessor.register(FlexAttnLlavaConfig, FlexAttnLlavaProcessor)
+
+
+def _load_tokenizer(folder: Path, form: str) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Our own format: tokenizer.json as it is. LLaVA format: what transformers makes of it. Released format:
+    tokenizer.model, as the released code reads it.
+    """
+    has_json, has_model = (folder / "tokenizer.json").is_file(), (folder / "tokenizer.model").is_file()
+    if not has_json and not has_model:
+        raise checkpoints.CheckpointError(f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model")
+    try:
+        if has_model and (form == "released" or not has_json):
+            tokenizer = _sentencepiece_tokenizer(folder)
+        elif form == "llava":
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        else:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except (ValueError, OSError, json.JSONDecodeError) as error:
+        raise checkpoints.CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    backend = read_sentencepiece(folder / "tokenizer.model", prefix_everywhere=settings.get("legacy", True))
+
+    def token(name: str, default: str | None) -> str | None:
+        value = settings.get(f"{name}_token", default)  # text, or an object around the text
+        return value["content"] if isinstance(value, dict) else value
+
+    added = sorted(_read_json(folder / "added_tokens.json").items(), key=lambda item: item[1])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=token("bos", "<s>"),
+        eos_token=token("eos", "</s>"),
+        unk_token=token("unk", "<unk>"),
+        pad_token=token("pad", None),
+        add_bos_token=settings.get("add_bos_token", True),
+        add_eos_token=settings.get("add_eos_token", False),
+        clean_up_tokenization_spaces=False,
+        model_max_length=settings.get("model_max_length") or 2048,
+    )
+    tokenizer.add_tokens([text for text, _ in added if text not in tokenizer.get_vocab()])
+    return tokenizer
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The prompt template that a checkpoint brings with it, in any of the places where transformers has kept it."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = _read_json(folder / name).get("chat_template")
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise checkpoints.CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise checkpoints.CheckpointError(f"{path} holds no object")
+    return values
