@@ -309,9 +309,9 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
             raise TypeError(f"FlexAttnLlavaProcessor takes no {', '.join(unknown)}")
         if text is None:
             raise InputError("there is no text; every picture needs a prompt with an <image> mark")
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts or not all(isinstance(one, str) for one in texts):
-            raise InputError("text must be a string or a list of strings")
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(one, str) for one in texts):
+            raise InputError(f"text must be a string or a list of strings, not {text!r}")
         pictures = flat_list(images)
         self._check_counts(texts, images, len(pictures))
 
@@ -374,36 +374,34 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> FlexAttnLlavaProcessor:
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, config: FlexAttnLlavaConfig | None = None, **kwargs: Any
+    ) -> FlexAttnLlavaProcessor:
         """From a folder (or hub id) in our own format, in transformers' LLaVA format, or in the released format.
 
+        Args:
+            config: The configuration of the model that is to be fed, where its sizes differ from the checkpoint's.
+            kwargs: What transformers' AutoProcessor passes; not used.
         Raises:
             checkpoints.CheckpointError: The folder is missing, of an unknown format, or has no tokenizer.
         """
         folder = checkpoints.resolve_folder(name_or_path)
         form = checkpoints.checkpoint_format(folder)
+        tokenizer = _load_tokenizer(folder, form)
         if form == "flexattn":
             values = _read_json(folder / "processor_config.json")
             if "image_processor" not in values:
                 raise checkpoints.CheckpointError(f"{folder} has no processor: save one there with save_pretrained")
-            return cls(
-                FlexAttnLlavaImageProcessor(**values["image_processor"]),
-                _load_tokenizer(folder, form),
-                image_token_id=values["image_token_id"],
-                split_at_images=values["split_at_images"],
-                chat_template=_chat_template(folder),
-            )
-        config = checkpoints.load_config(folder)
-        tokenizer = _load_tokenizer(folder, form)
-        if form == "released" and len(tokenizer) == config.image_token_id:
-            tokenizer.add_tokens([IMAGE], special_tokens=True)
-        return cls(
-            FlexAttnLlavaImageProcessor.from_config(folder, config),
-            tokenizer,
-            image_token_id=config.image_token_id,
-            split_at_images=form == "released",
-            chat_template=_chat_template(folder),
-        )
+            pictures = values["image_processor"] | (_sizes(config) if config is not None else {})
+            image_processor = FlexAttnLlavaImageProcessor(**pictures)
+            settings = {name: values[name] for name in ("image_token_id", "split_at_images") if name in values}
+        else:
+            config = config or checkpoints.load_config(folder)
+            image_processor = FlexAttnLlavaImageProcessor.from_config(folder, config)
+            settings = {"image_token_id": config.image_token_id, "split_at_images": form == "released"}
+            if form == "released" and len(tokenizer) == config.image_token_id:
+                tokenizer.add_tokens([IMAGE], special_tokens=True)  # for decoding; the model never embeds it
+        return cls(image_processor, tokenizer, chat_template=_chat_template(folder), **settings)
 
 
 AutoProcessor.register(FlexAttnLlavaConfig, FlexAttnLlavaProcessor)
@@ -435,7 +433,8 @@ def _load_tokenizer(folder: Path, form: str) -> Any:
 
 def _sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-    backend = read_sentencepiece(folder / "tokenizer.model", prefix_everywhere=settings.get("legacy", True))
+    prefix_everywhere = settings.get("legacy") is not False
+    backend = read_sentencepiece(folder / "tokenizer.model", prefix_everywhere)
 
     def token(name: str, default: str | None) -> str | None:
         value = settings.get(f"{name}_token", default)  # text, or an object around the text
