@@ -270,21 +270,23 @@ def test_whole_model(case):
         prefill = model(input_ids=input_ids, **given).logits[0]
         assert_close(prefill[rows] if hr else prefill[-1], expected(key), LOGITS, key)
 
+    # Which features a case holds differs: all, a sample, or means and norms.
     features = HighResolution.beside(output.past_key_values).features[0]
-    assert_close(features[expected("hd_sample_index").long()], expected("hd_sample"), FEATURES, "HR features") if (
-        f"{name}.hd_sample" in arrays("model_cases")
-    ) else None
-    if f"{name}.hd_features" in arrays("model_cases"):
+    held = {key.partition(".")[2] for key in arrays("model_cases") if key.startswith(f"{name}.")}
+    if "hd_features" in held:
         assert_close(features, expected("hd_features"), FEATURES, "HR features")
-    if f"{name}.hd_token_mean" in arrays("model_cases"):
-        assert_close(features.mean(-1), expected("hd_token_mean"), FEATURES, "HR feature means")
-        assert_close(features.norm(dim=-1), expected("hd_token_l2"), FEATURES * 8, "HR feature norms")  # sqrt(D) entries
-    if f"{name}.lr_features" in arrays("model_cases"):
-        low = model.get_input_embeddings()  # the LR features enter the language model in place of embeddings
-        hidden = model(input_ids=input_ids, **pixels, output_hidden_states=True).hidden_states[0][0, picture]
-        lr = expected("lr_features")
-        assert low is not None and lr.shape[0] in (hidden.shape[0], (hidden.shape[0] + 7) // 8)
-        assert_close(hidden if lr.shape[0] == hidden.shape[0] else hidden[::8], lr, FEATURES, "LR features")
+    if "hd_sample" in held:
+        assert_close(features[expected("hd_sample_index").long()], expected("hd_sample"), FEATURES, "HR features")
+    if "hd_token_mean" in held:
+        assert_close(features.mean(-1), expected("hd_token_mean"), FEATURES, "means of the HR features")
+    if "hd_token_l2" in held:
+        norms = features.norm(dim=-1)
+        assert_close(norms, expected("hd_token_l2"), FEATURES * features.shape[-1] ** 0.5, "norms of the HR features")
+    if "lr_features" in held:
+        # They enter the language model in place of embeddings.
+        entering = model(input_ids=input_ids, **pixels, output_hidden_states=True).hidden_states[0][0, picture]
+        every = 1 if expected("lr_features").shape[0] == len(picture) else 8
+        assert_close(entering[::every], expected("lr_features"), FEATURES, "LR features")
 
 
 # ------------------------------------------------------------------------------------------- scoring and training
@@ -308,10 +310,9 @@ def test_option_losses():
             input_ids=input_ids, labels=labels, hr_alpha=scoring["alpha"], flexattn_trace=trace, use_cache=False, **pixels
         )
         losses.append(output.loss.item())
-        answer_logits = output.logits[0, -len(option) - 1 : -1]
-        assert_close(answer_logits, tensor("scoring_training", f"option{number}.answer_row_logits"), LOGITS, "logits") if (
-            f"option{number}.answer_row_logits" in arrays("scoring_training")
-        ) else None
+        if f"option{number}.answer_row_logits" in arrays("scoring_training"):
+            answer_logits = output.logits[0, -len(option) - 1 : -1]
+            assert_close(answer_logits, tensor("scoring_training", f"option{number}.answer_row_logits"), LOGITS, "logits")
         if f"option{number}.counts" in arrays("scoring_training"):
             counts = torch.stack([trace.steps[0][layer].mask[0, :, 0].sum(-1) for layer in map_layers])
             assert torch.equal(counts, tensor("scoring_training", f"option{number}.counts").long())
