@@ -1,0 +1,38 @@
+// Where a call runs: the CPU launch functions, the CUDA ones on the current stream, or a clear refusal.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "flexattn/types.h"
+
+#ifdef FLEXATTN_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace flexattn::torch_binding {
+
+// Calls on_cpu(params, stream) or on_cuda(params, stream), whichever fits the device of `like`.
+#ifdef FLEXATTN_WITH_CUDA
+#define FLEXATTN_LAUNCH(function, params, like)                                          \
+  do {                                                                                   \
+    if ((like).is_cuda()) {                                                              \
+      const c10::cuda::CUDAGuard guard((like).device());                                 \
+      ::flexattn::cuda::function(params, c10::cuda::getCurrentCUDAStream().stream());    \
+    } else {                                                                             \
+      ::flexattn::cpu::function(params, nullptr);                                        \
+    }                                                                                    \
+  } while (false)
+#else
+#define FLEXATTN_LAUNCH(function, params, like)                                                                     \
+  do {                                                                                                              \
+    TORCH_CHECK_NOT_IMPLEMENTED(                                                                                    \
+        !(like).is_cuda(),                                                                                          \
+        "flexattn_cuda::" #function ": this build has no CUDA kernels, but the tensors are on ", (like).device(),   \
+        "; build it with a CUDA toolkit and a CUDA build of torch (`flexattn info` tells what was found), or move " \
+        "the tensors to the CPU");                                                                                  \
+    ::flexattn::cpu::function(params, nullptr);                                                                     \
+  } while (false)
+#endif
+
+}  // namespace flexattn::torch_binding

@@ -1,0 +1,168 @@
+"""The operators, documented. `torch.ops.flexattn_cuda` holds them in C++ for CPU, CUDA and Meta tensors.
+
+Names: B samples, R query rows with a map of their own, I pictures per sample, S x S the low-resolution (LR) grid, h x h
+the high-resolution (HR) grid, N query rows, Nk sequence keys, M selected HR tokens, H query heads, Hkv key heads, d head
+dimension. Grids are row-major, top-left first. Every index tensor is int32. Wrong arguments raise one ValueError that
+lists every reason; values of index tensors are checked on the CPU only, where reading them costs no wait.
+`reference.py` has each operator again in a few lines of plain torch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+try:
+    from flexattn_cuda import _C  # noqa: F401  (loading it registers the operators)
+except ImportError as error:
+    raise ImportError(
+        f"the compiled part of flexattn_cuda is missing ({error}); build it with `pip install .` in its repository"
+    ) from error
+
+_WORD = 32
+
+
+class SelectedTokens(NamedTuple):
+    """Result of `select_tokens`.
+
+    mask: [B, R, I, h*h] bool, what each row selects.
+    index: [B, I*h*h] int32, `picture * h*h + token` of the tokens that any row selects, ascending, then -1.
+    count: [B] int32, how many these are.
+    row_bits: [B, R, ceil(I*h*h / 32)] int32, bit m of row r: row r selects `index[m]`.
+    """
+
+    mask: torch.Tensor
+    index: torch.Tensor
+    count: torch.Tensor
+    row_bits: torch.Tensor
+
+
+def select_tokens(
+    map: torch.Tensor, live: torch.Tensor, *, hr_side: int, scale: float, threshold: float, pool_side: int = 0
+) -> SelectedTokens:
+    """High-resolution tokens to attend to, from an attention map (section 4.2; margin and pool as released).
+
+    Per map: cells outside `live` are zeroed; the whole grid is min-max normalised to a; the cells with
+    `a * scale > threshold` are chosen; they are max-pooled adaptively to pool_side x pool_side (0: not); and each HR token
+    takes the nearest cell. A constant grid, or one with a NaN, selects nothing. Arithmetic is done in the map's dtype.
+
+    Args:
+        map: [B, R, I, S*S] float32 or float64, not negative.
+        live: [B, I, 4] int32: top, left, bottom, right of the photo inside its padding, in LR cells, half-open.
+        hr_side: h.
+        scale, threshold: Two numbers, so that `a * 255 > 48` and `a * 1 > 0.1875` are both exact.
+        pool_side: Side of the pooled grid, at most S.
+    Returns:
+        `SelectedTokens`, on the map's device; counts are not read back.
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit; S*S is no square; `live` leaves the grid (CPU).
+        NotImplementedError: A CUDA tensor, and the build has no CUDA kernels.
+    """
+    return SelectedTokens(*torch.ops.flexattn_cuda.select_tokens(map, live, hr_side, scale, threshold, pool_side))
+
+
+def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Selected rows of a table (f_SHR of section 4.2). Differentiable in `tokens`, deterministic.
+
+    Args:
+        tokens: [B, T, D] float32, float64, float16 or bfloat16; any strides with a dense last dimension.
+        index: [B, M] int32 in [0, T), or -1; no token twice in a row.
+    Returns:
+        [B, M, D]: `tokens[b, index[b, m]]`, zero where the index is -1.
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit; an index is out of range or doubled (CPU).
+        NotImplementedError: A CUDA tensor, and the build has no CUDA kernels.
+    """
+    return torch.ops.flexattn_cuda.gather_tokens(tokens, index)
+
+
+class Attention(NamedTuple):
+    """Result of `hierarchical_attention`; `lse`, `lse_seq` and `map` carry no gradient.
+
+    out: [B, N, H, d] in q's dtype.
+    lse: [B, H, N] log-sum-exp over all the keys that a row sees; -inf where it sees none.
+    lse_seq: [B, H, N] the same over the sequence keys only.
+    map: [B, R, I, S*S] probabilities of each picture's LR keys, summed over heads.
+
+    The last three are float32, or float64 for float64 inputs.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    lse_seq: torch.Tensor
+    map: torch.Tensor
+
+
+def hierarchical_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    kv_start: torch.Tensor | None = None,
+    kv_len: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    k_hr: torch.Tensor | None = None,
+    v_hr: torch.Tensor | None = None,
+    hr_slots: torch.Tensor | None = None,
+    hr_count: torch.Tensor | None = None,
+    hr_from: torch.Tensor | None = None,
+    hr_rows: torch.Tensor | None = None,
+    hr_row_bits: torch.Tensor | None = None,
+    alpha: torch.Tensor | None = None,
+    map_ranges: torch.Tensor | None = None,
+    map_size: int = 0,
+    map_over_all: bool = False,
+    scale: float | None = None,
+) -> Attention:
+    """N x (N+M) attention (equations 3 to 7): causal over the sequence, full over the selected HR keys.
+
+    Query n of sample b stands at position `kv_len[b] - N + n` and sees the sequence keys from `kv_start[b]` to that
+    position. Left padding, prefill, chunks, decoding and a static cache with an unfilled tail are this one rule. A row
+    that sees no key gives 0. No N x (N+M) matrix is held. Differentiable in q, k, v, k_hr and v_hr; deterministic.
+
+    Args:
+        q: [B, H, N, d] float32, float64, float16 or bfloat16; any strides with a dense last dimension, as are k, v, k_hr
+            and v_hr. Nothing is copied.
+        k, v: [B, Hkv, Nk, d]; Hkv divides H, N <= Nk.
+        kv_start: [B] int32 first visible key; zeros when absent.
+        kv_len: [B] int32 one past the last written key, from N to Nk; Nk when absent.
+        key_mask: [B, Nk] bool (False = hidden), or its bits [B, ceil(Nk / 32)] int32.
+        k_hr, v_hr: [P, Hkv, d] pool of HR keys (rotated) and values.
+        hr_slots: [B, M] int32 slots of the pool that a sample owns, no slot twice; read up to `hr_count`.
+        hr_count: [B] int32, at most M.
+        hr_from: [B] int32: the rows from there on see HR keys (the paper's form: 0). Or
+        hr_rows: [B, R] int32: these rows see them, -1 for none (the released form: the last row).
+        hr_row_bits: [B, R, ceil(M / 32)] int32: which of the sample's HR keys each listed row sees; all when absent.
+        alpha: [B] float32: a row that sees HR keys gives (1 - alpha) * plain + alpha * with_hr; 1 when absent.
+        map_ranges: [B, I, 2] int32: first LR key of each picture and one past its last; equal for no picture.
+        map_size: S*S, the length of a range.
+        map_over_all: Softmax of the map over the N+M keys (eq. 7) instead of the N sequence keys (released).
+        scale: Of the logits; 1 / sqrt(d) when absent.
+    Returns:
+        `Attention`. Map rows are those of `hr_rows`; without it R = 1 and the row is the last query.
+    Raises:
+        ValueError: Lists every argument that does not fit.
+        NotImplementedError: A CUDA tensor, and the build has no CUDA kernels.
+    """
+    if kv_start is None:
+        kv_start = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
+    if kv_len is None:
+        kv_len = torch.full((q.shape[0],), k.shape[-2], dtype=torch.int32, device=q.device)
+    if key_mask is not None and key_mask.dtype == torch.bool:
+        key_mask = pack_bits(key_mask)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return Attention(
+        *torch.ops.flexattn_cuda.hierarchical_attention(
+            q, k, v, kv_start, kv_len, key_mask, k_hr, v_hr, hr_slots, hr_count, hr_from, hr_rows, hr_row_bits, alpha,
+            map_ranges, map_size, map_over_all, scale,
+        )
+    )  # fmt: skip
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """[..., n] bool -> [..., ceil(n / 32)] int32; element i is bit i % 32 of word i // 32."""
+    bits = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % _WORD)).unflatten(-1, (-1, _WORD))
+    # Summed in int64, where 32 bits fit; the conversion keeps the low ones.
+    return (bits.to(torch.int64) << torch.arange(_WORD, device=mask.device)).sum(-1).to(torch.int32)
