@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from flexattn_cuda import _C
@@ -17,46 +15,35 @@ _NO_CUDA = {
 }
 
 
-@dataclass(frozen=True)
-class BuildInfo:
+def build_info() -> dict[str, str | tuple[str, ...] | None]:
     """Facts compiled into the native part.
 
     version: Of this package. torch: The one that it was built against. compiler: The host compiler.
     cuda_toolkit: Version, or None for a build without CUDA kernels. architectures: e.g. ("7.0", "8.0+PTX").
     no_cuda_reason: Why there are no CUDA kernels, or None.
     """
-
-    version: str
-    torch: str
-    compiler: str
-    cuda_toolkit: str | None
-    architectures: tuple[str, ...]
-    no_cuda_reason: str | None
-
-
-def build_info() -> BuildInfo:
     facts = _C.build_facts()
-    return BuildInfo(
-        version=facts["version"],
-        torch=facts["torch"],
-        compiler=facts["compiler"],
-        cuda_toolkit=facts["cuda_toolkit"] or None,
-        architectures=tuple(part.strip() for part in facts["architectures"].split(",") if part.strip()),
-        no_cuda_reason=_NO_CUDA.get(facts["cuda_state"]),
-    )
+    return {
+        "version": facts["version"],
+        "torch": facts["torch"],
+        "compiler": facts["compiler"],
+        "cuda_toolkit": facts["cuda_toolkit"] or None,
+        "architectures": tuple(part.strip() for part in facts["architectures"].split(",") if part.strip()),
+        "no_cuda_reason": _NO_CUDA.get(facts["cuda_state"]),
+    }
 
 
 def cuda_unavailable_reason(device_index: int | None = None) -> str | None:
     """Why the CUDA kernels cannot run on a GPU (by default the current one); None where they can."""
     info = build_info()
-    if info.no_cuda_reason:
-        return f"this build has no CUDA kernels: {info.no_cuda_reason}"
+    if info["no_cuda_reason"]:
+        return f"this build has no CUDA kernels: {info['no_cuda_reason']}"
     if not torch.cuda.is_available():
         return "torch sees no GPU on this machine"
     if device_index is not None and not 0 <= device_index < torch.cuda.device_count():
         return f"there is no GPU {device_index}; this machine has {torch.cuda.device_count()}"
     major, minor = torch.cuda.get_device_capability(device_index)
-    return architecture_reason((major, minor), info.architectures)
+    return architecture_reason((major, minor), info["architectures"])
 
 
 def architecture_reason(capability: tuple[int, int], architectures: tuple[str, ...]) -> str | None:

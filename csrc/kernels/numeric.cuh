@@ -1,0 +1,41 @@
+// Storage types, the type their sums are kept in, and dispatch over both.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "flexattn/types.h"
+
+namespace flexattn::cuda {
+
+template <typename T>
+struct Accumulator { using type = float; };
+template <>
+struct Accumulator<double> { using type = double; };
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T, typename A>
+__device__ T narrow(A x) { return static_cast<T>(x); }
+template <>
+__device__ inline __half narrow<__half, float>(float x) { return __float2half_rn(x); }
+template <>
+__device__ inline __nv_bfloat16 narrow<__nv_bfloat16, float>(float x) { return __float2bfloat16_rn(x); }
+
+template <typename A>
+__device__ A minus_infinity() { return -static_cast<A>(INFINITY); }
+
+template <typename Function>
+void dispatch(DType dtype, const Function& function) {
+  switch (dtype) {
+    case DType::kFloat64: return function(double());
+    case DType::kFloat32: return function(float());
+    case DType::kFloat16: return function(__half());
+    case DType::kBFloat16: return function(__nv_bfloat16());
+  }
+}
+
+}  // namespace flexattn::cuda
