@@ -1,15 +1,16 @@
-"""Photos and questions in, tensors out: the released preprocessing, the prompt, and the tokenizers of all three formats.
+"""Photos and questions in, tensors out: the released preprocessing, the prompt, the tokenizers of all three formats.
 
-    photo ─ upright RGB ─ padded to a centred square ─ highres_size² (bicubic) ─ CLIP mean/std ─► pixel_values_hr
-                                                                                └ lowres_size² (antialiased bilinear) ─► pixel_values
-    text  ─ tokenizer ─ every <image> becomes S*S image token ids ─► input_ids, attention_mask
+photo ─ upright RGB ─ padded to a square ─ highres_size² (bicubic) ─ mean, std ─► pixel_values_hr
+                                           └─ lowres_size² (antialiased bilinear) ─► pixel_values
+text  ─ tokenizer ─ every <image> becomes S*S image token ids ─► input_ids, attention_mask
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -157,8 +158,11 @@ class FlexAttnLlavaImageProcessor(ImageProcessingMixin):
 
     @classmethod
     def from_config(cls, folder: str | Path, config: FlexAttnLlavaConfig) -> FlexAttnLlavaImageProcessor:
-        """For a checkpoint folder of any format: sizes from `config`, mean and std from the folder's or its vision
-        tower's preprocessor_config.json, CLIP's where there is none."""
+        """For a checkpoint folder of any format.
+
+        Sizes come from `config`; mean and std from the preprocessor_config.json of the folder or of its vision tower,
+        CLIP's where there is none.
+        """
         return cls(**_sizes(config), **_mean_and_std(Path(folder)))
 
     def __call__(self, images: Any, return_tensors: str | None = "pt") -> BatchFeature:
@@ -198,7 +202,7 @@ def as_image(picture: Any) -> Image.Image:
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
         if picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4)):
             return Image.fromarray(picture)
-        raise InputError(f"an array of shape {list(picture.shape)} is no picture; it must be [H, W] or [H, W, 3 or 4]")
+        raise InputError(f"an array {list(picture.shape)} is no picture; it must be [H, W] or [H, W, 3 or 4]")
     raise InputError(
         f"a picture is a PIL image or a uint8 array [H, W, 3], not {type(picture).__name__}; open a file with open_photo"
     )
@@ -228,13 +232,24 @@ def _mean_and_std(folder: Path) -> dict[str, Any]:
     if checkpoints.checkpoint_format(folder) == "released":
         folders.append(checkpoints.vision_tower_folder(folder))
     for place in folders:
-        for values in (_read_json(place / "processor_config.json").get("image_processor"), _read_json(place / "preprocessor_config.json")):
+        for values in (
+            _read_json(place / "processor_config.json").get("image_processor"),
+            _read_json(place / "preprocessor_config.json"),
+        ):
             if values:
                 return {name: values[name] for name in ("image_mean", "image_std") if values.get(name)}
     return {}
 
 
 # --------------------------------------------------------------------------------------------------------- processor
+
+
+def check_question(question: str) -> None:
+    """InputError where a question cannot be asked."""
+    if not isinstance(question, str) or not question.strip():
+        raise InputError("the question is empty")
+    if IMAGE in question:
+        raise InputError(f"the question contains {IMAGE}, the mark of a picture's place; leave it out")
 
 
 class FlexAttnLlavaProcessor(ProcessorMixin):
@@ -273,10 +288,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
 
     def prompt(self, question: str, images: int = 1) -> str:
         """The prompt that asks `question` about `images` pictures, up to where the answer begins."""
-        if not isinstance(question, str) or not question.strip():
-            raise InputError("the question is empty")
-        if IMAGE in question:
-            raise InputError(f"the question contains {IMAGE}, which marks the place of a picture; leave it out")
+        check_question(question)
         content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
         return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
@@ -340,7 +352,9 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         """
         values = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
         if values and not isinstance(values[0], int):
-            raise InputError("expand_image_tokens takes the ids of one prompt, [N]; expand the rows of a batch one by one")
+            raise InputError(
+                "expand_image_tokens takes the ids of one prompt, [N]; expand the rows of a batch one by one"
+            )
         expanded: list[int] = []
         for value in values:
             expanded += [self.image_token_id] * self.image_tokens if value == RELEASED_IMAGE_ID else [value]
@@ -369,7 +383,9 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         if isinstance(images, (list, tuple)) and images and all(isinstance(part, (list, tuple)) for part in images):
             given = [len(flat_list(part)) for part in images]
             if given != marks:
-                raise InputError(f"the texts have {marks} {IMAGE} marks, but {given} pictures came with them, text by text")
+                raise InputError(
+                    f"the texts have {marks} {IMAGE} marks, but {given} pictures came with them, text by text"
+                )
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

@@ -8,8 +8,8 @@ Maps and masks live on grids over the square that the photo is padded to; here t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, features

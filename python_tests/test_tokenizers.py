@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import AddedToken
-from transformers import AutoProcessor, AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from flexattn_cuda.checkpoints import CheckpointError, load_config
 from flexattn_cuda.configuration import FlexAttnConfig
@@ -62,10 +69,19 @@ def llava(tmp_path):
     folder = tmp_path / "llava"
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=8
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=48,
+            patch_size=8,
         ).to_dict(),
         text_config=LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=12, num_attention_heads=4, vocab_size=VOCABULARY + 64
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=12,
+            num_attention_heads=4,
+            vocab_size=VOCABULARY + 64,
         ).to_dict(),
         image_token_index=VOCABULARY,
     )
@@ -73,7 +89,12 @@ def llava(tmp_path):
     backend = read_sentencepiece(MODEL, prefix_everywhere=True)
     backend.add_special_tokens([AddedToken("<image>", normalized=False), AddedToken("<pad>", normalized=False)])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>", add_bos_token=True
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        add_bos_token=True,
     )
     tokenizer.save_pretrained(folder)
     values = json.loads((folder / "tokenizer_config.json").read_text())

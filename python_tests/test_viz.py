@@ -35,7 +35,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 def marked(drawn: Image.Image) -> np.ndarray:
     """[H, W] bool: not merely dimmed."""
-    return (np.abs(pixels(drawn) - DIM).max(-1) > 1)
+    return np.abs(pixels(drawn) - DIM).max(-1) > 1
 
 
 # Photo, grid, cell of the square and where it lies on the photo (left, top, right, bottom); None: in the padding.
@@ -146,7 +146,7 @@ def test_panels_lie_side_by_side():
     drawn = pixels(viz.sheet(photo, [panel((5, 0)), panel((6, 11)), panel(), panel((5, 5))]))
     outlined = (drawn == viz.OUTLINE).all(-1)
     assert outlined[40, 0] and not outlined[40, 248 + 200]
-    assert outlined[60 : 80, 248 + 239].all()
+    assert outlined[60:80, 248 + 239].all()
     assert drawn.shape[1] == 2 * 240 + 8
     three = viz.sheet(photo, [panel()] * 3, columns=3)
     assert three.width == 3 * 240 + 2 * 8

@@ -1,6 +1,6 @@
 """Makes tokenizer.model, a LLaMA tokenizer in small, and what sentencepiece itself makes of some texts (expected.json).
 
-    pip install sentencepiece && python python_tests/data/tokenizer/make.py
+pip install sentencepiece && python python_tests/data/tokenizer/make.py
 """
 
 import io
@@ -45,5 +45,8 @@ if __name__ == "__main__":
     )
     (HERE / "tokenizer.model").write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    cases = [{"text": text, "ids": processor.encode(text), "decoded": processor.decode(processor.encode(text))} for text in TEXTS]
+    cases = [
+        {"text": text, "ids": processor.encode(text), "decoded": processor.decode(processor.encode(text))}
+        for text in TEXTS
+    ]
     (HERE / "expected.json").write_text(json.dumps(cases, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,330 @@
+"""The command line: flexattn ask, flexattn demo, flexattn info."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import flexattn_cuda
+from flexattn_cuda import answering, build, checkpoints, memory
+from flexattn_cuda.configuration import FlexAttnLlavaConfig
+from flexattn_cuda.processing import InputError, check_question, open_photo
+
+app = typer.Typer(
+    help="Ask questions about large photographs: a vision-language model with FlexAttention (Li et al., ECCV 2024).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str | None, typer.Option(help="Checkpoint folder or hub id; without it the small model of this package.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, float16 or bfloat16.")]
+Tokens = Annotated[int, typer.Option(help="The answer's greatest length.")]
+
+
+def main() -> None:
+    """Runs the command line. Input that cannot be used: one sentence on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers")
+    try:
+        app()
+    except (InputError, checkpoints.CheckpointError) as error:
+        _fail(str(error))
+    except torch.OutOfMemoryError:
+        _fail("the GPU's memory is too small for this; `flexattn info --model DIR` tells what a model needs")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"flexattn: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"flexattn {flexattn_cuda.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ----------------------------------------------------------------------------------------------------------------- ask
+
+
+@app.command()
+def ask(
+    photo: Annotated[str, typer.Argument(help="A picture file: PNG, JPEG, ...", show_default=False)],
+    question: Annotated[str, typer.Argument(help="What to ask about it.", show_default=False)],
+    model: Model = None,
+    map: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write the photo with attention map and selected regions drawn over it."),
+    ] = None,
+    map_tokens: Annotated[
+        str, typer.Option(help="Answer tokens to draw: first, all, or numbers counted from 0, such as 0,2.")
+    ] = "first",
+    map_layers: Annotated[
+        str,
+        typer.Option(help="Layers whose selection to draw: first (that selects), all, or numbers counted from 0."),
+    ] = "first",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_new_tokens: Tokens = 256,
+) -> None:
+    """Answer a QUESTION about a PHOTO; the answer is printed as it is generated."""
+    # Everything that can be checked without the model is checked before it is loaded.
+    check_question(question)
+    _check_length(max_new_tokens)
+    tokens, layers = _numbers(map_tokens, "--map-tokens"), _numbers(map_layers, "--map-layers")
+    if map is not None:
+        answering.check_picture_path(map)
+    picture = open_photo(photo)
+    loaded, processor = answering.load(model, device, dtype)
+    if map is not None:
+        _check_layers(layers, loaded.config)
+
+    answer = answering.ask(
+        loaded, processor, picture, question, max_new_tokens, on_text=_Printer(), trace=map is not None
+    )
+    print(flush=True)
+    if map is not None:
+        answer.draw(map, token=0 if tokens is None else tokens, layer=layers)
+        print(f"wrote {map}", file=sys.stderr)
+
+
+def _check_length(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
+
+
+class _Printer:
+    """Prints pieces of text as they come, without the space that many tokenizers begin with."""
+
+    begun = False
+
+    def __call__(self, text: str) -> None:
+        if not self.begun:
+            text = text.lstrip()
+            self.begun = bool(text)
+        print(text, end="", flush=True)
+
+
+def _numbers(text: str, option: str) -> list[int] | str | None:
+    """ "first" -> None, "all" -> "all", "0,2" -> [0, 2]."""
+    if text in ("first", "all"):
+        return None if text == "first" else text
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [-1]
+    if min(numbers) < 0:
+        raise InputError(f"{option} is {text!r}; allowed: first, all, or numbers counted from 0, such as 0,2")
+    return numbers
+
+
+def _check_layers(layers: list[int] | str | None, config: FlexAttnLlavaConfig) -> None:
+    if config.flexattn is None:
+        raise InputError("this model has no FlexAttention, so there is no map to draw; leave --map out")
+    first, last = config.flexattn.first_layer - 1, config.text_config.num_hidden_layers - 1
+    if isinstance(layers, list) and not all(first <= layer <= last for layer in layers):
+        raise InputError(f"--map-layers is {layers}; the layers of this model that select are {first} to {last}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- demo
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the overlays are written.")] = Path(
+        "flexattn-demo"
+    ),
+    examples: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with questions.json and its photographs.")
+    ] = None,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_new_tokens: Tokens = 64,
+) -> None:
+    """Ask the example questions, write the overlays, and check the answers (exit code 1 where one is wrong)."""
+    _check_length(max_new_tokens)
+    folder = _examples_folder(examples)
+    questions = _read_questions(folder)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{output} cannot be made a folder: {error.strerror}") from None
+    loaded, processor = answering.load(model, device, dtype)
+
+    wrong = 0
+    for number, example in enumerate(questions, start=1):
+        photo = _example_photo(folder, example["file"])
+        print(f"{example['file']}: {example['question']}", flush=True)
+        answer = answering.ask(loaded, processor, photo, example["question"], max_new_tokens, trace=True)
+        overlay = output / f"{number:02d}_{photo.stem}.png"
+        answer.draw(overlay)
+        right = _plain(answer.text) == _plain(example["answer"])
+        wrong += not right
+        print(
+            f"  {answer.text}  {'right' if right else 'WRONG, expected ' + example['answer']}  ({overlay})", flush=True
+        )
+    print(f"{len(questions) - wrong} of {len(questions)} answers are right")
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _examples_folder(given: Path | None) -> Path:
+    package = Path(flexattn_cuda.__file__).parent
+    places = (
+        [given]
+        if given is not None
+        else [Path("examples"), package.parent / "examples", package / "assets" / "examples"]
+    )
+    for place in places:
+        if (place / "questions.json").is_file():
+            return place
+    raise InputError(f"there is no questions.json in {places[0]}; pass the folder of the examples with --examples")
+
+
+def _read_questions(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "questions.json"
+    try:
+        questions = json.loads(path.read_text(encoding="utf-8"))
+        complete = all(isinstance(one[key], str) for one in questions for key in ("file", "question", "answer"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
+        raise InputError(f"{path} cannot be read as a list of file, question and answer: {error}") from None
+    if not questions or not complete:
+        raise InputError(f"{path} holds no questions")
+    return questions
+
+
+def _example_photo(folder: Path, name: str) -> Path:
+    beside = folder / name
+    return beside if beside.exists() else folder / "photographs" / name
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".").casefold()
+
+
+# ---------------------------------------------------------------------------------------------------------------- info
+
+
+@app.command()
+def info(model: Model = None) -> None:
+    """Versions, build, GPUs, and why a path cannot be used; with --model, the memory that the model needs."""
+    folder = None if model is None else checkpoints.resolve_folder(model)
+    tables = [_facts()] if folder is None else [_facts(), "", *_memory_report(folder)]
+    console = Console(highlight=False, soft_wrap=True)
+    for table in tables:
+        console.print(table)
+
+
+def _facts() -> Table:
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    facts.add_row("flexattn_cuda", flexattn_cuda.__version__)
+    facts.add_row("Python", platform.python_version())
+    facts.add_row("torch", torch.__version__)
+    facts.add_row("transformers", transformers.__version__)
+    built = build.build_info()
+    toolkit, reason = built["cuda_toolkit"], built["no_cuda_reason"]
+    facts.add_row("built with", f"{built['compiler']} against torch {built['torch']}")
+    facts.add_row("CUDA kernels", f"CUDA {toolkit}" if toolkit else f"none: {reason}")
+    facts.add_row("compiled for", ", ".join(built["architectures"]) or "the CPU only")
+    facts.add_row("GPUs seen", "; ".join(_gpu(number) for number in range(torch.cuda.device_count())) or "none")
+    facts.add_row("CPU path", "available")
+    facts.add_row("CUDA path", build.cuda_unavailable_reason() or "available")
+    return facts
+
+
+def _gpu(number: int) -> str:
+    facts = torch.cuda.get_device_properties(number)
+    return f"{facts.name}, sm_{facts.major}{facts.minor}, {facts.total_memory / memory.GIB:.1f} GiB"
+
+
+def _memory_report(folder: Path) -> list[str | Table]:
+    config = checkpoints.load_config(folder)
+    try:
+        halves, floats = (memory.estimate(config, dtype) for dtype in (torch.float16, torch.float32))
+    except ValueError as error:
+        raise checkpoints.CheckpointError(f"{folder}: {error}") from error
+    both, settings = (halves, floats), config.flexattn
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("float16, bfloat16", justify="right")
+    table.add_column("float32", justify="right")
+
+    def row(name: str, amounts: list[int], style: str | None = None) -> None:
+        table.add_row(name, *(_size(amount) for amount in amounts), style=style)
+
+    for part in halves.weights:
+        row(f"weights: {part}", [one.weights[part] for one in both])
+    row("all weights", [one.all_weights for one in both], style="bold")
+    row(f"per photo: sequence cache, {halves.positions} positions", [one.sequence_cache for one in both])
+    form = checkpoints.checkpoint_format(folder)
+    report: list[str | Table] = [f"[bold]Memory[/bold] of {escape(str(folder))}, {form} format"]
+    if settings is not None:
+        share = f"{halves.selected_share:.0%}"
+        row("per photo: HR features", [one.hr_features for one in both])
+        row(f"per photo: HR cache, {share} of the HR tokens", [one.hr_cache_selected for one in both])
+        row("per photo: HR cache, all HR tokens", [one.hr_cache_all for one in both])
+        row(f"weights and one photo, {share} of the HR tokens", [one.total for one in both], style="bold")
+        row("weights and one photo, all HR tokens", [one.total_all for one in both], style="bold")
+        report.append(
+            f"A photo gives {config.lr_side} x {config.lr_side} low-resolution tokens and, from "
+            f"{settings.highres_size} x {settings.highres_size} pixels, {config.hr_side} x {config.hr_side} "
+            f"high-resolution (HR) tokens, which layers {config.hr_layers[0]} to {config.hr_layers[-1]} attend to."
+        )
+    else:
+        row("weights and one photo", [one.total for one in both], style="bold")
+    verdicts = [
+        f"16 GiB (the smaller V100) in {name}: {_verdict(one)}"
+        for name, one in (("float16 or bfloat16", halves), ("float32", floats))
+    ]
+    return [*report, table, *verdicts]
+
+
+def _verdict(estimate: memory.MemoryEstimate) -> str:
+    left = memory.V100 - estimate.total
+    if left < 0:
+        return f"not enough, {_size(-left)} short"
+    rest = f"{_size(left)} left for activations and the CUDA context"
+    return f"barely enough, {rest}" if left < memory.GIB else f"enough, {rest}"
+
+
+def _size(amount: int) -> str:
+    for unit, name in ((memory.GIB, "GiB"), (2**20, "MiB")):
+        if amount >= unit:
+            return f"{amount / unit:.2f} {name}"
+    return f"{amount / 1024:.0f} KiB"
+
+
+if __name__ == "__main__":
+    main()
