@@ -18,6 +18,7 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from flexattn_cuda import build, checkpoints, viz
+from flexattn_cuda.configuration import FlexAttnConfig
 from flexattn_cuda.modeling import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.processing import FlexAttnLlavaProcessor, InputError, as_image, open_photo, upright_rgb
 from flexattn_cuda.trace import Trace
@@ -27,7 +28,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def load(
-    model: str | Path | None = None, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    model: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    flexattn: FlexAttnConfig | None = None,
 ) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
     """A model, ready to answer, and its processor.
 
@@ -35,6 +39,7 @@ def load(
         model: A checkpoint folder or hub id in any of the three formats; None: the small model of this package.
         device: "cpu", "cuda" or "cuda:N"; None or "auto": the GPU where it can be used, else the CPU.
         dtype: "float32", "float16" or "bfloat16"; None: that of the checkpoint.
+        flexattn: Settings of the mechanism in place of the checkpoint's.
     Raises:
         checkpoints.CheckpointError: There is no such checkpoint, or it cannot be loaded.
         InputError: The device or dtype is unknown, or cannot be used here.
@@ -42,13 +47,19 @@ def load(
     device, dtype = choose_device(device), choose_dtype(dtype)
     folder = checkpoints.resolve_folder(DEFAULT_MODEL if model is None else model)
     try:
-        loaded = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
+        loaded = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", flexattn=flexattn)
     except checkpoints.CheckpointError:
         raise
     except (ValueError, RuntimeError) as error:  # what transformers says of parts that do not fit together
         first_line = str(error).strip().splitlines()[0]
         raise checkpoints.CheckpointError(f"{folder} cannot be loaded: {first_line}") from error
     processor = FlexAttnLlavaProcessor.from_pretrained(folder, config=loaded.config)
+    ids = processor.tokenizer.get_vocab().values()
+    highest, rows = max(set(ids) - {processor.image_token_id}), loaded.get_input_embeddings().num_embeddings
+    if highest >= rows:
+        raise checkpoints.CheckpointError(
+            f"{folder} has a tokenizer with ids up to {highest}, but its model embeds ids up to {rows - 1} only"
+        )
     return loaded.eval().to(device), processor
 
 

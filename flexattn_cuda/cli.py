@@ -44,7 +44,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers")
     try:
-        app()
+        app(prog_name="flexattn")
     except (InputError, checkpoints.CheckpointError) as error:
         _fail(str(error))
     except torch.OutOfMemoryError:
@@ -240,7 +240,7 @@ def info(model: Model = None) -> None:
     """Versions, build, GPUs, and why a path cannot be used; with --model, the memory that the model needs."""
     folder = None if model is None else checkpoints.resolve_folder(model)
     tables = [_facts()] if folder is None else [_facts(), "", *_memory_report(folder)]
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
     for table in tables:
         console.print(table)
 
@@ -255,7 +255,7 @@ def _facts() -> Table:
     facts.add_row("transformers", transformers.__version__)
     built = build.build_info()
     toolkit, reason = built["cuda_toolkit"], built["no_cuda_reason"]
-    facts.add_row("built with", f"{built['compiler']} against torch {built['torch']}")
+    facts.add_row("built with", f"compiler {built['compiler']}, torch {built['torch']}")
     facts.add_row("CUDA kernels", f"CUDA {toolkit}" if toolkit else f"none: {reason}")
     facts.add_row("compiled for", ", ".join(built["architectures"]) or "the CPU only")
     facts.add_row("GPUs seen", "; ".join(_gpu(number) for number in range(torch.cuda.device_count())) or "none")

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
+import small
 import small_checkpoint
 from flexattn_cuda import answering, viz
 from flexattn_cuda.answering import Answer, ask, choose_device, choose_dtype, load
 from flexattn_cuda.checkpoints import CheckpointError
 from flexattn_cuda.processing import InputError
 
+DATA = Path(__file__).parent / "data"
 QUESTION = "Which digits stand on the red sign?"
 
 
@@ -158,6 +169,42 @@ def test_cuda_says_why_it_cannot_be_used(monkeypatch):
     assert choose_device("auto") == choose_device(None) == torch.device("cpu")
     with pytest.raises(InputError, match="'cuda:1' cannot be used: no GPU is seen"):
         choose_device("cuda:1")
+
+
+def released(folder: Path, vocabulary: int) -> Path:
+    """The reference vectors' model, with the tokenizer in small and a vocabulary of another size."""
+    shutil.copytree(DATA / "reference_vectors" / "model", folder)
+    shutil.copy(small_checkpoint.TOKENIZER, folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"vocab_size": vocabulary}))
+    weights = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name].repeat(3, 1)[:vocabulary].contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_checkpoint_in_the_released_format_answers(tmp_path):
+    model, processor = load(released(tmp_path / "released", 500), device="cpu")
+    answer = ask(model, processor, photo(), QUESTION, max_new_tokens=2, trace=True)
+    assert answer.tokens and sorted(answer.trace.steps[0]) == [8, 9, 10, 11]
+    assert answer.draw().width >= 160
+
+
+def test_a_checkpoint_in_llava_format_answers(tmp_path):
+    small.llava().save_pretrained(tmp_path)
+    backend = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "red": 3, "<image>": 95}, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    backend.add_special_tokens([AddedToken("<image>", normalized=False)])
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    model, processor = load(tmp_path, device="cpu", flexattn=small.settings())
+    assert (model.config.lr_side, model.config.hr_side) == (6, 18)
+    assert ask(model, processor, photo(), QUESTION, max_new_tokens=2).tokens
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    with pytest.raises(CheckpointError, match="ids up to 499, but its model embeds ids up to 299"):
+        load(released(tmp_path / "released", 300), device="cpu")
 
 
 def test_a_model_without_weights_or_of_parts_that_do_not_fit(tmp_path):
