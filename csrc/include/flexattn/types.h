@@ -18,7 +18,14 @@ struct Strides {
   int64_t row = 0;
 };
 
+// For functions that kernels call too.
+#ifdef __CUDACC__
+#define FLEXATTN_HOST_DEVICE __host__ __device__
+#else
+#define FLEXATTN_HOST_DEVICE
+#endif
+
 constexpr int kBitsPerWord = 32;
-constexpr int64_t words_for_bits(int64_t bits) { return (bits + kBitsPerWord - 1) / kBitsPerWord; }
+FLEXATTN_HOST_DEVICE constexpr int64_t words_for_bits(int64_t bits) { return (bits + kBitsPerWord - 1) / kBitsPerWord; }
 
 }  // namespace flexattn

@@ -1,0 +1,140 @@
+"""Every operator again in plain torch: the specification in code, and what the tests compare with.
+
+Written for reading. The attention holds the whole N x (N+M) matrix and is meant for float64; gradients come from autograd.
+`select_tokens` computes in the dtype of the map, because its thresholds are exact in it. Arguments as in `ops`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from flexattn_cuda.ops import Attention, SelectedTokens, pack_bits
+
+
+def select_tokens(
+    map: torch.Tensor, live: torch.Tensor, *, hr_side: int, scale: float, threshold: float, pool_side: int = 0
+) -> SelectedTokens:
+    """Section 4.2: zero the margin, min-max normalise, binarise, pool, resize; then list what any row selects."""
+    B, R, I, cells = map.shape
+    S = int(cells**0.5)
+    line = torch.arange(S, device=map.device)
+    top, left, bottom, right = live.long()[:, None, :, :, None].unbind(3)  # [B, 1, I, 1] each
+    inside_rows = (line >= top) & (line < bottom)
+    inside_columns = (line >= left) & (line < right)
+    inside = inside_rows[..., :, None] & inside_columns[..., None, :]
+    grid = torch.where(inside, map.view(B, R, I, S, S), torch.zeros((), dtype=map.dtype, device=map.device))
+    low, high = grid.amin((-1, -2), keepdim=True), grid.amax((-1, -2), keepdim=True)
+    chosen = ((grid - low) / (high - low) * scale > threshold).float().flatten(0, 2)[:, None]
+    if pool_side:
+        chosen = functional.adaptive_max_pool2d(chosen, pool_side)
+    mask = functional.interpolate(chosen, size=hr_side, mode="nearest").bool().view(B, R, I, -1)
+
+    tokens = mask.flatten(2)  # [B, R, I*h*h]
+    index = torch.full((B, tokens.shape[2]), -1, dtype=torch.int32, device=map.device)
+    bits = torch.zeros_like(tokens)
+    for b in range(B):
+        selected = tokens[b].any(0).nonzero().flatten()
+        index[b, : len(selected)] = selected.int()
+        bits[b, :, : len(selected)] = tokens[b][:, selected]
+    count = tokens.any(1).sum(-1, dtype=torch.int32)
+    return SelectedTokens(mask, index, count, pack_bits(bits))
+
+
+def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """rows[b, m] = tokens[b, index[b, m]], zero where the index is -1."""
+    rows = tokens.gather(1, index.long().clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1]))
+    return rows * (index >= 0)[..., None]
+
+
+def unpack_bits(words: torch.Tensor, n: int) -> torch.Tensor:
+    """[..., ceil(n / 32)] int32 -> [..., n] bool."""
+    bits = words.long()[..., None] >> torch.arange(32, device=words.device) & 1
+    return bits.flatten(-2)[..., :n].bool()
+
+
+def softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension; a row of -inf gives zeros."""
+    seen = logits.isfinite().any(-1, keepdim=True)
+    return torch.where(seen, logits.masked_fill(~seen, 0).softmax(-1), 0)
+
+
+def hierarchical_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    kv_start: torch.Tensor | None = None,
+    kv_len: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    k_hr: torch.Tensor | None = None,
+    v_hr: torch.Tensor | None = None,
+    hr_slots: torch.Tensor | None = None,
+    hr_count: torch.Tensor | None = None,
+    hr_from: torch.Tensor | None = None,
+    hr_rows: torch.Tensor | None = None,
+    hr_row_bits: torch.Tensor | None = None,
+    alpha: torch.Tensor | None = None,
+    map_ranges: torch.Tensor | None = None,
+    map_size: int = 0,
+    map_over_all: bool = False,
+    scale: float | None = None,
+) -> Attention:
+    """Equations 3 to 7, with the released code's rows, mixing and map as options."""
+    B, H, N, d = q.shape
+    Nk, group = k.shape[2], H // k.shape[1]
+    device, scale = q.device, d**-0.5 if scale is None else scale
+    keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+
+    # Who sees which sequence key.
+    key = torch.arange(Nk, device=device)
+    end = kv_len.long() if kv_len is not None else torch.full((B,), Nk, device=device)
+    position = end[:, None] - N + torch.arange(N, device=device)  # [B, N]
+    visible = key <= position[..., None]
+    if kv_start is not None:
+        visible = visible & (key >= kv_start.long()[:, None, None])
+    if key_mask is not None:
+        visible = visible & (key_mask if key_mask.dtype == torch.bool else unpack_bits(key_mask, Nk))[:, None]
+    logits = (q @ keys.transpose(-1, -2) * scale).masked_fill(~visible[:, None], -torch.inf)
+
+    # Who sees which HR key.
+    R = 1 if hr_rows is None else hr_rows.shape[1]
+    M = 0 if k_hr is None else hr_slots.shape[1]
+    sees = torch.zeros(B, N, M, dtype=torch.bool, device=device)
+    hr_logits, hr_values = q.new_zeros(B, H, N, 0), q.new_zeros(B, H, 0, d)
+    if M:
+        owned = torch.arange(M, device=device) < hr_count[:, None]  # [B, M]
+        if hr_from is not None:
+            sees = (torch.arange(N, device=device) >= hr_from[:, None])[..., None] & owned[:, None]
+        else:
+            chosen = owned[:, None].expand(B, R, M)
+            if hr_row_bits is not None:
+                chosen = chosen & unpack_bits(hr_row_bits, M)
+            for b, r in (hr_rows >= 0).nonzero().tolist():
+                sees[b, hr_rows[b, r]] = chosen[b, r]
+        slots = hr_slots.long().clamp(0, k_hr.shape[0] - 1)
+        hr_keys = k_hr[slots].transpose(1, 2).repeat_interleave(group, 1)  # [B, H, M, d]
+        hr_values = v_hr[slots].transpose(1, 2).repeat_interleave(group, 1)
+        hr_logits = (q @ hr_keys.transpose(-1, -2) * scale).masked_fill(~sees[:, None], -torch.inf)
+
+    plain = softmax(logits)
+    full = softmax(torch.cat([logits, hr_logits], -1))
+    with_hr = full[..., :Nk] @ values + full[..., Nk:] @ hr_values
+    mixing = sees.any(-1)[:, None, :, None].to(q.dtype)
+    if alpha is not None:
+        mixing = mixing * alpha.to(q.dtype)[:, None, None, None]
+    out = (1 - mixing) * (plain @ values) + mixing * with_hr
+
+    pictures = 0 if map_ranges is None else map_ranges.shape[1]
+    map = q.new_zeros(B, R, pictures, map_size)
+    probabilities = full[..., :Nk] if map_over_all else plain
+    for b in range(B):
+        for r in range(R):
+            row = N - 1 if hr_rows is None else int(hr_rows[b, r])
+            for i in range(pictures):
+                first, last = map_ranges[b, i].tolist()
+                if row >= 0 and last > first:
+                    map[b, r, i] = probabilities[b, :, row, first:last].sum(0)
+    lse_seq = logits.logsumexp(-1)
+    lse = torch.cat([logits, hr_logits], -1).logsumexp(-1)
+    return Attention(out.transpose(1, 2), lse, lse_seq, map)

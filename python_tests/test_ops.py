@@ -1,0 +1,300 @@
+"""The operators against reference.py, in every dtype, and as citizens of torch: opcheck, gradcheck, compile, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexattn_cuda import ops, reference
+from strategies import SIDE, attention_cases, selection_cases
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+device_cases = pytest.mark.parametrize("device", DEVICES)
+dtype_cases = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
+
+
+def floor(dtype: torch.dtype, magnitude: float) -> float:
+    """Absolute error that rounding alone explains.
+
+    Inputs are given in `dtype`, sums are kept in float32 (float64 for float64). A logit is a sum of d <= 128 products and
+    has an error of about sqrt(d) * eps_sum of its size; an output is an average of values of size `magnitude` with such
+    weights, rounded once to `dtype`: one unit of the storage type, and 64 of the type of the sums (sqrt(128) for the
+    logit, times a logit of size ~5).
+    """
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    return magnitude * (torch.finfo(dtype).eps + 64 * torch.finfo(sums).eps)
+
+
+def assert_as_good_as_eager(ours, eager, exact, dtype, what):
+    """Our error is at most twice that of the same formulas in eager torch and the same dtype, or below the floor."""
+    exact = exact.double()
+    finite = exact.isfinite()
+    assert torch.equal(ours.isfinite(), finite), f"{what}: not finite where it should be, or the other way round"
+    ours, eager, exact = ours.double()[finite], eager.double()[finite], exact[finite]
+    if not exact.numel():
+        return
+    error, theirs = (ours - exact).abs().max().item(), (eager - exact).nan_to_num(0).abs().max().item()
+    allowed = 2 * theirs + floor(dtype, max(1.0, exact.abs().max().item()))
+    assert error <= allowed, f"{what}: error {error:.3g}, eager torch has {theirs:.3g}, allowed {allowed:.3g}"
+
+
+def rounded(case, dtype):
+    """The exact answer is that for the inputs as they are after rounding to `dtype`."""
+    q, keywords = case.like(dtype)
+    return tuple(x.double() for x in q), {
+        name: x.double() if isinstance(x, torch.Tensor) and x.dtype == dtype else x for name, x in keywords.items()
+    }
+
+
+@device_cases
+@dtype_cases
+@settings(max_examples=40)
+@given(case=attention_cases())
+def test_attention(device, dtype, case):
+    positional, keywords = case.like(dtype, device)
+    ours = ops.hierarchical_attention(*positional, **keywords)
+    positional, keywords = rounded(case, dtype)
+    exact = reference.hierarchical_attention(*positional, **keywords)
+    positional, keywords = case.like(dtype)
+    eager = reference.hierarchical_attention(*positional, **keywords)
+    for name in exact._fields:
+        assert_as_good_as_eager(getattr(ours, name).cpu(), getattr(eager, name), getattr(exact, name), dtype, name)
+    assert ours.out.dtype == dtype
+    assert all(x.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) for x in ours[1:])
+
+
+@device_cases
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@settings(max_examples=25)
+@given(case=attention_cases(gradients=True))
+def test_attention_gradients(device, dtype, case):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(case.floats["q"].transpose(1, 2).shape, generator=generator, dtype=torch.float64)
+
+    def gradients(function, to_dtype, device, source):
+        positional, keywords = source
+        leaves = {"q": positional[0], "k": positional[1], "v": positional[2]}
+        leaves |= {name: value for name, value in keywords.items() if name.endswith("_hr")}
+        leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+        others = {name: value for name, value in keywords.items() if name not in leaves}
+        hr = {name: leaf for name, leaf in leaves.items() if name.endswith("_hr")}
+        out = function(leaves["q"], leaves["k"], leaves["v"], **others, **hr).out
+        found = torch.autograd.grad(out, list(leaves.values()), weight.to(device, to_dtype), allow_unused=True)
+        return {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), found)}
+
+    ours = gradients(ops.hierarchical_attention, dtype, device, case.like(dtype, device))
+    eager = gradients(reference.hierarchical_attention, dtype, "cpu", case.like(dtype))
+    exact = gradients(reference.hierarchical_attention, torch.float64, "cpu", rounded(case, dtype))
+    for name in exact:
+        assert_as_good_as_eager(ours[name].cpu(), eager[name], exact[name], dtype, f"gradient of {name}")
+
+
+@device_cases
+@settings(max_examples=12)
+@given(case=attention_cases(gradients=True, small=True))
+def test_gradcheck(device, case):
+    positional, keywords = case.like(torch.float64, device, requires_grad=True)
+    hr = [name for name in keywords if name.endswith("_hr")]
+
+    def function(q, k, v, *pool):
+        return ops.hierarchical_attention(q, k, v, **(keywords | dict(zip(hr, pool)))).out
+
+    assert torch.autograd.gradcheck(function, (*positional, *(keywords[name] for name in hr)))
+
+
+@device_cases
+@settings(max_examples=150)
+@given(case=selection_cases())
+def test_selection_is_exact(device, case):
+    ours = ops.select_tokens(**(case | {"map": case["map"].to(device), "live": case["live"].to(device)}))
+    expected = reference.select_tokens(**case)
+    for name in expected._fields:
+        assert torch.equal(getattr(ours, name).cpu(), getattr(expected, name)), name
+
+
+@device_cases
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "D", "M"), [(1, 1, 0), (7, 3, 5), (65, 8, 65), (130, 64, 33)])
+def test_gather(device, dtype, T, D, M):
+    generator = torch.Generator().manual_seed(T)
+    table = torch.randn(2, T, 2 * D, generator=generator).to(dtype)[..., :D]  # a view: rows 2 * D apart
+    index = torch.stack([torch.randperm(T, generator=generator)[:M] for _ in range(2)]).int()
+    index[:, M // 2 :: 3] = -1
+    tokens = table.to(device).detach().requires_grad_()
+    rows = ops.gather_tokens(tokens, index.to(device))
+    assert torch.equal(rows.cpu(), reference.gather_tokens(table, index))
+    weight = torch.randn(rows.shape, generator=generator).to(dtype)
+    (gradient,) = torch.autograd.grad(rows, tokens, weight.to(device))
+    expected = torch.zeros(2, T, D, dtype=dtype)
+    for b, m in (index >= 0).nonzero().tolist():
+        expected[b, index[b, m]] = weight[b, m]
+    assert torch.equal(gradient.cpu(), expected)
+
+
+@device_cases
+def test_gather_gradcheck(device):
+    tokens = torch.randn(2, 6, 3, dtype=torch.float64, device=device, requires_grad=True)
+    index = torch.tensor([[4, -1, 0], [5, 2, 1]], dtype=torch.int32, device=device)
+    assert torch.autograd.gradcheck(lambda tokens: ops.gather_tokens(tokens, index), tokens)
+
+
+def calls(device: str) -> dict[str, tuple]:
+    """One call of every operator, by its name."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, grad=True):
+        return torch.randn(*shape, generator=generator).to(device).requires_grad_(grad)
+
+    def integers(values):
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    q, k, v = normal(2, 4, 5, 8), normal(2, 2, 11, 8), normal(2, 2, 11, 8)
+    pool = normal(9, 2, 8), normal(9, 2, 8)
+    slots, count = integers([[0, 1, 2, 3], [8, 6, 5, 7]]), integers([4, 2])
+    rows = integers([[4, 1], [3, -1]])
+    bits = integers([[[5], [15]], [[2], [0]]])
+    start, length, ranges = integers([0, 2]), integers([11, 9]), integers([[[1, 10]], [[0, 0]]])
+    attention = (
+        q, k, v, start, length, None, *pool, slots, count, None, rows, bits, torch.tensor([0.3, 1.0]).to(device), ranges, SIDE**2,
+        False, 0.35,
+    )  # fmt: skip
+    plain = (q, k, v, start, length, None, None, None, None, None, None, None, None, None, None, 0, False, 0.35)
+    paper = (q, k, v, start, length, ops.pack_bits(torch.ones(2, 11, dtype=torch.bool, device=device)), *pool, slots, count,
+             integers([0, 2]), None, None, None, ranges, SIDE**2, True, 0.35)  # fmt: skip
+    with torch.no_grad():
+        out, lse, lse_seq, _ = torch.ops.flexattn_cuda.hierarchical_attention(*attention)
+    detached = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in attention)
+    backward = (torch.randn_like(out), *detached[:14], lse, lse_seq, 0.35)
+    table, index = normal(2, 7, 4), integers([[3, 0, -1], [6, -1, 1]])
+    map = torch.rand(2, 3, 1, 81, generator=generator).to(device)
+    return {
+        "select_tokens": (map, integers([[[0, 0, 9, 9]], [[2, 0, 7, 9]]]), 18, 255.0, 128.0, 3),
+        "gather_tokens": (table, index),
+        "gather_tokens_backward": (normal(2, 3, 4, grad=False), index, 7),
+        "hierarchical_attention": attention,
+        "hierarchical_attention:plain": plain,
+        "hierarchical_attention:paper": paper,
+        "hierarchical_attention_backward": backward,
+    }
+
+
+@device_cases
+@pytest.mark.parametrize("name", calls("cpu"))
+def test_opcheck(device, name):
+    operator = getattr(torch.ops.flexattn_cuda, name.partition(":")[0])
+    torch.library.opcheck(operator, calls(device)[name])
+
+
+def test_every_operator_is_checked():
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("flexattn_cuda::")}
+    assert registered == {name.partition(":")[0] for name in calls("cpu")}
+
+
+@device_cases
+def test_results_do_not_change_from_run_to_run(device):
+    for name, arguments in calls(device).items():
+        operator = getattr(torch.ops.flexattn_cuda, name.partition(":")[0])
+        first, second = operator(*arguments), operator(*arguments)
+        for one, two in zip(*(x if isinstance(x, tuple) else (x,) for x in (first, second))):
+            assert torch.equal(one, two), name
+
+
+@device_cases
+def test_compiles_without_graph_breaks(device):
+    arguments = calls(device)["hierarchical_attention"]
+    leaves = [arguments[i] for i in (0, 1, 2, 6, 7)]
+
+    def loss(q, k, v, k_hr, v_hr):
+        out, _, _, map = torch.ops.flexattn_cuda.hierarchical_attention(q, k, v, *arguments[3:6], k_hr, v_hr, *arguments[8:])
+        live = torch.tensor([[[0, 0, SIDE, SIDE]]], dtype=torch.int32, device=q.device).expand(2, 1, 4)
+        selected = ops.select_tokens(map, live, hr_side=6, scale=255.0, threshold=48.0)
+        rows = ops.gather_tokens(q.flatten(0, 1).repeat(1, 8, 1)[:2], selected.index[:, :36])
+        return out.square().sum() + rows.sum()
+
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    # The backend runs the traced graphs, forward and backward, as they are: what is tested is that they can be traced.
+    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    for one, two in zip(actual, expected):
+        torch.testing.assert_close(one, two)
+
+
+def attention_arguments(**changes):
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 11, 8), torch.randn(2, 2, 11, 8)
+    int32 = dict(dtype=torch.int32)
+    base = dict(
+        q=q, k=k, v=v, k_hr=torch.randn(9, 2, 8), v_hr=torch.randn(9, 2, 8), hr_slots=torch.zeros(2, 1, **int32),
+        hr_count=torch.ones(2, **int32), hr_rows=torch.tensor([[4], [4]], **int32),
+    )  # fmt: skip
+    return base | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": torch.randn(2, 3, 11, 8)}, "q has 4 heads, which must be a multiple of k's 3"),
+        ({"k": torch.randn(2, 2, 11, 7)}, r"k has shape \[2, 2, 11, 7\], it must be \[2, \*, \*, 8\]"),
+        ({"v": torch.randn(2, 2, 11, 8).double()}, "v has dtype Double, it must be Float"),
+        ({"q": torch.randn(4, 5, 8)}, r"q has shape \[4, 5, 8\], it must be \[\*, \*, \*, \*\]"),
+        ({"q": torch.ones(2, 4, 5, 8, dtype=torch.int64)}, "q has dtype Long, it must be Float or Double or Half or BFloat16"),
+        ({"q": torch.randn(2, 4, 12, 8)}, "q has 12 queries, more than the 11 keys"),
+        ({"k_hr": None}, "must be given together; 3 of the four are"),
+        ({"hr_rows": None}, "k_hr needs hr_from or hr_rows"),
+        ({"hr_from": torch.zeros(2, dtype=torch.int32)}, "hr_from and hr_rows exclude each other"),
+        ({"hr_slots": torch.full((2, 1), 9, dtype=torch.int32)}, "hr_slots has values from 9 to 9, they must lie in 0 to 8"),
+        ({"hr_count": torch.full((2,), 2, dtype=torch.int32)}, "hr_count has values from 2 to 2, they must lie in 0 to 1"),
+        ({"hr_rows": torch.tensor([[5], [4]], dtype=torch.int32)}, "hr_rows has values from 4 to 5, they must lie in -1 to 4"),
+        ({"hr_rows": torch.tensor([[4, 4], [4, 3]], dtype=torch.int32)}, "hr_rows holds 4 twice in row 0"),
+        ({"kv_len": torch.tensor([11, 4], dtype=torch.int32)}, "kv_len has values from 4 to 11, they must lie in 5 to 11"),
+        ({"kv_len": torch.tensor([11, 11])}, "kv_len has dtype Long, it must be Int"),
+        ({"alpha": torch.ones(3)}, r"alpha has shape \[3\], it must be \[2\]"),
+        ({"map_ranges": torch.tensor([[[0, 4]], [[0, 9]]], dtype=torch.int32), "map_size": 9}, "a range of 4 keys"),
+        ({"q": torch.randn(2, 4, 8, 5).transpose(2, 3)}, "q has stride 5 in its last dimension, it must be 1"),
+    ],
+)
+def test_bad_attention_arguments(changes, message):
+    arguments = attention_arguments(**changes)
+    q, k, v = (arguments.pop(name) for name in "qkv")
+    with pytest.raises(ValueError, match=message):
+        ops.hierarchical_attention(q, k, v, **arguments)
+
+
+def test_an_error_lists_every_reason():
+    arguments = attention_arguments(alpha=torch.ones(3), hr_from=torch.zeros(1, dtype=torch.int32))
+    q, k, v = (arguments.pop(name) for name in "qkv")
+    with pytest.raises(ValueError) as error:
+        ops.hierarchical_attention(q, k, v, **arguments)
+    assert "alpha has shape" in str(error.value) and "exclude each other" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda: ops.gather_tokens(torch.randn(2, 5, 3), torch.tensor([[5], [0]], dtype=torch.int32)), "index has values from 0 to 5"),
+        (lambda: ops.gather_tokens(torch.randn(1, 5, 3), torch.tensor([[2, 2]], dtype=torch.int32)), "index holds 2 twice in row 0"),
+        (lambda: ops.gather_tokens(torch.randn(1, 5, 3), torch.tensor([[2]])), "index has dtype Long, it must be Int"),
+        (lambda: ops.gather_tokens(torch.randn(5, 3), torch.tensor([[2]], dtype=torch.int32)), "tokens has shape"),
+        (lambda: select(map=torch.rand(1, 1, 1, 8)), "8 cells, which must be the square"),
+        (lambda: select(map=torch.rand(1, 1, 1, 9).half()), "map has dtype Half, it must be Float or Double"),
+        (lambda: select(live=torch.tensor([[[0, 0, 4, 3]]], dtype=torch.int32)), "live has values from 0 to 4"),
+        (lambda: select(hr_side=0), "hr_side is 0"),
+        (lambda: select(pool_side=4), r"pool_side is 4, it must be 0 \(no pooling\) to 3"),
+    ],
+)
+def test_bad_arguments(function, message):
+    with pytest.raises(ValueError, match=message):
+        function()
+
+
+def select(**changes):
+    base = dict(map=torch.rand(1, 1, 1, 9), live=torch.tensor([[[0, 0, 3, 3]]], dtype=torch.int32), hr_side=6, scale=1.0, threshold=0.5)
+    return ops.select_tokens(**(base | changes))
+
+
+@settings(max_examples=20)
+@given(n=st.integers(1, 70), seed=st.integers(0, 99))
+def test_bits_round_trip(n, seed):
+    mask = torch.rand(3, n, generator=torch.Generator().manual_seed(seed)) < 0.5
+    assert torch.equal(reference.unpack_bits(ops.pack_bits(mask), n), mask)
