@@ -6,14 +6,6 @@ import torch
 
 from flexattn_cuda import _C
 
-# The numbers of setup.py.
-_NO_CUDA = {
-    1: "CUDA kernels were switched off when it was built (FLEXATTN_CUDA=0)",
-    2: "no CUDA toolkit was found when it was built",
-    3: "it was built against a CPU build of torch",
-    4: "the CUDA versions of torch and of the toolkit differed when it was built",
-}
-
 
 def build_info() -> dict[str, str | tuple[str, ...] | None]:
     """Facts compiled into the native part.
@@ -22,15 +14,8 @@ def build_info() -> dict[str, str | tuple[str, ...] | None]:
     cuda_toolkit: Version, or None for a build without CUDA kernels. architectures: e.g. ("7.0", "8.0+PTX").
     no_cuda_reason: Why there are no CUDA kernels, or None.
     """
-    facts = _C.build_facts()
-    return {
-        "version": facts["version"],
-        "torch": facts["torch"],
-        "compiler": facts["compiler"],
-        "cuda_toolkit": facts["cuda_toolkit"] or None,
-        "architectures": tuple(part.strip() for part in facts["architectures"].split(",") if part.strip()),
-        "no_cuda_reason": _NO_CUDA.get(facts["cuda_state"]),
-    }
+    facts = {name: value or None for name, value in _C.build_info().items()}
+    return facts | {"architectures": tuple((facts["architectures"] or "").split())}
 
 
 def cuda_unavailable_reason(device_index: int | None = None) -> str | None:
@@ -47,10 +32,16 @@ def cuda_unavailable_reason(device_index: int | None = None) -> str | None:
 
 
 def architecture_reason(capability: tuple[int, int], architectures: tuple[str, ...]) -> str | None:
-    """Whether compiled code fits a GPU: machine code of its generation, up to its minor version, or PTX that is not newer."""
+    """Why no compiled code fits a GPU of this compute capability; None where some does.
+
+    Machine code runs on its own generation from its minor version on (9.0a: on exactly that), PTX on all that are not older.
+    """
     for entry in architectures:
-        major, minor = (int(part) for part in entry.removesuffix("+PTX").rstrip("af").split("."))
-        if (major == capability[0] and minor <= capability[1]) or (entry.endswith("+PTX") and (major, minor) <= capability):
+        number, _, ptx = entry.partition("+")
+        specific = number[-1] in "af"
+        major, minor = (int(part) for part in number.rstrip("af").split("."))
+        same_generation = major == capability[0] and (minor == capability[1] or minor < capability[1] and not specific)
+        if same_generation or (ptx and not specific and (major, minor) <= capability):
             return None
     return (
         f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels were compiled for "
