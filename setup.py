@@ -214,7 +214,9 @@ def main() -> None:
                 files,
                 include_dirs=[str(ROOT / "csrc" / "include")],
                 define_macros=macros + [(f"FLEXATTN_{name}", text(value)) for name, value in facts.items()],
-                extra_compile_args={"cxx": ["-O3"], "nvcc": ["-O3"]},  # torch adds the C++ standard that it needs
+                # torch adds the C++ standard that it needs. at::parallel_for is a serial loop without OpenMP.
+                extra_compile_args={"cxx": ["-O3", "-g0", "-fopenmp"], "nvcc": ["-O3"]},
+                extra_link_args=["-fopenmp"],
             )
         ],
         cmdclass={"build_ext": cpp_extension.BuildExtension},
