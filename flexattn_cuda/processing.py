@@ -7,6 +7,7 @@ text  ─ tokenizer ─ every <image> becomes S*S image token ids ─► input_i
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -346,9 +347,12 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         return features
 
     def expand_image_tokens(self, ids: Sequence[int] | torch.Tensor) -> Any:
-        """Input ids [N] of the released format, where -200 stands for a picture, with S*S image token ids for each.
+        """Ids [N] of one prompt with S*S image token ids for every picture.
 
-        A tensor gives a tensor, a list gives a list.
+        Args:
+            ids: A picture stands as -200 (released format) or as one "<image>" id; one that is expanded stays as it is.
+        Returns:
+            A tensor for a tensor, a list for a list.
         """
         values = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
         if values and not isinstance(values[0], int):
@@ -356,17 +360,18 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
                 "expand_image_tokens takes the ids of one prompt, [N]; expand the rows of a batch one by one"
             )
         expanded: list[int] = []
-        for value in values:
-            expanded += [self.image_token_id] * self.image_tokens if value == RELEASED_IMAGE_ID else [value]
+        for value, run in itertools.groupby(values):
+            count = len(list(run))
+            mark = value == RELEASED_IMAGE_ID or (value == self.image_token_id and count % self.image_tokens)
+            expanded += [self.image_token_id] * (count * self.image_tokens) if mark else [value] * count
         if isinstance(ids, torch.Tensor):
             return torch.tensor(expanded, dtype=ids.dtype, device=ids.device)
         return expanded
 
     def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Ids of one prompt, with -200 for each picture."""
+        """Ids of one prompt, with one id for each picture."""
         if not self.split_at_images:
-            ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-            return [RELEASED_IMAGE_ID if token == self.image_token_id else token for token in ids]
+            return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         first, *rest = text.split(IMAGE)
         ids = list(self.tokenizer(first, add_special_tokens=add_special_tokens)["input_ids"])
         for part in rest:

@@ -194,6 +194,8 @@ def test_released_image_id_is_expanded(released):
     assert processor.expand_image_tokens(ids) == expected
     assert processor.expand_image_tokens(torch.tensor(ids)).tolist() == expected
     assert processor.expand_image_tokens(expected) == expected
+    assert processor.expand_image_tokens([VOCABULARY, VOCABULARY, 7]) == [*[VOCABULARY] * (2 * 576), 7]
+    assert processor.expand_image_tokens([]) == []
     with pytest.raises(InputError, match="one prompt"):
         processor.expand_image_tokens([ids])
 
