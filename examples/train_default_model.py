@@ -26,11 +26,13 @@ import random
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from signs import COLORS, QUESTIONS, SIDE, Painter, Sign, find_photographs
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
@@ -56,8 +58,7 @@ def build_processor(folder: Path | None = None) -> FlexAttnLlavaProcessor:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z0-9<>/ ]"), " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(True)])
     tokenizer.add_special_tokens(special)
-    from tokenizers.processors import TemplateProcessing
-
+    tokenizer.decoder = decoders.Fuse()  # the digits of an answer follow each other
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
@@ -171,8 +172,6 @@ class EncoderData:
         return torch.stack([pixels for pixels, _ in pairs]), [torch.stack(parts) for parts in zip(*(labels for _, labels in pairs))]
 
     def _pixels(self, picture) -> torch.Tensor:
-        import numpy as np
-
         mean, std = (torch.tensor(x)[:, None, None] for x in (self.images.image_mean, self.images.image_std))
         return (torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - mean) / std
 
