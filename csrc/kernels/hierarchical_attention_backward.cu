@@ -1,42 +1,48 @@
 // Gradients of N x (N+M) attention, recomputed from the log-sum-exps; no atomics, every sum in one order.
 //
-//   grad_query_rows    a warp per query row:     D of both softmaxes, then grad_q
-//   grad_sequence_keys a warp per sequence key:  grad_k, grad_v over the rows that see it
-//   grad_pool_slots    a warp per pool slot:     grad_k_hr, grad_v_hr over samples and rows that see it
+//   grad_query_rows     a warp per query row:     D of both softmaxes, then grad_q
+//   grad_sequence_keys  a warp per sequence key:  grad_k, grad_v over the rows that see it
+//   grad_pool_slots     a warp per pool slot:     grad_k_hr, grad_v_hr over the samples that own it and the rows that see it
 //
-// The formulas stand in csrc/cpu/hierarchical_attention_backward.cpp.
+//   out_i = sum_j w_ij v_j        w    = (1 - alpha) P_seq + alpha P_full
+//   dv_j += w_ij dout_i           ds_ij = (1 - alpha) P_seq (dp_ij - D_seq) + alpha P_full (dp_ij - D_full), dp_ij = dout_i . v_j
+//   dk_j += scale ds_ij q_i       D    = sum_j P_ij dp_ij
+//
+// The forward pass leaves lse == lse_seq for a row that sees no HR key, so that P_full == P_seq there and mixing changes
+// nothing: no kernel here asks which rows see HR keys to know the weight of a sequence key.
 
 #include "flexattn/hierarchical_attention.h"
-#include "launch.cuh"
 #include "visibility.cuh"
 
 namespace flexattn::cuda {
 namespace {
 
-constexpr int kWarpsPerBlock = 4;
-
-// What the probabilities of one row are made of.
+// What the probabilities of one query row are made of.
 template <typename A>
 struct RowState {
-  A lse_seq, lse, d_seq, d_full, plain_weight, full_weight;
+  A lse, lse_seq, d_full, d_seq, alpha;
 
-  // P_seq of a key with this logit; 0 where the row sees no sequence key.
-  __device__ A seq(A logit) const { return lse_seq == minus_infinity<A>() ? A(0) : exp(logit - lse_seq); }
-  __device__ A all(A logit) const { return lse == minus_infinity<A>() ? A(0) : exp(logit - lse); }
-  // Weight of a sequence key in the output, and the gradient of its logit.
-  __device__ A seq_weight(A logit) const { return plain_weight * seq(logit) + full_weight * all(logit); }
+  __device__ A full(A logit) const { return exp(logit - lse); }
+  __device__ A seq(A logit) const { return exp(logit - lse_seq); }
+  __device__ A seq_weight(A logit) const { return (A(1) - alpha) * seq(logit) + alpha * full(logit); }
   __device__ A seq_gradient(A logit, A dp) const {
-    return plain_weight * seq(logit) * (dp - d_seq) + full_weight * all(logit) * (dp - d_full);
+    return (A(1) - alpha) * seq(logit) * (dp - d_seq) + alpha * full(logit) * (dp - d_full);
   }
-  __device__ A hr_gradient(A logit, A dp) const { return full_weight * all(logit) * (dp - d_full); }
+  __device__ A hr_weight(A logit) const { return alpha * full(logit); }
+  __device__ A hr_gradient(A logit, A dp) const { return alpha * full(logit) * (dp - d_full); }
 };
 
+// D is read from delta; grad_query_rows writes it there.
 template <typename A>
-__device__ RowState<A> row_state(const AttentionBackwardParams& p, int64_t b, int64_t head, int64_t n, bool sees_hr) {
+__device__ RowState<A> row_state(const AttentionBackwardParams& p, int64_t b, int64_t head, int64_t n) {
   const int64_t at = (b * p.in.heads + head) * p.in.queries + n;
   const A* delta = static_cast<const A*>(p.delta) + at * 2;
-  const A alpha = sees_hr ? (p.in.alpha ? static_cast<A>(p.in.alpha[b]) : A(1)) : A(0);
-  return {static_cast<const A*>(p.lse_seq)[at], static_cast<const A*>(p.lse)[at], delta[1], delta[0], A(1) - alpha, alpha};
+  return {static_cast<const A*>(p.lse)[at], static_cast<const A*>(p.lse_seq)[at], delta[0], delta[1], mixing<A>(p.in, b)};
+}
+
+template <typename T>
+__device__ const T* query_row(const AttentionBackwardParams& p, int64_t b, int64_t head, int64_t n) {
+  return row_of<T>(p.in.q, p.in.q_strides, b, head, n);
 }
 
 template <typename T>
@@ -44,210 +50,188 @@ __device__ const T* grad_row(const AttentionBackwardParams& p, int64_t b, int64_
   return row_of<T>(p.grad_out, p.grad_out_strides, b, head, n);
 }
 
-// total[c] += sum over lanes j < items of x_j * row(j)[c]; lane c owns the channels c, c+32, ...
-template <typename A, typename Row>
-__device__ void add_rows(A* total, A x, int items, int64_t d, const Row& row) {
-  for (int64_t c0 = 0; c0 < d; c0 += kWarp) {
-    const int64_t c = c0 + lane();
-    A sum = 0;
-    for (int j = 0; j < items; ++j) {
-      const A xj = __shfl_sync(kAllLanes, x, j);
-      if (c < d && xj != A(0)) sum += xj * widen(row(j)[c]);
-    }
-    if (c < d) total[c] += sum;
-  }
-}
+// Shared memory of a warp. Rows: query, grad_out, grad_q [d] each; keys: key, value, grad_k, grad_v [d] each. Factors [32].
+FLEXATTN_HOST_DEVICE constexpr int64_t row_scratch(int64_t d) { return 3 * d + kWarp; }
+FLEXATTN_HOST_DEVICE constexpr int64_t key_scratch(int64_t d) { return 4 * d + kWarp; }
 
-// Shared memory per warp: query [d], grad_out [d], grad_q [d].
 template <typename T>
 __global__ void grad_query_rows(AttentionBackwardParams p) {
   using A = typename Accumulator<T>::type;
   const AttentionInputs& in = p.in;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + warp_in_block();
-  if (row >= in.batch * in.heads * in.queries) return;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_in_block();
+  if (row >= in.batch * in.heads * in.queries) return;  // a whole warp; no barrier of the block follows
   const int64_t n = row % in.queries, head = row / in.queries % in.heads, b = row / in.queries / in.heads;
   const int64_t group = head / (in.heads / in.kv_heads), d = in.head_dim;
-  A* query = shared_memory<A>() + warp_in_block() * 3 * d;
-  A *grad = query + d, *grad_q = query + 2 * d;
-  const T *q = row_of<T>(in.q, in.q_strides, b, head, n), *g = grad_row<T>(p, b, head, n);
+  const A scale = static_cast<A>(in.scale);
+  A* query = shared_memory<A>() + warp_in_block() * row_scratch(d);
+  A *grad = query + d, *grad_q = query + 2 * d, *factors = query + 3 * d;
   for (int64_t c = lane(); c < d; c += kWarp) {
-    query[c] = widen(q[c]);
-    grad[c] = widen(g[c]);
+    query[c] = widen(query_row<T>(p, b, head, n)[c]);
+    grad[c] = widen(grad_row<T>(p, b, head, n)[c]);
     grad_q[c] = 0;
   }
   __syncwarp();
-  const int64_t listed = listed_row(in, b, n), end = end_of_keys(in, b, n), count = listed >= 0 ? hr_keys(in, b) : 0;
-  const int32_t* bits = listed >= 0 ? row_bits(in, b, listed) : nullptr;
-  const int32_t* slots = in.hr_slots ? in.hr_slots + b * in.selected : nullptr;
-  const A scale = static_cast<A>(in.scale);
-  RowState<A> state = row_state<A>(p, b, head, n, listed >= 0);
 
-  A d_seq = 0, d_full = 0;
-  for (int64_t j = first_key(in, b) + lane(); j < end; j += kWarp) {
-    if (!unmasked(in, b, j)) continue;
-    const A logit = scale * dot(query, row_of<T>(in.k, in.k_strides, b, group, j), d);
-    const A dp = dot(grad, row_of<T>(in.v, in.v_strides, b, group, j), d);
-    d_seq += state.seq(logit) * dp;
-    d_full += state.all(logit) * dp;
+  const int64_t start = first_key(in, b), end = end_of_keys(in, b, n), listed = listed_row(in, b, n);
+  const int64_t count = listed >= 0 ? hr_keys(in, b) : 0;
+  const int32_t* bits = listed >= 0 ? row_bits(in, b, listed) : nullptr;
+  const auto sees = [&](int64_t j) { return j < end && unmasked(in, b, j); };
+  const auto sees_hr = [&](int64_t m) { return m < count && (!bits || bit(bits, m)); };
+  const auto k = [&](int64_t j) { return row_of<T>(in.k, in.k_strides, b, group, j); };
+  const auto v = [&](int64_t j) { return row_of<T>(in.v, in.v_strides, b, group, j); };
+  const auto k_hr = [&](int64_t m) { return row_of<T>(in.k_hr, in.k_hr_strides, 0, group, slot(in, b, m)); };
+  const auto v_hr = [&](int64_t m) { return row_of<T>(in.v_hr, in.v_hr_strides, 0, group, slot(in, b, m)); };
+
+  RowState<A> state{static_cast<const A*>(p.lse)[row], static_cast<const A*>(p.lse_seq)[row], 0, 0, mixing<A>(in, b)};
+  for (int64_t j = start + lane(); j < end; j += kWarp) {
+    if (!sees(j)) continue;
+    const A logit = scale * dot(query, k(j), d), dp = dot(grad, v(j), d);
+    state.d_seq += state.seq(logit) * dp;
+    state.d_full += state.full(logit) * dp;
   }
-  for (int64_t m = lane(); m < count; m += kWarp) {
-    if (bits && !bit(bits, m)) continue;
-    const A logit = scale * dot(query, row_of<T>(in.k_hr, in.k_hr_strides, 0, group, slots[m]), d);
-    d_full += state.all(logit) * dot(grad, row_of<T>(in.v_hr, in.v_hr_strides, 0, group, slots[m]), d);
-  }
-  state.d_seq = warp_sum(d_seq);
-  state.d_full = warp_sum(d_full);
+  for (int64_t m = lane(); m < count; m += kWarp)
+    if (sees_hr(m)) state.d_full += state.full(scale * dot(query, k_hr(m), d)) * dot(grad, v_hr(m), d);
+  state.d_seq = warp_sum(state.d_seq);
+  state.d_full = warp_sum(state.d_full);
   if (lane() == 0) {
     A* delta = static_cast<A*>(p.delta) + row * 2;  // row runs over [B, H, N]
     delta[0] = state.d_full;
     delta[1] = state.d_seq;
   }
 
-  for (int64_t j0 = first_key(in, b); j0 < end; j0 += kWarp) {
+  for (int64_t j0 = start; j0 < end; j0 += kWarp) {
     const int64_t j = j0 + lane();
-    A ds = 0;
-    if (j < end && unmasked(in, b, j)) {
-      const A logit = scale * dot(query, row_of<T>(in.k, in.k_strides, b, group, j), d);
-      ds = scale * state.seq_gradient(logit, dot(grad, row_of<T>(in.v, in.v_strides, b, group, j), d));
-    }
-    add_rows(grad_q, ds, static_cast<int>(min(end - j0, int64_t(kWarp))), d,
-             [&](int i) { return row_of<T>(in.k, in.k_strides, b, group, j0 + i); });
+    const A ds = sees(j) ? scale * state.seq_gradient(scale * dot(query, k(j), d), dot(grad, v(j), d)) : A(0);
+    add_rows(grad_q, A(1), ds, factors, lanes_used(j0, end), d, [&](int i) { return k(j0 + i); });
   }
   for (int64_t m0 = 0; m0 < count; m0 += kWarp) {
     const int64_t m = m0 + lane();
-    A ds = 0;
-    if (m < count && (!bits || bit(bits, m))) {
-      const A logit = scale * dot(query, row_of<T>(in.k_hr, in.k_hr_strides, 0, group, slots[m]), d);
-      ds = scale * state.hr_gradient(logit, dot(grad, row_of<T>(in.v_hr, in.v_hr_strides, 0, group, slots[m]), d));
-    }
-    add_rows(grad_q, ds, static_cast<int>(min(count - m0, int64_t(kWarp))), d,
-             [&](int i) { return row_of<T>(in.k_hr, in.k_hr_strides, 0, group, slots[m0 + i]); });
+    const A ds = sees_hr(m) ? scale * state.hr_gradient(scale * dot(query, k_hr(m), d), dot(grad, v_hr(m), d)) : A(0);
+    add_rows(grad_q, A(1), ds, factors, lanes_used(m0, count), d, [&](int i) { return k_hr(m0 + i); });
   }
   T* result = static_cast<T*>(p.grad_q) + row * d;
   for (int64_t c = lane(); c < d; c += kWarp) result[c] = narrow<T>(grad_q[c]);
 }
 
-// Shared memory per warp: key [d], value [d], grad_k [d], grad_v [d].
-template <typename T, typename A>
-__device__ void load_key(A* shared, const T* k, const T* v, int64_t d) {
-  for (int64_t c = lane(); c < d; c += kWarp) {
-    shared[c] = widen(k[c]);
-    shared[d + c] = widen(v[c]);
-    shared[2 * d + c] = 0;
-    shared[3 * d + c] = 0;
-  }
-  __syncwarp();
-}
+// A key with its value, and their gradients, in the shared memory of a warp.
+template <typename T>
+struct KeyGradient {
+  using A = typename Accumulator<T>::type;
+  A *key, *value, *grad_k, *grad_v, *factors;
+  int64_t d;
 
-template <typename T, typename A>
-__device__ void store_key(const A* shared, void* grad_k, void* grad_v, int64_t at, int64_t d) {
-  for (int64_t c = lane(); c < d; c += kWarp) {
-    static_cast<T*>(grad_k)[at + c] = narrow<T>(shared[2 * d + c]);
-    static_cast<T*>(grad_v)[at + c] = narrow<T>(shared[3 * d + c]);
+  __device__ KeyGradient(const T* k, const T* v, int64_t d) : d(d) {
+    key = shared_memory<A>() + warp_in_block() * key_scratch(d);
+    value = key + d, grad_k = key + 2 * d, grad_v = key + 3 * d, factors = key + 4 * d;
+    for (int64_t c = lane(); c < d; c += kWarp) {
+      key[c] = widen(k[c]);
+      value[c] = widen(v[c]);
+      grad_k[c] = grad_v[c] = 0;
+    }
+    __syncwarp();
   }
-}
 
-// Whether a row sees HR keys, asked by single lanes: the search of listed_row without the help of the warp.
-__device__ inline bool sees_hr(const AttentionInputs& in, int64_t b, int64_t n) {
-  if (hr_keys(in, b) == 0) return false;
-  if (in.hr_from) return n >= in.hr_from[b];
-  for (int64_t r = 0; in.hr_rows && r < in.rows; ++r)
-    if (in.hr_rows[b * in.rows + r] == n) return true;
-  return false;
-}
+  __device__ void store(void* to_k, void* to_v, int64_t at) const {
+    for (int64_t c = lane(); c < d; c += kWarp) {
+      static_cast<T*>(to_k)[at + c] = narrow<T>(grad_k[c]);
+      static_cast<T*>(to_v)[at + c] = narrow<T>(grad_v[c]);
+    }
+  }
+};
 
 template <typename T>
 __global__ void grad_sequence_keys(AttentionBackwardParams p) {
   using A = typename Accumulator<T>::type;
   const AttentionInputs& in = p.in;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + warp_in_block();
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_in_block();  // over [B, Hkv, Nk]
   if (item >= in.batch * in.kv_heads * in.keys) return;
   const int64_t j = item % in.keys, group = item / in.keys % in.kv_heads, b = item / in.keys / in.kv_heads, d = in.head_dim;
-  A* key = shared_memory<A>() + warp_in_block() * 4 * d;
-  load_key<T>(key, row_of<T>(in.k, in.k_strides, b, group, j), row_of<T>(in.v, in.v_strides, b, group, j), d);
+  const int64_t heads = in.heads / in.kv_heads;
   const A scale = static_cast<A>(in.scale);
-  // The first query that stands at j or later.
-  const int64_t first = max(j - (in.kv_len[b] - in.queries), int64_t(0)), heads = in.heads / in.kv_heads;
-  if (j >= first_key(in, b) && unmasked(in, b, j))
-    for (int64_t head = group * heads; head < (group + 1) * heads; ++head)
-      for (int64_t n0 = first; n0 < in.queries; n0 += kWarp) {
-        const int64_t n = n0 + lane();
-        A weight = 0, ds = 0;
-        if (n < in.queries) {
-          const RowState<A> state = row_state<A>(p, b, head, n, sees_hr(in, b, n));
-          const A logit = scale * dot(key, row_of<T>(in.q, in.q_strides, b, head, n), d);
-          weight = state.seq_weight(logit);
-          ds = scale * state.seq_gradient(logit, dot(key + d, grad_row<T>(p, b, head, n), d));
-        }
-        const int items = static_cast<int>(min(in.queries - n0, int64_t(kWarp)));
-        add_rows(key + 2 * d, ds, items, d, [&](int i) { return row_of<T>(in.q, in.q_strides, b, head, n0 + i); });
-        add_rows(key + 3 * d, weight, items, d, [&](int i) { return grad_row<T>(p, b, head, n0 + i); });
+  KeyGradient<T> key(row_of<T>(in.k, in.k_strides, b, group, j), row_of<T>(in.v, in.v_strides, b, group, j), d);
+  // The rows that see the key: those that stand at its position or later.
+  const int64_t start = j - first_position(in, b), first = start > 0 ? start : 0;
+  const int64_t end = j >= first_key(in, b) && unmasked(in, b, j) ? in.queries : 0;
+  for (int64_t head = group * heads; head < (group + 1) * heads; ++head)
+    for (int64_t n0 = first; n0 < end; n0 += kWarp) {
+      const int64_t n = n0 + lane();
+      A weight = 0, ds = 0;
+      if (n < end) {
+        const RowState<A> state = row_state<A>(p, b, head, n);
+        const A logit = scale * dot(key.key, query_row<T>(p, b, head, n), d);
+        weight = state.seq_weight(logit);
+        ds = scale * state.seq_gradient(logit, dot(key.value, grad_row<T>(p, b, head, n), d));
       }
-  store_key<T>(key, p.grad_k, p.grad_v, item * d, d);
+      const int rows = lanes_used(n0, end);
+      add_rows(key.grad_k, A(1), ds, key.factors, rows, d, [&](int i) { return query_row<T>(p, b, head, n0 + i); });
+      add_rows(key.grad_v, A(1), weight, key.factors, rows, d, [&](int i) { return grad_row<T>(p, b, head, n0 + i); });
+    }
+  key.store(p.grad_k, p.grad_v, item * d);
 }
 
+// slot_to_key [B, P]: position of a slot in the sample's hr_slots, or -1.
 __global__ void clear_slot_table(int32_t* table, int64_t size) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < size) table[i] = -1;
 }
 
 __global__ void fill_slot_table(AttentionInputs in, int32_t* table) {
-  const int64_t m = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, b = blockIdx.y;
-  if (m < hr_keys(in, b)) table[b * in.pool + in.hr_slots[b * in.selected + m]] = static_cast<int32_t>(m);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, b = i / in.selected, m = i % in.selected;
+  if (b < in.batch && m < hr_keys(in, b)) table[b * in.pool + slot(in, b, m)] = static_cast<int32_t>(m);
 }
 
 template <typename T>
 __global__ void grad_pool_slots(AttentionBackwardParams p) {
   using A = typename Accumulator<T>::type;
   const AttentionInputs& in = p.in;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + warp_in_block();
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_in_block();  // over [P, Hkv]
   if (item >= in.pool * in.kv_heads) return;
-  const int64_t group = item % in.kv_heads, slot = item / in.kv_heads, d = in.head_dim, heads = in.heads / in.kv_heads;
-  A* key = shared_memory<A>() + warp_in_block() * 4 * d;
-  load_key<T>(key, row_of<T>(in.k_hr, in.k_hr_strides, 0, group, slot), row_of<T>(in.v_hr, in.v_hr_strides, 0, group, slot), d);
+  const int64_t group = item % in.kv_heads, at = item / in.kv_heads, d = in.head_dim, heads = in.heads / in.kv_heads;
   const A scale = static_cast<A>(in.scale);
+  KeyGradient<T> key(row_of<T>(in.k_hr, in.k_hr_strides, 0, group, at), row_of<T>(in.v_hr, in.v_hr_strides, 0, group, at), d);
   for (int64_t b = 0; b < in.batch; ++b) {
-    const int64_t m = p.slot_to_key[b * in.pool + slot];
-    if (m < 0) continue;
-    // Rows: those listed, or all from hr_from on.
-    const int64_t first = in.hr_rows ? 0 : in.hr_from[b], end = in.hr_rows ? in.rows : in.queries;
-    const auto query = [&](int64_t i) { return in.hr_rows ? in.hr_rows[b * in.rows + i] : i; };
+    const int64_t m = p.slot_to_key[b * in.pool + at];
+    if (m < 0 || !(in.hr_rows || in.hr_from)) continue;
+    // The rows that may see it: the listed ones, some of which are -1, or all from hr_from on.
+    const int64_t first = in.hr_rows || in.hr_from[b] < 0 ? 0 : in.hr_from[b], end = in.hr_rows ? in.rows : in.queries;
+    const auto query = [&](int64_t i) { return in.hr_rows ? row_at(in, b, i) : i; };
+    const auto sees = [&](int64_t i) {
+      if (i >= end || query(i) < 0) return false;
+      const int32_t* bits = row_bits(in, b, in.hr_rows ? i : 0);
+      return !bits || bit(bits, m);
+    };
     for (int64_t head = group * heads; head < (group + 1) * heads; ++head)
       for (int64_t i0 = first; i0 < end; i0 += kWarp) {
-        const int64_t i = i0 + lane(), n = i < end ? query(i) : -1;
+        const int64_t i = i0 + lane();
         A weight = 0, ds = 0;
-        const int32_t* bits = n >= 0 ? row_bits(in, b, in.hr_rows ? i : 0) : nullptr;
-        if (n >= 0 && (!bits || bit(bits, m))) {
-          const RowState<A> state = row_state<A>(p, b, head, n, true);
-          const A logit = scale * dot(key, row_of<T>(in.q, in.q_strides, b, head, n), d);
-          weight = state.full_weight * state.all(logit);
-          ds = scale * state.hr_gradient(logit, dot(key + d, grad_row<T>(p, b, head, n), d));
+        if (sees(i)) {
+          const int64_t n = query(i);
+          const RowState<A> state = row_state<A>(p, b, head, n);
+          const A logit = scale * dot(key.key, query_row<T>(p, b, head, n), d);
+          weight = state.hr_weight(logit);
+          ds = scale * state.hr_gradient(logit, dot(key.value, grad_row<T>(p, b, head, n), d));
         }
-        const int items = static_cast<int>(min(end - i0, int64_t(kWarp)));
-        // A row of -1 has weight 0 and is skipped before it is read.
-        add_rows(key + 2 * d, ds, items, d, [&](int k) { return row_of<T>(in.q, in.q_strides, b, head, query(i0 + k)); });
-        add_rows(key + 3 * d, weight, items, d, [&](int k) { return grad_row<T>(p, b, head, query(i0 + k)); });
+        const int rows = lanes_used(i0, end);
+        add_rows(key.grad_k, A(1), ds, key.factors, rows, d, [&](int r) { return query_row<T>(p, b, head, query(i0 + r)); });
+        add_rows(key.grad_v, A(1), weight, key.factors, rows, d, [&](int r) { return grad_row<T>(p, b, head, query(i0 + r)); });
       }
   }
-  store_key<T>(key, p.grad_k_hr, p.grad_v_hr, item * d, d);  // item runs over [P, Hkv]
+  key.store(p.grad_k_hr, p.grad_v_hr, item * d);
 }
 
 template <typename T>
 void backward(const AttentionBackwardParams& p, Stream stream) {
   using A = typename Accumulator<T>::type;
   const AttentionInputs& in = p.in;
-  constexpr int kThreads = kWarpsPerBlock * kWarp;
-  const size_t row_bytes = kWarpsPerBlock * in.head_dim * sizeof(A);
-  launch("grad_query_rows", grad_query_rows<T>, blocks_for(in.batch * in.heads * in.queries, kWarpsPerBlock), kThreads,
-         3 * row_bytes, stream, p);
-  launch("grad_sequence_keys", grad_sequence_keys<T>, blocks_for(in.batch * in.kv_heads * in.keys, kWarpsPerBlock), kThreads,
-         4 * row_bytes, stream, p);
+  const char* name = "hierarchical_attention_backward";
+  const size_t per_row = row_scratch(in.head_dim) * sizeof(A), per_key = key_scratch(in.head_dim) * sizeof(A);
+  const int warps = warps_that_fit(name, per_key), threads = warps * kWarp;
+  launch(name, grad_query_rows<T>, blocks_for(in.batch * in.heads * in.queries, warps), threads, warps * per_row, stream, p);
+  launch(name, grad_sequence_keys<T>, blocks_for(in.batch * in.kv_heads * in.keys, warps), threads, warps * per_key, stream, p);
   if (!in.k_hr) return;
-  launch("clear_slot_table", clear_slot_table, blocks_for(in.batch * in.pool, kThreads), kThreads, 0, stream, p.slot_to_key,
-         in.batch * in.pool);
-  launch("fill_slot_table", fill_slot_table, dim3(blocks_for(in.selected, kThreads), static_cast<unsigned>(in.batch)), kThreads, 0,
-         stream, in, p.slot_to_key);
-  launch("grad_pool_slots", grad_pool_slots<T>, blocks_for(in.pool * in.kv_heads, kWarpsPerBlock), kThreads, 4 * row_bytes, stream, p);
+  launch(name, clear_slot_table, blocks_for(in.batch * in.pool, threads), threads, 0, stream, p.slot_to_key, in.batch * in.pool);
+  launch(name, fill_slot_table, blocks_for(in.batch * in.selected, threads), threads, 0, stream, in, p.slot_to_key);
+  launch(name, grad_pool_slots<T>, blocks_for(in.pool * in.kv_heads, warps), threads, warps * per_key, stream, p);
 }
 
 }  // namespace

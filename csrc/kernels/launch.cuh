@@ -1,8 +1,9 @@
-// The one place where a kernel is started.
+// The one place where kernels are started and shared memory is had.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -10,21 +11,38 @@
 
 namespace flexattn::cuda {
 
+constexpr int kWarp = 32;
+constexpr size_t kSharedBytes = 48 * 1024;  // what every GPU gives a block without being asked
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("flexattn_cuda: ") + what + ": " + cudaGetErrorString(error));
+}
+
 template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, Stream stream,
             Arguments... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("flexattn_cuda: kernel ") + name + ": " + cudaGetErrorString(error));
+  if (blocks == 0) return;
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  check(cudaGetLastError(), name);
 }
 
-constexpr unsigned blocks_for(int64_t items, int64_t per_block) {
-  return static_cast<unsigned>((items + per_block - 1) / per_block);
+inline void clear(void* data, size_t bytes, Stream stream) {
+  check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "clear");
 }
 
-// Dynamic shared memory as an array of T.
+constexpr int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
+
+// Warps in a block whose warps need this much shared memory each.
+inline int warps_that_fit(const char* name, size_t bytes_per_warp) {
+  const size_t warps = std::min<size_t>(4, kSharedBytes / bytes_per_warp);
+  if (warps == 0)
+    throw std::runtime_error(std::string("flexattn_cuda: ") + name + " needs " + std::to_string(bytes_per_warp) +
+                             " bytes of shared memory per query row, there are " + std::to_string(kSharedBytes) +
+                             ": head_dim is too large");
+  return static_cast<int>(warps);
+}
+
+// The block's dynamic shared memory as an array of T.
 template <typename T>
 __device__ T* shared_memory() {
   extern __shared__ __align__(16) unsigned char bytes[];

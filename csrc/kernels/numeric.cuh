@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
+
 #include "flexattn/types.h"
 
 namespace flexattn::cuda {
@@ -28,6 +30,11 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16, float>(float x) { return _
 template <typename A>
 __device__ A minus_infinity() { return -static_cast<A>(INFINITY); }
 
+// The larger one; a NaN wins, so that it shows in the result and all lanes of a warp agree.
+template <typename A>
+__device__ A larger(A x, A y) { return x > y || x != x ? x : y; }
+
+// Calls function(T()) with the storage type.
 template <typename Function>
 void dispatch(DType dtype, const Function& function) {
   switch (dtype) {

@@ -1,8 +1,8 @@
-// Who sees what: the rules of hierarchical_attention.h as device functions.
+// Who sees what: the rules of hierarchical_attention.h as device functions, and the rows that they point at.
 #pragma once
 
 #include "flexattn/hierarchical_attention.h"
-#include "numeric.cuh"
+#include "require.cuh"
 #include "warp.cuh"
 
 namespace flexattn::cuda {
@@ -11,29 +11,55 @@ __device__ inline bool bit(const int32_t* words, int64_t i) {
   return (static_cast<uint32_t>(words[i / kBitsPerWord]) >> (i % kBitsPerWord)) & 1u;
 }
 
-// One past the last position that query n of sample b may see.
-__device__ inline int64_t end_of_keys(const AttentionInputs& in, int64_t b, int64_t n) {
-  const int64_t end = in.kv_len[b] - in.queries + n + 1;
-  return end < in.keys ? end : in.keys;
+// ------------------------------------------------------------------------------------------------- the sequence
+
+__device__ inline int64_t first_key(const AttentionInputs& in, int64_t b) {
+  require("hierarchical_attention: kv_start", in.kv_start[b], 0, in.keys);
+  return in.kv_start[b];
 }
 
-__device__ inline int64_t first_key(const AttentionInputs& in, int64_t b) { return in.kv_start[b] > 0 ? in.kv_start[b] : 0; }
+// Position of the first query.
+__device__ inline int64_t first_position(const AttentionInputs& in, int64_t b) {
+  require("hierarchical_attention: kv_len", in.kv_len[b], in.queries, in.keys);
+  return in.kv_len[b] - in.queries;
+}
+
+// One past the last key that query n may see.
+__device__ inline int64_t end_of_keys(const AttentionInputs& in, int64_t b, int64_t n) { return first_position(in, b) + n + 1; }
 
 __device__ inline bool unmasked(const AttentionInputs& in, int64_t b, int64_t j) {
   return !in.key_mask || bit(in.key_mask + b * words_for_bits(in.keys), j);
 }
 
-__device__ inline int64_t hr_keys(const AttentionInputs& in, int64_t b) { return in.k_hr ? in.hr_count[b] : 0; }
+// ------------------------------------------------------------------------------------ the high-resolution keys
+
+__device__ inline int64_t hr_keys(const AttentionInputs& in, int64_t b) {
+  if (!in.k_hr) return 0;
+  require("hierarchical_attention: hr_count", in.hr_count[b], 0, in.selected);
+  return in.hr_count[b];
+}
+
+__device__ inline int64_t slot(const AttentionInputs& in, int64_t b, int64_t m) {
+  const int64_t at = in.hr_slots[b * in.selected + m];
+  require("hierarchical_attention: hr_slots", at, 0, in.pool - 1);
+  return at;
+}
+
+// Query row that stands at place r of hr_rows, or -1.
+__device__ inline int64_t row_at(const AttentionInputs& in, int64_t b, int64_t r) {
+  const int64_t n = in.hr_rows[b * in.rows + r];
+  require("hierarchical_attention: hr_rows", n, -1, in.queries - 1);
+  return n;
+}
 
 // Place of query row n in hr_rows (0 where the rows are not listed), or -1 when it sees no HR key. Asked by a whole warp.
 __device__ inline int64_t listed_row(const AttentionInputs& in, int64_t b, int64_t n) {
   if (hr_keys(in, b) == 0) return -1;
   if (in.hr_from) return n >= in.hr_from[b] ? 0 : -1;
-  if (!in.hr_rows) return -1;
-  for (int64_t r0 = 0; r0 < in.rows; r0 += kWarp) {
+  for (int64_t r0 = 0; in.hr_rows && r0 < in.rows; r0 += kWarp) {
     const int64_t r = r0 + lane();
-    const unsigned found = __ballot_sync(kAllLanes, r < in.rows && in.hr_rows[b * in.rows + r] == n);
-    if (found) return r0 + __ffs(found) - 1;
+    const unsigned found = votes(r < in.rows && row_at(in, b, r) == n);
+    if (found) return r0 + __ffs(static_cast<int>(found)) - 1;
   }
   return -1;
 }
@@ -43,11 +69,20 @@ __device__ inline const int32_t* row_bits(const AttentionInputs& in, int64_t b, 
   return in.hr_row_bits ? in.hr_row_bits + (b * in.rows + listed) * words_for_bits(in.selected) : nullptr;
 }
 
+// Share of the softmax over all keys in the output of a row that sees HR keys; the rest is the softmax over the sequence.
+template <typename A>
+__device__ A mixing(const AttentionInputs& in, int64_t b) {
+  return in.alpha ? static_cast<A>(in.alpha[b]) : A(1);
+}
+
+// --------------------------------------------------------------------------------------------------------- rows
+
 template <typename T>
 __device__ const T* row_of(const void* data, const Strides& s, int64_t b, int64_t head, int64_t row) {
   return static_cast<const T*>(data) + b * s.batch + head * s.head + row * s.row;
 }
 
+// x [d] widened, y [d] as it is stored.
 template <typename T, typename A>
 __device__ A dot(const A* x, const T* y, int64_t d) {
   A sum = 0;
@@ -55,11 +90,21 @@ __device__ A dot(const A* x, const T* y, int64_t d) {
   return sum;
 }
 
-template <typename T>
-__device__ typename Accumulator<T>::type dot_rows(const T* x, const T* y, int64_t d) {
-  typename Accumulator<T>::type sum = 0;
-  for (int64_t c = 0; c < d; ++c) sum += widen(x[c]) * widen(y[c]);
-  return sum;
+// total[c] = keep * total[c] + sum over j < rows of factor_j * row(j)[c], where lane j brings factor_j. Rows of factor 0 are
+// not read. Lane c owns the channels c, c+32, ...; factors: room for 32 in shared memory.
+template <typename A, typename Row>
+__device__ void add_rows(A* total, A keep, A factor, A* factors, int rows, int64_t d, const Row& row) {
+  factors[lane()] = factor;
+  __syncwarp();
+  for (int64_t c = lane(); c < d; c += kWarp) {
+    A sum = 0;
+    for (int j = 0; j < rows; ++j)
+      if (factors[j] != A(0)) sum += factors[j] * widen(row(j)[c]);
+    total[c] = keep * total[c] + sum;
+  }
+  __syncwarp();
 }
+
+__device__ inline int lanes_used(int64_t first, int64_t end) { return end - first < kWarp ? static_cast<int>(end - first) : kWarp; }
 
 }  // namespace flexattn::cuda
