@@ -103,6 +103,8 @@ def ask(
     tokens, layers = _numbers(map_tokens, "--map-tokens"), _numbers(map_layers, "--map-layers")
     if map is not None:
         answering.check_picture_path(map)
+        if Path(map).resolve() == Path(photo).resolve():
+            raise InputError(f"--map {map} would overwrite the photo; choose another name")
     picture = open_photo(photo)
     loaded, processor = answering.load(model, device, dtype)
     if map is not None:

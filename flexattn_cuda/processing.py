@@ -322,6 +322,8 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
             raise TypeError(f"FlexAttnLlavaProcessor takes no {', '.join(unknown)}")
         if text is None:
             raise InputError("there is no text; every picture needs a prompt with an <image> mark")
+        if padding_side not in ("left", "right"):
+            raise InputError(f"padding_side is {padding_side!r}; allowed: left, right")
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(one, str) for one in texts):
             raise InputError(f"text must be a string or a list of strings, not {text!r}")

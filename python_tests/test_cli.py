@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 import flexattn_cuda
 import small_checkpoint
 from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaConfig, answering, cli, viz
+from flexattn_cuda.processing import open_photo
 
 QUESTION = "Which digits stand on the red sign?"
 
@@ -113,6 +115,7 @@ def refused(result: tuple[int, str, str]) -> str:
         (["photo.png", QUESTION, "--model", "."], "has no config.json"),
         (["photo.png", QUESTION, "--map", "no/folder/map.png"], "there is no folder"),
         (["photo.png", QUESTION, "--map", "map"], "no ending of a picture file"),
+        (["photo.png", QUESTION, "--map", "./photo.png"], "would overwrite the photo"),
         (["photo.png", QUESTION, "--map-tokens", "last"], "allowed: first, all, or numbers"),
         (["photo.png", QUESTION, "--map-layers", "-3"], "allowed: first, all, or numbers"),
     ],
@@ -254,3 +257,31 @@ def test_wrong_usage_from_a_shell():
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert "question" in wrong.stderr or "photo" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+# --------------------------------------------------------------------------------------------------- the default model
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+QUESTIONS = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.skipif(not answering.DEFAULT_MODEL.is_dir(), reason="the default model is not in this checkout")
+@pytest.mark.parametrize("example", QUESTIONS, ids=[example["file"] for example in QUESTIONS])
+def test_the_default_model_answers_and_marks_the_region_of_the_answer(flexattn, tmp_path, example):
+    code, out, _ = flexattn("ask", EXAMPLES / example["file"], example["question"], "--map", tmp_path / "map.png")
+    assert code == 0 and out.strip() == example["answer"]
+
+    photo = np.asarray(open_photo(EXAMPLES / example["file"])).astype(float)
+    height, width = photo.shape[:2]
+    drawn = np.asarray(Image.open(tmp_path / "map.png")).astype(float)[:height, :width]
+    marked = np.abs(drawn - viz.DIMMED * photo).max(-1) > 40  # neither merely dimmed nor faintly tinted
+    left, top, right, bottom = (round(x) for x in example["box"])
+    assert marked[top:bottom, left:right].mean() > 0.7, "the sign is not marked"
+    assert marked.mean() < 0.4, "as good as everything is marked"
+
+
+@pytest.mark.skipif(not answering.DEFAULT_MODEL.is_dir(), reason="the default model is not in this checkout")
+def test_demo_succeeds(flexattn, tmp_path):
+    code, out, _ = flexattn("demo", "--examples", EXAMPLES, "--output", tmp_path)
+    assert code == 0 and f"{len(QUESTIONS)} of {len(QUESTIONS)} answers are right" in out
+    assert len(list(tmp_path.glob("*.png"))) == len(QUESTIONS)

@@ -343,6 +343,7 @@ def test_chat_template_may_tokenize_at_once(released):
         (dict(images=photo()), "there is no text"),
         (dict(text=7), "must be a string"),
         (dict(text=[]), "must be a string"),
+        (dict(text="a", padding_side="top"), "allowed: left, right"),
         (dict(text=["a", "a longer one"], padding=False), "pass padding=True"),
     ],
 )
