@@ -143,12 +143,12 @@ class Answer:
         traced = self.trace.steps[step][layer]
         map, mask = (part[0, -1, 0].cpu() for part in traced)  # one row of the batch, its last query row, one picture
         side, hr_side = round(map.numel() ** 0.5), round(mask.numel() ** 0.5)
-        piece = self.pieces[step].strip() if step < len(self.pieces) else ""
+        piece = f" \u201c{self.pieces[step].strip()}\u201d" if step < len(self.pieces) else " (the end)"
         share = mask.float().mean().item()
         return viz.Panel(
             map.float().view(side, side).numpy(),
             mask.view(hr_side, hr_side).numpy(),
-            f"token {step} \u201c{piece}\u201d, layer {layer}, {share:.0%} of the high-resolution tokens",
+            f"token {step}{piece}, layer {layer}, {share:.0%} of the high-resolution tokens",
         )
 
 
