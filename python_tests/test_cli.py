@@ -265,7 +265,6 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 QUESTIONS = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.skipif(not answering.DEFAULT_MODEL.is_dir(), reason="the default model is not in this checkout")
 @pytest.mark.parametrize("example", QUESTIONS, ids=[example["file"] for example in QUESTIONS])
 def test_the_default_model_answers_and_marks_the_region_of_the_answer(flexattn, tmp_path, example):
     code, out, _ = flexattn("ask", EXAMPLES / example["file"], example["question"], "--map", tmp_path / "map.png")
@@ -280,7 +279,6 @@ def test_the_default_model_answers_and_marks_the_region_of_the_answer(flexattn, 
     assert marked.mean() < 0.4, "as good as everything is marked"
 
 
-@pytest.mark.skipif(not answering.DEFAULT_MODEL.is_dir(), reason="the default model is not in this checkout")
 def test_demo_succeeds(flexattn, tmp_path):
     code, out, _ = flexattn("demo", "--examples", EXAMPLES, "--output", tmp_path)
     assert code == 0 and f"{len(QUESTIONS)} of {len(QUESTIONS)} answers are right" in out
