@@ -1,9 +1,14 @@
-# make demo   install into .venv and ask the example questions
-# make test   install what is missing and run the tests
+# make demo           installs into .venv and asks the example questions; fails when an answer is wrong
+# make test           installs what is missing and runs the tests
+# make cuda-compile   compiles the CUDA sources for ARCHS with NVCC, without torch and without running them
+# make clean          removes .venv and what was built
 #
-# TORCH=...   what pip installs as torch where .venv has none, e.g. TORCH="torch==2.10.0" for a CUDA build of torch
-# PYTHON=...  the interpreter of .venv
-# A second call installs nothing: stamps in .venv tell what is there, and native code is built again when it changes.
+# A second call installs nothing: stamps in .venv tell what is there. Native code is built again when it changes.
+#
+# TORCH    what pip installs as torch into a new .venv: a version, a wheel's path, pip options, e.g. TORCH="torch==2.10.0".
+#          Where the default brings CUDA libraries that are not wanted, name a CPU wheel.
+# PYTHON   the interpreter behind .venv
+# VENV     another place than .venv; where it exists and has a torch, that one is used
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -17,7 +22,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/flexattn demo
 
 test: $(VENV)/test-packages
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest python_tests
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -25,15 +30,14 @@ $(VENV)/torch:
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(NATIVE)
-	$(PIP) install "setuptools>=69" wheel ninja numpy
+	$(PIP) install "setuptools>=77,<82" ninja
 	$(PIP) install --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/test-packages: $(VENV)/installed
-	$(PIP) install --no-build-isolation --editable ".[test]"
+	$(PIP) install "flexattn_cuda[test]"  # it is there already: this adds what the tests need
 	touch $@
 
-# Compiles the CUDA sources for ARCHS with NVCC, without torch: nothing is run.
 NVCC ?= nvcc
 ARCHS ?= 75;80;90
 HOST_CXX ?= g++
