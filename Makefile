@@ -41,10 +41,11 @@ $(VENV)/test-packages: $(VENV)/installed
 NVCC ?= nvcc
 ARCHS ?= 75;80;90
 HOST_CXX ?= g++
+NVCC_FLAGS ?=
 CUDA_BUILD ?= build/cuda-compile
 cuda-compile:
 	cmake -S . -B $(CUDA_BUILD) -DCMAKE_CUDA_COMPILER=$(NVCC) -DCMAKE_CUDA_HOST_COMPILER=$(HOST_CXX) \
-	  -DCMAKE_CUDA_ARCHITECTURES="$(ARCHS)" -DCMAKE_BUILD_TYPE=Release
+	  -DCMAKE_CUDA_ARCHITECTURES="$(ARCHS)" -DCMAKE_CUDA_FLAGS="$(NVCC_FLAGS)" -DCMAKE_BUILD_TYPE=Release
 	cmake --build $(CUDA_BUILD) --parallel 2
 
 clean:
