@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig
 from transformers import conversion_mapping
+from transformers.models.clip import modeling_clip
 
 from flexattn_cuda.configuration import FlexAttnConfig, FlexAttnLlavaConfig
 
@@ -30,6 +31,14 @@ _RELEASED_KEYS = {
     r"^model\.embed_tokens\.": "model.language_model.embed_tokens.",
     r"^model\.layers\.": "model.language_model.layers.",
     r"^model\.norm\.": "model.language_model.norm.",
+}
+# transformers 5.0 nests CLIP in a `vision_model` and reads only names that do; a checkpoint saved by a later one has none.
+_NESTED_TOWER_KEYS = {
+    r"^language_model\.lm_head": "lm_head",
+    r"^language_model\.model": "model.language_model",
+    r"^vision_tower\.(?!vision_model\.)": "model.vision_tower.vision_model.",
+    r"^vision_tower\.vision_model": "model.vision_tower.vision_model",
+    r"^multi_modal_projector": "model.multi_modal_projector",
 }
 _RELEASED_LLAMA_FIELDS = (
     "attention_bias", "attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size",
@@ -120,6 +129,8 @@ def load_weights(
     form = checkpoint_format(folder)
     if form == "released":
         kwargs["key_mapping"] = _RELEASED_KEYS | (kwargs.get("key_mapping") or {})
+    elif form == "flexattn" and hasattr(modeling_clip, "CLIPVisionTransformer"):
+        kwargs["key_mapping"] = _NESTED_TOWER_KEYS | (kwargs.get("key_mapping") or {})
     try:
         model, info = loader(folder, *args, config=config, output_loading_info=True, **kwargs)
     except OSError as error:
