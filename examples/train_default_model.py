@@ -5,7 +5,7 @@
 Four stages, each kept in --work and not done again:
 
 1. encoder      vision tower and projector, on crops and small pictures: every token tells the colour of the sign under
-                it and the digit under it (linear heads, thrown away). Then frozen.
+                it and the digit under it (linear heads, thrown away). Its outputs are whitened. Then frozen.
 2. localise     the layers before `first_layer`, low resolution only: the attention map of the layer before
                 `first_layer` is supervised to lie on the sign that is asked for. Then frozen.
 3. answer       the later layers learn to answer, once per system, same start, same steps: "attention" (FlexAttention),
@@ -42,7 +42,7 @@ from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaConfig, FlexAttnLlavaForC
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
 from flexattn_cuda.vision import encode_pictures
 
-PATCH, LOW, ZOOM, FIRST_LAYER, LAYERS, WIDTH = 8, 96, 3, 2, 4, 64
+PATCH, LOW, ZOOM, FIRST_LAYER, LAYERS, WIDTH, VISION_WIDTH = 8, 96, 3, 2, 4, 64, 96
 S = LOW // PATCH
 NO_COLOR, NO_DIGIT = len(COLORS), 10
 TEMPLATE = "{{ '<image>' }}{% for part in messages[0]['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
@@ -73,7 +73,7 @@ def build_model(processor: FlexAttnLlavaProcessor) -> FlexAttnLlavaForConditiona
     tokenizer = processor.tokenizer
     config = FlexAttnLlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=3, num_attention_heads=4, image_size=LOW,
+            hidden_size=VISION_WIDTH, intermediate_size=3 * VISION_WIDTH, num_hidden_layers=3, num_attention_heads=4, image_size=LOW,
             patch_size=PATCH, projection_dim=16,
         ).to_dict(),
         text_config=LlamaConfig(
@@ -92,7 +92,9 @@ def build_model(processor: FlexAttnLlavaProcessor) -> FlexAttnLlavaForConditiona
             if weight.ndim == 2 and ("vision" in name or "projector" in name) and "embedding" not in name:
                 nn.init.xavier_uniform_(weight)
             elif "patch_embedding" in name:
-                nn.init.normal_(weight, std=0.05)
+                nn.init.normal_(weight, std=(3 * PATCH**2) ** -0.5)
+            elif "position_embedding" in name:
+                weight.copy_(sinusoids())
             elif weight.ndim == 2 and "language_model" in name:
                 nn.init.normal_(weight, std=0.3 if "embed_tokens" in name else 0.06)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -100,20 +102,41 @@ def build_model(processor: FlexAttnLlavaProcessor) -> FlexAttnLlavaForConditiona
     return model.eval()
 
 
-def train_loop(name: str, steps: int, parameters: list[nn.Parameter], rate: float, loss_of, report=None, every: int = 100) -> None:
-    """AdamW with a one-cycle rate; `loss_of(step)` gives the loss of a batch, `report()` a text for the log."""
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+def sinusoids() -> torch.Tensor:
+    """[1 + S*S, VISION_WIDTH]: positions to start from, waves over the columns and the rows; zeros for the class token."""
+    quarter = VISION_WIDTH // 4
+    angles = torch.arange(S)[:, None] * (math.pi / 2) * S ** -(torch.arange(quarter) / quarter)
+    waves = 0.7 * torch.cat([angles.sin(), angles.cos()], 1)
+    grid = torch.cat([waves[None].expand(S, S, -1), waves[:, None].expand(S, S, -1)], -1)
+    return torch.cat([torch.zeros(1, VISION_WIDTH), grid.flatten(0, 1)])
+
+
+def train_loop(name: str, steps: int, parameters: dict[str, nn.Parameter], rate: float, loss_of, report=None, every: int = 100) -> None:
+    """Muon at `rate` for the matrices between layers, AdamW for the rest, one-cycle rates.
+
+    `loss_of(step)` gives the loss of a batch, `report()` a text for the log.
+    """
+    matrices = {n: p for n, p in parameters.items() if p.ndim == 2 and "embed" not in n and "head" not in n}
+    others = [p for n, p in parameters.items() if n not in matrices]
+    optimizers = [
+        torch.optim.Muon(list(matrices.values()), lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98)),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], total_steps=steps, pct_start=0.1, cycle_momentum=False)
+        for o in optimizers
+    ]
     start, average = time.process_time(), None
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(name, total=steps)
         for step in range(1, steps + 1):
             loss = loss_of(step)
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
+            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            for part in (*optimizers, *schedules):
+                part.step()
             average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
             progress.update(task, advance=1, description=f"{name}, loss {average:.3f}")
             if step % every == 0 or step == steps:
@@ -124,29 +147,34 @@ def train_loop(name: str, steps: int, parameters: list[nn.Parameter], rate: floa
 # ------------------------------------------------------------------------------------------------------- 1. encoder
 
 
+UNSURE = -100  # tokens that show too little of a sign or digit to learn from: without a loss
+
+
 def token_labels(signs: list[Sign], with_digits: bool) -> list[torch.Tensor]:
     """Per token of a LOW x LOW picture: colour of the sign, first digit, second digit, each [S*S]."""
-    color = torch.full((S, S), NO_COLOR)
-    digits = torch.full((2, S, S), NO_DIGIT)
-    names = list(COLORS)
+    color, digits = np.full((S, S), NO_COLOR), np.full((2, S, S), NO_DIGIT)
+    most_color, most_digit = np.zeros((S, S)), np.zeros((2, S, S))
+    edge, names = np.arange(S) * PATCH, list(COLORS)
 
-    def overlap(low: float, high: float, cell: int) -> float:
-        return min(high, (cell + 1) * PATCH) - max(low, cell * PATCH)
+    def overlap(low: float, high: float) -> np.ndarray:
+        return np.clip(np.minimum(high, edge + PATCH) - np.maximum(low, edge), 0, None)
+
+    def mark(label: np.ndarray, most: np.ndarray, value: int, share: np.ndarray, least: float, none: float) -> None:
+        label[(share > none) & (share <= least) & (most == 0)] = UNSURE
+        label[(share > least) & (share > most)] = value
+        np.maximum(most, share, out=most)
 
     for sign in signs:
         x0, y0, x1, y1 = sign.box
-        middle, inset = (x0 + x1) / 2, (x1 - x0) * 0.1
-        halves = ((x0 + inset, middle), (middle, x1 - inset))
-        for i in range(max(0, int(y0 // PATCH)), min(S, math.ceil(y1 / PATCH))):
-            for j in range(max(0, int(x0 // PATCH)), min(S, math.ceil(x1 / PATCH))):
-                height = overlap(y0, y1, i)
-                if overlap(x0, x1, j) * height >= 0.15 * min(PATCH**2, (x1 - x0) * (y1 - y0)):
-                    color[i, j] = names.index(sign.color)
-                for k, (left, right) in enumerate(halves):
-                    whole = left >= -2 and right <= LOW + 2
-                    if with_digits and whole and height >= PATCH / 2 and overlap(left, right, j) >= 3:
-                        digits[k, i, j] = int(sign.digits[k])
-    return [color.flatten(), digits[0].flatten(), digits[1].flatten()]
+        share = overlap(y0, y1)[:, None] * overlap(x0, x1) / min(PATCH**2, (x1 - x0) * (y1 - y0))
+        mark(color, most_color, names.index(sign.color), share, 0.15, 0.0)
+        if not with_digits:
+            continue
+        x, y, width, height = (x0 + x1) / 2, (y0 + y1) / 2, 0.68 * sign.size, 0.73 * sign.size  # of a digit in DejaVu Sans Bold
+        for k, left in enumerate((x - width, x)):
+            share = overlap(y - height / 2, y + height / 2)[:, None] * overlap(left, left + width) / (height * width)
+            mark(digits[k], most_digit[k], int(sign.digits[k]), share, 0.3, 0.02)
+    return [torch.from_numpy(label.flatten()) for label in (color, *digits)]
 
 
 class EncoderData:
@@ -156,8 +184,8 @@ class EncoderData:
         self.painter, self.images = painter, image_processor
 
     def tile(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        rng, margin = self.painter.rng, 24
-        picture, signs = self.painter.picture(LOW + margin, signs=rng.choice((3, 4, 5)), shape=(1, 1))
+        rng, margin = self.painter.rng, LOW // 4
+        picture, signs = self.painter.picture(LOW + margin, signs=rng.randint(2, 9), shape=(1, 1), crowd=True)
         left, top = rng.randint(0, margin), rng.randint(0, margin)
         crop = picture.crop((left, top, left + LOW, top + LOW))
         return self._pixels(crop), token_labels([sign.shifted(left, top) for sign in signs], True)
@@ -179,11 +207,12 @@ class EncoderData:
 def train_encoder(model, painter: Painter, held: Painter, processor, steps: int) -> None:
     data, test = EncoderData(painter, processor.image_processor), EncoderData(held, processor.image_processor).batch(96)
     heads = nn.ModuleList(nn.Linear(WIDTH, classes) for classes in (NO_COLOR + 1, NO_DIGIT + 1, NO_DIGIT + 1))
-    weights = [torch.tensor([1.0] * (head.out_features - 1) + [0.15]) for head in heads]
-    parameters = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters(), *heads.parameters()]
+    weights = [torch.tensor([1.0] * (head.out_features - 1) + [none]) for head, none in zip(heads, (0.5, 0.3, 0.3))]
+    parts = {"vision": model.model.vision_tower, "projector": model.model.multi_modal_projector, "heads": heads}
+    parameters = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
 
     def loss_of(_: int) -> torch.Tensor:
-        pixels, labels = data.batch(32)
+        pixels, labels = data.batch(16)
         tokens = encode_pictures(model.model, pixels)
         return sum(
             functional.cross_entropy(head(tokens).flatten(0, 1), label.flatten(), weight=weight)
@@ -194,11 +223,25 @@ def train_encoder(model, painter: Painter, held: Painter, processor, steps: int)
     def report() -> str:
         tokens, right = encode_pictures(model.model, test[0]), []
         for head, label in zip(heads, test[1]):
-            there = label < head.out_features - 1
+            there = (label < head.out_features - 1) & (label != UNSURE)
             right.append((head(tokens).argmax(-1) == label)[there].float().mean().item())
         return "held-out tokens: colour {:.3f}, digits {:.3f} {:.3f}".format(*right)
 
-    train_loop("encoder", steps, parameters, 2e-3, loss_of, report, 250)
+    train_loop("encoder", steps, parameters, 1e-2, loss_of, report, 200)
+
+
+@torch.no_grad()
+def whiten(model, pixels: torch.Tensor) -> None:
+    """Turns the projector's output so that its channels have mean 0 and variance 1 and are uncorrelated, nearly.
+
+    The digits are a small part of the encoder's variance; the language model learns to read them far sooner like this.
+    """
+    tokens = encode_pictures(model.model, pixels).flatten(0, 1)
+    variance, directions = torch.linalg.eigh(torch.cov(tokens.T))
+    turn = directions @ torch.diag((variance + 0.01 * variance.mean()).rsqrt()) @ directions.T
+    last = model.model.multi_modal_projector.linear_2
+    last.weight.copy_(turn @ last.weight)
+    last.bias.copy_(turn @ (last.bias - tokens.mean(0)))
 
 
 # ------------------------------------------------------------------------------------------- features of the pictures
@@ -293,7 +336,7 @@ class MapOfLayer:
 
 def train_localisation(model, pictures: Pictures, held: Pictures, processor, steps: int, seed: int) -> None:
     rng, language = random.Random(seed), model.model.language_model
-    parameters = [*language.embed_tokens.parameters(), *language.layers[:FIRST_LAYER].parameters()]
+    parameters = trained(language, lambda name: name.startswith(("embed_tokens", *(f"layers.{i}." for i in range(FIRST_LAYER)))))
     map_of = MapOfLayer(model, FIRST_LAYER - 1)
 
     def run(source: Pictures, indices: list[int], rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
@@ -312,8 +355,15 @@ def train_localisation(model, pictures: Pictures, held: Pictures, processor, ste
         at = maps.argmax(-1, keepdim=True)
         return f"held-out: mass on the sign {mass:.3f}, largest cell on it {cells.expand_as(maps).gather(-1, at).mean():.3f}"
 
-    train_loop("localise", steps, parameters, 3e-3, loss_of, report)
+    train_loop("localise", steps, parameters, 1e-2, loss_of, report)
     map_of.handle.remove()
+
+
+def trained(model: nn.Module, wanted) -> dict[str, nn.Parameter]:
+    """The parameters with the wanted names; all others are frozen."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(wanted(name))
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def embeddings(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -341,10 +391,8 @@ def train_answers(model, pictures: Pictures, held: Pictures, processor, system: 
     for layer in language.layers[FIRST_LAYER:]:
         for name in ("k_proj", "v_proj"):
             getattr(layer.self_attn, f"{name}_hd").load_state_dict(getattr(layer.self_attn, name).state_dict())
-    parameters = [*language.layers[FIRST_LAYER:].parameters(), *language.norm.parameters(), *model.lm_head.parameters()]
-    model.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    late = tuple(f"model.language_model.layers.{i}." for i in range(FIRST_LAYER, LAYERS))
+    parameters = trained(model, lambda name: name.startswith((*late, "model.language_model.norm", "lm_head")))
 
     def loss_of(_: int) -> torch.Tensor:
         inputs, _ = pictures.batch(rng, processor, rng.sample(range(len(pictures.signs)), 48), hr=system != "none")
@@ -356,7 +404,7 @@ def train_answers(model, pictures: Pictures, held: Pictures, processor, system: 
         right = model(**inputs, use_cache=False).logits[:, -4:-2].argmax(-1) == inputs["input_ids"][:, -3:-1]
         return f"held-out, forced: digits {right.float().mean():.3f}, exact {right.all(-1).float().mean():.3f}"
 
-    train_loop(system, steps, parameters, 2e-3, loss_of, report)
+    train_loop(system, steps, parameters, 1e-2, loss_of, report)
     model.config.flexattn_config = model.config.flexattn_config | {"strategy": "attention", "ratio": 0.1}
 
 
@@ -403,10 +451,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="where the model goes")
     parser.add_argument("--work", type=Path, default=Path("out/default_model"), help="what the stages keep")
     parser.add_argument("--systems", nargs="+", default=["attention", "none", "random", "center"])
-    parser.add_argument("--encoder-steps", type=int, default=4500)
-    parser.add_argument("--localise-steps", type=int, default=700)
-    parser.add_argument("--answer-steps", type=int, default=900)
-    parser.add_argument("--pictures", type=int, default=3200)
+    parser.add_argument("--encoder-steps", type=int, default=2400)
+    parser.add_argument("--localise-steps", type=int, default=900)
+    parser.add_argument("--answer-steps", type=int, default=1500)
+    parser.add_argument("--pictures", type=int, default=5000)
     parser.add_argument("--held-out", type=int, default=500, help="pictures of the evaluation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -429,6 +477,7 @@ def main() -> None:
         model.load_state_dict(torch.load(kept))
 
     stage("encoder", lambda: train_encoder(model, painter(False, 1), painter(True, 2), processor, options.encoder_steps))
+    stage("whiten", lambda: whiten(model, EncoderData(painter(False, 8), processor.image_processor).batch(128)[0]))
     # Checks during training use pictures of held-out photographs, but not those of the evaluation.
     kept = options.work / "features.pt"
     if not kept.exists():
