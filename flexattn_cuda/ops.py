@@ -134,8 +134,8 @@ def write_hr_kv(
 ) -> None:
     """Rotates new HR keys and writes them and their values into the pool, in one pass. Carries no gradient.
 
-    With x = (x1, x2) in halves: `x * cos + (-x2, x1) * sin`, as transformers' Llama, but in float32 for half-precision types
-    (float64 for float64) and rounded once.
+    With x = (x1, x2) in halves: `x * cos + (-x2, x1) * sin`, as transformers' Llama, but in float32 for half-precision
+    types (float64 for float64) and rounded once.
 
     Args:
         k, v: [M, Hkv, d] float32, float64, float16 or bfloat16, d even; any strides with a dense last dimension.

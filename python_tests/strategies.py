@@ -172,9 +172,10 @@ def write_cases(draw) -> dict[str, torch.Tensor]:
             return normal(count, 2, heads, d)[:, 1]
         return normal(count, heads, d + 1)[..., 1:] if how == "odd" else normal(count, heads, d)
 
-    M, heads, d = draw(st.sampled_from([0, 1, 7, 40])), draw(st.integers(1, 4)), draw(st.sampled_from([2, 6, 16, 20, 64, 80, 128]))
-    pool = M + draw(st.integers(0, 5))
+    M, heads = draw(st.sampled_from([0, 1, 7, 40])), draw(st.integers(1, 4))
+    d, pool = draw(st.sampled_from([2, 6, 16, 20, 64, 80, 128])), M + draw(st.integers(0, 5))
     slots = torch.randperm(pool, generator=generator)[:M].int()
     slots[torch.rand(M, generator=generator) < draw(st.sampled_from([0.0, 0.3]))] = -1
     angles = 7 * normal(M, d)  # the two halves of a rotary table are equal; the operator does not count on it
-    return dict(k=rows(M), v=rows(M), cos=angles.cos(), sin=angles.sin(), slots=slots, k_pool=rows(pool), v_pool=rows(pool))
+    tables = dict(cos=angles.cos(), sin=angles.sin())
+    return dict(k=rows(M), v=rows(M), slots=slots, k_pool=rows(pool), v_pool=rows(pool)) | tables

@@ -148,7 +148,9 @@ def test_gather_gradcheck(device):
 def test_slots(device, case):
     """Exactly the reference's slots, over several calls of one pool; table and next_free are left the same."""
     capacity, batch, tokens = case["capacity"], *case["table"].shape
-    ours, theirs = ((copy_strided(case["table"], to), torch.zeros(1, dtype=torch.int32, device=to)) for to in (device, "cpu"))
+    ours, theirs = (
+        (copy_strided(case["table"], to), torch.zeros(1, dtype=torch.int32, device=to)) for to in (device, "cpu")
+    )
     for index, count in case["selections"]:
         found = ops.assign_slots(index.to(device), count.to(device), *ours, capacity=capacity)
         expected = reference.assign_slots(index, count, *theirs, capacity=capacity)
@@ -205,23 +207,25 @@ def project(index, count, features, weight, table, next_free, k_pool, v_pool):
 def test_a_pool_holds_every_token_that_was_ever_selected(device, compiled):
     B, T, D, heads, d = 2, 30, 12, 2, 8
     generator = torch.Generator().manual_seed(0)
-    features, weight = torch.randn(B, T, D, generator=generator).to(device), torch.randn(D, heads * d, generator=generator).to(device)
+    features = torch.randn(B, T, D, generator=generator).to(device)
+    weight = torch.randn(D, heads * d, generator=generator).to(device)
     table = torch.full((B, T), -1, dtype=torch.int32, device=device)
     next_free = torch.zeros(1, dtype=torch.int32, device=device)
     k_pool, v_pool = torch.full((2, B * T, heads, d), torch.nan, device=device)
+    count = torch.tensor([9, 5], dtype=torch.int32, device=device)
     step = torch.compile(project, fullgraph=True, backend="aot_eager") if compiled else project
     seen = torch.zeros(B, T, dtype=torch.bool)
     for _ in range(4):
         index = torch.stack([torch.randperm(T, generator=generator)[:9] for _ in range(B)]).int().to(device)
-        slots = step(index, torch.tensor([9, 5], dtype=torch.int32, device=device), features, weight, table, next_free, k_pool, v_pool)
-        for b, count in enumerate((9, 5)):
-            chosen = index[b, :count].long()
+        slots = step(index, count, features, weight, table, next_free, k_pool, v_pool)
+        for b, n in enumerate(count.tolist()):
+            chosen = index[b, :n].long()
             seen[b, chosen.cpu()] = True
             expected = (features[b, chosen] @ weight).unflatten(-1, (heads, d))
-            torch.testing.assert_close(v_pool[slots[b, :count].long()], -expected)
+            torch.testing.assert_close(v_pool[slots[b, :n].long()], -expected)
             angles = (b * T + chosen).float()[:, None, None]
-            torch.testing.assert_close(k_pool[slots[b, :count].long()], rotate(expected, angles.cos(), angles.sin()))
-            assert (slots[b, count:] == -1).all()
+            torch.testing.assert_close(k_pool[slots[b, :n].long()], rotate(expected, angles.cos(), angles.sin()))
+            assert (slots[b, n:] == -1).all()
     assert next_free.item() == seen.sum() and torch.equal(table.cpu() >= 0, seen)
     assert k_pool[next_free.item() :].isnan().all()
 
@@ -289,7 +293,8 @@ def test_results_do_not_change_from_run_to_run(device):
         """What the operator returns, and its arguments afterwards, some of which it writes."""
         arguments, operator = calls(device)[name], getattr(torch.ops.flexattn_cuda, name.partition(":")[0])
         returned = operator(*arguments)
-        return [x for x in (*(returned if isinstance(returned, tuple) else (returned,)), *arguments) if isinstance(x, torch.Tensor)]
+        results = returned if isinstance(returned, tuple) else (returned,)
+        return [x for x in (*results, *arguments) if isinstance(x, torch.Tensor)]
 
     for name in calls(device):
         for one, two in zip(outcome(name), outcome(name)):
@@ -405,7 +410,8 @@ def assign(**changes):
 
 def write(**changes):
     rows, angles, pool = torch.ones(2, 3, 4), torch.ones(2, 4), torch.ones(6, 3, 4)
-    base = dict(k=rows, v=rows, cos=angles, sin=angles, slots=torch.tensor([5, 0], dtype=torch.int32), k_pool=pool, v_pool=pool)
+    slots = torch.tensor([5, 0], dtype=torch.int32)
+    base = dict(k=rows, v=rows, cos=angles, sin=angles, slots=slots, k_pool=pool, v_pool=pool)
     return ops.write_hr_kv(**(base | changes))
 
 

@@ -16,8 +16,6 @@ constexpr int kThreads = 128;
 template <typename T, typename C, int N>
 __global__ void __launch_bounds__(kThreads) rotate_and_write(WriteHrKvParams p) {
   using A = typename Accumulator<T>::type;
-  using Piece = Vector<T, N>;
-  using Angles = Vector<C, N>;
   const int64_t row = blockIdx.x, slot = p.slots[row];
   require("write_hr_kv: slots", slot, -1, p.pool - 1);
   if (slot < 0) return;
@@ -26,21 +24,19 @@ __global__ void __launch_bounds__(kThreads) rotate_and_write(WriteHrKvParams p) 
   const C* sin = static_cast<const C*>(p.sin) + row * p.sin_row;
   for (int i = threadIdx.x; i < work; i += kThreads) {
     const int head = i / pieces, c = i % pieces * N;
-    const auto from = [&](const void* data, const Strides& s) { return static_cast<const T*>(data) + row * s.row + head * s.head + c; };
-    const auto to = [&](void* data, const Strides& s) { return static_cast<T*>(data) + slot * s.row + head * s.head + c; };
-    const auto load = [](const T* x) { return *reinterpret_cast<const Piece*>(x); };
-    const auto store = [](T* x, const Piece& piece) { *reinterpret_cast<Piece*>(x) = piece; };
-    const auto angles = [](const C* x) { return *reinterpret_cast<const Angles*>(x); };
-    const T *k = from(p.k, p.k_strides), *v = from(p.v, p.v_strides);
-    T *k_slot = to(p.k_pool, p.k_pool_strides), *v_slot = to(p.v_pool, p.v_pool_strides);
+    const auto place = [&](const Strides& s, int64_t at) { return at * s.row + head * s.head + c; };
+    const T* k = static_cast<const T*>(p.k) + place(p.k_strides, row);
+    const T* v = static_cast<const T*>(p.v) + place(p.v_strides, row);
+    T* k_slot = static_cast<T*>(p.k_pool) + place(p.k_pool_strides, slot);
+    T* v_slot = static_cast<T*>(p.v_pool) + place(p.v_pool_strides, slot);
 
-    const Piece k1 = load(k), k2 = load(k + half), v1 = load(v), v2 = load(v + half);
-    const Angles cos1 = angles(cos + c), cos2 = angles(cos + half + c), sin1 = angles(sin + c), sin2 = angles(sin + half + c);
-    Piece r1, r2;
+    const auto x1 = load<N>(k), x2 = load<N>(k + half), v1 = load<N>(v), v2 = load<N>(v + half);
+    const auto cos1 = load<N>(cos + c), cos2 = load<N>(cos + c + half), sin1 = load<N>(sin + c), sin2 = load<N>(sin + c + half);
+    Vector<T, N> r1, r2;
     for (int j = 0; j < N; ++j) {
-      const A x1 = widen(k1.element[j]), x2 = widen(k2.element[j]);
-      r1.element[j] = narrow<T>(x1 * static_cast<A>(widen(cos1.element[j])) - x2 * static_cast<A>(widen(sin1.element[j])));
-      r2.element[j] = narrow<T>(x2 * static_cast<A>(widen(cos2.element[j])) + x1 * static_cast<A>(widen(sin2.element[j])));
+      const auto at = [j](const auto& vector) { return static_cast<A>(widen(vector.element[j])); };
+      r1.element[j] = narrow<T>(at(x1) * at(cos1) - at(x2) * at(sin1));
+      r2.element[j] = narrow<T>(at(x2) * at(cos2) + at(x1) * at(sin2));
     }
     store(k_slot, r1), store(k_slot + half, r2), store(v_slot, v1), store(v_slot + half, v2);
   }
