@@ -2,8 +2,9 @@
 
 Names: B samples, R query rows with a map of their own, I pictures per sample, S x S the low-resolution (LR) grid, h x h
 the high-resolution (HR) grid, N query rows, Nk sequence keys, M selected HR tokens, H query heads, Hkv key heads, d head
-dimension. Grids are row-major, top-left first. Every index tensor is int32. Wrong arguments raise one ValueError that
-lists every reason; values of index tensors are checked on the CPU only, where reading them costs no wait.
+dimension. Grids are row-major, top-left first. Every index tensor is int32. Tensors that an operator writes are marked so;
+nothing returned shares memory with an argument. Wrong arguments raise one ValueError that lists every reason; values of
+index tensors are checked on the CPU only, where reading them costs no wait.
 `reference.py` has each operator again in a few lines of plain torch.
 """
 
@@ -75,6 +76,77 @@ def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         NotImplementedError: A CUDA tensor, and the build has no CUDA kernels.
     """
     return torch.ops.flexattn_cuda.gather_tokens(tokens, index)
+
+
+class AssignedSlots(NamedTuple):
+    """Result of `assign_slots`, all int32.
+
+    slots: [B, M] slot of `index[b, m]`; -1 beyond `count`, where the index is -1, and where no slot was left.
+    new_tokens: [B*M] `b*T + token` of the tokens that took their slot in this call, in the order (b, m), then -1.
+    new_slots: [B*M] their slots, ascending, then -1.
+    new_count: [1] how many these are.
+    overflow: [1] how many tokens found no slot; 0 when all is well.
+    """
+
+    slots: torch.Tensor
+    new_tokens: torch.Tensor
+    new_slots: torch.Tensor
+    new_count: torch.Tensor
+    overflow: torch.Tensor
+
+
+def assign_slots(
+    index: torch.Tensor, count: torch.Tensor, table: torch.Tensor, next_free: torch.Tensor, *, capacity: int
+) -> AssignedSlots:
+    """Gives each selected token its slot in the pool of HR keys, for good: a token is projected once, when first selected.
+
+    A pool, with its `table` and `next_free`, belongs to one layer and is shared by the batch. Tokens without a slot take
+    `next_free`, `next_free + 1`, ... in the order (b, m). When the pool is full the rest go without: slot -1, counted in
+    `overflow`, and still without a slot in the table. Deterministic; counts stay on the device.
+
+    `gather_tokens(features.view(1, B*T, D), new_tokens[None])` are the features to project, with zeros behind them,
+    `write_hr_kv(..., new_slots, ...)` stores what was made of them and skips the rest, and `slots` and `count` are the
+    `hr_slots` and `hr_count` of `hierarchical_attention`, which needs an overflow of 0.
+
+    Args:
+        index: [B, M] int32 in [0, T), or -1; no token twice in a row. As from `select_tokens`.
+        count: [B] int32, at most M: the places that are read. As from `select_tokens`.
+        table: [B, T] int32 slot of each token, -1 = none yet. Written. Any row stride.
+        next_free: [1] int32 first free slot, at most `capacity`. Written.
+        capacity: P, the slots of the pool.
+    Returns:
+        `AssignedSlots`.
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit; a value is out of range, or an index doubled (CPU).
+        NotImplementedError: A CUDA tensor, and the build has no CUDA kernels.
+    """
+    return AssignedSlots(*torch.ops.flexattn_cuda.assign_slots(index, count, table, next_free, capacity))
+
+
+def write_hr_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+) -> None:
+    """Rotates new HR keys and writes them and their values into the pool, in one pass. Carries no gradient.
+
+    With x = (x1, x2) in halves: `x * cos + (-x2, x1) * sin`, as transformers' Llama, but in float32 for half-precision
+    types (float64 for float64) and rounded once.
+
+    Args:
+        k, v: [M, Hkv, d] float32, float64, float16 or bfloat16, d even; any strides with a dense last dimension.
+        cos, sin: [M, d] rotary tables at the positions of the rows, in k's dtype or float32.
+        slots: [M] int32 in [0, P), or -1 = the row is not written; no slot twice. As `new_slots` of `assign_slots`.
+        k_pool, v_pool: [P, Hkv, d] in k's dtype; any strides with a dense last dimension. Written.
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit; a slot is out of range or doubled (CPU).
+        NotImplementedError: A CUDA tensor, and the build has no CUDA kernels.
+    """
+    torch.ops.flexattn_cuda.write_hr_kv(k, v, cos, sin, slots, k_pool, v_pool)
 
 
 class Attention(NamedTuple):

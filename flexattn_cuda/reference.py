@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from flexattn_cuda.ops import Attention, SelectedTokens, pack_bits
+from flexattn_cuda.ops import AssignedSlots, Attention, SelectedTokens, pack_bits
+from flexattn_cuda.rotary import rotate
 
 
 def select_tokens(
@@ -45,6 +46,43 @@ def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """rows[b, m] = tokens[b, index[b, m]], zero where the index is -1."""
     rows = tokens.gather(1, index.long().clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1]))
     return rows * (index >= 0)[..., None]
+
+
+def assign_slots(
+    index: torch.Tensor, count: torch.Tensor, table: torch.Tensor, next_free: torch.Tensor, *, capacity: int
+) -> AssignedSlots:
+    """Tokens without a slot take the next ones in the order (b, m), until the pool is full. Writes table and next_free."""
+    T, free = table.shape[1], int(next_free)
+    slots, wanting = torch.full_like(index, -1), []
+    for b in range(index.shape[0]):
+        wanting += [(b, int(token)) for token in index[b, : count[b]] if token >= 0 and table[b, token] < 0]
+    taking = wanting[: capacity - free]
+    new_tokens, new_slots = torch.full((2, index.numel()), -1, dtype=torch.int32, device=index.device)
+    for n, (b, token) in enumerate(taking):
+        new_tokens[n], new_slots[n] = b * T + token, free + n
+        table[b, token] = free + n
+    next_free += len(taking)
+    for b in range(index.shape[0]):
+        chosen = index[b, : count[b]].long()
+        slots[b, : count[b]] = table[b, chosen.clamp(min=0)].where(chosen >= 0, -1) if T else -1
+    counts = index.new_tensor([[len(taking)], [len(wanting) - len(taking)]])
+    return AssignedSlots(slots, new_tokens, new_slots, *counts)
+
+
+def write_hr_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+) -> None:
+    """pool[slots[m]] = (rotated k[m], v[m]) where the slot is not -1."""
+    written = slots >= 0
+    at = slots[written].long()
+    k_pool[at] = rotate(k, cos[:, None], sin[:, None])[written].to(k_pool.dtype)
+    v_pool[at] = v[written]
 
 
 def unpack_bits(words: torch.Tensor, n: int) -> torch.Tensor:

@@ -134,3 +134,48 @@ def selection_cases(draw) -> dict[str, Any]:
         threshold=threshold,
         pool_side=draw(st.sampled_from([0, 1, min(S, 3), min(S, 9)])),
     )
+
+
+@st.composite
+def slot_cases(draw) -> dict[str, Any]:
+    """Calls of one pool, the later ones finding tokens that the earlier ones stored; some pools are too small for all."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    B, T = draw(st.integers(1, 3)), draw(st.sampled_from([1, 5, 40, 1100, 2500]))
+    M, calls = draw(st.sampled_from([0, 1, T // 2, T])), draw(st.integers(1, 3))
+    selections = []
+    for _ in range(calls):
+        index = torch.stack([torch.randperm(T, generator=generator)[:M] for _ in range(B)]).int()
+        if draw(st.booleans()):
+            index[:, ::3] = -1
+        count = torch.randint(0, M + 1, (B,), generator=generator, dtype=torch.int32)
+        selections.append((index, count))
+    padded = draw(st.booleans())  # the table's rows stand apart
+    table = torch.full((B, T + 7 * padded), -1, dtype=torch.int32)[:, :T]
+    capacity = draw(st.sampled_from([0, 1, B * T // 3, B * T]))
+    return dict(selections=selections, table=table, capacity=capacity)
+
+
+@st.composite
+def write_cases(draw) -> dict[str, torch.Tensor]:
+    """Arguments of one call, in float64."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def rows(count: int) -> torch.Tensor:
+        """[count, heads, d]: dense, heads apart from each other, a half of a fused projection, or off a 16-byte border."""
+        how = draw(st.sampled_from(["dense", "heads first", "fused", "odd"]))
+        if how == "heads first":
+            return normal(heads, count, d).transpose(0, 1)
+        if how == "fused":
+            return normal(count, 2, heads, d)[:, 1]
+        return normal(count, heads, d + 1)[..., 1:] if how == "odd" else normal(count, heads, d)
+
+    M, heads = draw(st.sampled_from([0, 1, 7, 40])), draw(st.integers(1, 4))
+    d, pool = draw(st.sampled_from([2, 6, 16, 20, 64, 80, 128])), M + draw(st.integers(0, 5))
+    slots = torch.randperm(pool, generator=generator)[:M].int()
+    slots[torch.rand(M, generator=generator) < draw(st.sampled_from([0.0, 0.3]))] = -1
+    angles = 7 * normal(M, d)  # the two halves of a rotary table are equal; the operator does not count on it
+    tables = dict(cos=angles.cos(), sin=angles.sin())
+    return dict(k=rows(M), v=rows(M), slots=slots, k_pool=rows(pool), v_pool=rows(pool)) | tables

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexattn_cuda import ops, reference
-from strategies import SIDE, attention_cases, selection_cases
+from flexattn_cuda.rotary import rotate
+from strategies import SIDE, attention_cases, selection_cases, slot_cases, write_cases
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -141,6 +142,94 @@ def test_gather_gradcheck(device):
     assert torch.autograd.gradcheck(lambda tokens: ops.gather_tokens(tokens, index), tokens)
 
 
+@device_cases
+@settings(max_examples=100)
+@given(case=slot_cases())
+def test_slots(device, case):
+    """Exactly the reference's slots, over several calls of one pool; table and next_free are left the same."""
+    capacity, batch, tokens = case["capacity"], *case["table"].shape
+    ours, theirs = (
+        (copy_strided(case["table"], to), torch.zeros(1, dtype=torch.int32, device=to)) for to in (device, "cpu")
+    )
+    for index, count in case["selections"]:
+        found = ops.assign_slots(index.to(device), count.to(device), *ours, capacity=capacity)
+        expected = reference.assign_slots(index, count, *theirs, capacity=capacity)
+        for name, one, two in zip(expected._fields + ("table", "next_free"), found + ours, expected + theirs):
+            assert torch.equal(one.cpu(), two), name
+        assert ours[1].item() <= capacity
+    held = ours[0][ours[0] >= 0].sort().values  # every slot up to the first free one belongs to one token
+    assert torch.equal(held.cpu(), torch.arange(ours[1].item(), dtype=torch.int32))
+
+
+def copy_strided(x: torch.Tensor, device: str) -> torch.Tensor:
+    """A copy that has the same strides; what lies between the elements is not initialised."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+
+
+@device_cases
+@dtype_cases
+@pytest.mark.parametrize("tables", ["same", "float32"])
+@settings(max_examples=40)
+@given(case=write_cases())
+def test_write_hr_kv(device, dtype, tables, case):
+    table_dtype = torch.float32 if tables == "float32" else dtype
+    types = {name: table_dtype if name in ("cos", "sin") else torch.int32 if name == "slots" else dtype for name in case}
+    given = {name: torch.empty_strided(x.shape, x.stride(), dtype=types[name]).copy_(x) for name, x in case.items()}
+    ours = {name: copy_strided(x, device) for name, x in given.items()}
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+    ops.write_hr_kv(**ours)
+    reference.write_hr_kv(**exact)
+    assert torch.equal(ours["v_pool"].cpu(), exact["v_pool"].to(dtype))
+    error = (ours["k_pool"].cpu().double() - exact["k_pool"]).abs()
+    # Half a unit of the storage type for the one rounding; two products and a sum before it, each within half a unit.
+    sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    largest = 2 * case["k"].abs().amax().item() if case["k"].numel() else 0.0
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert (error <= exact["k_pool"].abs() * torch.finfo(dtype).eps / 2 + 2 * largest * sums + smallest).all()
+    untouched = torch.ones(len(given["k_pool"]), dtype=torch.bool)
+    untouched[given["slots"][given["slots"] >= 0].long()] = False
+    assert torch.equal(ours["k_pool"].cpu()[untouched], given["k_pool"][untouched])
+
+
+def project(index, count, features, weight, table, next_free, k_pool, v_pool):
+    """One layer's way from a selection to the pool, as a cache of HR keys and values takes it."""
+    B, T, _ = features.shape
+    assigned = ops.assign_slots(index, count, table, next_free, capacity=k_pool.shape[0])
+    rows = ops.gather_tokens(features.view(1, B * T, -1), assigned.new_tokens[None])[0]
+    keys = (rows @ weight).unflatten(-1, k_pool.shape[1:])
+    angles = assigned.new_tokens[:, None].float().expand(-1, k_pool.shape[2])
+    ops.write_hr_kv(keys, -keys, angles.cos(), angles.sin(), assigned.new_slots, k_pool, v_pool)
+    return assigned.slots
+
+
+@device_cases
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_pool_holds_every_token_that_was_ever_selected(device, compiled):
+    B, T, D, heads, d = 2, 30, 12, 2, 8
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(B, T, D, generator=generator).to(device)
+    weight = torch.randn(D, heads * d, generator=generator).to(device)
+    table = torch.full((B, T), -1, dtype=torch.int32, device=device)
+    next_free = torch.zeros(1, dtype=torch.int32, device=device)
+    k_pool, v_pool = torch.full((2, B * T, heads, d), torch.nan, device=device)
+    count = torch.tensor([9, 5], dtype=torch.int32, device=device)
+    step = torch.compile(project, fullgraph=True, backend="aot_eager") if compiled else project
+    seen = torch.zeros(B, T, dtype=torch.bool)
+    for _ in range(4):
+        index = torch.stack([torch.randperm(T, generator=generator)[:9] for _ in range(B)]).int().to(device)
+        slots = step(index, count, features, weight, table, next_free, k_pool, v_pool)
+        for b, n in enumerate(count.tolist()):
+            chosen = index[b, :n].long()
+            seen[b, chosen.cpu()] = True
+            expected = (features[b, chosen] @ weight).unflatten(-1, (heads, d))
+            torch.testing.assert_close(v_pool[slots[b, :n].long()], -expected)
+            angles = (b * T + chosen).float()[:, None, None]
+            torch.testing.assert_close(k_pool[slots[b, :n].long()], rotate(expected, angles.cos(), angles.sin()))
+            assert (slots[b, n:] == -1).all()
+    assert next_free.item() == seen.sum() and torch.equal(table.cpu() >= 0, seen)
+    assert k_pool[next_free.item() :].isnan().all()
+
+
 def calls(device: str) -> dict[str, tuple]:
     """One call of every operator, by its name."""
     generator = torch.Generator().manual_seed(0)
@@ -167,13 +256,18 @@ def calls(device: str) -> dict[str, tuple]:
     with torch.no_grad():
         out, lse, lse_seq, _ = torch.ops.flexattn_cuda.hierarchical_attention(*attention)
     detached = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in attention)
-    backward = (torch.randn_like(out), *detached[:14], lse, lse_seq, 0.35)
+    backward = (normal(*out.shape, grad=False), *detached[:14], lse, lse_seq, 0.35)
     table, index = normal(2, 7, 4), integers([[3, 0, -1], [6, -1, 1]])
     map = torch.rand(2, 3, 1, 81, generator=generator).to(device)
     return {
         "select_tokens": (map, integers([[[0, 0, 9, 9]], [[2, 0, 7, 9]]]), 18, 255.0, 128.0, 3),
         "gather_tokens": (table, index),
         "gather_tokens_backward": (normal(2, 3, 4, grad=False), index, 7),
+        "assign_slots": (index, integers([2, 3]), integers([[-1] * 7, [-1, 2, 0] + [-1] * 4]), integers([3]), 6),
+        "write_hr_kv": (
+            *(normal(3, 2, 8, grad=False) for _ in "kv"), *(normal(3, 8, grad=False) for _ in range(2)), integers([4, -1, 0]),
+            *(normal(6, 2, 8, grad=False) for _ in "kv"),
+        ),
         "hierarchical_attention": attention,
         "hierarchical_attention:plain": plain,
         "hierarchical_attention:paper": paper,
@@ -195,10 +289,15 @@ def test_every_operator_is_checked():
 
 @device_cases
 def test_results_do_not_change_from_run_to_run(device):
-    for name, arguments in calls(device).items():
-        operator = getattr(torch.ops.flexattn_cuda, name.partition(":")[0])
-        first, second = operator(*arguments), operator(*arguments)
-        for one, two in zip(*(x if isinstance(x, tuple) else (x,) for x in (first, second))):
+    def outcome(name):
+        """What the operator returns, and its arguments afterwards, some of which it writes."""
+        arguments, operator = calls(device)[name], getattr(torch.ops.flexattn_cuda, name.partition(":")[0])
+        returned = operator(*arguments)
+        results = returned if isinstance(returned, tuple) else (returned,)
+        return [x for x in (*results, *arguments) if isinstance(x, torch.Tensor)]
+
+    for name in calls(device):
+        for one, two in zip(outcome(name), outcome(name)):
             assert torch.equal(one, two), name
 
 
@@ -276,6 +375,19 @@ def test_an_error_lists_every_reason():
         (lambda: ops.gather_tokens(torch.randn(1, 5, 3), torch.tensor([[2, 2]], dtype=torch.int32)), "index holds 2 twice in row 0"),
         (lambda: ops.gather_tokens(torch.randn(1, 5, 3), torch.tensor([[2]])), "index has dtype Long, it must be Int"),
         (lambda: ops.gather_tokens(torch.randn(5, 3), torch.tensor([[2]], dtype=torch.int32)), "tokens has shape"),
+        (lambda: assign(index=torch.tensor([[4, 4]], dtype=torch.int32)), "index holds 4 twice in row 0"),
+        (lambda: assign(index=torch.tensor([[0, 7]], dtype=torch.int32)), "index has values from 0 to 7, they must lie in -1 to 6"),
+        (lambda: assign(count=torch.tensor([3], dtype=torch.int32)), "count has values from 3 to 3, they must lie in 0 to 2"),
+        (lambda: assign(capacity=2), "next_free has values from 3 to 3, they must lie in 0 to 2"),
+        (lambda: assign(capacity=-1), "capacity is -1"),
+        (lambda: assign(table=torch.full((1, 7), -1)), "table has dtype Long, it must be Int"),
+        (lambda: assign(table=torch.full((2, 7), -1, dtype=torch.int32)), r"table has shape \[2, 7\], it must be \[1, \*\]"),
+        (lambda: write(k=torch.ones(2, 3, 5)), "k has head_dim 5, it must be even"),
+        (lambda: write(v=torch.ones(2, 1, 4)), r"v has shape \[2, 1, 4\], it must be \[2, 3, 4\]"),
+        (lambda: write(cos=torch.ones(2, 4).half()), "cos has dtype Half, it must be Float"),
+        (lambda: write(v_pool=torch.ones(6, 3, 4).double()), "v_pool has dtype Double, it must be Float"),
+        (lambda: write(slots=torch.tensor([6, 0], dtype=torch.int32)), "slots has values from 0 to 6, they must lie in -1 to 5"),
+        (lambda: write(slots=torch.tensor([1, 1], dtype=torch.int32)), "slots holds 1 twice"),
         (lambda: select(map=torch.rand(1, 1, 1, 8)), "8 cells, which must be the square"),
         (lambda: select(map=torch.rand(1, 1, 1, 9).half()), "map has dtype Half, it must be Float or Double"),
         (lambda: select(live=torch.tensor([[[0, 0, 4, 3]]], dtype=torch.int32)), "live has values from 0 to 4"),
@@ -286,6 +398,21 @@ def test_an_error_lists_every_reason():
 def test_bad_arguments(function, message):
     with pytest.raises(ValueError, match=message):
         function()
+
+
+def assign(**changes):
+    base = dict(
+        index=torch.tensor([[4, 2]], dtype=torch.int32), count=torch.tensor([2], dtype=torch.int32),
+        table=torch.full((1, 7), -1, dtype=torch.int32), next_free=torch.tensor([3], dtype=torch.int32), capacity=9,
+    )  # fmt: skip
+    return ops.assign_slots(**(base | changes))
+
+
+def write(**changes):
+    rows, angles, pool = torch.ones(2, 3, 4), torch.ones(2, 4), torch.ones(6, 3, 4)
+    slots = torch.tensor([5, 0], dtype=torch.int32)
+    base = dict(k=rows, v=rows, cos=angles, sin=angles, slots=slots, k_pool=pool, v_pool=pool)
+    return ops.write_hr_kv(**(base | changes))
 
 
 def select(**changes):

@@ -1,15 +1,17 @@
-// Rows in, rows out: 16 bytes per thread where addresses and sizes allow, else one element.
+// Rows in, rows out, each byte once: 16 bytes per access where addresses and sizes allow, else one element.
 
 #include "flexattn/gather_tokens.h"
-#include "launch.cuh"
 #include "require.cuh"
+#include "vector.cuh"
+#include "warp.cuh"
 
 namespace flexattn::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarp;
 
-// Sizes and strides in units; a thread moves one Unit.
+// Sizes and strides in units.
 template <typename Unit>
 struct Rows {
   int64_t batch, tokens, selected, width;
@@ -19,23 +21,50 @@ struct Rows {
   Unit* result;
 };
 
+// A warp writes a row: a copy of source, or zero where that is null. A lane has several loads under way before it stores.
 template <typename Unit>
-__global__ void gather_rows(Rows<Unit> p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, row = i / p.width, c = i % p.width;
+__device__ void write_row(Unit* __restrict__ result, const Unit* __restrict__ source, int64_t width) {
+  constexpr int kLoads = 4;
+  for (int64_t first = lane(); first < width; first += kLoads * kWarp) {
+    Unit units[kLoads] = {};
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      if (source && first + i * kWarp < width) units[i] = source[first + i * kWarp];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      if (first + i * kWarp < width) result[first + i * kWarp] = units[i];
+  }
+}
+
+// A warp per selected token.
+template <typename Unit>
+__global__ void __launch_bounds__(kThreads) gather_rows(Rows<Unit> p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp_in_block();
   if (row >= p.batch * p.selected) return;
   const int64_t token = p.index[row], b = row / p.selected;
   require("gather_tokens: index", token, -1, p.tokens - 1);
-  p.result[i] = token < 0 ? Unit{} : p.source[b * p.source_batch + token * p.source_row + c];
+  write_row(p.result + row * p.width, token < 0 ? nullptr : p.source + b * p.source_batch + token * p.source_row, p.width);
 }
 
-// No token stands twice in a row of the index, so that no two threads write the same place.
+// A block per 32 tokens of the result. It reads the whole index of its sample to learn which of them are selected, and from
+// where; no token stands there twice. Shared memory: for each of its tokens the place in the index, or -1.
+constexpr int kTile = 32;
+
 template <typename Unit>
-__global__ void scatter_rows(Rows<Unit> p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, row = i / p.width, c = i % p.width;
-  if (row >= p.batch * p.selected) return;
-  const int64_t token = p.index[row], b = row / p.selected, m = row % p.selected;
-  require("gather_tokens_backward: index", token, -1, p.tokens - 1);
-  if (token >= 0) p.result[(b * p.tokens + token) * p.width + c] = p.source[b * p.source_batch + m * p.source_row + c];
+__global__ void __launch_bounds__(kThreads) scatter_rows(Rows<Unit> p) {
+  const int64_t tiles = blocks_for(p.tokens, kTile), b = blockIdx.x / tiles, first = blockIdx.x % tiles * kTile;
+  int32_t* place = shared_memory<int32_t>();
+  if (threadIdx.x < kTile) place[threadIdx.x] = -1;
+  __syncthreads();
+  for (int64_t m = threadIdx.x; m < p.selected; m += kThreads) {
+    const int64_t token = p.index[b * p.selected + m];
+    require("gather_tokens_backward: index", token, -1, p.tokens - 1);
+    if (first <= token && token < first + kTile) place[token - first] = static_cast<int32_t>(m);
+  }
+  __syncthreads();
+  for (int64_t t = warp_in_block(); t < kTile && first + t < p.tokens; t += kWarps)
+    write_row(p.result + (b * p.tokens + first + t) * p.width,
+              place[t] < 0 ? nullptr : p.source + b * p.source_batch + place[t] * p.source_row, p.width);
 }
 
 template <typename Unit>
@@ -43,14 +72,15 @@ void move_units(const GatherTokensParams& p, bool scatter, Stream stream) {
   const int64_t per_unit = sizeof(Unit) / p.element_size, width = p.channels / per_unit;
   const Rows<Unit> rows{p.batch, p.tokens, p.selected, width, p.index, static_cast<const Unit*>(p.source),
                         p.source_batch / per_unit, p.source_row / per_unit, static_cast<Unit*>(p.result)};
-  launch(scatter ? "gather_tokens_backward" : "gather_tokens", scatter ? scatter_rows<Unit> : gather_rows<Unit>,
-         blocks_for(p.batch * p.selected * width, kThreads), kThreads, 0, stream, rows);
+  if (scatter)
+    launch("gather_tokens_backward", scatter_rows<Unit>, p.batch * blocks_for(p.tokens, kTile), kThreads, kTile * sizeof(int32_t),
+           stream, rows);
+  else
+    launch("gather_tokens", gather_rows<Unit>, blocks_for(p.batch * p.selected, kWarps), kThreads, 0, stream, rows);
 }
 
 void move_rows(const GatherTokensParams& p, bool scatter, Stream stream) {
-  const auto fits = [&](int64_t elements) { return elements * p.element_size % sizeof(uint4) == 0; };
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(uint4) == 0; };
-  if (fits(p.channels) && fits(p.source_row) && fits(p.source_batch) && aligned(p.source) && aligned(p.result))
+  if (in_vectors({p.channels, p.source_row, p.source_batch}, p.element_size) && in_vectors(p.source) && in_vectors(p.result))
     return move_units<uint4>(p, scatter, stream);
   switch (p.element_size) {
     case 2: return move_units<uint16_t>(p, scatter, stream);
@@ -62,10 +92,6 @@ void move_rows(const GatherTokensParams& p, bool scatter, Stream stream) {
 }  // namespace
 
 void gather_tokens(const GatherTokensParams& params, Stream stream) { move_rows(params, false, stream); }
-
-void scatter_tokens(const GatherTokensParams& params, Stream stream) {
-  clear(params.result, params.batch * params.tokens * params.channels * params.element_size, stream);
-  move_rows(params, true, stream);
-}
+void scatter_tokens(const GatherTokensParams& params, Stream stream) { move_rows(params, true, stream); }
 
 }  // namespace flexattn::cuda

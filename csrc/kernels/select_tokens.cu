@@ -1,5 +1,5 @@
-// Margin, min-max, threshold, pool and resize: a block per map. Then the ordered compaction of what any row selects: a block
-// per sample.
+// A block per sample, in one launch: margin, min-max, threshold, pool and resize of its maps one after the other, then the
+// ordered compaction of what any row selects.
 
 #include "flexattn/select_tokens.h"
 #include "visibility.cuh"
@@ -7,7 +7,7 @@
 namespace flexattn::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 
 // The cells of one map: zero in the margin, and chosen where they exceed the threshold. A constant map gives 0 / 0 and one
@@ -16,37 +16,34 @@ template <typename A>
 struct Grid {
   const A* map;         // [S, S]
   const int32_t* live;  // top, left, bottom, right
-  int64_t side;         // S
+  int side;             // S
   A low, range, scale, threshold;
 
-  __device__ A value(int64_t cell) const {
-    const int64_t y = cell / side, x = cell % side;
+  __device__ A value(int cell) const {
+    const int y = cell / side, x = cell % side;
     return live[0] <= y && y < live[2] && live[1] <= x && x < live[3] ? map[cell] : A(0);
   }
-  __device__ bool chosen(int64_t cell) const { return (value(cell) - low) / range * scale > threshold; }
+  __device__ bool chosen(int cell) const { return (value(cell) - low) / range * scale > threshold; }
 
   // Whether the adaptive window (row, column) of a pooled grid holds a chosen cell.
-  __device__ bool chosen_in_window(int64_t row, int64_t column, int64_t pooled) const {
-    for (int64_t y = row * side / pooled; y < ((row + 1) * side + pooled - 1) / pooled; ++y)
-      for (int64_t x = column * side / pooled; x < ((column + 1) * side + pooled - 1) / pooled; ++x)
+  __device__ bool chosen_in_window(int row, int column, int pooled) const {
+    for (int y = row * side / pooled; y < ((row + 1) * side + pooled - 1) / pooled; ++y)
+      for (int x = column * side / pooled; x < ((column + 1) * side + pooled - 1) / pooled; ++x)
         if (chosen(y * side + x)) return true;
     return false;
   }
 };
 
-// Shared memory: an A per warp, then a bit per cell of the (pooled) grid.
 FLEXATTN_HOST_DEVICE constexpr int64_t grid_words(int64_t side) { return words_for_bits(side * side); }
 
+// Mask of one map: item over [B, R, I]. scratch: an A per warp; cells: a bit per cell of the (pooled) grid.
 template <typename A>
-__global__ void choose_tokens(SelectTokensParams p) {
-  const int64_t S = p.lr_side, h = p.hr_side, side = p.pool_side ? p.pool_side : S;
-  const int64_t item = blockIdx.x, picture = item % p.pictures, b = item / p.pictures / p.rows;  // item: over [B, R, I]
+__device__ void choose_tokens(const SelectTokensParams& p, int64_t item, A* scratch, int32_t* cells) {
+  const int S = static_cast<int>(p.lr_side), h = static_cast<int>(p.hr_side), side = p.pool_side ? static_cast<int>(p.pool_side) : S;
+  const int64_t picture = item % p.pictures, b = item / p.pictures / p.rows;
   Grid<A> grid{static_cast<const A*>(p.map) + item * S * S, p.live + (b * p.pictures + picture) * 4, S};
-  A* scratch = shared_memory<A>();
-  int32_t* cells = reinterpret_cast<int32_t*>(scratch + kWarps);
-
   A low = -minus_infinity<A>(), high = minus_infinity<A>();
-  for (int64_t cell = threadIdx.x; cell < S * S; cell += kThreads) {
+  for (int cell = threadIdx.x; cell < S * S; cell += kThreads) {
     low = -larger(-low, -grid.value(cell));
     high = larger(high, grid.value(cell));
   }
@@ -56,8 +53,8 @@ __global__ void choose_tokens(SelectTokensParams p) {
   grid.threshold = static_cast<A>(p.threshold);
 
   // A warp writes the bits of 32 cells at a time.
-  for (int64_t word = warp_in_block(); word < grid_words(side); word += kWarps) {
-    const int64_t i = word * kBitsPerWord + lane();
+  for (int word = warp_in_block(); word < grid_words(side); word += kWarps) {
+    const int i = word * kBitsPerWord + lane();
     const unsigned bits = votes(i < side * side && (p.pool_side ? grid.chosen_in_window(i / side, i % side, side) : grid.chosen(i)));
     if (lane() == 0) cells[word] = static_cast<int32_t>(bits);
   }
@@ -65,20 +62,20 @@ __global__ void choose_tokens(SelectTokensParams p) {
 
   // Nearest cell in torch's arithmetic, which float32 rounding is a part of.
   const float ratio = __fdiv_rn(static_cast<float>(side), static_cast<float>(h));
-  const auto source = [&](int64_t i) {
-    const int64_t at = static_cast<int64_t>(floorf(__fmul_rn(static_cast<float>(i), ratio)));
+  const auto source = [&](int i) {
+    const int at = static_cast<int>(floorf(__fmul_rn(static_cast<float>(i), ratio)));
     return at < side ? at : side - 1;
   };
   bool* mask = p.mask + item * h * h;
-  for (int64_t t = threadIdx.x; t < h * h; t += kThreads) mask[t] = bit(cells, source(t / h) * side + source(t % h));
+  for (int t = threadIdx.x; t < h * h; t += kThreads) mask[t] = bit(cells, source(t / h) * side + source(t % h));
+  __syncthreads();  // the next map's cells take the place of these, and compaction reads the masks
 }
 
-// index, count and row bits, 256 tokens at a time.
-__global__ void compact_tokens(SelectTokensParams p) {
-  const int64_t tokens = p.pictures * p.hr_side * p.hr_side, b = blockIdx.x, words = words_for_bits(tokens);
+// index, count and row bits of sample b. scratch: an int per warp.
+__device__ void compact_tokens(const SelectTokensParams& p, int64_t b, int* scratch) {
+  const int64_t tokens = p.pictures * p.hr_side * p.hr_side, words = words_for_bits(tokens);
   const bool* masks = p.mask + b * p.rows * tokens;  // [R, tokens]
   int32_t* index = p.index + b * tokens;
-  int* scratch = shared_memory<int>();
   int64_t count = 0;
   for (int64_t t0 = 0; t0 < tokens; t0 += kThreads) {
     const int64_t t = t0 + threadIdx.x;
@@ -91,30 +88,37 @@ __global__ void compact_tokens(SelectTokensParams p) {
   for (int64_t i = count + threadIdx.x; i < tokens; i += kThreads) index[i] = -1;
   if (threadIdx.x == 0) p.count[b] = static_cast<int32_t>(count);
   __syncthreads();
-  // A thread per word: bit m of row r says that the row selects index[m].
-  for (int64_t i = threadIdx.x; i < p.rows * words; i += kThreads) {
-    const int64_t r = i / words, first = i % words * kBitsPerWord;
-    uint32_t word = 0;
-    for (int64_t m = first; m < first + kBitsPerWord && m < count; ++m)
-      word |= static_cast<uint32_t>(masks[r * tokens + index[m]]) << (m - first);
-    p.row_bits[b * p.rows * words + i] = static_cast<int32_t>(word);
+  // A warp per word, a lane per bit: bit m of row r says that the row selects index[m].
+  for (int64_t i = warp_in_block(); i < p.rows * words; i += kWarps) {
+    const int64_t r = i / words, m = i % words * kBitsPerWord + lane();
+    const unsigned bits = votes(m < count && masks[r * tokens + index[m]]);
+    if (lane() == 0) p.row_bits[b * p.rows * words + i] = static_cast<int32_t>(bits);
   }
 }
 
+// Shared memory: an A per warp, then the bits of a grid.
 template <typename A>
-void choose(const SelectTokensParams& p, Stream stream) {
+__global__ void __launch_bounds__(kThreads) select_sample(SelectTokensParams p) {
+  A* scratch = shared_memory<A>();
+  int32_t* cells = reinterpret_cast<int32_t*>(scratch + kWarps);
+  const int64_t b = blockIdx.x, maps = p.rows * p.pictures;
+  for (int64_t i = 0; i < maps; ++i) choose_tokens(p, b * maps + i, scratch, cells);
+  compact_tokens(p, b, reinterpret_cast<int*>(scratch));
+}
+
+template <typename A>
+void select(const SelectTokensParams& p, Stream stream) {
   const int64_t side = p.pool_side ? p.pool_side : p.lr_side;
   const size_t shared = kWarps * sizeof(A) + grid_words(side) * sizeof(int32_t);
   if (shared > kSharedBytes)
     throw std::runtime_error("flexattn_cuda: select_tokens: a grid of side " + std::to_string(side) + " is too large, 600 is possible");
-  launch("select_tokens", choose_tokens<A>, p.batch * p.rows * p.pictures, kThreads, shared, stream, p);
+  launch("select_tokens", select_sample<A>, p.batch, kThreads, shared, stream, p);
 }
 
 }  // namespace
 
 void select_tokens(const SelectTokensParams& params, Stream stream) {
-  params.dtype == DType::kFloat64 ? choose<double>(params, stream) : choose<float>(params, stream);
-  launch("select_tokens (compaction)", compact_tokens, params.batch, kThreads, kWarps * sizeof(int), stream, params);
+  params.dtype == DType::kFloat64 ? select<double>(params, stream) : select<float>(params, stream);
 }
 
 }  // namespace flexattn::cuda

@@ -59,6 +59,14 @@ Tensor gather_tokens_backward_meta(const Tensor& grad, const Tensor&, c10::SymIn
   return at::empty_symint({grad.sym_size(0), num_tokens, grad.sym_size(2)}, grad.options());
 }
 
+Five assign_slots_meta(const Tensor& index, const Tensor&, Tensor&, Tensor&, c10::SymInt) {
+  const c10::SymInt B = index.sym_size(0), M = index.sym_size(1);
+  const auto ints = [&](c10::SymIntArrayRef sizes) { return at::empty_symint(sizes, index.options()); };
+  return {ints({B, M}), ints({B * M}), ints({B * M}), ints({1}), ints({1})};
+}
+
+void write_hr_kv_meta(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, Tensor&, Tensor&) {}
+
 Four attention_meta(const Tensor& q, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                     const OptionalTensor&, const OptionalTensor& hr_rows, const OptionalTensor&, const OptionalTensor&,
@@ -167,6 +175,8 @@ void register_kernels(Library& library) {
   library.impl("select_tokens", &select_tokens);
   library.impl("gather_tokens", &gather_tokens);
   library.impl("gather_tokens_backward", &gather_tokens_backward);
+  library.impl("assign_slots", &assign_slots);
+  library.impl("write_hr_kv", &write_hr_kv);
   library.impl("hierarchical_attention", &attention_kernel);
   library.impl("hierarchical_attention_backward", &attention_backward_kernel);
 }
@@ -179,6 +189,11 @@ TORCH_LIBRARY(flexattn_cuda, library) {
       " -> (Tensor mask, Tensor index, Tensor count, Tensor row_bits)");
   library.def("gather_tokens(Tensor tokens, Tensor index) -> Tensor");
   library.def("gather_tokens_backward(Tensor grad, Tensor index, SymInt num_tokens) -> Tensor");
+  library.def(
+      "assign_slots(Tensor index, Tensor count, Tensor(a!) table, Tensor(b!) next_free, SymInt capacity)"
+      " -> (Tensor slots, Tensor new_tokens, Tensor new_slots, Tensor new_count, Tensor overflow)");
+  library.def(
+      "write_hr_kv(Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) k_pool, Tensor(b!) v_pool) -> ()");
   library.def(
       "hierarchical_attention(Tensor q, Tensor k, Tensor v, Tensor kv_start, Tensor kv_len, Tensor? key_mask, Tensor? k_hr,"
       " Tensor? v_hr, Tensor? hr_slots, Tensor? hr_count, Tensor? hr_from, Tensor? hr_rows, Tensor? hr_row_bits, Tensor? alpha,"
@@ -199,6 +214,8 @@ TORCH_LIBRARY_IMPL(flexattn_cuda, Meta, library) {
   library.impl("select_tokens", &select_tokens_meta);
   library.impl("gather_tokens", &gather_tokens_meta);
   library.impl("gather_tokens_backward", &gather_tokens_backward_meta);
+  library.impl("assign_slots", &assign_slots_meta);
+  library.impl("write_hr_kv", &write_hr_kv_meta);
   library.impl("hierarchical_attention", &attention_meta);
   library.impl("hierarchical_attention_backward", &attention_backward_meta);
 }

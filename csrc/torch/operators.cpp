@@ -2,11 +2,15 @@
 
 #include "operators.h"
 
+#include <limits>
+
 #include "checks.h"
 #include "device.h"
+#include "flexattn/assign_slots.h"
 #include "flexattn/gather_tokens.h"
 #include "flexattn/hierarchical_attention.h"
 #include "flexattn/select_tokens.h"
+#include "flexattn/write_hr_kv.h"
 
 namespace flexattn::torch_binding {
 namespace {
@@ -57,7 +61,9 @@ void check_distinct(Reasons& reasons, const char* name, const at::Tensor& t, int
 }
 
 Strides strides_of(const at::Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
-Strides pool_strides(const OptionalTensor& t) { return t ? Strides{0, t->stride(1), t->stride(0)} : Strides{}; }
+// [row, head, channel]
+Strides pool_strides(const at::Tensor& t) { return {0, t.stride(1), t.stride(0)}; }
+Strides pool_strides(const OptionalTensor& t) { return t ? pool_strides(*t) : Strides{}; }
 
 // Checks everything that both passes of attention read, and describes it to the kernels.
 AttentionInputs attention_inputs(Reasons& reasons, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -201,6 +207,68 @@ at::Tensor gather_tokens_backward(const at::Tensor& grad, const at::Tensor& inde
                                   grad.stride(0), grad.stride(1), result.mutable_data_ptr()};
   FLEXATTN_LAUNCH(scatter_tokens, params, grad);
   return result;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> assign_slots(
+    const at::Tensor& index, const at::Tensor& count, at::Tensor& table, at::Tensor& next_free, int64_t capacity) {
+  Reasons reasons("assign_slots");
+  const at::Device device = index.device();
+  reasons.tensor("index", index, {-1, -1}, kInt, device);
+  reasons.raise_if_any();
+  const int64_t B = index.size(0), M = index.size(1);
+  if (reasons.tensor("count", count, {B}, kInt, device)) check_range(reasons, "count", count, 0, M);
+  if (reasons.tensor("table", table, {B, -1}, kInt, device)) {
+    const int64_t T = table.size(1);
+    reasons.unless(B * T <= std::numeric_limits<int32_t>::max(), "table has ", B * T, " places, 2^31 - 1 are possible");
+    check_range(reasons, "table", table, -1, capacity - 1);
+    check_range(reasons, "index", index, -1, T - 1);
+    if (reasons.ok()) check_distinct(reasons, "index", index, T);
+  }
+  if (reasons.tensor("next_free", next_free, {1}, kInt, device)) check_range(reasons, "next_free", next_free, 0, capacity);
+  reasons.unless(capacity >= 0 && capacity <= std::numeric_limits<int32_t>::max(), "capacity is ", capacity,
+                 ", it must lie in 0 to 2^31 - 1");
+  reasons.raise_if_any();
+  const auto i32 = index.options();
+  at::Tensor slots = at::empty({B, M}, i32), new_tokens = at::empty({B * M}, i32), new_slots = at::empty({B * M}, i32);
+  at::Tensor new_count = at::empty({1}, i32), overflow = at::empty({1}, i32);
+  const at::Tensor dense_index = index.contiguous(), dense_count = count.contiguous();
+  const AssignSlotsParams params{B, table.size(1), M, capacity, ints(dense_index), ints(dense_count), table.mutable_data_ptr<int32_t>(),
+                                 table.stride(0), next_free.mutable_data_ptr<int32_t>(), slots.mutable_data_ptr<int32_t>(),
+                                 new_tokens.mutable_data_ptr<int32_t>(), new_slots.mutable_data_ptr<int32_t>(),
+                                 new_count.mutable_data_ptr<int32_t>(), overflow.mutable_data_ptr<int32_t>()};
+  FLEXATTN_LAUNCH(assign_slots, params, index);
+  return {slots, new_tokens, new_slots, new_count, overflow};
+}
+
+void write_hr_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& slots,
+                 at::Tensor& k_pool, at::Tensor& v_pool) {
+  Reasons reasons("write_hr_kv");
+  const at::Device device = k.device();
+  reasons.tensor("k", k, {-1, -1, -1}, kFloating, device);
+  reasons.raise_if_any();
+  const at::ScalarType dtype[] = {k.scalar_type()}, tables[] = {k.scalar_type(), at::kFloat};
+  const int64_t M = k.size(0), heads = k.size(1), d = k.size(2);
+  reasons.unless(d % 2 == 0, "k has head_dim ", d, ", it must be even");
+  reasons.tensor("v", v, {M, heads, d}, dtype, device);
+  if (reasons.tensor("cos", cos, {M, d}, tables, device)) {
+    const at::ScalarType same[] = {cos.scalar_type()};
+    reasons.tensor("sin", sin, {M, d}, same, device);
+  }
+  const bool has_slots = reasons.tensor("slots", slots, {M}, kInt, device);
+  if (reasons.tensor("k_pool", k_pool, {-1, heads, d}, dtype, device)) {
+    const int64_t P = k_pool.size(0);
+    reasons.tensor("v_pool", v_pool, {P, heads, d}, dtype, device);
+    if (has_slots) check_range(reasons, "slots", slots, -1, P - 1);
+    if (reasons.ok()) check_distinct(reasons, "slots", slots.unsqueeze(0), P);
+  }
+  reasons.raise_if_any();
+  if (k.numel() == 0) return;
+  const at::Tensor dense_slots = slots.contiguous();
+  const WriteHrKvParams params{dtype_of(k), dtype_of(cos), M, heads, d, k_pool.size(0), ints(dense_slots), k.const_data_ptr(),
+                               v.const_data_ptr(), k_pool.mutable_data_ptr(), v_pool.mutable_data_ptr(), pool_strides(k),
+                               pool_strides(v), pool_strides(k_pool), pool_strides(v_pool), cos.const_data_ptr(),
+                               sin.const_data_ptr(), cos.stride(0), sin.stride(0)};
+  FLEXATTN_LAUNCH(write_hr_kv, params, k);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hierarchical_attention(
