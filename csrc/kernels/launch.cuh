@@ -30,7 +30,7 @@ inline void clear(void* data, size_t bytes, Stream stream) {
   check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "clear");
 }
 
-constexpr int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
+FLEXATTN_HOST_DEVICE constexpr int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
 
 // Warps in a block whose warps need this much shared memory each.
 inline int warps_that_fit(const char* name, size_t bytes_per_warp) {
