@@ -84,12 +84,12 @@ struct AttentionBackwardParams {
 };
 
 namespace cpu {
-int64_t hierarchical_attention_workspace(const AttentionForwardParams& params);
+int64_t hierarchical_attention_workspace(const AttentionForwardParams& params, Stream stream);  // bytes
 void hierarchical_attention_forward(const AttentionForwardParams& params, Stream stream);
 void hierarchical_attention_backward(const AttentionBackwardParams& params, Stream stream);
 }  // namespace cpu
 namespace cuda {
-int64_t hierarchical_attention_workspace(const AttentionForwardParams& params);
+int64_t hierarchical_attention_workspace(const AttentionForwardParams& params, Stream stream);  // bytes
 void hierarchical_attention_forward(const AttentionForwardParams& params, Stream stream);
 void hierarchical_attention_backward(const AttentionBackwardParams& params, Stream stream);
 }  // namespace cuda
