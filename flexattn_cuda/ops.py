@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 try:
-    from flexattn_cuda import _C  # noqa: F401  (loading it registers the operators)
+    from flexattn_cuda import _C  # (loading it registers the operators)
 except ImportError as error:
     raise ImportError(
         f"the compiled part of flexattn_cuda is missing ({error}); build it with `pip install .` in its repository"
@@ -238,3 +238,39 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     bits = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % _WORD)).unflatten(-1, (-1, _WORD))
     # Summed in int64, where 32 bits fit; the conversion keeps the low ones.
     return (bits.to(torch.int64) << torch.arange(_WORD, device=mask.device)).sum(-1).to(torch.int32)
+
+
+class AttentionPath(NamedTuple):
+    """Result of `attention_path`.
+
+    path: "cpu", "generic", "volta" (mma.m8n8k4) or "ampere" (mma.m16n8k16).
+    reasons: Why the tensor cores do not take the call; empty where they do.
+    """
+
+    path: str
+    reasons: tuple[str, ...]
+
+
+def attention_path(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    k_hr: torch.Tensor | None = None,
+    v_hr: torch.Tensor | None = None,
+    scale: float | None = None,
+    capability: tuple[int, int] | None = None,
+) -> AttentionPath:
+    """Which kernel a call of `hierarchical_attention` takes, and why not a faster one.
+
+    Args:
+        q, k, v, k_hr, v_hr, scale: As given to `hierarchical_attention`; only dtype, sizes, strides and alignment count.
+        capability: Of the GPU, e.g. (7, 0); by default that of q's device, and a CPU tensor takes the CPU kernel.
+    """
+    if capability is None:
+        if not q.is_cuda:
+            return AttentionPath("cpu", (f"the tensors are on {q.device}",))
+        capability = torch.cuda.get_device_capability(q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    path, reasons = _C.attention_path(q, k, v, k_hr, v_hr, scale, 10 * capability[0] + capability[1])
+    return AttentionPath(path, tuple(reasons))

@@ -425,3 +425,20 @@ def select(**changes):
 def test_bits_round_trip(n, seed):
     mask = torch.rand(3, n, generator=torch.Generator().manual_seed(seed)) < 0.5
     assert torch.equal(reference.unpack_bits(ops.pack_bits(mask), n), mask)
+
+
+def test_attention_path_tells_the_kernel_and_every_reason_against_tensor_cores():
+    def tensors(dtype, d=128, cut=0):
+        q, k, v = (torch.zeros(2, h, 5, d + cut, dtype=dtype)[..., cut:] for h in (4, 2, 2))
+        return q, k, v
+
+    assert ops.attention_path(*tensors(torch.float16)).path == "cpu"
+    assert ops.attention_path(*tensors(torch.float16), capability=(7, 0)) == ("volta", ())
+    assert ops.attention_path(*tensors(torch.float16), capability=(9, 0)) == ("ampere", ())
+    assert ops.attention_path(*tensors(torch.bfloat16), capability=(8, 6)) == ("ampere", ())
+    path, reasons = ops.attention_path(*tensors(torch.bfloat16, d=36, cut=1), scale=-1.0, capability=(7, 0))
+    assert path == "generic"
+    assert [reason.partition(" ")[0] for reason in reasons] == ["bfloat16", "head_dim", "the", "q", "k", "v"]
+    pool = torch.zeros(3, 2, 132, dtype=torch.float16)[..., 4:]
+    path, reasons = ops.attention_path(*tensors(torch.float16), k_hr=pool, v_hr=pool.contiguous(), capability=(7, 0))
+    assert path == "generic" and reasons == ("k_hr is not aligned to 16 bytes in every row",)

@@ -182,6 +182,8 @@ class Forward {
 
 }  // namespace
 
+int64_t hierarchical_attention_workspace(const AttentionForwardParams&, Stream) { return 0; }
+
 void hierarchical_attention_forward(const AttentionForwardParams& params, Stream) {
   dispatch(params.in.dtype, [&](auto value) { Forward<decltype(value)>(params).run(); });
 }

@@ -12,27 +12,24 @@
 
 namespace flexattn::torch_binding {
 
-// Calls on_cpu(params, stream) or on_cuda(params, stream), whichever fits the device of `like`.
+// function(params, stream) of the namespace cpu or cuda, whichever fits the device of `like`; its result.
 #ifdef FLEXATTN_WITH_CUDA
 #define FLEXATTN_LAUNCH(function, params, like)                                          \
-  do {                                                                                   \
-    if ((like).is_cuda()) {                                                              \
-      const c10::cuda::CUDAGuard guard((like).device());                                 \
-      ::flexattn::cuda::function(params, c10::cuda::getCurrentCUDAStream().stream());    \
-    } else {                                                                             \
-      ::flexattn::cpu::function(params, nullptr);                                        \
-    }                                                                                    \
-  } while (false)
+  [&] {                                                                                  \
+    if (!(like).is_cuda()) return ::flexattn::cpu::function(params, nullptr);            \
+    const c10::cuda::CUDAGuard guard((like).device());                                   \
+    return ::flexattn::cuda::function(params, c10::cuda::getCurrentCUDAStream().stream()); \
+  }()
 #else
 #define FLEXATTN_LAUNCH(function, params, like)                                                                     \
-  do {                                                                                                              \
+  [&] {                                                                                                             \
     TORCH_CHECK_NOT_IMPLEMENTED(                                                                                    \
         !(like).is_cuda(),                                                                                          \
         "flexattn_cuda::" #function ": this build has no CUDA kernels, but the tensors are on ", (like).device(),   \
         "; build it with a CUDA toolkit and a CUDA build of torch (`flexattn info` tells what was found), or move " \
         "the tensors to the CPU");                                                                                  \
-    ::flexattn::cpu::function(params, nullptr);                                                                     \
-  } while (false)
+    return ::flexattn::cpu::function(params, nullptr);                                                              \
+  }()
 #endif
 
 }  // namespace flexattn::torch_binding

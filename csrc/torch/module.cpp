@@ -2,7 +2,13 @@
 // setup.py defines the FLEXATTN_ facts.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
+
+#include "../kernels/attention_path.h"
+#include "checks.h"
+#include "operators.h"
 
 namespace {
 
@@ -27,9 +33,27 @@ pybind11::dict build_info() {
   return facts;
 }
 
+const char* name_of(flexattn::AttentionPath path) {
+  switch (path) {
+    case flexattn::AttentionPath::kGeneric: return "generic";
+    case flexattn::AttentionPath::kVolta: return "volta";
+    case flexattn::AttentionPath::kAmpere: return "ampere";
+  }
+  return "";
+}
+
+std::pair<std::string, std::vector<std::string>> attention_path(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                                const std::optional<at::Tensor>& k_hr,
+                                                                const std::optional<at::Tensor>& v_hr, double scale, int capability) {
+  const flexattn::PathChoice choice =
+      flexattn::choose_attention_path(flexattn::torch_binding::attention_layout(q, k, v, k_hr, v_hr, scale), capability);
+  return {name_of(choice.path), choice.reasons};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Facts about the build of flexattn_cuda; its operators are in torch.ops.flexattn_cuda.";
   module.def("build_info", &build_info, "What was compiled in, as a dict of strings; see flexattn_cuda.build.");
+  module.def("attention_path", &attention_path, "See flexattn_cuda.ops.attention_path.");
 }

@@ -123,15 +123,10 @@ AttentionInputs attention_inputs(Reasons& reasons, const at::Tensor& q, const at
   reasons.tensor("alpha", a.alpha, {B}, kFloat, device);
   reasons.raise_if_any();
 
-  AttentionInputs in{};
-  in.dtype = dtype_of(q);
-  in.batch = B, in.heads = H, in.kv_heads = Hkv, in.queries = N, in.keys = Nk, in.head_dim = d, in.scale = scale;
-  in.q = q.const_data_ptr(), in.k = k.const_data_ptr(), in.v = v.const_data_ptr();
-  in.q_strides = strides_of(q), in.k_strides = strides_of(k), in.v_strides = strides_of(v);
+  AttentionInputs in = attention_layout(q, k, v, a.k_hr, a.v_hr, scale);
   in.kv_start = ints(a.kv_start), in.kv_len = ints(a.kv_len), in.key_mask = ints(a.key_mask);
-  in.pool = P, in.selected = M;
-  if (pool_parts == 4 && P > 0 && M > 0) in.k_hr = a.k_hr->const_data_ptr(), in.v_hr = a.v_hr->const_data_ptr();
-  in.k_hr_strides = pool_strides(a.k_hr), in.v_hr_strides = pool_strides(a.v_hr);
+  in.selected = M;
+  if (P == 0 || M == 0) in.k_hr = in.v_hr = nullptr;
   in.hr_slots = ints(a.hr_slots), in.hr_count = ints(a.hr_count);
   in.rows = R, in.hr_from = ints(a.hr_from), in.hr_rows = ints(a.hr_rows), in.hr_row_bits = ints(a.hr_row_bits);
   in.alpha = a.alpha ? a.alpha->const_data_ptr<float>() : nullptr;
@@ -145,6 +140,22 @@ AttentionArguments dense(const AttentionArguments& a) {
 }
 
 }  // namespace
+
+AttentionInputs attention_layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& k_hr,
+                                 const OptionalTensor& v_hr, double scale) {
+  AttentionInputs in{};
+  in.dtype = dtype_of(q);
+  in.batch = q.size(0), in.heads = q.size(1), in.queries = q.size(2), in.head_dim = q.size(3), in.scale = scale;
+  in.kv_heads = k.size(1), in.keys = k.size(2);
+  in.q = q.const_data_ptr(), in.k = k.const_data_ptr(), in.v = v.const_data_ptr();
+  in.q_strides = strides_of(q), in.k_strides = strides_of(k), in.v_strides = strides_of(v);
+  if (k_hr && v_hr) {
+    in.pool = k_hr->size(0);
+    in.k_hr = k_hr->const_data_ptr(), in.v_hr = v_hr->const_data_ptr();
+    in.k_hr_strides = pool_strides(k_hr), in.v_hr_strides = pool_strides(v_hr);
+  }
+  return in;
+}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_tokens(
     const at::Tensor& map, const at::Tensor& live, int64_t hr_side, double scale, double threshold, int64_t pool_side) {
@@ -304,6 +315,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hierarchical_attentio
   params.lse = lse.mutable_data_ptr();
   params.lse_seq = lse_seq.mutable_data_ptr();
   params.map = map.mutable_data_ptr();
+  const at::Tensor workspace = at::empty({FLEXATTN_LAUNCH(hierarchical_attention_workspace, params, q)}, q.options().dtype(at::kByte));
+  params.workspace = workspace.numel() ? workspace.mutable_data_ptr() : nullptr;
   if (out.numel()) FLEXATTN_LAUNCH(hierarchical_attention_forward, params, q);
   return {out, lse, lse_seq, map};
 }

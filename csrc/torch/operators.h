@@ -6,6 +6,8 @@
 #include <optional>
 #include <tuple>
 
+#include "flexattn/hierarchical_attention.h"
+
 namespace flexattn::torch_binding {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -27,6 +29,9 @@ void write_hr_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& cos
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hierarchical_attention(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionArguments& arguments,
     const OptionalTensor& map_ranges, int64_t map_size, bool map_over_all, double scale);
+// Pointers, sizes and strides of the large tensors, unchecked; null pointers where there is no pool.
+AttentionInputs attention_layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& k_hr,
+                                 const OptionalTensor& v_hr, double scale);
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hierarchical_attention_backward(
     const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const AttentionArguments& arguments, const at::Tensor& lse, const at::Tensor& lse_seq, double scale);

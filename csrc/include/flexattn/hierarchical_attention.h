@@ -61,6 +61,8 @@ struct AttentionForwardParams {
   void* lse;                    // [B, H, N]: log-sum-exp over all the keys that the row sees; -inf where it sees none
   void* lse_seq;                // [B, H, N]: the same over the sequence keys only
   void* map;                    // [B, R, I, S*S] dense, zero for a row of -1
+
+  void* workspace;              // hierarchical_attention_workspace() bytes, 16-byte aligned; null when that is 0
 };
 
 struct AttentionBackwardParams {
@@ -82,10 +84,12 @@ struct AttentionBackwardParams {
 };
 
 namespace cpu {
+int64_t hierarchical_attention_workspace(const AttentionForwardParams& params, Stream stream);  // bytes
 void hierarchical_attention_forward(const AttentionForwardParams& params, Stream stream);
 void hierarchical_attention_backward(const AttentionBackwardParams& params, Stream stream);
 }  // namespace cpu
 namespace cuda {
+int64_t hierarchical_attention_workspace(const AttentionForwardParams& params, Stream stream);  // bytes
 void hierarchical_attention_forward(const AttentionForwardParams& params, Stream stream);
 void hierarchical_attention_backward(const AttentionBackwardParams& params, Stream stream);
 }  // namespace cuda

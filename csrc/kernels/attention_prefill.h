@@ -1,0 +1,13 @@
+// The tensor-core kernel for many query rows. attention_path.h decides when it is called.
+#pragma once
+
+#include "flexattn/hierarchical_attention.h"
+
+namespace flexattn::cuda {
+
+enum class TensorCores { kVolta, kAmpere };
+
+int64_t prefill_workspace(const AttentionForwardParams& params);  // bytes
+void attention_prefill(const AttentionForwardParams& params, TensorCores cores, Stream stream);
+
+}  // namespace flexattn::cuda

@@ -1,0 +1,20 @@
+// The GPU that launches go to.
+#pragma once
+
+#include <cstdlib>
+
+#include "launch.cuh"
+
+namespace flexattn::cuda {
+
+// 10 * major + minor. FLEXATTN_CAPABILITY makes it a smaller one, to run an older GPU's kernels on a newer GPU.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
+  const char* wanted = std::getenv("FLEXATTN_CAPABILITY");
+  return wanted ? std::min(std::atoi(wanted), 10 * major + minor) : 10 * major + minor;
+}
+
+}  // namespace flexattn::cuda

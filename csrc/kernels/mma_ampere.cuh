@@ -1,0 +1,105 @@
+// Tensor cores from Ampere on: mma.m16n8k16, and which lane holds what of a warp's 16 query rows.
+//
+//   lane = 4 g + t                           t: 0..3
+//   a[0..3]  rows g, g + 8, g, g + 8 at k = 2 t, 2 t + 1; from a[2] on at k + 8
+//   b[0..1]  column g at k = 2 t, 2 t + 1 and at k + 8
+//   d[0..3]  row g at columns 2 t, 2 t + 1; row g + 8 at the same
+//
+// d of the scores has the layout of a for the product with the values: the probabilities never leave their lane.
+#pragma once
+
+#include "launch.cuh"
+#include "numeric.cuh"
+#include "ptx.cuh"
+#include "warp.cuh"
+
+namespace flexattn::cuda {
+
+// T: __half or __nv_bfloat16. The rest as in VoltaMma.
+template <typename T, int kD>
+struct AmpereMma {
+  using Element = T;
+  static constexpr int kScores = 32, kOutputs = kD / 2;
+  static constexpr int kRowChunks = kD <= 64 ? 8 : 16;
+  static constexpr bool kAsync = true;  // cp.async brings tiles to shared memory, each in one part
+  static constexpr int kParts = 1;
+
+  // ldmatrix reads one chunk of 8 consecutive rows at a time.
+  static __device__ int key_chunk(int row, int chunk) { return chunk ^ (row & 7); }
+  static __device__ int value_chunk(int row, int chunk) { return chunk ^ (row & 7); }
+
+  static __device__ int g() { return lane() / 4; }
+  static __device__ int t() { return lane() % 4; }
+
+  FLEXATTN_HOST_DEVICE static constexpr int row_of(int i) { return (i >> 1) & 1; }
+  static __device__ int row(int which) { return g() + 8 * which; }
+  FLEXATTN_HOST_DEVICE static constexpr int key_of_score(int i) { return 8 * (i / 4) + (i & 1); }
+  static __device__ int key_of_lane() { return 2 * t(); }
+  FLEXATTN_HOST_DEVICE static constexpr int channel_of_output(int i) { return 8 * (i / 4) + (i & 1); }
+  static __device__ int channel_of_lane() { return 2 * t(); }
+
+  template <typename Function>
+  static __device__ float over_row(float x, const Function& combine) {
+    x = combine(x, __shfl_xor_sync(kAllLanes, x, 1));
+    return combine(x, __shfl_xor_sync(kAllLanes, x, 2));
+  }
+  static __device__ bool first_of_row() { return t() == 0; }
+
+  uint32_t query[kD / 16][4];
+
+  template <typename Row>
+  __device__ void load_query(const Row& row, int d) {
+    const Element* from[2] = {row(g()), row(g() + 8)};
+#pragma unroll
+    for (int c = 0; c < kD / 16; ++c)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int channel = 16 * c + 8 * (i / 2) + 2 * t();
+        query[c][i] = channel < d ? *reinterpret_cast<const uint32_t*>(from[i % 2] + channel) : 0;
+      }
+  }
+
+  template <int part>
+  __device__ void multiply_keys(float (&s)[kScores], const Element* keys) const {
+    const int matrix = lane() / 8, row = 8 * (matrix / 2) + lane() % 8;
+#pragma unroll
+    for (int c = 0; c < kD / 16; ++c) {
+      const Element* chunk = keys + 8 * (row * kRowChunks + key_chunk(row, 2 * c + matrix % 2));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t k[4];
+        ldmatrix_x4(k, chunk + 8 * 16 * kRowChunks * j);
+        mma_m16n8k16<T>(four(s, 2 * j), query[c], {k[0], k[1]});
+        mma_m16n8k16<T>(four(s, 2 * j + 1), query[c], {k[2], k[3]});
+      }
+    }
+  }
+
+  template <int part>
+  __device__ static void multiply_values(float (&o)[kOutputs], const float (&p)[kScores], const Element* values) {
+    const int matrix = lane() / 8, row = 8 * (matrix % 2) + lane() % 8;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = pack(p[8 * j + 2 * i], p[8 * j + 2 * i + 1]);
+#pragma unroll
+      for (int c = 0; c < kD / 16; ++c) {
+        uint32_t v[4];
+        ldmatrix_x4_trans(v, values + 8 * ((16 * j + row) * kRowChunks + value_chunk(row, 2 * c + matrix / 2)));
+        mma_m16n8k16<T>(four(o, 2 * c), a, {v[0], v[1]});
+        mma_m16n8k16<T>(four(o, 2 * c + 1), a, {v[2], v[3]});
+      }
+    }
+  }
+
+ private:
+  template <int n>
+  static __device__ float (&four(float (&x)[n], int j))[4] { return *reinterpret_cast<float(*)[4]>(x + 4 * j); }
+  static __device__ uint32_t pack(float low, float high) {
+    const T both[2] = {narrow<T>(low), narrow<T>(high)};
+    return *reinterpret_cast<const uint32_t*>(both);
+  }
+};
+
+}  // namespace flexattn::cuda

@@ -1,0 +1,136 @@
+// Tensor cores of Volta: mma.m8n8k4, and which lane holds what of a warp's 16 query rows.
+//
+// One instruction is four products of 8 x 8 x 4, one per quad-pair of lanes. A quad-pair is (pr, pc): it multiplies the rows
+// 8 pr .. 8 pr + 7 with the columns 8 pc .. 8 pc + 7, so that together they are 16 x 16 x 4. A lane is
+//
+//     lane = 16 h + 8 pr + 4 pc + l        l: 0..3
+//
+//   a (row-major)     row 8 pr + 4 h + l, 4 consecutive k
+//   b (column-major)  column 8 pc + 4 h + l, 4 consecutive k             the keys: a row of K is a column of b
+//   b (row-major)     row l, columns 8 pc + 4 h .. + 3                   the values
+//   d[i]              row 8 pr + 4 h + (i & 2) + (l & 1), column 8 pc + (i & 4) + (l & 2) + (i & 1)
+#pragma once
+
+#include "launch.cuh"
+#include "ptx.cuh"
+#include "warp.cuh"
+
+namespace flexattn::cuda {
+
+// kD: channels, a multiple of 32. A warp has 16 query rows and sees 64 keys at a time; a lane holds parts of two rows.
+template <int kD>
+struct VoltaMma {
+  using Element = __half;
+  static constexpr int kScores = 32, kOutputs = kD / 2;
+  static constexpr int kRowChunks = kD <= 64 ? 8 : 16;  // 16-byte chunks of a row in shared memory
+  static constexpr bool kAsync = false;                 // tiles pass through registers,
+  static constexpr int kParts = kD == 96 ? 2 : 4;       // a part at a time
+
+  // Chunks are permuted within their row, so that the 8 lanes that shared memory serves at a time read 8 different
+  // 16-byte groups of banks: for the keys these are 8 rows (0-3 and 8-11, or 4-7 and 12-15) of one chunk, for the
+  // values 4 rows (l) of two neighbouring chunks (pc).
+  static __device__ int key_chunk(int row, int chunk) { return chunk ^ ((row & 3) | ((row >> 1) & 4)); }
+  static __device__ int value_chunk(int row, int chunk) { return chunk ^ ((row & 3) << 1); }
+
+  static __device__ int l() { return lane() & 3; }
+  static __device__ int pc() { return (lane() >> 2) & 1; }
+  static __device__ int pr() { return (lane() >> 3) & 1; }
+  static __device__ int h() { return lane() >> 4; }
+
+  // Of score i and output i: which of the lane's two rows; then the part of the key or channel that depends on i, and the
+  // part that depends on the lane (their sum counts).
+  FLEXATTN_HOST_DEVICE static constexpr int row_of(int i) { return (i >> 1) & 1; }
+  static __device__ int row(int which) { return 8 * pr() + 4 * h() + 2 * which + (l() & 1); }
+  FLEXATTN_HOST_DEVICE static constexpr int key_of_score(int i) { return 16 * (i / 8) + (i & 4) + (i & 1); }
+  static __device__ int key_of_lane() { return 8 * pc() + (l() & 2); }
+  // Outputs 16 j .. 16 j + 15 belong to the chunks 4 j .. 4 j + 3; one load of a chunk serves two products, the first with
+  // its lower four channels, the second with the upper four.
+  FLEXATTN_HOST_DEVICE static constexpr int channel_of_output(int i) { return 32 * (i / 16) + 4 * (i / 8 % 2) + 16 * (i / 4 % 2) + (i & 1); }
+  static __device__ int channel_of_lane() { return 8 * pc() + (l() & 2); }
+
+  // The four lanes that hold one row.
+  template <typename Function>
+  static __device__ float over_row(float x, const Function& combine) {
+    x = combine(x, __shfl_xor_sync(kAllLanes, x, 2));
+    return combine(x, __shfl_xor_sync(kAllLanes, x, 4));
+  }
+  static __device__ bool first_of_row() { return (lane() & 6) == 0; }
+
+  uint32_t query[kD / 2];  // the whole row 8 pr + 4 h + l
+
+  // row(n): the channels of the warp's query n; those from d on are zero.
+  template <typename Row>
+  __device__ void load_query(const Row& row, int d) {
+    const Element* from = row(8 * pr() + 4 * h() + l());
+#pragma unroll
+    for (int c = 0; c < kD / 8; ++c) {
+      const uint4 chunk = 8 * c < d ? *reinterpret_cast<const uint4*>(from + 8 * c) : uint4{0, 0, 0, 0};
+      query[4 * c] = chunk.x, query[4 * c + 1] = chunk.y, query[4 * c + 2] = chunk.z, query[4 * c + 3] = chunk.w;
+    }
+  }
+
+  // s += q k over a part of the channels.
+  template <int part>
+  __device__ void multiply_keys(float (&s)[kScores], const Element* keys) const {
+    const int row = 8 * pc() + 4 * h() + l();
+#pragma unroll
+    for (int c = part * kD / 8 / kParts; c < (part + 1) * kD / 8 / kParts; ++c) {
+      const uint4* chunk = reinterpret_cast<const uint4*>(keys) + row * kRowChunks + key_chunk(row, c);
+      uint4 k[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) k[j] = chunk[16 * kRowChunks * j];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        mma_m8n8k4(eight(s, j), {query[4 * c], query[4 * c + 1]}, {k[j].x, k[j].y});
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        mma_m8n8k4(eight(s, j), {query[4 * c + 2], query[4 * c + 3]}, {k[j].z, k[j].w});
+    }
+  }
+
+  // o += p v over a part of the keys.
+  template <int part>
+  __device__ static void multiply_values(float (&o)[kOutputs], const float (&p)[kScores], const Element* values) {
+#pragma unroll
+    for (int j = part * 4 / kParts; j < (part + 1) * 4 / kParts; ++j) {
+      uint32_t a[2][2][2];  // [keys of this pc, of the other][4 keys each][2 keys each] of row 8 pr + 4 h + l
+#pragma unroll
+      for (int four = 0; four < 2; ++four) {
+        // Lanes l and l ^ 2 hold two columns each of two rows; they swap so that each has four columns of one row.
+        const uint32_t upper = pack(p[8 * j + 4 * four], p[8 * j + 4 * four + 1]);
+        const uint32_t lower = pack(p[8 * j + 4 * four + 2], p[8 * j + 4 * four + 3]);
+        const bool second = l() & 2;
+        const uint32_t mine = second ? lower : upper, theirs = second ? upper : lower;
+        const uint32_t got = __shfl_xor_sync(kAllLanes, theirs, 2);
+        a[0][four][0] = second ? got : mine;
+        a[0][four][1] = second ? mine : got;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[1][i / 2][i % 2] = __shfl_xor_sync(kAllLanes, a[0][i / 2][i % 2], 4);
+      // The two quad-pairs of a row take the 16 keys in different order: each begins with those it has.
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int other = i / 2, four = i % 2, row = 16 * j + 8 * (pc() ^ other) + 4 * four + l();
+        uint4 v[kD / 32];
+#pragma unroll
+        for (int c = 0; c < kD / 32; ++c)
+          v[c] = reinterpret_cast<const uint4*>(values)[row * kRowChunks + value_chunk(l(), 4 * c + 2 * h() + pc())];
+#pragma unroll
+        for (int c = 0; c < kD / 32; ++c) {
+          mma_m8n8k4_row_row(eight(o, 2 * c), {a[other][four][0], a[other][four][1]}, {v[c].x, v[c].y});
+          mma_m8n8k4_row_row(eight(o, 2 * c + 1), {a[other][four][0], a[other][four][1]}, {v[c].z, v[c].w});
+        }
+      }
+    }
+  }
+
+ private:
+  template <int n>
+  static __device__ float (&eight(float (&x)[n], int j))[8] { return *reinterpret_cast<float(*)[8]>(x + 8 * j); }
+  static __device__ uint32_t pack(float low, float high) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+  }
+};
+
+}  // namespace flexattn::cuda
