@@ -1,43 +1,69 @@
 // N x (N+M) attention, forward: tiles of logits, an online softmax, and nothing of the size of the attention matrix.
 
+#include <cmath>
+
 #include "attention_tiles.h"
 
 namespace flexattn::cpu {
 namespace {
 
-// Running softmax of some query rows: largest logit, sum of exponentials, and the unnormalised output.
+// Running softmax of a tile of queries: logits of the keys at hand, largest logit, sum of exponentials, unnormalised output.
+// Two layouts with one interface: many queries lie in lanes, [d, queries] and [keys, queries]; few are rows of their own.
 template <typename A>
-struct OnlineSoftmax {
-  std::vector<A> largest, sum, out;
-  int64_t d;
+class ManyQueries {
+ public:
+  ManyQueries(int64_t rows, int64_t d)
+      : d_(d), lanes_(padded(rows)), queries_(d * lanes_), logits_(kTileKeys * lanes_), out_(d * lanes_),
+        largest_(lanes_, -std::numeric_limits<A>::infinity()), sum_(lanes_) {}
 
-  OnlineSoftmax(int64_t rows, int64_t d)
-      : largest(rows, -std::numeric_limits<A>::infinity()), sum(rows, 0), out(rows * d, 0), d(d) {}
+  A& query(int64_t i, int64_t c) { return queries_[c * lanes_ + i]; }
+  A& out(int64_t i, int64_t c) { return out_[c * lanes_ + i]; }
+  A& largest(int64_t i) { return largest_[i]; }
+  A& sum(int64_t i) { return sum_[i]; }
+  void hide(int64_t i, int64_t j) { logits_[j * lanes_ + i] = -std::numeric_limits<A>::infinity(); }
 
-  // Takes in a tile of logits [rows, n], which become weights, and the values [n, d] of its keys.
-  void absorb(A* logits, int64_t rows, int64_t n, Matrix<A> values) {
-    for (int64_t i = 0; i < rows; ++i) {
-      A* row = logits + i * n;
-      const A highest = std::max(largest[i], max_of(row, n));
-      if (highest == -std::numeric_limits<A>::infinity()) {  // nothing seen so far: exp(-inf - -inf) is no number
-        std::fill(row, row + n, A(0));
-        continue;
-      }
-      if (highest > largest[i]) {
-        const A shrink = std::exp(largest[i] - highest);
-        sum[i] *= shrink;
-        for (int64_t c = 0; c < d; ++c) out[i * d + c] *= shrink;
-        largest[i] = highest;
-      }
-      sum[i] += exp_and_sum(row, n, highest);
-    }
-    add_product<A>({logits, n}, rows, values, n, d, out.data(), d);
+  void meet(Matrix<A> keys, int64_t n) {
+    multiply<A>(keys.data, keys.ld, 1, queries_.data(), lanes_, logits_.data(), lanes_, n, lanes_, d_, false);
+  }
+  void absorb(Matrix<A> values, int64_t n) {
+    softmax_step(logits_.data(), n, lanes_, largest_.data(), sum_.data(), out_.data(), d_);
+    multiply<A>(values.data, 1, values.ld, logits_.data(), lanes_, out_.data(), lanes_, d_, lanes_, n, true);
   }
 
-  A log_sum_exp(int64_t i) const {
-    return sum[i] > 0 ? largest[i] + std::log(sum[i]) : -std::numeric_limits<A>::infinity();
+ private:
+  int64_t d_, lanes_;
+  std::vector<A> queries_, logits_, out_, largest_, sum_;
+};
+
+template <typename A>
+class FewQueries {
+ public:
+  FewQueries(int64_t rows, int64_t d)
+      : d_(d), rows_(rows), queries_(rows * d), logits_(rows * kTileKeys), out_(rows * d),
+        largest_(rows, -std::numeric_limits<A>::infinity()), sum_(rows) {}
+
+  A& query(int64_t i, int64_t c) { return queries_[i * d_ + c]; }
+  A& out(int64_t i, int64_t c) { return out_[i * d_ + c]; }
+  A& largest(int64_t i) { return largest_[i]; }
+  A& sum(int64_t i) { return sum_[i]; }
+  void hide(int64_t i, int64_t j) { logits_[i * kTileKeys + j] = -std::numeric_limits<A>::infinity(); }
+
+  void meet(Matrix<A> keys, int64_t n) {
+    for (int64_t i = 0; i < rows_; ++i) dot_rows(&queries_[i * d_], keys.data, keys.ld, n, d_, &logits_[i * kTileKeys]);
   }
-  A normalised(int64_t i, int64_t c) const { return sum[i] > 0 ? out[i * d + c] / sum[i] : A(0); }
+  // exp(logit - shift) of the first query, in place of its logits.
+  const A* exponentials(int64_t n, A shift) {
+    exp_shifted(logits_.data(), n, shift);
+    return logits_.data();
+  }
+  void absorb(Matrix<A> values, int64_t n) {
+    for (int64_t i = 0; i < rows_; ++i)
+      softmax_step_of_row(&logits_[i * kTileKeys], n, &largest_[i], &sum_[i], &out_[i * d_], values.data, values.ld, d_);
+  }
+
+ private:
+  int64_t d_, rows_;
+  std::vector<A> queries_, logits_, out_, largest_, sum_;
 };
 
 template <typename T>
@@ -45,138 +71,150 @@ class Forward {
   using A = typename Accumulator<T>::type;
 
  public:
-  explicit Forward(const AttentionForwardParams& params) : params_(params), in_(params.in) {}
+  explicit Forward(const AttentionForwardParams& params) : params_(params), in_(params.in), d_(params.in.head_dim) {}
 
   void run() {
-    hr_rows_.resize(in_.batch);
-    for (int64_t b = 0; b < in_.batch; ++b) hr_rows_[b] = hr_rows_of({in_, b});
-    const int64_t tiles = (in_.queries + kTileQueries - 1) / kTileQueries;
-    at::parallel_for(0, in_.batch * in_.heads * tiles, 1, [&](int64_t begin, int64_t end) {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      for (int64_t task = begin; task < end; ++task)
-        attend(task / tiles / in_.heads, task / tiles % in_.heads, task % tiles * kTileQueries);
+    for (int64_t b = 0; b < in_.batch; ++b) hr_rows_.push_back(Sample{in_, b}.hr_rows());
+    const int64_t pairs = in_.batch * in_.kv_heads, rows = QueryRows{in_, 0, 0}.count();
+    const int64_t tiles = (rows + kTileQueries - 1) / kTileQueries;
+    for_each_task(pairs * tiles, [&](int64_t task) {
+      const int64_t tile = tiles - 1 - task / pairs;  // the last tiles see most keys: they go first
+      const QueryRows queries{in_, task % pairs / in_.kv_heads, task % pairs % in_.kv_heads};
+      const int64_t first = tile * kTileQueries, count = std::min(kTileQueries, rows - first);
+      count > kFewRows ? attend<ManyQueries<A>>(queries, first, count) : attend<FewQueries<A>>(queries, first, count);
     });
-    if (params_.pictures > 0)
-      at::parallel_for(0, in_.batch * in_.rows, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) map_row(task / in_.rows, task % in_.rows);
-      });
+    if (params_.pictures == 0) return;
+    const int64_t chunks = (params_.map_size + kTileKeys - 1) / kTileKeys;
+    for_each_task(in_.batch * in_.rows * params_.pictures * chunks, [&](int64_t task) {
+      const int64_t picture = task / chunks % params_.pictures, row = task / chunks / params_.pictures;
+      map_chunk(row / in_.rows, row % in_.rows, picture, task % chunks * kTileKeys);
+    });
   }
 
  private:
-  const T* key_head(const void* data, const Strides& s, int64_t b, int64_t head) const {
-    return static_cast<const T*>(data) + b * s.batch + head / (in_.heads / in_.kv_heads) * s.head;
-  }
+  struct Scratch {
+    std::vector<A> keys, values;
+  };
+
   const T* query(int64_t b, int64_t head, int64_t n) const {
     const Strides& s = in_.q_strides;
     return static_cast<const T*>(in_.q) + b * s.batch + head * s.head + n * s.row;
   }
-
-  // One tile of queries of one head.
-  void attend(int64_t b, int64_t head, int64_t first) {
-    const Sample sample{in_, b};
-    const int64_t rows = std::min(kTileQueries, in_.queries - first), d = in_.head_dim;
-    const A scale = static_cast<A>(in_.scale);
-    std::vector<A> q_scratch, k_scratch, v_scratch;
-    const Matrix<A> q = read_rows<T, A>(query(b, head, first), in_.q_strides.row, rows, d, q_scratch);
-
-    OnlineSoftmax<A> plain(rows, d);
-    std::vector<A> logits(rows * kTileKeys);
-    const T* k = key_head(in_.k, in_.k_strides, b, head);
-    const T* v = key_head(in_.v, in_.v_strides, b, head);
-    const int64_t end = sample.end_of_keys(first + rows);
-    for (int64_t j = sample.first_key(); j < end; j += kTileKeys) {
-      const int64_t n = std::min(kTileKeys, end - j);
-      const Matrix<A> keys = read_rows<T, A>(k + j * in_.k_strides.row, in_.k_strides.row, n, d, k_scratch);
-      const Matrix<A> values = read_rows<T, A>(v + j * in_.v_strides.row, in_.v_strides.row, n, d, v_scratch);
-      multiply_transposed(q, rows, keys, n, d, scale, logits.data(), n);
-      if (sample.hides(first, j, n)) sample.mask_sequence(logits.data(), n, first, rows, j, n);
-      plain.absorb(logits.data(), rows, n, values);
-    }
-    for (int64_t i = 0; i < rows; ++i) write_row(b, head, first + i, plain, i, plain.log_sum_exp(i), plain.log_sum_exp(i));
-    attend_hr(sample, head, first, rows, q, plain);
+  static const T* of_head(const void* data, const Strides& s, int64_t b, int64_t kv_head) {
+    return static_cast<const T*>(data) + b * s.batch + kv_head * s.head;
   }
 
-  // The rows of the tile that see HR keys go on from where the sequence left them.
-  void attend_hr(const Sample& sample, int64_t head, int64_t first, int64_t rows, Matrix<A> q, const OnlineSoftmax<A>& plain) {
-    const auto& all = hr_rows_[sample.b];
-    const auto before = [](const HrRow& row, int64_t n) { return row.query < n; };
-    const auto begin = std::lower_bound(all.begin(), all.end(), first, before);
-    const auto end = std::lower_bound(begin, all.end(), first + rows, before);
-    const int64_t count = end - begin, d = in_.head_dim, b = sample.b;
-    if (count == 0) return;
-
-    OnlineSoftmax<A> full(count, d);
-    std::vector<A> queries(count * d), logits(count * kTileKeys), k_scratch, v_scratch;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t local = begin[i].query - first;
-      std::copy_n(q.data + local * q.ld, d, queries.data() + i * d);
-      std::copy_n(plain.out.data() + local * d, d, full.out.data() + i * d);
-      full.largest[i] = plain.largest[local];
-      full.sum[i] = plain.sum[local];
+  // One tile of queries: first the sequence, then, for those that see them, the HR keys.
+  template <class State>
+  void attend(const QueryRows& queries, int64_t first, int64_t rows) {
+    const Sample sample{in_, queries.b};
+    const auto query_of = [&](int64_t i) { return queries.query(first + i); };
+    State plain(rows, d_);
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* q = query(queries.b, queries.head(first + i), query_of(i));
+      for (int64_t c = 0; c < d_; ++c) plain.query(i, c) = static_cast<A>(q[c]) * static_cast<A>(in_.scale);
     }
-    const int64_t group = head / (in_.heads / in_.kv_heads);
-    const T* k = static_cast<const T*>(in_.k_hr) + group * in_.k_hr_strides.head;
-    const T* v = static_cast<const T*>(in_.v_hr) + group * in_.v_hr_strides.head;
+    Scratch scratch;
+    const T* k = of_head(in_.k, in_.k_strides, queries.b, queries.kv_head);
+    const T* v = of_head(in_.v, in_.v_strides, queries.b, queries.kv_head);
+    const int64_t end = sample.end_of_keys(query_of(rows - 1));
+    for (int64_t j = sample.first_key(); j < end; j += kTileKeys) {
+      const int64_t n = std::min(kTileKeys, end - j), ks = in_.k_strides.row, vs = in_.v_strides.row;
+      plain.meet(read_rows(k + j * ks, ks, nullptr, n, d_, scratch.keys), n);
+      sample.hide_sequence_keys(plain, rows, query_of, j, n);
+      plain.absorb(read_rows(v + j * vs, vs, nullptr, n, d_, scratch.values), n);
+    }
+
+    for (int64_t i = 0; i < rows; ++i) write_row(queries, first + i, plain, i, log_sum_exp(plain, i));
+    std::vector<HrRow> hr_rows;
+    std::vector<int64_t> places;
+    hr_rows_of_tile(hr_rows_[queries.b], rows, query_of, hr_rows, places);
+    const int64_t count = hr_rows.size();
+    if (count > kFewRows) attend_hr<ManyQueries<A>>(queries, first, hr_rows, places, plain, scratch);
+    else if (count > 0) attend_hr<FewQueries<A>>(queries, first, hr_rows, places, plain, scratch);
+  }
+
+  // The queries that see HR keys go on from where the sequence left them.
+  template <class State, class Plain>
+  void attend_hr(const QueryRows& queries, int64_t first, const std::vector<HrRow>& hr_rows, const std::vector<int64_t>& places,
+                 Plain& plain, Scratch& scratch) {
+    const Sample sample{in_, queries.b};
+    const int64_t rows = hr_rows.size();
+    State full(rows, d_);
+    for (int64_t i = 0; i < rows; ++i) {
+      full.largest(i) = plain.largest(places[i]);
+      full.sum(i) = plain.sum(places[i]);
+      for (int64_t c = 0; c < d_; ++c) {
+        full.query(i, c) = plain.query(places[i], c);
+        full.out(i, c) = plain.out(places[i], c);
+      }
+    }
+    const T* k = of_head(in_.k_hr, in_.k_hr_strides, 0, queries.kv_head);
+    const T* v = of_head(in_.v_hr, in_.v_hr_strides, 0, queries.kv_head);
     for (int64_t j = 0; j < sample.hr_keys(); j += kTileKeys) {
       const int64_t n = std::min(kTileKeys, sample.hr_keys() - j);
-      const Matrix<A> keys = read_slots<T, A>(k, in_.k_hr_strides.row, sample.slots() + j, n, d, k_scratch);
-      const Matrix<A> values = read_slots<T, A>(v, in_.v_hr_strides.row, sample.slots() + j, n, d, v_scratch);
-      multiply_transposed<A>({queries.data(), d}, count, keys, n, d, static_cast<A>(in_.scale), logits.data(), n);
-      for (int64_t i = 0; i < count; ++i) mask_hr(logits.data() + i * n, sample.row_bits(begin[i].listed), j, n);
-      full.absorb(logits.data(), count, n, values);
+      full.meet(read_rows(k, in_.k_hr_strides.row, sample.slots() + j, n, d_, scratch.keys), n);
+      sample.hide_hr_keys(full, hr_rows, j, n);
+      full.absorb(read_rows(v, in_.v_hr_strides.row, sample.slots() + j, n, d_, scratch.values), n);
     }
 
     const A alpha = static_cast<A>(sample.alpha());
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t local = begin[i].query - first;
-      if (alpha != A(1))
-        for (int64_t c = 0; c < d; ++c)
-          full.out[i * d + c] =
-              full.sum[i] * (alpha * full.normalised(i, c) + (A(1) - alpha) * plain.normalised(local, c));
-      write_row(b, head, begin[i].query, full, i, full.log_sum_exp(i), plain.log_sum_exp(local));
+    for (int64_t i = 0; i < rows; ++i) {
+      if (alpha != A(1)) {
+        const A of_plain = (A(1) - alpha) * full.sum(i) * inverse(plain.sum(places[i]));
+        for (int64_t c = 0; c < d_; ++c) full.out(i, c) = alpha * full.out(i, c) + of_plain * plain.out(places[i], c);
+      }
+      write_row(queries, first + places[i], full, i, log_sum_exp(plain, places[i]));
     }
   }
 
-  void write_row(int64_t b, int64_t head, int64_t n, const OnlineSoftmax<A>& state, int64_t i, A lse, A lse_seq) {
-    T* out = static_cast<T*>(params_.out) + ((b * in_.queries + n) * in_.heads + head) * in_.head_dim;
-    for (int64_t c = 0; c < in_.head_dim; ++c) out[c] = static_cast<T>(state.normalised(i, c));
-    const int64_t at = (b * in_.heads + head) * in_.queries + n;
-    static_cast<A*>(params_.lse)[at] = lse;
-    static_cast<A*>(params_.lse_seq)[at] = lse_seq;
+  static A inverse(A sum) { return sum > 0 ? A(1) / sum : A(0); }
+  template <class State>
+  static A log_sum_exp(State& state, int64_t i) {
+    return state.sum(i) > 0 ? state.largest(i) + std::log(state.sum(i)) : -std::numeric_limits<A>::infinity();
   }
 
-  // The map of one row: its logits over the pictures' keys once more, and the heads summed in their order.
-  void map_row(int64_t b, int64_t r) {
-    const Sample sample{in_, b};
-    const int64_t size = params_.map_size, d = in_.head_dim;
-    A* map = static_cast<A*>(params_.map) + (b * in_.rows + r) * params_.pictures * size;
-    std::fill_n(map, params_.pictures * size, A(0));
+  template <class State>
+  void write_row(const QueryRows& queries, int64_t row, State& state, int64_t i, A lse_seq) {
+    const int64_t n = queries.query(row), head = queries.head(row);
+    T* out = static_cast<T*>(params_.out) + ((queries.b * in_.queries + n) * in_.heads + head) * d_;
+    const A factor = inverse(state.sum(i));
+    for (int64_t c = 0; c < d_; ++c) out[c] = static_cast<T>(state.out(i, c) * factor);
+    static_cast<A*>(params_.lse)[queries.statistic(row)] = log_sum_exp(state, i);
+    static_cast<A*>(params_.lse_seq)[queries.statistic(row)] = lse_seq;
+  }
+
+  // A piece of the map of one row: its logits over these keys of the picture once more, and the heads summed in their order.
+  void map_chunk(int64_t b, int64_t r, int64_t picture, int64_t offset) {
+    const int64_t size = std::min(kTileKeys, params_.map_size - offset);
+    A* map = static_cast<A*>(params_.map) + ((b * in_.rows + r) * params_.pictures + picture) * params_.map_size + offset;
+    std::fill_n(map, size, A(0));
+    const int32_t* range = params_.map_ranges + (b * params_.pictures + picture) * 2;
     const int64_t n = in_.hr_rows ? in_.hr_rows[b * in_.rows + r] : in_.queries - 1;
-    if (n < 0) return;
-    std::vector<A> q_scratch, k_scratch, row(size);
-    for (int64_t picture = 0; picture < params_.pictures; ++picture) {
-      const int32_t* range = params_.map_ranges + (b * params_.pictures + picture) * 2;
-      const int64_t begin = range[0], count = std::min<int64_t>(range[1] - range[0], size);
-      if (count <= 0) continue;
-      for (int64_t head = 0; head < in_.heads; ++head) {
-        const int64_t at = (b * in_.heads + head) * in_.queries + n;
-        const A lse = static_cast<A*>(params_.map_over_all ? params_.lse : params_.lse_seq)[at];
-        if (lse == -std::numeric_limits<A>::infinity()) continue;
-        const Matrix<A> q = read_rows<T, A>(query(b, head, n), in_.q_strides.row, 1, d, q_scratch);
-        const T* k = key_head(in_.k, in_.k_strides, b, head) + begin * in_.k_strides.row;
-        const Matrix<A> keys = read_rows<T, A>(k, in_.k_strides.row, count, d, k_scratch);
-        multiply_transposed(q, 1, keys, count, d, static_cast<A>(in_.scale), row.data(), count);
-        sample.mask_sequence(row.data(), count, n, 1, begin, count);
-        for (int64_t j = 0; j < std::min(count, sample.first_key() - begin); ++j)
-          row[j] = -std::numeric_limits<A>::infinity();
-        exp_and_sum(row.data(), count, lse);
-        for (int64_t j = 0; j < count; ++j) map[picture * size + j] += row[j];
-      }
+    const int64_t begin = range[0] + offset, count = std::min<int64_t>(range[1] - begin, size);
+    if (n < 0 || count <= 0) return;
+
+    const Sample sample{in_, b};
+    FewQueries<A> state(1, d_);
+    std::vector<A> scratch;
+    for (int64_t head = 0; head < in_.heads; ++head) {
+      const QueryRows queries{in_, b, head / (in_.heads / in_.kv_heads)};
+      const A lse = static_cast<A*>(params_.map_over_all ? params_.lse : params_.lse_seq)[(b * in_.heads + head) * in_.queries + n];
+      if (lse == -std::numeric_limits<A>::infinity()) continue;
+      const T* q = query(b, head, n);
+      for (int64_t c = 0; c < d_; ++c) state.query(0, c) = static_cast<A>(q[c]) * static_cast<A>(in_.scale);
+      const T* k = of_head(in_.k, in_.k_strides, b, queries.kv_head) + begin * in_.k_strides.row;
+      state.meet(read_rows(k, in_.k_strides.row, nullptr, count, d_, scratch), count);
+      sample.hide_sequence_keys(state, 1, [=](int64_t) { return n; }, begin, count);
+      for (int64_t j = 0; j < std::min(count, sample.first_key() - begin); ++j) state.hide(0, j);
+      const A* probabilities = state.exponentials(count, lse);
+      for (int64_t j = 0; j < count; ++j) map[j] += probabilities[j];
     }
   }
 
   const AttentionForwardParams& params_;
   const AttentionInputs& in_;
+  const int64_t d_;
   std::vector<std::vector<HrRow>> hr_rows_;
 };
 

@@ -1,35 +1,28 @@
 #include "vector_math.h"
 
-#include <cstring>
+#include <cmath>
+#include <limits>
 
-// One source, several instruction sets: the loader picks the best version that the processor has.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define FLEXATTN_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FLEXATTN_MULTIVERSION
-#endif
+#include "simd.h"
 
 namespace flexattn::cpu {
 namespace {
 
-// Sums are kept in this many lanes, so that the order of additions, and the result, is the same on every processor.
-constexpr int64_t kLanes = 16;
-
-inline __attribute__((always_inline)) float sum_lanes(const float* lanes) {
-  float sum = 0;
-  for (int64_t i = 0; i < kLanes; ++i) sum += lanes[i];
-  return sum;
-}
+// ------------------------------------------------------------------------------------------------------ exponential
 
 // exp for x <= 0, relative error below 2e-7: 2^n * 2^f with n the nearest integer to x * log2(e), and 2^f by its Taylor
 // polynomial on |f| <= 1/2. Below -87 the result is 0, which also holds for -inf.
-inline __attribute__((always_inline)) float exp_of_nonpositive(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const float shifted = clamped * 1.44269504f + shifter;
-  const float n = shifted - shifter;
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n * ln 2, in two parts
-  float p = 1.0f / 5040.0f;
+template <class M>
+FLEXATTN_INLINE Vector<float, M> exp_of_nonpositive(Vector<float, M> x) {
+  using V = Vector<float, M>;
+  using I = Vector<int32_t, M>;
+  const I visible = x >= -87.0f;
+  x = (V)((I)x & visible);               // 0 instead of what is too small
+  const V shifter = V{} + 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const V shifted = x * 1.44269504f + shifter;
+  const V n = shifted - shifter;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n * ln 2, in two parts
+  V p = V{} + 1.0f / 5040.0f;
   p = p * r + 1.0f / 720.0f;
   p = p * r + 1.0f / 120.0f;
   p = p * r + 1.0f / 24.0f;
@@ -37,59 +30,304 @@ inline __attribute__((always_inline)) float exp_of_nonpositive(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  const int32_t power_bits = (bits + 127) << 23;
-  float power;
-  std::memcpy(&power, &power_bits, sizeof power);
-  return x < -87.0f ? 0.0f : p * power;
+  const V power = (V)(((I)shifted + 127) << 23);
+  return (V)((I)(p * power) & visible);
 }
+
+template <class M>
+FLEXATTN_INLINE Vector<double, M> exp_of_nonpositive(Vector<double, M> x) {
+  Vector<double, M> y;
+  for (int i = 0; i < VectorOf<double, M>::lanes; ++i) y[i] = std::exp(x[i]);
+  return y;
+}
+
+template <class V>
+FLEXATTN_INLINE V larger(V x, V y) { return x > y ? x : y; }
+
+// What is subtracted before the exponential: the largest logit, or 0 where none is finite (-inf - -inf is no number).
+template <typename A, class V>
+FLEXATTN_INLINE V shift_of(V largest) {
+  const V nothing = V{} - std::numeric_limits<A>::infinity();
+  return largest == nothing ? V{} : largest;
+}
+
+// -------------------------------------------------------------------------------------------------------- products
+
+// A block of `rows` x `width` vectors of c, which stays in registers while k runs.
+template <class M, int rows, int width, typename A>
+FLEXATTN_INLINE void multiply_block(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c, int64_t ldc,
+                                    int64_t k, bool accumulate) {
+  using V = Vector<A, M>;
+  constexpr int lanes = VectorOf<A, M>::lanes;
+  V sum[rows][width];
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < width; ++j) sum[i][j] = accumulate ? load<M>(c + i * ldc + j * lanes) : V{};
+  for (int64_t l = 0; l < k; ++l) {
+    V row[width];
+    for (int j = 0; j < width; ++j) row[j] = load<M>(b + l * ldb + j * lanes);
+    for (int i = 0; i < rows; ++i) {
+      const V factor = V{} + a[i * a_row + l * a_column];
+      for (int j = 0; j < width; ++j) sum[i][j] += factor * row[j];
+    }
+  }
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < width; ++j) store<M>(c + i * ldc + j * lanes, sum[i][j]);
+}
+
+template <class M, int width, typename A>
+FLEXATTN_INLINE void multiply_column(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c, int64_t ldc,
+                                     int64_t m, int64_t k, bool accumulate) {
+  int64_t i = 0;
+  for (; i + M::height <= m; i += M::height)
+    multiply_block<M, M::height, width>(a + i * a_row, a_row, a_column, b, ldb, c + i * ldc, ldc, k, accumulate);
+  for (; i < m; ++i) multiply_block<M, 1, width>(a + i * a_row, a_row, a_column, b, ldb, c + i * ldc, ldc, k, accumulate);
+}
+
+struct Multiply {
+  template <class M, typename A>
+  static FLEXATTN_INLINE void run(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c, int64_t ldc,
+                                  int64_t m, int64_t n, int64_t k, bool accumulate) {
+    constexpr int64_t lanes = VectorOf<A, M>::lanes, wide = lanes * M::width;
+    int64_t j = 0;
+    for (; j + wide <= n; j += wide)
+      multiply_column<M, M::width>(a, a_row, a_column, b + j, ldb, c + j, ldc, m, k, accumulate);
+    for (; j < n; j += lanes) multiply_column<M, 1>(a, a_row, a_column, b + j, ldb, c + j, ldc, m, k, accumulate);
+  }
+};
+
+// Memory that a row far from its neighbour lies in is asked for this many rows ahead: hardware fetches ahead within a page.
+constexpr int64_t kRowsAhead = 12;
+template <typename A>
+FLEXATTN_INLINE void prefetch_row(const A* row, int64_t d) {
+  for (int64_t byte = 0; byte < d * static_cast<int64_t>(sizeof(A)); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
+}
+
+template <class M, typename A>
+FLEXATTN_INLINE A sum_of_lanes(Vector<A, M> x) {
+  A sum = 0;
+  for (int i = 0; i < VectorOf<A, M>::lanes; ++i) sum += x[i];
+  return sum;
+}
+
+// Four rows at a time, so that four sums are under way.
+struct DotRows {
+  template <class M, int rows, typename A>
+  static FLEXATTN_INLINE void some(const A* x, const A* y, int64_t ld, int64_t d, A* out) {
+    constexpr int64_t lanes = VectorOf<A, M>::lanes;
+    Vector<A, M> sum[rows] = {};
+    A tail[rows] = {};
+    int64_t c = 0;
+    for (; c + lanes <= d; c += lanes)
+      for (int i = 0; i < rows; ++i) sum[i] += load<M>(x + c) * load<M>(y + i * ld + c);
+    for (; c < d; ++c)
+      for (int i = 0; i < rows; ++i) tail[i] += x[c] * y[i * ld + c];
+    for (int i = 0; i < rows; ++i) out[i] = tail[i] + sum_of_lanes<M, A>(sum[i]);
+  }
+  template <class M, typename A>
+  static FLEXATTN_INLINE void run(const A* x, const A* y, int64_t ld, int64_t n, int64_t d, A* out) {
+    int64_t j = 0;
+    for (; j + 4 <= n; j += 4) {
+      for (int64_t i = j; i < j + 4; ++i)
+        if (i + kRowsAhead < n) prefetch_row(y + (i + kRowsAhead) * ld, d);
+      some<M, 4>(x, y + j * ld, ld, d, out + j);
+    }
+    for (; j < n; ++j) some<M, 1>(x, y + j * ld, ld, d, out + j);
+  }
+};
+
+// --------------------------------------------------------------------------------------------------------- softmax
+
+struct SoftmaxStep {
+  template <class M, typename A>
+  static FLEXATTN_INLINE void run(A* logits, int64_t keys, int64_t lanes, A* largest, A* sum, A* out, int64_t d) {
+    using V = Vector<A, M>;
+    for (int64_t i = 0; i < lanes; i += VectorOf<A, M>::lanes) {
+      const V before = load<M>(largest + i);
+      V highest = before;
+      for (int64_t j = 0; j < keys; ++j) highest = larger(highest, load<M>(logits + j * lanes + i));
+      const V shift = shift_of<A>(highest), shrink = exp_of_nonpositive<M>(before - shift);
+      V total = load<M>(sum + i) * shrink;
+      for (int64_t j = 0; j < keys; ++j) {
+        const V p = exp_of_nonpositive<M>(load<M>(logits + j * lanes + i) - shift);
+        total += p;
+        store<M>(logits + j * lanes + i, p);
+      }
+      for (int64_t c = 0; c < d; ++c) store<M>(out + c * lanes + i, load<M>(out + c * lanes + i) * shrink);
+      store<M>(largest + i, highest);
+      store<M>(sum + i, total);
+    }
+  }
+};
+
+struct AddExpectation {
+  template <class M, typename A>
+  static FLEXATTN_INLINE void run(const A* logits, const A* dp, int64_t keys, int64_t lanes, const A* lse, A* expectation) {
+    for (int64_t i = 0; i < lanes; i += VectorOf<A, M>::lanes) {
+      const Vector<A, M> shift = load<M>(lse + i);
+      Vector<A, M> sum = load<M>(expectation + i);
+      for (int64_t j = i; j < keys * lanes; j += lanes) sum += exp_of_nonpositive<M>(load<M>(logits + j) - shift) * load<M>(dp + j);
+      store<M>(expectation + i, sum);
+    }
+  }
+};
+
+struct LogitGradients {
+  template <class M, typename A>
+  static FLEXATTN_INLINE void run(A* logits, A* dp, int64_t keys, int64_t lanes, const A* lse, const A* weight, const A* expectation) {
+    for (int64_t i = 0; i < lanes; i += VectorOf<A, M>::lanes) {
+      const Vector<A, M> shift = load<M>(lse + i), w = load<M>(weight + i), mean = load<M>(expectation + i);
+      for (int64_t j = i; j < keys * lanes; j += lanes) {
+        const Vector<A, M> p = exp_of_nonpositive<M>(load<M>(logits + j) - shift);
+        store<M>(logits + j, w * p);
+        store<M>(dp + j, p * (w * load<M>(dp + j) - mean));
+      }
+    }
+  }
+};
+
+struct ExpShifted {
+  template <class M, typename A>
+  static FLEXATTN_INLINE void run(A* x, int64_t n, A shift) {
+    constexpr int64_t lanes = VectorOf<A, M>::lanes;
+    int64_t j = 0;
+    for (; j + lanes <= n; j += lanes) store<M>(x + j, exp_of_nonpositive<M>(load<M>(x + j) - shift));
+    if (j == n) return;
+    A rest[lanes] = {};
+    std::memcpy(rest, x + j, (n - j) * sizeof(A));
+    store<M>(rest, exp_of_nonpositive<M>(load<M>(rest) - shift));
+    std::memcpy(x + j, rest, (n - j) * sizeof(A));
+  }
+};
+
+// out[0 .. width vectors) += sum over j of weight[j] * rows[j]
+template <class M, int width, typename A>
+FLEXATTN_INLINE void add_weighted(const A* weight, const A* rows, int64_t ld, int64_t n, A* out) {
+  constexpr int64_t lanes = VectorOf<A, M>::lanes;
+  Vector<A, M> sum[width];
+  for (int v = 0; v < width; ++v) sum[v] = load<M>(out + v * lanes);
+  for (int64_t j = 0; j < n; ++j) {
+    if (j + kRowsAhead < n) prefetch_row(rows + (j + kRowsAhead) * ld, width * lanes);
+    const Vector<A, M> w = Vector<A, M>{} + weight[j];
+    for (int v = 0; v < width; ++v) sum[v] += w * load<M>(rows + j * ld + v * lanes);
+  }
+  for (int v = 0; v < width; ++v) store<M>(out + v * lanes, sum[v]);
+}
+
+struct SoftmaxStepOfRow {
+  template <class M, typename A>
+  static FLEXATTN_INLINE void run(A* logits, int64_t keys, A* largest, A* sum, A* out, const A* values, int64_t ld, int64_t d) {
+    constexpr int64_t lanes = VectorOf<A, M>::lanes;
+    A highest = *largest;
+    int64_t j = 0;
+    Vector<A, M> highest_lanes = Vector<A, M>{} + highest;
+    for (; j + lanes <= keys; j += lanes) highest_lanes = larger(highest_lanes, load<M>(logits + j));
+    for (int64_t i = 0; i < lanes; ++i) highest = larger(highest, A(highest_lanes[i]));
+    for (; j < keys; ++j) highest = larger(highest, logits[j]);
+    if (highest == -std::numeric_limits<A>::infinity()) return;  // nothing seen so far
+    if (highest > *largest) {
+      const A shrink = std::exp(*largest - highest);
+      *sum *= shrink;
+      for (int64_t c = 0; c < d; ++c) out[c] *= shrink;
+      *largest = highest;
+    }
+    ExpShifted::run<M>(logits, keys, highest);
+    Vector<A, M> total = {};
+    for (j = 0; j + lanes <= keys; j += lanes) total += load<M>(logits + j);
+    A rest = sum_of_lanes<M, A>(total);
+    for (; j < keys; ++j) rest += logits[j];
+    *sum += rest;
+
+    int64_t c = 0;
+    for (; c + 4 * lanes <= d; c += 4 * lanes) add_weighted<M, 4>(logits, values + c, ld, keys, out + c);
+    for (; c + lanes <= d; c += lanes) add_weighted<M, 1>(logits, values + c, ld, keys, out + c);
+    for (; c < d; ++c)
+      for (j = 0; j < keys; ++j) out[c] += logits[j] * values[j * ld + c];
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------- widening
+
+FLEXATTN_INLINE float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+FLEXATTN_INLINE float widen(float x) { return x; }
+FLEXATTN_INLINE double widen(double x) { return x; }
+FLEXATTN_INLINE float widen(c10::BFloat16 x) { return from_bits(static_cast<uint32_t>(x.x) << 16); }
+// Moves the exponent and the fraction to their places; the product corrects the exponent's bias, also of subnormals.
+FLEXATTN_INLINE float widen(c10::Half x) {
+  const uint32_t bits = static_cast<uint32_t>(x.x), magnitude = bits & 0x7fffu;
+  const float finite = from_bits(magnitude << 13) * 0x1p112f;
+  uint32_t result;
+  std::memcpy(&result, &finite, sizeof result);
+  result |= magnitude >= 0x7c00u ? 0x7f800000u : 0u;  // infinity and NaN
+  return from_bits(result | (bits & 0x8000u) << 16);
+}
+
+struct WidenRows {
+  template <class M, typename T, typename A>
+  static FLEXATTN_INLINE void run(const T* from, int64_t stride, const int32_t* index, int64_t rows, int64_t d, A* to) {
+    const auto row = [=](int64_t i) __attribute__((always_inline)) { return from + (index ? index[i] : i) * stride; };
+    for (int64_t i = 0; i < rows; ++i) {
+      if (i + kRowsAhead < rows) prefetch_row(row(i + kRowsAhead), d);
+      const T* __restrict__ source = row(i);
+      A* __restrict__ target = to + i * d;
+      for (int64_t c = 0; c < d; ++c) target[c] = widen(source[c]);
+    }
+  }
+};
 
 }  // namespace
 
-FLEXATTN_MULTIVERSION
-void dot_rows(const float* x, const float* rows, int64_t ld, int64_t n, int64_t d, float scale, float* out) {
-  for (int64_t j = 0; j < n; ++j) {
-    const float* row = rows + j * ld;
-    float lanes[kLanes] = {};
-    int64_t c = 0;
-    for (; c + kLanes <= d; c += kLanes)
-      for (int64_t i = 0; i < kLanes; ++i) lanes[i] += x[c + i] * row[c + i];
-    for (; c < d; ++c) lanes[c % kLanes] += x[c] * row[c];
-    out[j] = scale * sum_lanes(lanes);
-  }
+template <typename A>
+void multiply(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c, int64_t ldc, int64_t m, int64_t n,
+              int64_t k, bool accumulate) {
+  run_best<Multiply>(a, a_row, a_column, b, ldb, c, ldc, m, n, k, accumulate);
+}
+template <typename A>
+void softmax_step(A* logits, int64_t keys, int64_t lanes, A* largest, A* sum, A* out, int64_t d) {
+  run_best<SoftmaxStep>(logits, keys, lanes, largest, sum, out, d);
+}
+template <typename A>
+void add_expectation(const A* logits, const A* dp, int64_t keys, int64_t lanes, const A* lse, A* expectation) {
+  run_best<AddExpectation>(logits, dp, keys, lanes, lse, expectation);
+}
+template <typename A>
+void logit_gradients(A* logits, A* dp, int64_t keys, int64_t lanes, const A* lse, const A* weight, const A* expectation) {
+  run_best<LogitGradients>(logits, dp, keys, lanes, lse, weight, expectation);
+}
+template <typename A>
+void softmax_step_of_row(A* logits, int64_t keys, A* largest, A* sum, A* out, const A* values, int64_t ld, int64_t d) {
+  run_best<SoftmaxStepOfRow>(logits, keys, largest, sum, out, values, ld, d);
+}
+template <typename A>
+void dot_rows(const A* x, const A* rows, int64_t ld, int64_t n, int64_t d, A* out) {
+  run_best<DotRows>(x, rows, ld, n, d, out);
+}
+template <typename A>
+void exp_shifted(A* x, int64_t n, A shift) {
+  run_best<ExpShifted>(x, n, shift);
+}
+template <typename T, typename A>
+void widen_rows(const T* from, int64_t stride, const int32_t* index, int64_t rows, int64_t d, A* to) {
+  run_best<WidenRows>(from, stride, index, rows, d, to);
 }
 
-FLEXATTN_MULTIVERSION
-void add_weighted_rows(const float* weight, const float* rows, int64_t ld, int64_t n, int64_t d, float* out) {
-  for (int64_t j = 0; j < n; ++j) {
-    const float w = weight[j];
-    const float* row = rows + j * ld;
-    for (int64_t c = 0; c < d; ++c) out[c] += w * row[c];
-  }
-}
-
-FLEXATTN_MULTIVERSION
-float exp_and_sum(float* x, int64_t n, float shift) {
-  float lanes[kLanes] = {};
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes)
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] += x[j + i] = exp_of_nonpositive(x[j + i] - shift);
-  for (; j < n; ++j) lanes[j % kLanes] += x[j] = exp_of_nonpositive(x[j] - shift);
-  return sum_lanes(lanes);
-}
-
-FLEXATTN_MULTIVERSION
-float max_of(const float* x, int64_t n) {
-  float lanes[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = -std::numeric_limits<float>::infinity();
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes)
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = lanes[i] > x[j + i] ? lanes[i] : x[j + i];
-  for (; j < n; ++j) lanes[0] = lanes[0] > x[j] ? lanes[0] : x[j];
-  float largest = lanes[0];
-  for (int64_t i = 1; i < kLanes; ++i) largest = largest > lanes[i] ? largest : lanes[i];
-  return largest;
-}
+#define FLEXATTN_INSTANTIATE(A)                                                                                              \
+  template void multiply(const A*, int64_t, int64_t, const A*, int64_t, A*, int64_t, int64_t, int64_t, int64_t, bool);       \
+  template void softmax_step(A*, int64_t, int64_t, A*, A*, A*, int64_t);                                                     \
+  template void add_expectation(const A*, const A*, int64_t, int64_t, const A*, A*);                                         \
+  template void logit_gradients(A*, A*, int64_t, int64_t, const A*, const A*, const A*);                                     \
+  template void softmax_step_of_row(A*, int64_t, A*, A*, A*, const A*, int64_t, int64_t);                                    \
+  template void dot_rows(const A*, const A*, int64_t, int64_t, int64_t, A*);                                                 \
+  template void exp_shifted(A*, int64_t, A);                                                                                 \
+  template void widen_rows(const A*, int64_t, const int32_t*, int64_t, int64_t, A*)
+FLEXATTN_INSTANTIATE(float);
+FLEXATTN_INSTANTIATE(double);
+template void widen_rows(const c10::BFloat16*, int64_t, const int32_t*, int64_t, int64_t, float*);
+template void widen_rows(const c10::Half*, int64_t, const int32_t*, int64_t, int64_t, float*);
 
 }  // namespace flexattn::cpu

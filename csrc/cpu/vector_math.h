@@ -1,48 +1,54 @@
-// The few vector loops of the CPU kernels that no BLAS call covers. Float versions are compiled for several instruction
-// sets and chosen at load time; double, used in tests, takes the plain ones.
+// The arithmetic of tiles. A tile of logits is held transposed, [keys, queries]: the queries lie beside each other in the
+// lanes of a vector, so that a softmax over the keys needs no sum across lanes, and a product needs no tile transposed but
+// that of the queries. A call with few queries would leave most lanes empty; for it there are functions that work along
+// the head dimension instead (dot_rows, add_weighted_rows). Everything comes in float and double.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
 #include <cstdint>
-#include <limits>
 
 namespace flexattn::cpu {
 
-// out[j] = scale * (x . rows[j]) for n rows of d elements, ld apart.
-void dot_rows(const float* x, const float* rows, int64_t ld, int64_t n, int64_t d, float scale, float* out);
+// Lanes are handled in groups of this many: dimensions that lie in lanes are padded to a multiple.
+constexpr int64_t kLaneGroup = 16;
+constexpr int64_t padded(int64_t n) { return (n + kLaneGroup - 1) / kLaneGroup * kLaneGroup; }
 
-// out[c] += sum over j of weight[j] * rows[j][c].
-void add_weighted_rows(const float* weight, const float* rows, int64_t ld, int64_t n, int64_t d, float* out);
+// c[m, n] = (accumulate ? c[m, n] : 0) + sum over k of a(m, k) b[k, n], where a(m, k) = a[m * a_row + k * a_column] and
+// the rows of b and c stand ldb and ldc apart. n is a multiple of kLaneGroup.
+template <typename A>
+void multiply(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c, int64_t ldc, int64_t m, int64_t n,
+              int64_t k, bool accumulate);
 
-// x[j] = exp(x[j] - shift), where exp(-inf) = 0; returns their sum.
-float exp_and_sum(float* x, int64_t n, float shift);
+// One step of the online softmax of `lanes` queries: turns their logits [keys, lanes] into exp(logit - largest), and
+// updates each lane's largest logit, sum of exponentials and output [d, lanes]. A lane without a finite logit gives zeros.
+template <typename A>
+void softmax_step(A* logits, int64_t keys, int64_t lanes, A* largest, A* sum, A* out, int64_t d);
 
-float max_of(const float* x, int64_t n);
+// The backward pass computes the probabilities p = exp(logit - lse) [keys, lanes] again, where lse = +inf gives zeros.
+// First it adds each lane's sum over the keys of p * dp to `expectation`.
+template <typename A>
+void add_expectation(const A* logits, const A* dp, int64_t keys, int64_t lanes, const A* lse, A* expectation);
+// Then it turns the logits into weight * p, and dp into the logits' gradient, p * (weight * dp - expectation).
+template <typename A>
+void logit_gradients(A* logits, A* dp, int64_t keys, int64_t lanes, const A* lse, const A* weight, const A* expectation);
 
-inline void dot_rows(const double* x, const double* rows, int64_t ld, int64_t n, int64_t d, double scale, double* out) {
-  for (int64_t j = 0; j < n; ++j) {
-    double sum = 0;
-    for (int64_t c = 0; c < d; ++c) sum += x[c] * rows[j * ld + c];
-    out[j] = scale * sum;
-  }
-}
+// softmax_step for a single query, whose logits [keys] and output [d] are dense; it adds the values' part of the output as well.
+// Row j of the values is values[j * ld].
+template <typename A>
+void softmax_step_of_row(A* logits, int64_t keys, A* largest, A* sum, A* out, const A* values, int64_t ld, int64_t d);
 
-inline void add_weighted_rows(const double* weight, const double* rows, int64_t ld, int64_t n, int64_t d, double* out) {
-  for (int64_t j = 0; j < n; ++j)
-    for (int64_t c = 0; c < d; ++c) out[c] += weight[j] * rows[j * ld + c];
-}
+// out[j] = x . rows[j * ld] for n rows of d elements.
+template <typename A>
+void dot_rows(const A* x, const A* rows, int64_t ld, int64_t n, int64_t d, A* out);
 
-inline double exp_and_sum(double* x, int64_t n, double shift) {
-  double sum = 0;
-  for (int64_t j = 0; j < n; ++j) sum += x[j] = std::exp(x[j] - shift);
-  return sum;
-}
+// x[j] = exp(x[j] - shift), where exp(-inf) = 0.
+template <typename A>
+void exp_shifted(A* x, int64_t n, A shift);
 
-inline double max_of(const double* x, int64_t n) {
-  double largest = -std::numeric_limits<double>::infinity();
-  for (int64_t j = 0; j < n; ++j) largest = std::max(largest, x[j]);
-  return largest;
-}
+// to[i * d + c] = from[row(i) * stride + c] as accumulator values; row(i) = index ? index[i] : i.
+template <typename T, typename A>
+void widen_rows(const T* from, int64_t stride, const int32_t* index, int64_t rows, int64_t d, A* to);
 
 }  // namespace flexattn::cpu
