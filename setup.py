@@ -215,7 +215,7 @@ def main() -> None:
                 include_dirs=[str(ROOT / "csrc" / "include")],
                 define_macros=macros + [(f"FLEXATTN_{name}", text(value)) for name, value in facts.items()],
                 # torch adds the C++ standard that it needs. at::parallel_for is a serial loop without OpenMP.
-                extra_compile_args={"cxx": ["-O3", "-g0", "-fopenmp"], "nvcc": ["-O3"]},
+                extra_compile_args={"cxx": ["-O3", "-g0", "-fopenmp", "-Wno-psabi"], "nvcc": ["-O3"]},
                 extra_link_args=["-fopenmp"],
             )
         ],

@@ -20,6 +20,7 @@ class ManyQueries {
   A& out(int64_t i, int64_t c) { return out_[c * lanes_ + i]; }
   A& largest(int64_t i) { return largest_[i]; }
   A& sum(int64_t i) { return sum_[i]; }
+  A logit(int64_t i, int64_t j) const { return logits_[j * lanes_ + i]; }
   void hide(int64_t i, int64_t j) { logits_[j * lanes_ + i] = -std::numeric_limits<A>::infinity(); }
 
   void meet(Matrix<A> keys, int64_t n) {
@@ -46,15 +47,11 @@ class FewQueries {
   A& out(int64_t i, int64_t c) { return out_[i * d_ + c]; }
   A& largest(int64_t i) { return largest_[i]; }
   A& sum(int64_t i) { return sum_[i]; }
+  A logit(int64_t i, int64_t j) const { return logits_[i * kTileKeys + j]; }
   void hide(int64_t i, int64_t j) { logits_[i * kTileKeys + j] = -std::numeric_limits<A>::infinity(); }
 
   void meet(Matrix<A> keys, int64_t n) {
     for (int64_t i = 0; i < rows_; ++i) dot_rows(&queries_[i * d_], keys.data, keys.ld, n, d_, &logits_[i * kTileKeys]);
-  }
-  // exp(logit - shift) of the first query, in place of its logits.
-  const A* exponentials(int64_t n, A shift) {
-    exp_shifted(logits_.data(), n, shift);
-    return logits_.data();
   }
   void absorb(Matrix<A> values, int64_t n) {
     for (int64_t i = 0; i < rows_; ++i)
@@ -75,6 +72,7 @@ class Forward {
 
   void run() {
     for (int64_t b = 0; b < in_.batch; ++b) hr_rows_.push_back(Sample{in_, b}.hr_rows());
+    if (params_.pictures > 0) list_map_rows();
     const int64_t pairs = in_.batch * in_.kv_heads, rows = QueryRows{in_, 0, 0}.count();
     const int64_t tiles = (rows + kTileQueries - 1) / kTileQueries;
     for_each_task(pairs * tiles, [&](int64_t task) {
@@ -83,11 +81,9 @@ class Forward {
       const int64_t first = tile * kTileQueries, count = std::min(kTileQueries, rows - first);
       count > kFewRows ? attend<ManyQueries<A>>(queries, first, count) : attend<FewQueries<A>>(queries, first, count);
     });
-    if (params_.pictures == 0) return;
-    const int64_t chunks = (params_.map_size + kTileKeys - 1) / kTileKeys;
-    for_each_task(in_.batch * in_.rows * params_.pictures * chunks, [&](int64_t task) {
-      const int64_t picture = task / chunks % params_.pictures, row = task / chunks / params_.pictures;
-      map_chunk(row / in_.rows, row % in_.rows, picture, task % chunks * kTileKeys);
+    for_each_task(in_.batch * in_.rows * params_.pictures, [&](int64_t task) {
+      const int64_t picture = task % params_.pictures, row = task / params_.pictures;
+      write_map(row / in_.rows, row % in_.rows, picture);
     });
   }
 
@@ -122,6 +118,7 @@ class Forward {
       const int64_t n = std::min(kTileKeys, end - j), ks = in_.k_strides.row, vs = in_.v_strides.row;
       plain.meet(read_rows(k + j * ks, ks, nullptr, n, d_, scratch.keys), n);
       sample.hide_sequence_keys(plain, rows, query_of, j, n);
+      if (params_.pictures > 0) keep_logits(queries, first, rows, plain, j, n);
       plain.absorb(read_rows(v + j * vs, vs, nullptr, n, d_, scratch.values), n);
     }
 
@@ -168,10 +165,11 @@ class Forward {
     }
   }
 
-  static A inverse(A sum) { return sum > 0 ? A(1) / sum : A(0); }
+  // A sum of 0 belongs to a row that sees nothing; a NaN must show.
+  static A inverse(A sum) { return sum == 0 ? A(0) : A(1) / sum; }
   template <class State>
   static A log_sum_exp(State& state, int64_t i) {
-    return state.sum(i) > 0 ? state.largest(i) + std::log(state.sum(i)) : -std::numeric_limits<A>::infinity();
+    return state.sum(i) == 0 ? -std::numeric_limits<A>::infinity() : state.largest(i) + std::log(state.sum(i));
   }
 
   template <class State>
@@ -179,36 +177,60 @@ class Forward {
     const int64_t n = queries.query(row), head = queries.head(row);
     T* out = static_cast<T*>(params_.out) + ((queries.b * in_.queries + n) * in_.heads + head) * d_;
     const A factor = inverse(state.sum(i));
-    for (int64_t c = 0; c < d_; ++c) out[c] = static_cast<T>(state.out(i, c) * factor);
+    for (int64_t c = 0; c < d_; ++c) out[c] = static_cast<T>(factor == 0 ? A(0) : state.out(i, c) * factor);
     static_cast<A*>(params_.lse)[queries.statistic(row)] = log_sum_exp(state, i);
     static_cast<A*>(params_.lse_seq)[queries.statistic(row)] = lse_seq;
   }
 
-  // A piece of the map of one row: its logits over these keys of the picture once more, and the heads summed in their order.
-  void map_chunk(int64_t b, int64_t r, int64_t picture, int64_t offset) {
-    const int64_t size = std::min(kTileKeys, params_.map_size - offset);
-    A* map = static_cast<A*>(params_.map) + ((b * in_.rows + r) * params_.pictures + picture) * params_.map_size + offset;
-    std::fill_n(map, size, A(0));
-    const int32_t* range = params_.map_ranges + (b * params_.pictures + picture) * 2;
-    const int64_t n = in_.hr_rows ? in_.hr_rows[b * in_.rows + r] : in_.queries - 1;
-    const int64_t begin = range[0] + offset, count = std::min<int64_t>(range[1] - begin, size);
-    if (n < 0 || count <= 0) return;
+  // ------------------------------------------------------------------------------------------------------- the map
 
+  int64_t map_row(int64_t b, int64_t n) const { return map_rows_[b * in_.queries + n]; }
+  void list_map_rows() {
+    map_rows_.assign(in_.batch * in_.queries, -1);
+    for (int64_t b = 0; b < in_.batch; ++b)
+      for (int64_t r = 0; r < in_.rows; ++r)
+        if (const int64_t n = in_.hr_rows ? in_.hr_rows[b * in_.rows + r] : in_.queries - 1; n >= 0) map_rows_[b * in_.queries + n] = r;
+  }
+
+  // Logits of a row of the map in one head, over one picture: [S*S] of the workspace [B, R, I, H, S*S].
+  A* kept_logits(int64_t b, int64_t r, int64_t picture, int64_t head) const {
+    return static_cast<A*>(params_.workspace) + (((b * in_.rows + r) * params_.pictures + picture) * in_.heads + head) * params_.map_size;
+  }
+  // The keys of a picture that query n of a sample may see, from the picture's first.
+  struct Range {
+    int64_t first, begin, end;
+  };
+  Range range_of(int64_t b, int64_t picture, int64_t n) const {
+    const int32_t* range = params_.map_ranges + (b * params_.pictures + picture) * 2;
     const Sample sample{in_, b};
-    FewQueries<A> state(1, d_);
-    std::vector<A> scratch;
-    for (int64_t head = 0; head < in_.heads; ++head) {
-      const QueryRows queries{in_, b, head / (in_.heads / in_.kv_heads)};
+    return {range[0], std::max<int64_t>(range[0], sample.first_key()), std::min<int64_t>(range[1], sample.end_of_keys(n))};
+  }
+
+  template <class State>
+  void keep_logits(const QueryRows& queries, int64_t first, int64_t rows, const State& state, int64_t j0, int64_t keys) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t n = queries.query(first + i), r = map_row(queries.b, n);
+      for (int64_t picture = 0; r >= 0 && picture < params_.pictures; ++picture) {
+        const Range range = range_of(queries.b, picture, n);
+        A* to = kept_logits(queries.b, r, picture, queries.head(first + i)) - range.first;
+        for (int64_t j = std::max(range.begin, j0); j < std::min(range.end, j0 + keys); ++j) to[j] = state.logit(i, j - j0);
+      }
+    }
+  }
+
+  // The heads summed in their order.
+  void write_map(int64_t b, int64_t r, int64_t picture) {
+    A* map = static_cast<A*>(params_.map) + ((b * in_.rows + r) * params_.pictures + picture) * params_.map_size;
+    std::fill_n(map, params_.map_size, A(0));
+    const int64_t n = in_.hr_rows ? in_.hr_rows[b * in_.rows + r] : in_.queries - 1;
+    if (n < 0) return;
+    const Range range = range_of(b, picture, n);
+    for (int64_t head = 0; head < in_.heads && range.begin < range.end; ++head) {
       const A lse = static_cast<A*>(params_.map_over_all ? params_.lse : params_.lse_seq)[(b * in_.heads + head) * in_.queries + n];
       if (lse == -std::numeric_limits<A>::infinity()) continue;
-      const T* q = query(b, head, n);
-      for (int64_t c = 0; c < d_; ++c) state.query(0, c) = static_cast<A>(q[c]) * static_cast<A>(in_.scale);
-      const T* k = of_head(in_.k, in_.k_strides, b, queries.kv_head) + begin * in_.k_strides.row;
-      state.meet(read_rows(k, in_.k_strides.row, nullptr, count, d_, scratch), count);
-      sample.hide_sequence_keys(state, 1, [=](int64_t) { return n; }, begin, count);
-      for (int64_t j = 0; j < std::min(count, sample.first_key() - begin); ++j) state.hide(0, j);
-      const A* probabilities = state.exponentials(count, lse);
-      for (int64_t j = 0; j < count; ++j) map[j] += probabilities[j];
+      A* probabilities = kept_logits(b, r, picture, head) - range.first;
+      exp_shifted(probabilities + range.begin, range.end - range.begin, lse);
+      for (int64_t j = range.begin; j < range.end; ++j) map[j - range.first] += probabilities[j];
     }
   }
 
@@ -216,11 +238,15 @@ class Forward {
   const AttentionInputs& in_;
   const int64_t d_;
   std::vector<std::vector<HrRow>> hr_rows_;
+  std::vector<int64_t> map_rows_;  // [B, N]: place of a query in the map, or -1
 };
 
 }  // namespace
 
-int64_t hierarchical_attention_workspace(const AttentionForwardParams&, Stream) { return 0; }
+int64_t hierarchical_attention_workspace(const AttentionForwardParams& params, Stream) {
+  const int64_t size = params.in.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  return params.in.batch * params.in.rows * params.pictures * params.in.heads * params.map_size * size;
+}
 
 void hierarchical_attention_forward(const AttentionForwardParams& params, Stream) {
   dispatch(params.in.dtype, [&](auto value) { Forward<decltype(value)>(params).run(); });

@@ -11,12 +11,12 @@ namespace {
 // ------------------------------------------------------------------------------------------------------ exponential
 
 // exp for x <= 0, relative error below 2e-7: 2^n * 2^f with n the nearest integer to x * log2(e), and 2^f by its Taylor
-// polynomial on |f| <= 1/2. Below -87 the result is 0, which also holds for -inf.
+// polynomial on |f| <= 1/2. Below -87 the result is 0, which also holds for -inf; NaN stays NaN.
 template <class M>
 FLEXATTN_INLINE Vector<float, M> exp_of_nonpositive(Vector<float, M> x) {
   using V = Vector<float, M>;
   using I = Vector<int32_t, M>;
-  const I visible = x >= -87.0f;
+  const I visible = ~(x < -87.0f);
   x = (V)((I)x & visible);               // 0 instead of what is too small
   const V shifter = V{} + 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const V shifted = x * 1.44269504f + shifter;

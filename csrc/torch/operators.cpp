@@ -2,6 +2,8 @@
 
 #include "operators.h"
 
+#include <algorithm>
+
 #include <limits>
 
 #include "checks.h"
@@ -38,8 +40,9 @@ bool readable(const at::Tensor& t) { return t.is_cpu() && t.numel() > 0; }
 
 void check_range(Reasons& reasons, const char* name, const at::Tensor& t, int64_t low, int64_t high) {
   if (!readable(t)) return;
-  const int64_t least = t.min().item<int64_t>(), most = t.max().item<int64_t>();
-  reasons.unless(least >= low && most <= high, name, " has values from ", least, " to ", most, ", they must lie in ", low,
+  const at::Tensor dense = t.contiguous();
+  const auto [least, most] = std::minmax_element(ints(dense), ints(dense) + dense.numel());
+  reasons.unless(*least >= low && *most <= high, name, " has values from ", *least, " to ", *most, ", they must lie in ", low,
                  " to ", high);
 }
 
@@ -104,7 +107,7 @@ AttentionInputs attention_inputs(Reasons& reasons, const at::Tensor& q, const at
         check_range(reasons, "hr_count", *a.hr_count, 0, M);
         if (readable(*a.hr_slots) && readable(*a.hr_count) && reasons.ok()) {
           for (int64_t b = 0; b < B; ++b) {
-            const at::Tensor used = a.hr_slots->select(0, b).narrow(0, 0, a.hr_count->select(0, b).item<int64_t>());
+            const at::Tensor used = a.hr_slots->select(0, b).narrow(0, 0, ints(a.hr_count)[b]);
             check_range(reasons, "hr_slots", used, 0, P - 1);
             if (reasons.ok()) check_distinct(reasons, "hr_slots", used.unsqueeze(0), P);
           }
@@ -293,9 +296,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hierarchical_attentio
   const OptionalTensor ranges = contiguous(map_ranges);
   if (ranges && reasons.tensor("map_ranges", ranges, {B, I, 2}, kInt, q.device()) && readable(*ranges)) {
     check_range(reasons, "map_ranges", *ranges, 0, params.in.keys);
-    const at::Tensor lengths = (ranges->select(2, 1) - ranges->select(2, 0)).flatten();
-    for (int64_t i = 0; i < lengths.numel(); ++i) {
-      const int64_t length = lengths[i].item<int64_t>();
+    for (int64_t i = 0; i < B * I; ++i) {
+      const int64_t length = ints(ranges)[2 * i + 1] - ints(ranges)[2 * i];
       reasons.unless(length == 0 || length == map_size, "map_ranges has a range of ", length, " keys, it must be 0 or map_size = ",
                      map_size);
     }
