@@ -6,8 +6,8 @@ Compiles every kernel of csrc/sources.txt for sm_70 (nvcc up to 12.9), prints th
 csrc/kernels/budgets.json. Exit 1: a budget is exceeded, one sentence each. Exit 2: it could not be measured.
 
 The main loop is the loop that holds the most HMMA or, without tensor cores, the most LDS, LDG and FFMA; loops inside it
-are left out, and a kernel without a loop counts as one pass. Of its paths the steady one is weighed: that with the most
-HMMA, LDS, STS and 16-byte LDG, then the fewest instructions (full tiles without a mask).
+are left out, and a kernel without a loop counts as one pass. Of its paths the steady one is weighed (full tiles without a
+mask): that with the most HMMA, then the most LDS, STS and LDG (16-byte ones where there is HMMA), then the fewest instructions.
 
 Cycles are a lower bound: every pipe is taken as never waiting. They follow from the widths of the V100's pipes:
 
@@ -225,12 +225,12 @@ class Flow:
 
         loop = max(loops, key=weight)
         own = self.own_blocks(loop, loops)
+        tensor = weight(loop)[0] > 0  # then tiles move 16 bytes at a time, and narrow accesses serve masks and statistics
 
         def value(n: int) -> tuple[int, ...]:
             block = self.blocks[n] if n in own else []
-            kinds = Counter(kind(i) for i in block)
-            wide_loads = sum(kind(i) == "LDG" and i.words == 4 for i in block)
-            return kinds["HMMA"], kinds["LDS"], kinds["STS"], wide_loads, -len(block)
+            tiles = sum(kind(i) in ("LDS", "STS", "LDG") and (i.words == 4 or not tensor) for i in block)
+            return sum(kind(i) == "HMMA" for i in block), tiles, -len(block)
 
         best: dict[int, tuple[tuple[int, ...], list[int]]] = {loop.header: (value(loop.header), [loop.header])}
         order = [n for n in self.order() if n in loop.blocks]
