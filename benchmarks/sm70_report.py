@@ -7,7 +7,7 @@ csrc/kernels/budgets.json. Exit 1: a budget is exceeded, one sentence each. Exit
 
 The main loop is the loop that holds the most HMMA or, without tensor cores, the most LDS, LDG and FFMA; loops inside it
 are left out, and a kernel without a loop counts as one pass. Of its paths the steady one is weighed (full tiles without a
-mask): that with the most HMMA, then the most LDS, STS and LDG (16-byte ones where there is HMMA), then the fewest instructions.
+mask): that with the most HMMA, then the most 16-byte LDG and STS (without HMMA: LDS, STS and LDG), then the fewest instructions.
 
 Cycles are a lower bound: every pipe is taken as never waiting. They follow from the widths of the V100's pipes:
 
@@ -225,12 +225,12 @@ class Flow:
 
         loop = max(loops, key=weight)
         own = self.own_blocks(loop, loops)
-        tensor = weight(loop)[0] > 0  # then tiles move 16 bytes at a time, and narrow accesses serve masks and statistics
+        tensor = weight(loop)[0] > 0  # then tiles are copied 16 bytes at a time; other accesses serve masks and bookkeeping
 
         def value(n: int) -> tuple[int, ...]:
             block = self.blocks[n] if n in own else []
-            tiles = sum(kind(i) in ("LDS", "STS", "LDG") and (i.words == 4 or not tensor) for i in block)
-            return sum(kind(i) == "HMMA" for i in block), tiles, -len(block)
+            copies = sum(kind(i) in ("STS", "LDG") and i.words == 4 if tensor else kind(i) in ("LDS", "STS", "LDG") for i in block)
+            return sum(kind(i) == "HMMA" for i in block), copies, -len(block)
 
         best: dict[int, tuple[tuple[int, ...], list[int]]] = {loop.header: (value(loop.header), [loop.header])}
         order = [n for n in self.order() if n in loop.blocks]
