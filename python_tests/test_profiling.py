@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,3 +105,57 @@ def test_the_environment_switches_at_import(value, on):
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == on, done.stderr
+
+
+# -------------------------------------------------------------------------------------------- what a profiler receives
+
+TOOL = r"""
+#include <cstdio>
+#include <nvtx3/nvToolsExt.h>
+// A profiler as NVTX loads it: prints the domains, and the ranges that begin and end.
+template <typename Function>
+void replace(NvtxFunctionTable table, int which, Function function) { *table[which] = reinterpret_cast<NvtxFunctionPointer>(function); }
+nvtxDomainHandle_t create(const char* name) { std::printf("domain %s\n", name); return reinterpret_cast<nvtxDomainHandle_t>(1); }
+int push(nvtxDomainHandle_t, const nvtxEventAttributes_t* range) { std::printf("push %s\n", range->message.ascii); return 0; }
+int pop(nvtxDomainHandle_t) { std::printf("pop\n"); return 0; }
+extern "C" int InitializeInjectionNvtx2(NvtxGetExportTableFunc_t export_table) {
+  auto* callbacks = static_cast<const NvtxExportTableCallbacks*>(export_table(NVTX_ETID_CALLBACKS));
+  NvtxFunctionTable table;
+  unsigned size;
+  callbacks->GetModuleFunctionTable(NVTX_CB_MODULE_CORE2, &table, &size);
+  replace(table, NVTX_CBID_CORE2_DomainCreateA, create);
+  replace(table, NVTX_CBID_CORE2_DomainRangePushEx, push);
+  replace(table, NVTX_CBID_CORE2_DomainRangePop, pop);
+  return 1;
+}
+"""
+PROGRAM = r"""
+#define FLEXATTN_WITH_CUDA
+#include "nvtx.h"
+using namespace flexattn::torch_binding;
+int main() {
+  { NvtxRange off("off"); }
+  nvtx_switch() = true;
+  {
+    NvtxRange outer("outer");
+    NvtxRange inner("inner");
+    nvtx_switch() = false;  // what was begun is ended
+  }
+}
+"""
+
+
+def test_a_profiler_receives_domain_and_ranges(tmp_path):
+    """With the header of a CUDA toolkit, which needs neither its libraries nor a GPU."""
+    root = Path(__file__).parents[1]
+    homes = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), *sorted(Path("/usr/local").glob("cuda-*"))]
+    include = next((home / "include" for home in homes if (home / "include/nvtx3/nvToolsExt.h").exists()), None)
+    compiler = shutil.which("g++")
+    if include is None or compiler is None:
+        pytest.skip("no CUDA toolkit with nvtx3, or no g++")
+    for name, text, flags in (("tool.so", TOOL, ["-shared", "-fPIC"]), ("program", PROGRAM, [f"-I{root}/csrc/torch", "-ldl"])):
+        (tmp_path / f"{name}.cpp").write_text(text)
+        subprocess.run([compiler, "-std=c++17", f"-I{include}", "-o", tmp_path / name, tmp_path / f"{name}.cpp", *flags], check=True)
+    environment = os.environ | {"NVTX_INJECTION64_PATH": str(tmp_path / "tool.so")}
+    done = subprocess.run([tmp_path / "program"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:-1] == ["domain flexattn_cuda", "push outer", "push inner", "pop", "pop"]
