@@ -3,7 +3,6 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_profiler_api.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -15,6 +14,12 @@
 #include <vector>
 
 #include "flexattn/types.h"
+
+// Of the runtime; its own header, cuda_profiler_api.h, is a part of the toolkit that is often left out.
+extern "C" {
+cudaError_t CUDARTAPI cudaProfilerStart(void);
+cudaError_t CUDARTAPI cudaProfilerStop(void);
+}
 
 namespace flexattn::bench {
 

@@ -118,7 +118,7 @@ int run(const Flags& f) {
   int devices = 0;
   const cudaError_t found = cudaGetDeviceCount(&devices);
   if (found != cudaSuccess || devices == 0) {
-    std::fprintf(stderr, "flexattn_bench: there is no GPU here (%s).\n", found != cudaSuccess ? cudaGetErrorString(found) : "none was found");
+    std::fprintf(stderr, "flexattn_bench: there is no GPU to run on: %s.\n", found != cudaSuccess ? cudaGetErrorString(found) : "none was found");
     return 2;
   }
   int device = 0;
