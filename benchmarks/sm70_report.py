@@ -52,7 +52,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 REGISTERS, REGISTERS_PER_WARP_UNIT = 65536, 256
 SHARED_BYTES, SHARED_UNIT = 96 * 1024, 256
-THREADS, BLOCKS, WARPS = 2048, 32, 64
+THREADS, BLOCKS = 2048, 32
 SUB_PARTITIONS, WARP = 4, 32
 
 
@@ -61,9 +61,10 @@ def blocks_per_sm(registers: int, shared_bytes: int, threads: int) -> int:
     warps = -(-threads // WARP)
     per_warp = -(-registers * WARP // REGISTERS_PER_WARP_UNIT) * REGISTERS_PER_WARP_UNIT
     # Each sub-partition has its own quarter of the registers.
-    warps_by_registers = REGISTERS // SUB_PARTITIONS // per_warp * SUB_PARTITIONS if per_warp else WARPS
+    warps_by_registers = REGISTERS // SUB_PARTITIONS // per_warp * SUB_PARTITIONS
     shared = -(-shared_bytes // SHARED_UNIT) * SHARED_UNIT
-    return min(BLOCKS, THREADS // (warps * WARP), warps_by_registers // warps, SHARED_BYTES // shared if shared else BLOCKS)
+    by_shared = SHARED_BYTES // shared if shared else BLOCKS
+    return min(BLOCKS, THREADS // (warps * WARP), warps_by_registers // warps, by_shared)
 
 
 # ---------------------------------------------------------------------------------------------------------------- SASS
@@ -107,7 +108,8 @@ def parse_sass(text: str) -> dict[str, list[Instruction]]:
     for part in re.split(r"^\s*Function : ", text, flags=re.M)[1:]:
         name, body = part.split("\n", 1)
         functions[name.strip()] = [
-            Instruction(int(address, 16), opcode, operands, predicate) for address, predicate, opcode, operands in _LINE.findall(body)
+            Instruction(int(address, 16), opcode, operands, predicate)
+            for address, predicate, opcode, operands in _LINE.findall(body)
         ]
     return functions
 
@@ -242,7 +244,8 @@ class Flow:
                     if after not in best or total > best[after][0]:
                         best[after] = total, best[n][1] + [after]
         _, path = max((best[n] for n in loop.latches if n in best), key=lambda entry: entry[0])
-        return [i for n in path if n in own for i in self.blocks[n]], [i for n in sorted(loop.blocks) for i in self.blocks[n]]
+        steady = [i for n in path if n in own for i in self.blocks[n]]
+        return steady, [i for n in sorted(loop.blocks) for i in self.blocks[n]]
 
 
 # --------------------------------------------------------------------------------------------------------------- pipes
@@ -388,7 +391,8 @@ def parse_resources(text: str) -> dict[str, dict[str, int]]:
 
 def short_name(demangled: str) -> str:
     """`choose_tokens<float>` of `void flexattn::cuda::(anonymous namespace)::choose_tokens<float>(...)`."""
-    name = re.sub(r"\(anonymous namespace\)::|<unnamed>::|flexattn::|cuda::|_GLOBAL__N__\w+::|\((?:int|long|bool|unsigned int)\)", "", demangled)
+    name = re.sub(r"\(anonymous namespace\)::|<unnamed>::|flexattn::|cuda::|_GLOBAL__N__\w+::", "", demangled)
+    name = re.sub(r"\((?:int|long|bool|unsigned int)\)", "", name)  # of a template's numbers
     return re.sub(r"^void ", "", name).split("(")[0].strip()
 
 
@@ -479,7 +483,8 @@ def counts_table(kernels: list[Kernel]) -> Table:
 
 
 def cycles_table(kernels: list[Kernel]) -> Table:
-    table = Table(title="Cycles of an SM for one iteration of a block, by pipe; LSU is the sum of the six after it", title_justify="left")
+    title = "Cycles of an SM for one iteration of a block, by pipe; LSU is the sum of the six after it"
+    table = Table(title=title, title_justify="left")
     table.add_column("kernel", overflow="fold")
     for pipe in kernels[0].pipes if kernels else []:
         table.add_column(pipe.name, justify="right")
@@ -490,7 +495,7 @@ def cycles_table(kernels: list[Kernel]) -> Table:
         cells = [f"[bold]{p.cycles:.0f}[/bold]" if p.name == slowest.name else f"{p.cycles:.0f}" for p in k.pipes]
         table.add_row(k.name, *cells, slowest.name, f"{k.tensor_fraction:.1%}" if k.counts["HMMA"] else "-",
                       "measured" if k.wavefronts else "ideal")  # fmt: skip
-    table.caption = "wavefronts: measured, or else the ideal for the width of the access; tensor peak: the share of it that the slowest pipe allows"
+    table.caption = "wavefronts: measured, or the ideal for the access width; tensor peak: the share that the slowest pipe allows"
     table.caption_justify = "left"
     return table
 

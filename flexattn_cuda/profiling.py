@@ -1,7 +1,7 @@
 """Ranges that name the operators and the phases of the model in a profiler. Off by default.
 
 `nvtx(True)` or FLEXATTN_NVTX=1 in the environment turns them on. In a build with CUDA they are NVTX ranges of the domain
-"flexattn_cuda", for Nsight Systems and Nsight Compute; the phases are ranges of torch.profiler too, on any build, where
+"flexattn_cuda", for Nsight Systems and Nsight Compute; the phases are ranges of torch.profiler too, on any build; there
 the operators have their own entries anyway. docs/profiling.md shows the command lines.
 """
 

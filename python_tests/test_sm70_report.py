@@ -41,7 +41,7 @@ def opcodes(instructions):
         (16, 0, 32, 32, "32 blocks"),
         (16, 48 * 1024 + 1, 64, 1, "shared memory"),
         (255, 0, 1024, 0, "32 warps of 255 registers fit nowhere"),
-        (10, 0, 33, 32, "33 threads are two warps"),
+        (10, 0, 97, 16, "97 threads are four warps"),
     ],
 )
 def test_blocks_per_sm(registers, shared, threads, blocks, why):
@@ -140,6 +140,18 @@ def test_a_part_of_the_loop_that_lies_behind_its_end_belongs_to_it():
     assert opcodes(steady) == ["BRA", "LDS", "BRA", "FFMA", "BRA"]
 
 
+def test_of_an_if_and_its_else_the_path_takes_one():
+    steady, everything = flow(
+        "@P0 BRA 0x30",  # 0x00: header
+        "STS.128 [R1], R4",
+        "BRA 0x40",
+        "STS.128 [R1], R8",  # 0x30: else
+        "@P1 BRA 0x0",  # 0x40
+        "EXIT",
+    ).main_loop()
+    assert opcodes(steady).count("STS.128") == 1 and opcodes(everything).count("STS.128") == 2
+
+
 def test_code_without_a_way_back_has_no_loop():
     assert flow("@P0 BRA 0x20", "FADD R1, R1, R2", "EXIT").main_loop() is None
     assert flow("EXIT", "BRA 0x10").main_loop() is None, "the trap after the end is not reached"
@@ -189,7 +201,8 @@ LAUNCH = {"kernel": "tiles<*>", "threads": 128, "dynamic_shared_bytes": 0}
 
 def kernel(instructions, budget=None, wavefronts=None, **resources):
     numbers = dict(registers=64, spill_bytes=0, stack_bytes=0, static_shared_bytes=0) | resources
-    return report.Kernel("tiles<128>", **numbers, body=instructions, loop=instructions, budget=LAUNCH | (budget or {}), wavefronts=wavefronts)
+    budget = LAUNCH | (budget or {})
+    return report.Kernel("tiles<128>", **numbers, body=instructions, loop=instructions, budget=budget, wavefronts=wavefronts)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +225,8 @@ def test_an_exceeded_budget_is_one_sentence(budget, resources, said):
 
 
 def test_nothing_is_said_within_the_budget():
-    budget = {"registers": 64, "spill_bytes": 0, "blocks_per_sm": 8, "needs_hmma": True, "no_local_in_loop": True, "tensor_fraction": 1.0}
+    budget = {"registers": 64, "spill_bytes": 0, "blocks_per_sm": 8, "tensor_fraction": 1.0}
+    budget |= {"needs_hmma": True, "no_local_in_loop": True}
     assert kernel(body(HMMA=64, LDS128=4), budget).exceeded() == []
     assert kernel(body(FFMA=1), {"needs_hmma": True}).exceeded() == ["tiles<128>: no HMMA in the main loop."]
 

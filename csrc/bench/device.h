@@ -109,7 +109,8 @@ inline Buffer random(int64_t count, DType dtype, unsigned seed) {
   }
   Buffer buffer(count * size_of(dtype));
   for (size_t at = 0; at < buffer.bytes(); at += drawn.size())
-    check(cudaMemcpy(buffer.as<char>() + at, drawn.data(), std::min(drawn.size(), buffer.bytes() - at), cudaMemcpyHostToDevice), "copy to the device");
+    check(cudaMemcpy(buffer.as<char>() + at, drawn.data(), std::min(drawn.size(), buffer.bytes() - at), cudaMemcpyHostToDevice),
+          "copy to the device");
   return buffer;
 }
 

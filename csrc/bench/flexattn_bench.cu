@@ -62,7 +62,8 @@ Result attention(const Flags& f) {
   p.out = out.as(), p.lse = lse.as(), p.lse_seq = lse_seq.as(), p.map = map.as();
 
   const double seen = B * H * (N * (Nk - N) + N * (N + 1) / 2.0 + (f.hr_rows == "all" ? N : 1) * static_cast<double>(M));
-  const double bytes = q.bytes() + k.bytes() + v.bytes() + k_hr.bytes() + v_hr.bytes() + out.bytes() + lse.bytes() + lse_seq.bytes() + map.bytes();
+  double bytes = 0;
+  for (const Buffer* buffer : {&q, &k, &v, &k_hr, &v_hr, &out, &lse, &lse_seq, &map}) bytes += buffer->bytes();
   return {bytes, 4.0 * d * seen, timed(f, [&] { cuda::hierarchical_attention_forward(p, nullptr); })};
 }
 
