@@ -13,8 +13,8 @@ Cycles are a lower bound: every pipe is taken as never waiting. They follow from
 
     tensor   512 FMA per cycle and SM (1024 FLOP x 80 SM x 1.53 GHz = 125 TFLOP/s): a warp's mma.m8n8k4 has 1024 FMA and
              takes 8 cycles of its sub-partition's quarter of that, 2 for each of the 4 HMMA.884.F32 steps
-    LSU      one wavefront (128 bytes) per cycle and SM, for LDS, STS, LDG, STG and local memory; SHFL 32 lanes per cycle
-             and SM, one wavefront
+    LSU      one wavefront (128 bytes) per cycle and SM, for LDS, STS (as measured, or else the least that their width
+             takes), LDG, STG and local memory (the least); SHFL 32 lanes per cycle and SM, one wavefront
     MUFU     4 lanes per cycle and sub-partition: 8 cycles; conversions and bit counts go there too
     FMA      16 lanes per cycle and sub-partition: 2 cycles; float32, half2 and IMAD
     ALU      16 lanes per cycle and sub-partition: 2 cycles; integers, logic, comparisons, minimum and maximum
@@ -268,8 +268,8 @@ def hmma_cycles(instruction: Instruction) -> int:
     return 2 if ".F32" in instruction.opcode else 4
 
 
-def pipes_of(body: list[Instruction], warps: int, wavefronts: dict[str, float] | None = None) -> list[Pipe]:
-    """Cycles of every pipe. `wavefronts`: measured per LDS and STS; else the ideal of the access width."""
+def pipes_of(body: list[Instruction], warps: int, over_ideal: dict[str, float] | None = None) -> list[Pipe]:
+    """Cycles of every pipe. `over_ideal`: measured wavefronts of LDS and STS over the ideal of the access width, else 1."""
     kinds = Counter(kind(i) for i in body)
     share = warps / SUB_PARTITIONS  # warps of a sub-partition
 
@@ -279,8 +279,7 @@ def pipes_of(body: list[Instruction], warps: int, wavefronts: dict[str, float] |
 
     def memory(name: str, *members: str) -> Pipe:
         accesses = [i for i in body if kind(i) in members]
-        measured = (wavefronts or {}).get(name)
-        return Pipe(name, len(accesses), warps * (len(accesses) * measured if measured else sum(i.words for i in accesses)))
+        return Pipe(name, len(accesses), warps * sum(i.words for i in accesses) * (over_ideal or {}).get(name, 1))
 
     tensor = [hmma_cycles(i) for i in body if kind(i) == "HMMA"]
     shuffles = Pipe("SHFL", kinds["SHFL"], kinds["SHFL"] * warps)
@@ -331,8 +330,11 @@ class Kernel:
 
     @property
     def pipes(self) -> list[Pipe]:
-        measured = {name: numbers["average"] for name, numbers in (self.wavefronts or {}).items()}
-        return pipes_of(self.body, -(-self.budget["threads"] // WARP), measured)
+        return pipes_of(self.body, -(-self.budget["threads"] // WARP), self.over_ideal)
+
+    @property
+    def over_ideal(self) -> dict[str, float]:
+        return {access: numbers["average"] / numbers["ideal"] for access, numbers in (self.wavefronts or {}).items()}
 
     @property
     def tensor_fraction(self) -> float:
@@ -363,8 +365,8 @@ class Kernel:
         local = Counter(kind(i) for i in self.loop if kind(i) in ("LDL", "STL"))
         if b.get("no_local_in_loop") and local:
             said.append(f"{self.name}: {local['LDL']} LDL and {local['STL']} STL in the main loop, there must be none.")
-        for access, numbers in (self.wavefronts or {}).items():
-            at_most(f"{access} wavefronts over the ideal", numbers["average"] / numbers["ideal"], b.get("wavefronts_over_ideal"))
+        for access, ratio in self.over_ideal.items():
+            at_most(f"{access} wavefronts over the ideal", ratio, b.get("wavefronts_over_ideal"))
         return said
 
 
