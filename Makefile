@@ -1,6 +1,8 @@
 # make demo           installs into .venv and asks the example questions; fails when an answer is wrong
 # make test           installs what is missing and runs the tests
 # make cuda-compile   compiles the CUDA sources for ARCHS with NVCC, without torch and without running them
+# make sm70           what the V100 can make of the kernels, from their machine code; fails when a budget is exceeded.
+#                     NVCC up to 12.9, HOST_CXX a compiler that it takes, SM70_FLAGS e.g. "--csv sm70.csv"
 # make clean          removes .venv and what was built
 #
 # A second call installs nothing: stamps in .venv tell what is there. Native code is built again when it changes.
@@ -16,7 +18,7 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test cuda-compile clean
+.PHONY: demo test cuda-compile sm70 clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/flexattn demo
@@ -47,6 +49,10 @@ cuda-compile:
 	cmake -S . -B $(CUDA_BUILD) -DCMAKE_CUDA_COMPILER=$(NVCC) -DCMAKE_CUDA_HOST_COMPILER=$(HOST_CXX) \
 	  -DCMAKE_CUDA_ARCHITECTURES="$(ARCHS)" -DCMAKE_CUDA_FLAGS="$(NVCC_FLAGS)" -DCMAKE_BUILD_TYPE=Release
 	cmake --build $(CUDA_BUILD) --parallel 2
+
+SM70_FLAGS ?=
+sm70:
+	$(firstword $(wildcard $(VENV)/bin/python) $(PYTHON)) benchmarks/sm70_report.py --nvcc $(NVCC) --ccbin $(HOST_CXX) $(SM70_FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info flexattn_cuda/*.so

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, Cache, DynamicCache, LlavaForConditionalGeneration
 
-from flexattn_cuda import attention, checkpoints
+from flexattn_cuda import attention, checkpoints, profiling
 from flexattn_cuda.configuration import FlexAttnConfig, FlexAttnLlavaConfig
 from flexattn_cuda.rotary import hr_rotary_tables
 from flexattn_cuda.state import Call, HighResolution, Rows
@@ -159,17 +159,18 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 pictures.keep_beside(past_key_values)
             call = self._call(pictures, labels, past, batch, queries, hr_alpha, flexattn_trace, device)
 
-        return super().forward(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            flexattn=call,
-            **kwargs,
-        )
+        with profiling.phase("prefill" if queries > 1 or past == 0 else "decode"):
+            return super().forward(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                flexattn=call,
+                **kwargs,
+            )
 
     def encode(
         self, pixel_values: torch.Tensor | None, pixel_values_hr: torch.Tensor | None = None
@@ -233,6 +234,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             raise ValueError(f"the prompts have room for {places} pictures, but {count} came with them")
         return spans
 
+    @profiling.in_phase("lay_out_hr_tokens")
     def _high_resolution(
         self,
         features: torch.Tensor,

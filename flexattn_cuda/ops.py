@@ -243,8 +243,8 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
 class AttentionPath(NamedTuple):
     """Result of `attention_path`.
 
-    path: "cpu", "generic", "volta" (mma.m8n8k4) or "ampere" (mma.m16n8k16).
-    reasons: Why the tensor cores do not take the call; empty where they do.
+    path: "cpu", "generic", "decode" (up to 16 query rows), or tensor cores: "volta" (mma.m8n8k4), "ampere" (mma.m16n8k16).
+    reasons: Why no faster kernel than the generic one takes the call; empty where one does.
     """
 
     path: str

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from flexattn_cuda import ops
+from flexattn_cuda import ops, profiling
 from flexattn_cuda.configuration import FlexAttnConfig
 
 
+@profiling.in_phase("select")
 def select(config: FlexAttnConfig, map: torch.Tensor, live: torch.Tensor, hr_side: int) -> ops.SelectedTokens:
     """Applies the configured strategy to the maps of R query rows.
 

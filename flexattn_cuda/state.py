@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from flexattn_cuda import ops
+from flexattn_cuda import ops, profiling
 from flexattn_cuda.configuration import FlexAttnConfig
 from flexattn_cuda.rotary import rotate
 from flexattn_cuda.selection import select
@@ -178,6 +178,7 @@ class Call:
         if self._traced is not None:
             self._traced[layer] = LayerTrace(map, self.selected[layer].mask)
 
+    @profiling.in_phase("project_hr_keys")
     def _hr_keys(self, module: nn.Module, device: torch.device) -> dict[str, Any]:
         """Keys and values of the tokens that the layer before selected, projected for this layer."""
         selected = ops.SelectedTokens(*(part.to(device) for part in self.selected[module.layer_idx - 1]))

@@ -8,7 +8,10 @@ import torch
 from torch import nn
 from transformers import LlavaModel
 
+from flexattn_cuda import profiling
 
+
+@profiling.in_phase("encode_pictures")
 def encode_pictures(model: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
     """Image tokens of square pictures.
 
@@ -28,6 +31,7 @@ def encode_pictures(model: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
     return torch.stack(list(features.pooler_output))
 
 
+@profiling.in_phase("encode_tiles")
 def encode_tiles(model: LlavaModel, pixels: torch.Tensor, zoom: int) -> torch.Tensor:
     """HR tokens of one photo: zoom x zoom tiles encoded on their own and put back in place.
 

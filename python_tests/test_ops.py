@@ -434,13 +434,16 @@ def test_bits_round_trip(n, seed):
 
 def test_attention_path_tells_the_kernel_and_every_reason_against_tensor_cores():
     def tensors(dtype, d=128, cut=0):
-        q, k, v = (torch.zeros(2, h, 5, d + cut, dtype=dtype)[..., cut:] for h in (4, 2, 2))
+        q, k, v = (torch.zeros(2, h, 17, d + cut, dtype=dtype)[..., cut:] for h in (4, 2, 2))
         return q, k, v
 
     assert ops.attention_path(*tensors(torch.float16)).path == "cpu"
     assert ops.attention_path(*tensors(torch.float16), capability=(7, 0)) == ("volta", ())
     assert ops.attention_path(*tensors(torch.float16), capability=(9, 0)) == ("ampere", ())
     assert ops.attention_path(*tensors(torch.bfloat16), capability=(8, 6)) == ("ampere", ())
+    q, k, v = tensors(torch.float32)
+    assert ops.attention_path(q[:, :, :16], k, v, capability=(7, 0)) == ("decode", ())
+    assert ops.attention_path(q, k, v, capability=(7, 0)).path == "generic"
     path, reasons = ops.attention_path(*tensors(torch.bfloat16, d=36, cut=1), scale=-1.0, capability=(7, 0))
     assert path == "generic"
     assert [reason.partition(" ")[0] for reason in reasons] == ["bfloat16", "head_dim", "the", "q", "k", "v"]

@@ -49,7 +49,7 @@ __global__ void map_of_logits(AttentionForwardParams p) {
 
 }  // namespace
 
-int64_t prefill_workspace(const AttentionForwardParams& p) {
+int64_t attention_prefill_workspace(const AttentionForwardParams& p) {
   return p.in.batch * p.in.rows * p.in.heads * p.pictures * p.map_size * static_cast<int64_t>(sizeof(float));
 }
 

@@ -52,16 +52,21 @@ __device__ inline int64_t row_at(const AttentionInputs& in, int64_t b, int64_t r
   return n;
 }
 
-// Place of query row n in hr_rows (0 where the rows are not listed), or -1 when it sees no HR key. Asked by a whole warp.
-__device__ inline int64_t listed_row(const AttentionInputs& in, int64_t b, int64_t n) {
-  if (hr_keys(in, b) == 0) return -1;
-  if (in.hr_from) return n >= in.hr_from[b] ? 0 : -1;
+// Place of query row n in hr_rows, or -1. Asked by a whole warp.
+__device__ inline int64_t place_of_row(const AttentionInputs& in, int64_t b, int64_t n) {
   for (int64_t r0 = 0; in.hr_rows && r0 < in.rows; r0 += kWarp) {
     const int64_t r = r0 + lane();
     const unsigned found = votes(r < in.rows && row_at(in, b, r) == n);
     if (found) return r0 + __ffs(static_cast<int>(found)) - 1;
   }
   return -1;
+}
+
+// The same of a row that sees HR keys (0 where the rows are not listed); -1 when it sees none. Asked by a whole warp.
+__device__ inline int64_t listed_row(const AttentionInputs& in, int64_t b, int64_t n) {
+  if (hr_keys(in, b) == 0) return -1;
+  if (in.hr_from) return n >= in.hr_from[b] ? 0 : -1;
+  return place_of_row(in, b, n);
 }
 
 // The bits of the HR keys that a listed row sees; null = all.

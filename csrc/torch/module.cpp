@@ -6,8 +6,9 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
-#include "../kernels/attention_path.h"
 #include "checks.h"
+#include "flexattn/attention_path.h"
+#include "nvtx.h"
 #include "operators.h"
 
 namespace {
@@ -36,6 +37,7 @@ pybind11::dict build_info() {
 const char* name_of(flexattn::AttentionPath path) {
   switch (path) {
     case flexattn::AttentionPath::kGeneric: return "generic";
+    case flexattn::AttentionPath::kDecode: return "decode";
     case flexattn::AttentionPath::kVolta: return "volta";
     case flexattn::AttentionPath::kAmpere: return "ampere";
   }
@@ -56,4 +58,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Facts about the build of flexattn_cuda; its operators are in torch.ops.flexattn_cuda.";
   module.def("build_info", &build_info, "What was compiled in, as a dict of strings; see flexattn_cuda.build.");
   module.def("attention_path", &attention_path, "See flexattn_cuda.ops.attention_path.");
+
+  // flexattn_cuda.profiling
+  using namespace flexattn::torch_binding;
+  module.def("nvtx_compiled_in", &nvtx_compiled_in, "Whether the ranges reach NVTX.");
+  module.def("nvtx_switch", [](bool on) { nvtx_switch() = on; }, "Turns the operators' ranges on or off.");
+  module.def("nvtx_push", &nvtx_push, "Begins a range on this thread, whatever the switch says.");
+  module.def("nvtx_pop", &nvtx_pop, "Ends the last one begun on this thread.");
 }

@@ -13,6 +13,7 @@
 #include "flexattn/hierarchical_attention.h"
 #include "flexattn/select_tokens.h"
 #include "flexattn/write_hr_kv.h"
+#include "nvtx.h"
 
 namespace flexattn::torch_binding {
 namespace {
@@ -162,6 +163,7 @@ AttentionInputs attention_layout(const at::Tensor& q, const at::Tensor& k, const
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_tokens(
     const at::Tensor& map, const at::Tensor& live, int64_t hr_side, double scale, double threshold, int64_t pool_side) {
+  const NvtxRange range("select_tokens");
   Reasons reasons("select_tokens");
   reasons.tensor("map", map, {-1, -1, -1, -1}, kMaps, map.device());
   reasons.raise_if_any();
@@ -188,6 +190,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_tokens(
 }
 
 at::Tensor gather_tokens(const at::Tensor& tokens, const at::Tensor& index) {
+  const NvtxRange range("gather_tokens");
   Reasons reasons("gather_tokens");
   reasons.tensor("tokens", tokens, {-1, -1, -1}, kFloating, tokens.device());
   reasons.raise_if_any();
@@ -208,6 +211,7 @@ at::Tensor gather_tokens(const at::Tensor& tokens, const at::Tensor& index) {
 }
 
 at::Tensor gather_tokens_backward(const at::Tensor& grad, const at::Tensor& index, int64_t num_tokens) {
+  const NvtxRange range("gather_tokens_backward");
   Reasons reasons("gather_tokens_backward");
   reasons.tensor("grad", grad, {-1, -1, -1}, kFloating, grad.device());
   reasons.raise_if_any();
@@ -288,6 +292,7 @@ void write_hr_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& cos
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hierarchical_attention(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionArguments& given,
     const OptionalTensor& map_ranges, int64_t map_size, bool map_over_all, double scale) {
+  const NvtxRange range("hierarchical_attention");
   Reasons reasons("hierarchical_attention");
   const AttentionArguments a = dense(given);
   AttentionForwardParams params{};
@@ -326,6 +331,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hierarchical_attentio
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hierarchical_attention_backward(
     const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionArguments& given,
     const at::Tensor& lse, const at::Tensor& lse_seq, double scale) {
+  const NvtxRange range("hierarchical_attention_backward");
   Reasons reasons("hierarchical_attention_backward");
   const AttentionArguments a = dense(given);
   AttentionBackwardParams params{};

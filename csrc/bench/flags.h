@@ -1,0 +1,117 @@
+// What the driver is asked for.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <variant>
+#include <vector>
+
+namespace flexattn::bench {
+
+struct Flags {
+  std::string op;                 // attention, select or gather
+  int64_t batch = 1, heads = 32, kv_heads = 0, queries = 640, keys = 0, selected = 576, head_dim = 128;
+  int64_t lr_side = 24, hr_side = 72, pool = 9;
+  int64_t iterations = 50, warmup = 5;
+  std::string dtype = "fp16", path = "auto", hr_rows = "last";
+  bool cold_l2 = false, profile = false, help = false;
+  double peak_gbs = 0, peak_tflops = 0;
+};
+
+inline const char* kHelp =
+    R"(flexattn_bench attention|select|gather [flags]: times one operator on the current GPU.
+
+  --batch 1           samples
+  --heads 32          query heads
+  --kv-heads          key heads; by default as many as --heads
+  --queries 640       query rows: 1 is a decode step
+  --keys              sequence keys, the queries at their end; by default as many as --queries
+  --selected 576      selected high-resolution tokens of every sample
+  --head-dim 128      channels of a head; gather moves rows of heads x head-dim
+  --hr-rows last      which query rows see the selected tokens: last or all
+  --lr-side 24        side of the low-resolution grid: of the map that attention returns (0: none) and that select reads
+  --hr-side 72        side of the high-resolution grid
+  --pool 9            side of select's max-pool, 0 for none
+  --dtype fp16        fp16, bf16 or fp32; select's map is fp32 always
+  --path auto         which attention kernels: auto, volta (those of the V100) or generic (no tensor cores)
+  --iterations 50     measured calls
+  --warmup 5          calls before them
+  --cold-l2           writes twice the size of the L2 cache before every measured call
+  --warm-l2           does not (default)
+  --profile           cudaProfilerStart and Stop around the measured calls
+  --peak-gbs, --peak-tflops   the roofline, where the device's own figures do not hold
+
+Prints a line for people and, under its header, one of CSV. Exit 1: bad flags or a CUDA error; 2: no GPU.
+)";
+
+// Throws std::invalid_argument with one sentence.
+inline Flags parse(int count, char** words) {
+  Flags f;
+  const std::map<std::string, std::variant<int64_t*, double*, std::string*>> values{
+      {"--batch", &f.batch},       {"--heads", &f.heads},       {"--kv-heads", &f.kv_heads},     {"--queries", &f.queries},
+      {"--keys", &f.keys},         {"--selected", &f.selected}, {"--head-dim", &f.head_dim},     {"--lr-side", &f.lr_side},
+      {"--hr-side", &f.hr_side},   {"--pool", &f.pool},         {"--iterations", &f.iterations}, {"--warmup", &f.warmup},
+      {"--dtype", &f.dtype},       {"--path", &f.path},         {"--hr-rows", &f.hr_rows},       {"--peak-gbs", &f.peak_gbs},
+      {"--peak-tflops", &f.peak_tflops}};
+  const auto refuse = [](const std::string& sentence) { throw std::invalid_argument(sentence); };
+  const auto one_of = [&](const std::string& name, const std::string& value, const std::vector<std::string>& allowed) {
+    std::string list;
+    for (const std::string& word : allowed) {
+      if (word == value) return;
+      list += (list.empty() ? "" : ", ") + word;
+    }
+    refuse(name + " is '" + value + "', allowed: " + list + ".");
+  };
+
+  for (int i = 1; i < count; ++i) {
+    const std::string word = words[i];
+    if (word == "--help" || word == "-h") f.help = true;
+    else if (word == "--cold-l2") f.cold_l2 = true;
+    else if (word == "--warm-l2") f.cold_l2 = false;
+    else if (word == "--profile") f.profile = true;
+    else if (word.rfind("--", 0) != 0 && f.op.empty()) f.op = word;
+    else {
+      const auto found = values.find(word);
+      if (found == values.end()) refuse("there is no flag " + word + "; --help lists them.");
+      if (++i == count) refuse(word + " needs a value.");
+      const std::string value = words[i];
+      size_t used = 0;
+      try {
+        if (auto* text = std::get_if<std::string*>(&found->second)) **text = value, used = value.size();
+        if (auto* whole = std::get_if<int64_t*>(&found->second)) **whole = std::stoll(value, &used);
+        if (auto* real = std::get_if<double*>(&found->second)) **real = std::stod(value, &used);
+      } catch (const std::logic_error&) {
+        used = 0;
+      }
+      if (used == 0 || used != value.size()) refuse(word + " is '" + value + "', it must be a number.");
+    }
+  }
+  if (f.help) return f;
+  if (f.op.empty()) refuse("name what to time: attention, select or gather.");
+  one_of("the operator", f.op, {"attention", "select", "gather"});
+  one_of("--dtype", f.dtype, {"fp16", "bf16", "fp32"});
+  one_of("--path", f.path, {"auto", "volta", "generic"});
+  one_of("--hr-rows", f.hr_rows, {"last", "all"});
+  if (f.kv_heads == 0) f.kv_heads = f.heads;
+  if (f.keys == 0) f.keys = f.queries;
+  const auto at_least = [&](const char* name, int64_t value, int64_t least) {
+    if (value < least) refuse(std::string(name) + " is " + std::to_string(value) + ", it must be at least " + std::to_string(least) + ".");
+  };
+  at_least("--batch", f.batch, 1), at_least("--heads", f.heads, 1), at_least("--kv-heads", f.kv_heads, 1);
+  at_least("--queries", f.queries, 1), at_least("--keys", f.keys, f.queries), at_least("--selected", f.selected, 0);
+  at_least("--head-dim", f.head_dim, 1), at_least("--hr-side", f.hr_side, 1), at_least("--pool", f.pool, 0);
+  at_least("--lr-side", f.lr_side, f.op == "select" ? 1 : 0), at_least("--iterations", f.iterations, 1), at_least("--warmup", f.warmup, 0);
+  if (f.heads % f.kv_heads) refuse("--heads must be a multiple of --kv-heads.");
+  if (f.op == "gather" && f.selected > f.hr_side * f.hr_side) refuse("--selected is more than the hr-side x hr-side tokens.");
+  if (f.op == "gather" && f.selected == 0) refuse("--selected must be at least 1 for gather.");
+  if (f.op == "select" && f.pool > f.lr_side) refuse("--pool must not be more than --lr-side.");
+  if (f.op == "attention" && f.lr_side * f.lr_side > f.keys)
+    refuse("--lr-side " + std::to_string(f.lr_side) + " takes " + std::to_string(f.lr_side * f.lr_side) + " of the keys and there are " +
+           std::to_string(f.keys) + "; --lr-side 0 asks for no map.");
+  if (f.peak_gbs < 0 || f.peak_tflops < 0) refuse("peaks must not be negative.");
+  return f;
+}
+
+}  // namespace flexattn::bench
