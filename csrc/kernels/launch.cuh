@@ -22,8 +22,12 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, Stream stream,
             Arguments... arguments) {
   if (blocks == 0) return;
+#ifdef FLEXATTN_SIMT
+  simt::launch(name, static_cast<unsigned>(blocks), threads, shared_bytes, [&] { kernel(arguments...); });
+#else
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(cudaGetLastError(), name);
+#endif
 }
 
 inline void clear(void* data, size_t bytes, Stream stream) {
@@ -45,8 +49,12 @@ inline int warps_that_fit(const char* name, size_t bytes_per_warp) {
 // The block's dynamic shared memory as an array of T.
 template <typename T>
 __device__ T* shared_memory() {
+#ifdef FLEXATTN_SIMT
+  return reinterpret_cast<T*>(simt::shared_memory());
+#else
   extern __shared__ __align__(16) unsigned char bytes[];
   return reinterpret_cast<T*>(bytes);
+#endif
 }
 
 }  // namespace flexattn::cuda

@@ -13,7 +13,9 @@
 namespace flexattn::torch_binding {
 
 // function(params, stream) of the namespace cpu or cuda, whichever fits the device of `like`; its result.
-#ifdef FLEXATTN_WITH_CUDA
+#if defined(FLEXATTN_SIMT)  // tests: the CUDA kernels on CPU tensors (csrc/simt)
+#define FLEXATTN_LAUNCH(function, params, like) ::flexattn::cuda::function(params, nullptr)
+#elif defined(FLEXATTN_WITH_CUDA)
 #define FLEXATTN_LAUNCH(function, params, like)                                          \
   [&] {                                                                                  \
     if (!(like).is_cuda()) return ::flexattn::cpu::function(params, nullptr);            \

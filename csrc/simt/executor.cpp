@@ -1,0 +1,265 @@
+#include "executor.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <deque>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "memory_checks.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace flexattn::simt {
+
+dim3 thread_index, block_index, block_size, grid_size;
+
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr int kCopyBytes = 16;
+
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
+  bool finished = false;
+  const void* waits_for = nullptr;  // a barrier's or warp's meeting; null = can run
+  int64_t round = 0;                // of that meeting
+  std::vector<Copy> open;           // cp.async not yet committed
+  std::deque<std::vector<Copy>> groups;
+};
+
+// Where threads meet: a round is over when all of them have come.
+struct Meeting {
+  int64_t round = 0;
+  int arrived = 0;
+  const char* operation = nullptr;
+};
+
+struct Warp : Meeting {
+  int live = 0;
+  WarpBytes bytes[2];  // of the round under way and of the last one, which slow lanes still read
+};
+
+const char* kernel_name = "";
+const std::function<void()>* kernel_body;
+std::vector<Fiber> fibers;
+std::vector<Warp> warps;
+Meeting barrier;
+int live, current;
+ucontext_t scheduler;
+std::vector<unsigned char> shared;
+std::exception_ptr error;
+std::mt19937 order(1);
+
+#if defined(__SANITIZE_ADDRESS__)
+const void* scheduler_stack;
+size_t scheduler_size;
+#endif
+
+void switch_to_scheduler(bool for_good) {
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &fake, scheduler_stack, scheduler_size);
+#endif
+  const int me = current;
+  const dim3 index = thread_index;
+  swapcontext(&fibers[me].context, &scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, &scheduler_stack, &scheduler_size);
+#endif
+  current = me;
+  thread_index = index;
+  (void)for_good;
+}
+
+void run_fiber() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
+#endif
+  try {
+    (*kernel_body)();
+    if (!fibers[current].open.empty() || !fibers[current].groups.empty()) fail("ends with cp.async that it did not wait for");
+  } catch (...) {
+    if (!error) error = std::current_exception();
+  }
+  fibers[current].finished = true;
+  --live;
+  --warps[current / kLanes].live;
+  switch_to_scheduler(true);
+}
+
+void resume(int thread) {
+  current = thread;
+  thread_index = {static_cast<unsigned>(thread), 0, 0};
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(&fake, fibers[thread].stack.get(), kStackBytes);
+#endif
+  swapcontext(&scheduler, &fibers[thread].context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+// `size`: how many threads must come. A thread of the meeting that has ended, or waits elsewhere, will never come.
+void meet(Meeting& meeting, int size, const char* operation) {
+  if (meeting.arrived > 0 && meeting.operation != operation && std::strcmp(meeting.operation, operation) != 0)
+    fail((std::string("comes to ") + operation + " while others of its warp are at " + meeting.operation).c_str());
+  meeting.operation = operation;
+  Fiber& fiber = fibers[current];
+  if (++meeting.arrived == size) {
+    meeting.arrived = 0;
+    ++meeting.round;
+    return;
+  }
+  fiber.waits_for = &meeting;
+  fiber.round = meeting.round;
+  switch_to_scheduler(false);
+}
+
+bool can_run(const Fiber& fiber) {
+  return !fiber.finished && (!fiber.waits_for || static_cast<const Meeting*>(fiber.waits_for)->round > fiber.round);
+}
+
+void run_block(unsigned threads) {
+  live = static_cast<int>(threads);
+  barrier = {};
+  const unsigned nan = 0x7fc07fc0;  // a NaN in float32, float16 pairs and bfloat16 pairs
+  for (size_t i = 0; i + sizeof nan <= shared.size(); i += sizeof nan) std::memcpy(&shared[i], &nan, sizeof nan);
+  for (Warp& warp : warps) static_cast<Meeting&>(warp) = {}, warp.live = 0;
+  std::vector<int> turn(threads);
+  for (unsigned i = 0; i < threads; ++i) {
+    turn[i] = static_cast<int>(i);
+    ++warps[i / kLanes].live;
+    Fiber& fiber = fibers[i];
+    fiber.finished = false;
+    fiber.waits_for = nullptr;
+    fiber.open.clear();
+    fiber.groups.clear();
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_fiber, 0);
+  }
+  begin_block(shared.data(), shared.size());
+  while (live > 0 && !error) {
+    std::shuffle(turn.begin(), turn.end(), order);
+    bool progress = false;
+    for (const int thread : turn) {
+      if (!can_run(fibers[thread])) continue;
+      fibers[thread].waits_for = nullptr;
+      progress = true;
+      resume(thread);
+      if (error) break;
+    }
+    if (progress || error) continue;
+    // Everyone that is left waits for someone who will not come.
+    for (const int thread : turn) {
+      if (fibers[thread].finished) continue;
+      current = thread;
+      thread_index = {static_cast<unsigned>(thread), 0, 0};
+      try {
+        fail((std::string("waits for ever at ") + static_cast<const Meeting*>(fibers[thread].waits_for)->operation +
+              ": not all threads reach it")
+                 .c_str());
+      } catch (...) {
+        error = std::current_exception();
+      }
+      break;
+    }
+  }
+}
+
+void arrive(std::vector<Copy>& copies) {
+  for (const Copy& copy : copies) {
+    if (copy.from) record_access(copy.from, kCopyBytes, Access::kRead);
+    record_access(copy.to, kCopyBytes, Access::kWrite);
+    copy.from ? static_cast<void>(std::memcpy(copy.to, copy.from, kCopyBytes)) : static_cast<void>(std::memset(copy.to, 0, kCopyBytes));
+  }
+}
+
+}  // namespace
+
+void launch(const char* name, unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  kernel_name = name;
+  kernel_body = &kernel;
+  grid_size = {blocks, 1, 1};
+  block_size = {threads, 1, 1};
+  error = nullptr;
+  if (threads == 0 || threads > 1024 || threads % kLanes) throw std::runtime_error(std::string(name) + ": a block of " + std::to_string(threads) + " threads");
+  while (fibers.size() < threads) fibers.emplace_back();
+  warps = std::vector<Warp>(threads / kLanes);
+  begin_launch(name);
+  for (unsigned block = 0; block < blocks && !error; ++block) {
+    block_index = {block, 0, 0};
+    shared = std::vector<unsigned char>(shared_bytes);  // new for each block: one that is too small is seen by AddressSanitizer
+    run_block(threads);
+  }
+  end_launch();
+  if (error) {
+    fibers.clear();  // some are in the middle of a kernel
+    std::rethrow_exception(error);
+  }
+}
+
+unsigned char* shared_memory() { return shared.data(); }
+int lane() { return current % kLanes; }
+
+void block_barrier() {
+  meet(barrier, static_cast<int>(block_size.x), "__syncthreads");
+  pass_barrier(current);
+}
+
+const WarpBytes& exchange(const char* operation, const void* bytes, size_t size) {
+  Warp& warp = warps[current / kLanes];
+  if (warp.live != kLanes) fail((std::string("calls ") + operation + " after a lane of its warp has ended").c_str());
+  const int64_t round = warp.round;
+  std::memcpy(warp.bytes[round % 2][current % kLanes], bytes, size);
+  meet(warp, kLanes, operation);
+  pass_warp(current);
+  return warp.bytes[round % 2];
+}
+
+void start_copy(void* to, const void* from) {
+  std::memset(to, 0xff, kCopyBytes);  // NaN until it has arrived
+  fibers[current].open.push_back({static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from)});
+}
+void commit_copies() {
+  fibers[current].groups.push_back(std::move(fibers[current].open));
+  fibers[current].open.clear();
+}
+void wait_copies(int groups_left) {
+  auto& groups = fibers[current].groups;
+  while (static_cast<int>(groups.size()) > groups_left) {
+    arrive(groups.front());
+    groups.pop_front();
+  }
+}
+
+bool on_stack(const void* address) {
+  const auto* at = static_cast<const unsigned char*>(address);
+  const unsigned char* stack = fibers[current].stack.get();
+  return at >= stack && at < stack + kStackBytes;
+}
+
+void fail(const char* what) {
+  throw std::runtime_error(std::string(kernel_name) + ", block " + std::to_string(block_index.x) + ", thread " +
+                           std::to_string(thread_index.x) + ": " + what);
+}
+
+}  // namespace flexattn::simt

@@ -1,0 +1,69 @@
+"""Builds flexattn_cuda._C with the CUDA kernels for the executor of csrc/simt, in place of the CPU's kernels.
+
+    python python_tests/simt_build.py races|sanitizers
+
+races: memory accesses are watched (csrc/simt/memory_checks.h). sanitizers: AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+# Aggregates stay whole (-fno-tree-sra), so that a 16-byte access is seen as one.
+KINDS = {
+    "races": ("-O1 -fno-tree-sra", "-fsanitize=thread", ""),
+    "sanitizers": ("-O1 -g -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined", "",
+                   "-fsanitize=address,undefined"),
+}  # fmt: skip
+FACTS = {"VERSION": "", "NO_CUDA_REASON": "", "CUDA_TOOLKIT": "executor on the CPU", "ARCHITECTURES": ""}
+
+
+def sources() -> list[Path]:
+    listed = [line.split() for line in (CSRC / "sources.txt").read_text().splitlines() if line and line[0] != "#"]
+    wanted = [CSRC / path for kind, path in listed if kind in ("torch", "cuda")]
+    return wanted + sorted((CSRC / "simt").glob("*.cpp")) + sorted((ROOT / "python_tests" / "simt").glob("*.cu"))
+
+
+def build(kind: str) -> Path:
+    """The module's path, built anew when a native source is newer."""
+    common, kernels, link = KINDS[kind]
+    folder = ROOT / "build" / "simt" / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    newest = max(path.stat().st_mtime for part in (CSRC, ROOT / "python_tests" / "simt") for path in part.rglob("*") if path.is_file())
+    module = folder / "_C.so"
+    if module.exists() and module.stat().st_mtime > newest:
+        return module
+    include = [CSRC / "simt", CSRC / "include", CSRC / "kernels", CSRC / "torch", sysconfig.get_path("include"), *cpp_extension.include_paths()]
+    flags = [*common.split(), "-std=c++17", "-fPIC", "-DFLEXATTN_SIMT", "-DTORCH_EXTENSION_NAME=_C", "-Wno-unknown-pragmas"]
+    flags += [f'-DFLEXATTN_{name}="{value}"' for name, value in FACTS.items()] + [f"-I{path}" for path in include]
+
+    def compiled(source: Path) -> Path:
+        target = folder / (source.name + ".o")
+        is_kernel = source.suffix == ".cu"
+        command = ["g++", "-x", "c++", "-c", str(source), "-o", str(target), *flags, *(kernels.split() if is_kernel else [])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, sources()))
+    libraries = cpp_extension.library_paths()
+    subprocess.run(
+        ["g++", "-shared", "-o", str(module), *map(str, objects), *link.split(), *(f"-L{path}" for path in libraries),
+         *(f"-Wl,-rpath,{path}" for path in libraries), "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"],
+        check=True,
+    )  # fmt: skip
+    return module
+
+
+if __name__ == "__main__":
+    print(build(sys.argv[1]))
