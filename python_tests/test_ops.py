@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis from accuracy import assert_as_good_as_eager
-import strategies as st
+from accuracy import assert_as_good_as_eager
+from hypothesis import strategies as st
 
 from flexattn_cuda import ops, reference
 from flexattn_cuda.rotary import rotate
