@@ -3,6 +3,7 @@
 # make cuda-compile   compiles the CUDA sources for ARCHS with NVCC, without torch and without running them
 # make sm70           what the V100 can make of the kernels, from their machine code; fails when a budget is exceeded.
 #                     NVCC up to 12.9, HOST_CXX a compiler that it takes, SM70_FLAGS e.g. "--csv sm70.csv"
+# make simt           runs the CUDA kernels on the CPU, with races watched and under sanitizers
 # make clean          removes .venv and what was built
 #
 # A second call installs nothing: stamps in .venv tell what is there. Native code is built again when it changes.
@@ -18,7 +19,7 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test cuda-compile sm70 clean
+.PHONY: demo test cuda-compile sm70 simt clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/flexattn demo
@@ -49,6 +50,14 @@ cuda-compile:
 	cmake -S . -B $(CUDA_BUILD) -DCMAKE_CUDA_COMPILER=$(NVCC) -DCMAKE_CUDA_HOST_COMPILER=$(HOST_CXX) \
 	  -DCMAKE_CUDA_ARCHITECTURES="$(ARCHS)" -DCMAKE_CUDA_FLAGS="$(NVCC_FLAGS)" -DCMAKE_BUILD_TYPE=Release
 	cmake --build $(CUDA_BUILD) --parallel 2
+
+# The CUDA kernels on the CPU (csrc/simt): first with races watched, then under the sanitizers.
+SIMT_TESTS := python_tests/test_simt.py python_tests/test_attention_paths.py
+simt: $(VENV)/test-packages
+	FLEXATTN_BACKEND=races $(VENV)/bin/python -m pytest $(SIMT_TESTS)
+	$(VENV)/bin/python python_tests/simt_build.py sanitizers
+	FLEXATTN_BACKEND=sanitizers LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0:halt_on_error=1 $(VENV)/bin/python -m pytest $(SIMT_TESTS)
 
 SM70_FLAGS ?=
 sm70:

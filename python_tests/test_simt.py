@@ -56,4 +56,4 @@ def test_a_shuffle_that_some_lanes_miss_is_caught():
 def test_a_read_out_of_bounds_is_caught(fault):
     code = f"import conftest, torch; torch.ops.flexattn_faults.run({fault!r}, torch.zeros(64, dtype=torch.int32))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(__file__))
-    assert done.returncode != 0 and "AddressSanitizer" in done.stderr and "-buffer-overflow" in done.stderr
+    assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr
