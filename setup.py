@@ -154,7 +154,7 @@ def architectures(targets: list[str], chosen: str | None) -> list[str]:
 
 
 def sources(*kinds: str) -> list[str]:
-    """Paths in csrc/sources.txt of these kinds (cpu, torch, cuda)."""
+    """Paths in csrc/sources.txt of these kinds (cpu, torch, cuda, bench, simt)."""
     lines = (line.split("#")[0].split() for line in (ROOT / "csrc" / "sources.txt").read_text().splitlines())
     return [f"csrc/{line[1]}" for line in lines if line and line[0] in kinds]
 

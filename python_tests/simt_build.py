@@ -28,8 +28,8 @@ FACTS = {"VERSION": "", "NO_CUDA_REASON": "", "CUDA_TOOLKIT": "executor on the C
 
 def sources() -> list[Path]:
     listed = [line.split() for line in (CSRC / "sources.txt").read_text().splitlines() if line and line[0] != "#"]
-    wanted = [CSRC / path for kind, path in listed if kind in ("torch", "cuda")]
-    return wanted + sorted((CSRC / "simt").glob("*.cpp")) + sorted((ROOT / "python_tests" / "simt").glob("*.c*"))
+    wanted = [CSRC / path for kind, path in listed if kind in ("torch", "cuda", "simt")]
+    return wanted + sorted((ROOT / "python_tests" / "simt").glob("*.c*"))
 
 
 def build(kind: str) -> Path:

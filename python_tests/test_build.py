@@ -161,7 +161,7 @@ def test_the_machine_is_measured(setup):
 
 
 def test_every_native_source_is_listed_once(setup):
-    listed = setup.sources("cpu", "torch", "cuda", "bench")
+    listed = setup.sources("cpu", "torch", "cuda", "bench", "simt")
     on_disk = {str(path.relative_to(ROOT)) for suffix in ("*.cpp", "*.cu") for path in (ROOT / "csrc").rglob(suffix)}
     assert sorted(listed) == sorted(set(listed)) and set(listed) == on_disk
 
