@@ -82,10 +82,10 @@ class AssignedSlots(NamedTuple):
     """Result of `assign_slots`, all int32.
 
     slots: [B, M] slot of `index[b, m]`; -1 beyond `count`, where the index is -1, and where no slot was left.
-    new_tokens: [B*M] `b*T + token` of the tokens that took their slot in this call, in the order (b, m), then -1.
+    new_tokens: [B*M] `g*T + token` of the tokens that took their slot in this call, in the order (b, m), then -1.
     new_slots: [B*M] their slots, ascending, then -1.
     new_count: [1] how many these are.
-    overflow: [1] how many tokens found no slot; 0 when all is well.
+    overflow: [1] how many selected tokens found no slot; 0 when all is well.
     """
 
     slots: torch.Tensor
@@ -100,18 +100,20 @@ def assign_slots(
 ) -> AssignedSlots:
     """Gives each selected token its slot in the pool of HR keys, for good: a token is projected once, when first selected.
 
-    A pool, with its `table` and `next_free`, belongs to one layer and is shared by the batch. Tokens without a slot take
+    A pool, with its `table` and `next_free`, belongs to one layer and is shared by the batch; the beams of a prompt, rows that
+    follow each other, also share their row of the table, so that no token is stored twice. Tokens without a slot take
     `next_free`, `next_free + 1`, ... in the order (b, m). When the pool is full the rest go without: slot -1, counted in
     `overflow`, and still without a slot in the table. Deterministic; counts stay on the device.
 
-    `gather_tokens(features.view(1, B*T, D), new_tokens[None])` are the features to project, with zeros behind them,
+    `gather_tokens(features.view(1, G*T, D), new_tokens[None])` are the features to project, with zeros behind them,
     `write_hr_kv(..., new_slots, ...)` stores what was made of them and skips the rest, and `slots` and `count` are the
     `hr_slots` and `hr_count` of `hierarchical_attention`, which needs an overflow of 0.
 
     Args:
         index: [B, M] int32 in [0, T), or -1; no token twice in a row. As from `select_tokens`.
         count: [B] int32, at most M: the places that are read. As from `select_tokens`.
-        table: [B, T] int32 slot of each token, -1 = none yet. Written. Any row stride.
+        table: [G, T] int32 slot of each token, -1 = none yet. Written. Any row stride. G divides B: row b of the batch
+            belongs to row `b // (B / G)` of the table.
         next_free: [1] int32 first free slot, at most `capacity`. Written.
         capacity: P, the slots of the pool.
     Returns:

@@ -52,21 +52,22 @@ def assign_slots(
     index: torch.Tensor, count: torch.Tensor, table: torch.Tensor, next_free: torch.Tensor, *, capacity: int
 ) -> AssignedSlots:
     """Tokens without a slot take the next ones in the order (b, m), until the pool is full. Writes table and next_free."""
-    T, free = table.shape[1], int(next_free)
-    slots, wanting = torch.full_like(index, -1), []
-    for b in range(index.shape[0]):
-        wanting += [(b, int(token)) for token in index[b, : count[b]] if token >= 0 and table[b, token] < 0]
-    taking = wanting[: capacity - free]
-    new_tokens, new_slots = torch.full((2, index.numel()), -1, dtype=torch.int32, device=index.device)
-    for n, (b, token) in enumerate(taking):
-        new_tokens[n], new_slots[n] = b * T + token, free + n
-        table[b, token] = free + n
-    next_free += len(taking)
-    for b in range(index.shape[0]):
-        chosen = index[b, : count[b]].long()
-        slots[b, : count[b]] = table[b, chosen.clamp(min=0)].where(chosen >= 0, -1) if T else -1
-    counts = index.new_tensor([[len(taking)], [len(wanting) - len(taking)]])
-    return AssignedSlots(slots, new_tokens, new_slots, *counts)
+    (B, M), (G, T) = index.shape, table.shape
+    slots, (new_tokens, new_slots) = torch.full_like(index, -1), torch.full((2, B * M), -1, dtype=torch.int32, device=index.device)
+    taken = overflow = 0
+    for b in range(B):
+        prompt = b // (B // G)
+        for m, token in enumerate(index[b, : count[b]].tolist()):
+            if token < 0:
+                continue
+            if table[prompt, token] < 0 and next_free < capacity:
+                table[prompt, token] = new_slots[taken] = next_free
+                new_tokens[taken] = prompt * T + token
+                next_free += 1
+                taken += 1
+            slots[b, m] = table[prompt, token]
+            overflow += int(slots[b, m] < 0)
+    return AssignedSlots(slots, new_tokens, new_slots, *index.new_tensor([[taken], [overflow]]))
 
 
 def write_hr_kv(

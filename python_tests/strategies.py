@@ -140,7 +140,8 @@ def selection_cases(draw) -> dict[str, Any]:
 def slot_cases(draw) -> dict[str, Any]:
     """Calls of one pool, the later ones finding tokens that the earlier ones stored; some pools are too small for all."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    B, T = draw(st.integers(1, 3)), draw(st.sampled_from([1, 5, 40, 1100, 2500]))
+    (G, beams), T = draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 3), (2, 2)])), draw(st.sampled_from([1, 5, 40, 1100, 2500]))
+    B = G * beams
     M, calls = draw(st.sampled_from([0, 1, T // 2, T])), draw(st.integers(1, 3))
     selections = []
     for _ in range(calls):
@@ -150,8 +151,8 @@ def slot_cases(draw) -> dict[str, Any]:
         count = torch.randint(0, M + 1, (B,), generator=generator, dtype=torch.int32)
         selections.append((index, count))
     padded = draw(st.booleans())  # the table's rows stand apart
-    table = torch.full((B, T + 7 * padded), -1, dtype=torch.int32)[:, :T]
-    capacity = draw(st.sampled_from([0, 1, B * T // 3, B * T]))
+    table = torch.full((G, T + 7 * padded), -1, dtype=torch.int32)[:, :T]
+    capacity = draw(st.sampled_from([0, 1, G * T // 3, G * T]))
     return dict(selections=selections, table=table, capacity=capacity)
 
 

@@ -125,7 +125,7 @@ def test_gather_gradcheck(device):
 @given(case=slot_cases())
 def test_slots(device, case):
     """Exactly the reference's slots, over several calls of one pool; table and next_free are left the same."""
-    capacity, batch, tokens = case["capacity"], *case["table"].shape
+    capacity = case["capacity"]
     ours, theirs = (
         (copy_strided(case["table"], to), torch.zeros(1, dtype=torch.int32, device=to)) for to in (device, "cpu")
     )
@@ -359,7 +359,7 @@ def test_an_error_lists_every_reason():
         (lambda: assign(capacity=2), "next_free has values from 3 to 3, they must lie in 0 to 2"),
         (lambda: assign(capacity=-1), "capacity is -1"),
         (lambda: assign(table=torch.full((1, 7), -1)), "table has dtype Long, it must be Int"),
-        (lambda: assign(table=torch.full((2, 7), -1, dtype=torch.int32)), r"table has shape \[2, 7\], it must be \[1, \*\]"),
+        (lambda: assign(table=torch.full((2, 7), -1, dtype=torch.int32)), "table has 2 rows, which must divide the 1 of index"),
         (lambda: write(k=torch.ones(2, 3, 5)), "k has head_dim 5, it must be even"),
         (lambda: write(v=torch.ones(2, 1, 4)), r"v has shape \[2, 1, 4\], it must be \[2, 3, 4\]"),
         (lambda: write(cos=torch.ones(2, 4).half()), "cos has dtype Half, it must be Float"),

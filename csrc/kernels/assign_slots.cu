@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kThreads) number_new_tokens(AssignSlotsParams 
     const int64_t count = p.count[b];
     require("assign_slots: count", count, 0, p.selected);
     const int32_t* index = p.index + b * p.selected;
-    int32_t* table = p.table + b * p.table_batch;
+    const int64_t prompt = b / (p.batch / p.prompts);
+    int32_t* table = p.table + prompt * p.table_batch;
     int32_t* slots = p.slots + b * p.selected;
     for (int64_t m0 = 0; m0 < count; m0 += kThreads) {
       const int64_t m = m0 + threadIdx.x;
@@ -34,13 +35,14 @@ __global__ void __launch_bounds__(kThreads) number_new_tokens(AssignSlotsParams 
       if (wants && n < left) {
         slot = static_cast<int32_t>(free + n);
         table[token] = slot;
-        p.new_tokens[n] = static_cast<int32_t>(b * p.tokens + token);
+        p.new_tokens[n] = static_cast<int32_t>(prompt * p.tokens + token);
         p.new_slots[n] = slot;
       }
       if (m < count) slots[m] = slot;
       wanted += rank.total;
     }
     for (int64_t m = count + threadIdx.x; m < p.selected; m += kThreads) slots[m] = -1;
+    __syncthreads();  // the next row may read what this one wrote to the table
   }
   const int64_t taken = wanted < left ? wanted : left;
   for (int64_t n = taken + threadIdx.x; n < p.batch * p.selected; n += kThreads) p.new_tokens[n] = p.new_slots[n] = -1;

@@ -235,9 +235,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> assign_sl
   reasons.raise_if_any();
   const int64_t B = index.size(0), M = index.size(1);
   if (reasons.tensor("count", count, {B}, kInt, device)) check_range(reasons, "count", count, 0, M);
-  if (reasons.tensor("table", table, {B, -1}, kInt, device)) {
-    const int64_t T = table.size(1);
-    reasons.unless(B * T <= std::numeric_limits<int32_t>::max(), "table has ", B * T, " places, 2^31 - 1 are possible");
+  if (reasons.tensor("table", table, {-1, -1}, kInt, device)) {
+    const int64_t G = table.size(0), T = table.size(1);
+    reasons.unless(G == B || (G > 0 && B % G == 0), "table has ", G, " rows, which must divide the ", B, " of index");
+    reasons.unless(G * T <= std::numeric_limits<int32_t>::max(), "table has ", G * T, " places, 2^31 - 1 are possible");
     check_range(reasons, "table", table, -1, capacity - 1);
     check_range(reasons, "index", index, -1, T - 1);
     if (reasons.ok()) check_distinct(reasons, "index", index, T);
@@ -250,7 +251,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> assign_sl
   at::Tensor slots = at::empty({B, M}, i32), new_tokens = at::empty({B * M}, i32), new_slots = at::empty({B * M}, i32);
   at::Tensor new_count = at::empty({1}, i32), overflow = at::empty({1}, i32);
   const at::Tensor dense_index = index.contiguous(), dense_count = count.contiguous();
-  const AssignSlotsParams params{B, table.size(1), M, capacity, ints(dense_index), ints(dense_count), table.mutable_data_ptr<int32_t>(),
+  const AssignSlotsParams params{B, table.size(0), table.size(1), M, capacity, ints(dense_index), ints(dense_count), table.mutable_data_ptr<int32_t>(),
                                  table.stride(0), next_free.mutable_data_ptr<int32_t>(), slots.mutable_data_ptr<int32_t>(),
                                  new_tokens.mutable_data_ptr<int32_t>(), new_slots.mutable_data_ptr<int32_t>(),
                                  new_count.mutable_data_ptr<int32_t>(), overflow.mutable_data_ptr<int32_t>()};
