@@ -15,12 +15,14 @@ from transformers import AutoModelForImageTextToText, Cache, DynamicCache, Llava
 
 from flexattn_cuda import attention, checkpoints, profiling
 from flexattn_cuda.configuration import FlexAttnConfig, FlexAttnLlavaConfig
+from flexattn_cuda.pictures import HighResolution
 from flexattn_cuda.rotary import hr_rotary_tables
-from flexattn_cuda.state import Call, HighResolution, Rows
+from flexattn_cuda.state import Call, Rows
 from flexattn_cuda.trace import Trace
-from flexattn_cuda.vision import encode_pictures, encode_tiles
+from flexattn_cuda.vision import cut_into_tiles, encode_pictures, encode_tiles
 
 _PICTURE_ARGUMENTS = ("pixel_values", "pixel_values_hr", "image_features", "hr_features", "image_live")
+_WITH_PICTURES = (*_PICTURE_ARGUMENTS, "rows_per_prompt")
 
 
 class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -96,6 +98,9 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         hr_alpha: float = 1.0,
         prompt_length: int | None = None,
         flexattn_trace: Trace | None = None,
+        hr_cache: bool = True,
+        tiles_on_demand: bool = True,
+        rows_per_prompt: int = 1,
         **kwargs: Any,
     ):
         """One forward call; what transformers' LLaVA documents is as there.
@@ -114,6 +119,12 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             prompt_length: Positions of the sequence up to the end of the prompt, where it is not the end of this call
                 or, with a cache, of the previous one (a prompt in chunks, or drafts to verify). `generate` sets it.
             flexattn_trace: Records maps and selections.
+            hr_cache: Project an HR token once per layer and keep its key and value beside the cache; otherwise, and where
+                gradients are recorded, every call projects what it attends to. The answers are the same.
+            tiles_on_demand: Encode a tile of `pixel_values_hr` when the selection first reaches into it; otherwise, and
+                where gradients are recorded, all of them at once. The answers are the same.
+            rows_per_prompt: So many rows of the batch that follow each other are beams of one prompt. The pictures come
+                once for each prompt, and its rows share all that is made of them. `generate` sets it.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -133,31 +144,41 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             past_key_values = DynamicCache(config=self.config.text_config)
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
 
-        spans: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
+        spans: list[list[tuple[int, int]]] = []
         if input_ids is not None:
             is_picture = input_ids == self.config.image_token_id
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_picture, 0))
             given = next((x for x in (pixel_values, pixel_values_hr, image_features) if x is not None), None)
             if given is not None:
-                spans = self._picture_spans(is_picture, given.shape[0])
+                if batch % rows_per_prompt:
+                    raise ValueError(f"the batch has {batch} rows, which are not prompts of {rows_per_prompt} rows each")
+                spans = self._picture_spans(is_picture[::rows_per_prompt], given.shape[0])
+                on_demand = tiles_on_demand and not torch.is_grad_enabled()
                 if image_features is None:
-                    image_features, hr_features = self.encode(pixel_values, pixel_values_hr)
-                inputs_embeds = inputs_embeds.masked_scatter(is_picture.unsqueeze(-1), image_features.to(inputs_embeds))
+                    image_features, hr_features = self.encode(pixel_values, pixel_values_hr, hr=not on_demand)
+                rows = image_features if rows_per_prompt == 1 else _for_each_row(image_features, spans, rows_per_prompt)
+                inputs_embeds = inputs_embeds.masked_scatter(is_picture.unsqueeze(-1), rows.to(inputs_embeds))
             elif not torch.compiler.is_compiling() and bool(is_picture.any()):
                 raise ValueError("the prompt has image tokens, but no pixel_values came with it")
 
         pictures = HighResolution.beside(past_key_values)
-        if hr_features is not None and self.config.flexattn is not None:
-            new = self._high_resolution(hr_features, image_live, spans, position_ids, past, inputs_embeds)
+        if pictures is not None:
+            pictures.forget_after(past)
+        if (hr_features is not None or pixel_values_hr is not None) and self.config.flexattn is not None:
+            places = None if position_ids is None else position_ids[::rows_per_prompt]
+            new = self._high_resolution(hr_features, pixel_values_hr, image_live, spans, places, past, inputs_embeds)
             pictures = new if pictures is None else pictures.joined_with(new)
         call = None
         if pictures is not None:
+            if batch % pictures.prompts:
+                raise ValueError(f"this call has {batch} rows, but the cache holds pictures of {pictures.prompts} prompts")
             if prompt_length is None:
                 prompt_length = past + queries if queries > 1 or past == 0 else pictures.prompt_length
             pictures.prompt_length = prompt_length
             if past_key_values is not None:
                 pictures.keep_beside(past_key_values)
-            call = self._call(pictures, labels, past, batch, queries, hr_alpha, flexattn_trace, device)
+            cached = hr_cache and past_key_values is not None and not torch.is_grad_enabled()
+            call = self._call(pictures, labels, past, batch, queries, hr_alpha, flexattn_trace, device, cached)
 
         with profiling.phase("prefill" if queries > 1 or past == 0 else "decode"):
             return super().forward(
@@ -173,19 +194,21 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             )
 
     def encode(
-        self, pixel_values: torch.Tensor | None, pixel_values_hr: torch.Tensor | None = None
+        self, pixel_values: torch.Tensor | None, pixel_values_hr: torch.Tensor | None = None, hr: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Image tokens of n photos: low-resolution [n, S*S, D] and, where HR pixels are given, HR [n, h*h, D].
 
-        No gradient flows through the HR tokens, as in the released code. Arguments as in `forward`.
+        No gradient flows through the HR tokens, as in the released code. Arguments as in `forward`; hr: whether to encode
+        the HR pixels too, or only to make `pixel_values` of them where these are absent.
         """
         config, hr_features = self.config.flexattn, None
         if pixel_values_hr is not None and config is not None:
             expected = [3, config.highres_size, config.highres_size]
             if list(pixel_values_hr.shape[1:]) != expected or pixel_values_hr.ndim != 4:
                 raise ValueError(f"pixel_values_hr has shape {list(pixel_values_hr.shape)}; it must be [n, {str(expected)[1:]}")
-            with torch.no_grad():
-                hr_features = torch.stack([encode_tiles(self.model, photo, config.zoom) for photo in pixel_values_hr])
+            if hr:
+                with torch.no_grad():
+                    hr_features = torch.stack([encode_tiles(self.model, photo, config.zoom) for photo in pixel_values_hr])
         size = self.config.vision_config.image_size if config is None else config.lowres_size
         if pixel_values is None:
             pixel_values = functional.interpolate(
@@ -205,6 +228,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         alpha: float,
         trace: Trace | None,
         device: torch.device,
+        cached: bool,
     ) -> Call | None:
         config = self.config.flexattn
         if labels is not None:
@@ -214,7 +238,12 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if rows is None or (rows.listed is not None and rows.listed.shape[1] == 0):
             return None
         layers = self.config.text_config.num_hidden_layers
-        return Call(config, layers, self.config.lr_side, self.config.hr_side, pictures, rows, alpha, trace)
+        sides = self.config.lr_side, self.config.hr_side
+        return Call(config, layers, *sides, pictures, rows, alpha, trace, self._encode_tiles, cached)
+
+    @torch.no_grad()
+    def _encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
+        return encode_pictures(self.model, tiles)
 
     def _picture_spans(self, is_picture: torch.Tensor, count: int) -> list[list[tuple[int, int]]]:
         """Per row of the batch, where each picture's LR tokens begin and end."""
@@ -237,18 +266,19 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     @profiling.in_phase("lay_out_hr_tokens")
     def _high_resolution(
         self,
-        features: torch.Tensor,
+        features: torch.Tensor | None,
+        photos: torch.Tensor | None,
         live: torch.Tensor | None,
         spans: list[list[tuple[int, int]]],
         position_ids: torch.Tensor | None,
         past: int,
         inputs_embeds: torch.Tensor,
     ) -> HighResolution:
-        """Lays the pictures' HR tokens out row by row of the batch."""
+        """Lays the pictures' HR tokens out, prompt by prompt: their features, or the photos whose tiles wait to be encoded."""
         config, side, hr_side = self.config.flexattn, self.config.lr_side, self.config.hr_side
         count = sum(len(row) for row in spans)
         expected = [count, hr_side**2, inputs_embeds.shape[-1]]
-        if list(features.shape) != expected:
+        if features is not None and list(features.shape) != expected:
             raise ValueError(f"hr_features has shape {list(features.shape)}; for these prompts it must be {expected}")
         if live is not None and tuple(live.shape) != (count, 4):
             raise ValueError(f"image_live has shape {list(live.shape)}; it must be {[count, 4]}")
@@ -257,6 +287,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         batch, pictures = len(spans), max(1, max(len(row) for row in spans))
         head_dim = self.model.language_model.layers[0].self_attn.head_dim
         state = HighResolution(
+            zoom=config.zoom,
             features=torch.zeros(batch, pictures, hr_side**2, inputs_embeds.shape[-1], device=device, dtype=dtype),
             cos=torch.zeros(batch, pictures, hr_side**2, head_dim, device=device, dtype=dtype),
             sin=torch.zeros(batch, pictures, hr_side**2, head_dim, device=device, dtype=dtype),
@@ -267,7 +298,12 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         picture = 0
         for row, places in enumerate(spans):
             for slot, (begin, end) in enumerate(places):
-                state.features[row, slot] = features[picture].detach().to(state.features)
+                if features is not None:
+                    state.features[row, slot] = features[picture].detach().to(state.features)
+                else:
+                    tiles = cut_into_tiles(photos[picture], config.zoom)
+                    state.waiting |= {(row, slot, tile): pixels for tile, pixels in enumerate(tiles)}
+                state.last_end = max(state.last_end, past + end)
                 state.live[row, slot] = (whole if live is None else live[picture]).to(device, torch.int32)
                 state.ranges[row, slot] = torch.tensor([past + begin, past + end], dtype=torch.int32)
                 positions = (
@@ -293,13 +329,13 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return super().generate(inputs, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool = False, **kwargs: Any):
-        pictures = {name: kwargs.pop(name, None) for name in _PICTURE_ARGUMENTS}
+        pictures = {name: kwargs.pop(name) for name in _WITH_PICTURES if name in kwargs}
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         # Pictures come in once; afterwards they live in the key/value cache and beside it.
         if is_first_iteration or not kwargs.get("use_cache", True):
             inputs |= pictures
         else:
-            for name in _PICTURE_ARGUMENTS:
+            for name in _WITH_PICTURES:
                 inputs.pop(name, None)
         return inputs
 
@@ -315,15 +351,19 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         input_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ):
-        """Beams and several samples repeat rows; a row's pictures are repeated as a group, not one by one."""
+        """Beams and several samples repeat rows; the rows of a prompt share its pictures, which are not repeated."""
         pictures = {name: kwargs.pop(name) for name in _PICTURE_ARGUMENTS if kwargs.get(name) is not None}
-        if expand_size > 1 and pictures and input_ids is not None:
-            per_row = ((input_ids == self.config.image_token_id).sum(-1) // self.config.lr_side**2).tolist()
-            groups = torch.arange(sum(per_row)).split(per_row)
-            order = torch.cat([group for group in groups for _ in range(expand_size)])
-            pictures = {name: value[order.to(value.device)] for name, value in pictures.items()}
+        if expand_size > 1 and pictures:
+            pictures["rows_per_prompt"] = expand_size
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return input_ids, kwargs | pictures
+
+
+def _for_each_row(pictures: torch.Tensor, spans: list[list[tuple[int, int]]], rows_per_prompt: int) -> torch.Tensor:
+    """[n, ...] pictures in the order of the prompts -> in the order of the batch's rows, which repeat the prompts."""
+    groups = torch.arange(len(pictures)).split([len(prompt) for prompt in spans])
+    order = torch.cat([group for group in groups for _ in range(rows_per_prompt)])
+    return pictures[order.to(pictures.device)]
 
 
 AutoModelForImageTextToText.register(FlexAttnLlavaConfig, FlexAttnLlavaForConditionalGeneration)

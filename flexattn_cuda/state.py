@@ -1,69 +1,25 @@
-"""What a forward call carries through the layers, and what stays beside the key/value cache between calls.
+"""What a forward call carries through the layers: which of its rows see high-resolution (HR) tokens, and what each layer's
+map selected. Selections are keyed by layer, so that gradient checkpointing may run a layer again.
 
-`HighResolution` belongs to a conversation: the HR tokens of its pictures and where their LR tokens stand. It is kept as
-an attribute of the cache, so that a new cache starts without pictures and two conversations never mix.
-`Call` belongs to one forward call: which of its rows see HR tokens, and what each layer's map selected. Selections are
-keyed by layer, so that gradient checkpointing may run a layer again.
+What stays between calls is in pictures.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
 
 from flexattn_cuda import ops, profiling
 from flexattn_cuda.configuration import FlexAttnConfig
+from flexattn_cuda.hr_cache import HrPool
+from flexattn_cuda.pictures import HighResolution
 from flexattn_cuda.rotary import rotate
 from flexattn_cuda.selection import select
 from flexattn_cuda.trace import LayerTrace, Trace
-
-_ATTRIBUTE = "flexattn"
-
-
-@dataclass
-class HighResolution:
-    """The pictures of a batch of conversations. A row with fewer than I pictures is padded with empty ones.
-
-    features: [B, I*h*h, D] HR tokens (the projector's output).
-    cos, sin: [B, I*h*h, d] rotary tables of the HR keys.
-    ranges: [B, I, 2] int32 first sequence key of each picture's LR tokens and one past the last; (0, 0) when absent.
-    live: [B, I, 4] int32 the photo inside its padding, in LR cells; all 0 when absent.
-    prompt_length: positions of the sequence up to the end of the latest prompt; the rows from its last one on see HR.
-    """
-
-    features: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
-    ranges: torch.Tensor
-    live: torch.Tensor
-    prompt_length: int = 0
-
-    @classmethod
-    def beside(cls, cache: Cache | None) -> HighResolution | None:
-        """The pictures kept beside a cache, if any."""
-        return getattr(cache, _ATTRIBUTE, None)
-
-    def keep_beside(self, cache: Cache) -> None:
-        setattr(cache, _ATTRIBUTE, self)
-
-    def joined_with(self, later: HighResolution) -> HighResolution:
-        """The pictures of this conversation followed by those of its next turn."""
-        parts = {
-            name: torch.cat([getattr(self, name), getattr(later, name).to(getattr(self, name).device)], dim=1)
-            for name in ("features", "cos", "sin", "ranges", "live")
-        }
-        return replace(later, **parts)
-
-    def on(self, device: torch.device) -> HighResolution:
-        """The same tensors on the device of a layer."""
-        if self.features.device == device:
-            return self
-        names = ("features", "cos", "sin", "ranges", "live")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 @dataclass
@@ -122,7 +78,12 @@ class Rows:
 
 
 class Call:
-    """One forward call on its way through the layers: `enter` before a layer's attention, `leave` after it."""
+    """One forward call on its way through the layers: `enter` before a layer's attention, `leave` after it.
+
+    encode: [n, 3, s, s] -> [n, side*side, D], for HR tiles that the selection reaches first in this call.
+    cached: Keep projected keys and values beside the cache; otherwise every layer projects what it attends to, with
+        gradients.
+    """
 
     def __init__(
         self,
@@ -134,28 +95,33 @@ class Call:
         rows: Rows,
         alpha: float = 1.0,
         trace: Trace | None = None,
+        encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        cached: bool = False,
     ):
         self.config = config
         self.lr_side = lr_side
         self.hr_side = hr_side
+        self.pictures = pictures
         self.rows = rows
         self.alpha = alpha
+        self.cached = cached
         self.selected: dict[int, ops.SelectedTokens] = {}  # by the layer whose map selected them
-        self._pictures = {pictures.features.device: pictures}
+        self._encode = encode
+        self._batch = (rows.listed if rows.first is None else rows.first).shape[0]
+        self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._last_map = layers - 1 if trace is not None else layers - 2
         self._traced: dict[int, LayerTrace] | None = None
         if trace is not None:
             self._traced = {}
             trace.steps.append(self._traced)
 
-    def enter(self, module: nn.Module, device: torch.device) -> dict[str, Any] | None:
+    def enter(self, module: nn.Module, device: torch.device) -> dict[str, Any]:
         """Arguments of the attention operator for this layer beside those of plain attention."""
         layer = module.layer_idx
         arguments: dict[str, Any] = {}
         if self.config.first_layer - 1 <= layer <= self._last_map:
-            pictures = self._on(device)
             arguments |= dict(
-                map_ranges=pictures.ranges,
+                map_ranges=self._places(device)[0],
                 map_size=self.lr_side**2,
                 map_over_all=self.config.map_softmax == "all",
             )
@@ -174,29 +140,41 @@ class Call:
         if self.rows.owner is not None:
             owner = self.rows.owner.to(map.device)[:, :, None, None].expand_as(map)
             map = map.gather(1, owner)
-        self.selected[layer] = select(self.config, map, self._on(map.device).live, self.hr_side)
+        self.selected[layer] = select(self.config, map, self._places(map.device)[1], self.hr_side)
         if self._traced is not None:
             self._traced[layer] = LayerTrace(map, self.selected[layer].mask)
 
     @profiling.in_phase("project_hr_keys")
     def _hr_keys(self, module: nn.Module, device: torch.device) -> dict[str, Any]:
-        """Keys and values of the tokens that the layer before selected, projected for this layer."""
-        selected = ops.SelectedTokens(*(part.to(device) for part in self.selected[module.layer_idx - 1]))
-        most = int(selected.count.max())
+        """Keys and values of the tokens that the layer before selected; those that this layer lacks are projected."""
+        layer, pictures = module.layer_idx, self.pictures
+        selected = ops.SelectedTokens(*(part.to(device) for part in self.selected[layer - 1]))
+        pool = pictures.pools.get(layer) if self.cached else None
+        if pool is None:
+            pool = HrPool(pictures.prompts, pictures.tokens, device)
+            if self.cached:
+                pictures.pools[layer] = pool
+        assigned = pool.assign(selected)
+        most, new = self._read_back(torch.cat([selected.count.amax()[None], assigned.new_count]), assigned.new_tokens)
         if most == 0:
             return {}
-        pictures = self._on(device)
-        index = selected.index[:, :most].contiguous()
-        tokens, cos, sin = (ops.gather_tokens(table, index) for table in (pictures.features, pictures.cos, pictures.sin))
-        keys = module.k_proj_hd(tokens).unflatten(-1, (-1, module.head_dim))  # [B, M, Hkv, d]
-        values = module.v_proj_hd(tokens).unflatten(-1, (-1, module.head_dim))
-        keys = rotate(keys, cos.unsqueeze(2), sin.unsqueeze(2))
-        batch = index.shape[0]
+        k, v = pool.k, pool.v
+        if new:
+            index = assigned.new_tokens[None, :new].to(pictures.features.device)
+            rows, cos, sin = (
+                ops.gather_tokens(table.flatten(0, 1)[None], index)[0].to(device)
+                for table in (pictures.features, pictures.cos, pictures.sin)
+            )
+            k = module.k_proj_hd(rows).unflatten(-1, (-1, module.head_dim))  # [new, Hkv, d]
+            v = module.v_proj_hd(rows).unflatten(-1, (-1, module.head_dim))
+            pictures.projected += new
+            if self.cached:
+                pool.store(k, v, cos, sin, assigned.new_slots[:new])
+                k, v = pool.k, pool.v
+            else:
+                k = rotate(k, cos[:, None], sin[:, None])
         arguments: dict[str, Any] = dict(
-            k_hr=keys.flatten(0, 1),
-            v_hr=values.flatten(0, 1),
-            hr_slots=torch.arange(batch * most, dtype=torch.int32, device=device).view(batch, most),
-            hr_count=selected.count,
+            k_hr=k, v_hr=v, hr_slots=assigned.slots[:, :most].contiguous(), hr_count=selected.count
         )
         if self.rows.first is not None:
             arguments["hr_from"] = self.rows.first.to(device)
@@ -204,10 +182,26 @@ class Call:
             words = (most + 31) // 32
             arguments["hr_row_bits"] = selected.row_bits[:, :, :words].contiguous()
         if self.alpha != 1.0:
-            arguments["alpha"] = torch.full((batch,), self.alpha, dtype=torch.float32, device=device)
+            arguments["alpha"] = torch.full((self._batch,), self.alpha, dtype=torch.float32, device=device)
         return arguments
 
-    def _on(self, device: torch.device) -> HighResolution:
-        if device not in self._pictures:
-            self._pictures[device] = next(iter(self._pictures.values())).on(device)
-        return self._pictures[device]
+    def _read_back(self, numbers: torch.Tensor, tokens: torch.Tensor) -> list[int]:
+        """`numbers` on the host, in the one wait that a layer takes. Tiles that `tokens` lie in are encoded on the way."""
+        pictures = self.pictures
+        if not pictures.waiting:
+            return numbers.tolist()
+        flags = numbers.new_zeros(pictures.tile_count + 1)  # the last one for the places without a token
+        flags.scatter_(0, torch.where(tokens >= 0, pictures.tile_numbers(tokens), pictures.tile_count), 1)
+        found = torch.cat([numbers, flags[:-1]]).tolist()
+        pictures.encode_tiles((tile for tile, needed in enumerate(found[len(numbers) :]) if needed), self._encode)
+        return found[: len(numbers)]
+
+    def _places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """ranges and live of the pictures, for every row of the batch, on a layer's device."""
+        if device not in self._on_device:
+            repeats = self._batch // self.pictures.prompts
+            ranges, live = self.pictures.ranges.to(device), self.pictures.live.to(device)
+            if repeats > 1:
+                ranges, live = ranges.repeat_interleave(repeats, 0), live.repeat_interleave(repeats, 0)
+            self._on_device[device] = ranges, live
+        return self._on_device[device]

@@ -31,18 +31,21 @@ def encode_pictures(model: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
     return torch.stack(list(features.pooler_output))
 
 
+def cut_into_tiles(photo: torch.Tensor, zoom: int) -> list[torch.Tensor]:
+    """[3, zoom*s, zoom*s] -> zoom*zoom views of [3, s, s], row-major."""
+    return [tile for row in photo.chunk(zoom, dim=1) for tile in row.chunk(zoom, dim=2)]
+
+
 @profiling.in_phase("encode_tiles")
-def encode_tiles(model: LlavaModel, pixels: torch.Tensor, zoom: int) -> torch.Tensor:
+def encode_tiles(model: LlavaModel, photo: torch.Tensor, zoom: int) -> torch.Tensor:
     """HR tokens of one photo: zoom x zoom tiles encoded on their own and put back in place.
 
     Args:
-        pixels: [3, zoom * s, zoom * s] float, normalised.
+        photo: [3, zoom * s, zoom * s] float, normalised.
     Returns:
         [h * h, D] with h = zoom * (s / patch), row-major over the whole photo.
     """
-    size = pixels.shape[-1] // zoom
-    tiles = pixels.reshape(3, zoom, size, zoom, size).permute(1, 3, 0, 2, 4).reshape(zoom * zoom, 3, size, size)
-    tokens = encode_pictures(model, tiles)
+    tokens = encode_pictures(model, torch.stack(cut_into_tiles(photo, zoom)))
     side = int(tokens.shape[1] ** 0.5)
     # [tile row, tile column, row, column, D] -> [tile row, row, tile column, column, D]
     return tokens.reshape(zoom, zoom, side, side, -1).transpose(1, 2).reshape(zoom * zoom * side * side, -1)

@@ -21,7 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaForConditionalGeneration, Trace, ops
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
 from flexattn_cuda.rotary import hr_rotary_tables
-from flexattn_cuda.state import Call, HighResolution, Rows
+from flexattn_cuda.pictures import HighResolution
+from flexattn_cuda.state import Call, Rows
 
 FOLDER = Path(os.environ.get("FLEXATTN_REFERENCE_VECTORS") or Path(__file__).parent / "data" / "reference_vectors")
 RELEASED_PICTURE_ID = -200
