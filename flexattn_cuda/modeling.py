@@ -143,11 +143,15 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        # After the prompt an image token is one that the model wrote, or a draft copied from the prompt.
+        decoding = past > 0 and (queries == 1 if prompt_length is None else past >= prompt_length)
 
         spans: list[list[tuple[int, int]]] = []
         if input_ids is not None:
             is_picture = input_ids == self.config.image_token_id
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_picture, 0))
+            embed = self.get_input_embeddings()
+            # The image token's id may lie outside the vocabulary.
+            inputs_embeds = embed(input_ids.masked_fill(is_picture, 0) if self.config.image_token_id >= len(embed.weight) else input_ids)
             given = next((x for x in (pixel_values, pixel_values_hr, image_features) if x is not None), None)
             if given is not None:
                 if batch % rows_per_prompt:
@@ -158,7 +162,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                     image_features, hr_features = self.encode(pixel_values, pixel_values_hr, hr=not on_demand)
                 rows = image_features if rows_per_prompt == 1 else _for_each_row(image_features, spans, rows_per_prompt)
                 inputs_embeds = inputs_embeds.masked_scatter(is_picture.unsqueeze(-1), rows.to(inputs_embeds))
-            elif not torch.compiler.is_compiling() and bool(is_picture.any()):
+            elif not decoding and not torch.compiler.is_compiling() and bool(is_picture.any()):
                 raise ValueError("the prompt has image tokens, but no pixel_values came with it")
 
         pictures = HighResolution.beside(past_key_values)

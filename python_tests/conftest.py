@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -15,7 +16,6 @@ settings.register_profile(
     "flexattn", deadline=None, derandomize=True, print_blob=True, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("flexattn")
-torch.set_num_threads(2)
 
 if BACKEND != "cpu":
     from simt_build import build
@@ -25,3 +25,9 @@ if BACKEND != "cpu":
     sys.modules[name] = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     loader.exec_module(sys.modules[name])
     torch.use_deterministic_algorithms(True)  # outputs are NaN until they are written
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    """Two for the operators, whose work is shared out; the models of the tests are so small that a second one only waits."""
+    torch.set_num_threads(2 if request.module.__name__ in ("test_ops", "test_attention_paths") else 1)

@@ -18,6 +18,11 @@ def settings(**changes) -> FlexAttnConfig:
     return FlexAttnConfig(**(fields | changes))
 
 
+PRESETS = {"released": settings(), "paper": settings(**{
+    name: getattr(FlexAttnConfig.paper(), name) for name in ("hr_rows", "map_softmax", "scale", "threshold", "pool", "warmup")
+})}  # fmt: skip
+
+
 def llava_config(heads: int = 4, kv_heads: int = 2, **changes) -> LlavaConfig:
     return LlavaConfig(
         vision_config=CLIPVisionConfig(

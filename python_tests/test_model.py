@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import small
-from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaForConditionalGeneration, Trace
+from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, Trace
 
 EXACT = 2e-4  # float32, logits of the order of 10: other cuts give other tile sums
 
@@ -17,14 +17,9 @@ def assert_close(actual, expected, tolerance=EXACT):
     assert (actual - expected).abs().max().item() <= tolerance
 
 
-PRESETS = {"released": small.settings(), "paper": small.settings(**{
-    name: getattr(FlexAttnConfig.paper(), name) for name in ("hr_rows", "map_softmax", "scale", "threshold", "pool", "warmup")
-})}  # fmt: skip
-
-
-@pytest.fixture(params=PRESETS, ids=str)
+@pytest.fixture(params=small.PRESETS, ids=str)
 def model(request):
-    return small.flex(PRESETS[request.param])
+    return small.flex(small.PRESETS[request.param])
 
 
 def photo_question(seed=0, text=9):
@@ -60,7 +55,7 @@ def test_only_the_last_prompt_row_sees_hr_in_the_released_form():
 
 @torch.no_grad()
 def test_every_prompt_row_sees_hr_in_the_paper_form():
-    model, inputs = small.flex(PRESETS["paper"]), photo_question()
+    model, inputs = small.flex(small.PRESETS["paper"]), photo_question()
     with_hr = model(**inputs).logits[0]
     without = model(input_ids=inputs["input_ids"], pixel_values=low_of(model, inputs)).logits[0]
     assert ((with_hr - without).abs().amax(-1) > 1e-3).float().mean() > 0.9
@@ -92,7 +87,7 @@ def test_prompt_in_chunks_equals_one_call():
 
 @torch.no_grad()
 def test_paper_form_refuses_a_prompt_in_chunks():
-    model, inputs = small.flex(PRESETS["paper"]), photo_question()
+    model, inputs = small.flex(small.PRESETS["paper"]), photo_question()
     with pytest.raises(ValueError, match="in one call"):
         model(input_ids=inputs["input_ids"][:, :-3], pixel_values_hr=inputs["pixel_values_hr"],
               prompt_length=inputs["input_ids"].shape[1])  # fmt: skip

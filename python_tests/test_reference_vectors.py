@@ -272,7 +272,8 @@ def test_whole_model(case):
         assert_close(prefill[rows] if hr else prefill[-1], expected(key), LOGITS, key)
 
     # Which features a case holds differs: all, a sample, or means and norms.
-    features = HighResolution.beside(output.past_key_values).features[0]
+    prefill = model(input_ids=input_ids, tiles_on_demand=False, **pixels)
+    features = HighResolution.beside(prefill.past_key_values).features[0]
     held = {key.partition(".")[2] for key in arrays("model_cases") if key.startswith(f"{name}.")}
     if "hd_features" in held:
         assert_close(features, expected("hd_features"), FEATURES, "HR features")

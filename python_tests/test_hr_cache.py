@@ -1,0 +1,220 @@
+"""What is kept between calls: the answers are those of computing everything again, and nothing is computed twice."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import small
+from flexattn_cuda import Trace
+from flexattn_cuda.pictures import HighResolution
+
+STEPS = 64
+
+
+@pytest.fixture(params=small.PRESETS, ids=str)
+def model(request):
+    return small.flex(small.PRESETS[request.param])
+
+
+def photo_question(seed=0, text=9):
+    return {"input_ids": small.prompt(4, "picture", text, seed=seed)[None], "pixel_values_hr": small.photos(1, seed)}
+
+
+def mixed_batch():
+    """Different questions, two pictures in one prompt, and a row of text alone."""
+    rows = [small.prompt(4, "picture", 9), small.prompt(2, "picture", 5, "picture", 3, seed=1), small.prompt(7, seed=2)]
+    return small.left_padded(*rows) | {"pixel_values_hr": small.photos(3)}
+
+
+def run(model, steps=STEPS, **inputs):
+    """-> (tokens, logits, trace, the pictures beside the cache)."""
+    trace = Trace()
+    output = model.generate(
+        **inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True, flexattn_trace=trace,
+        **({"do_sample": False} | {name: inputs[name] for name in ("do_sample",) if name in inputs}),
+    )  # fmt: skip
+    return output.sequences[:, -steps:], torch.stack(output.logits, 1), trace, HighResolution.beside(output.past_key_values)
+
+
+def ever_selected(model, trace, prompts=None):
+    """By layer that attends to HR tokens: [G, I*h*h] which of them any step, row or beam selected for it."""
+    found = {}
+    for layer in model.config.hr_layers:
+        masks = torch.stack([step[layer - 1].mask.flatten(2).any(1) for step in trace.steps]).any(0)  # [B, I*h*h]
+        found[layer] = masks.view(prompts or len(masks), -1, masks.shape[-1]).any(1)
+    return found
+
+
+WAYS = {
+    "plain": lambda: photo_question(),
+    "batch": mixed_batch,
+    "beams": lambda: mixed_batch() | {"num_beams": 3},
+    "static cache": lambda: photo_question() | {"cache_implementation": "static", "disable_compile": True},
+    "drafts": lambda: photo_question() | {"prompt_lookup_num_tokens": 3},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS)
+def test_the_answers_are_those_of_projecting_everything_again(model, way):
+    model.generation_config.eos_token_id = 94 if way == "drafts" else None  # transformers 5.0 looks for one in the drafts
+    inputs = WAYS[way]()
+    tokens, logits, *_ = run(model, **inputs)
+    again, recomputed, *_ = run(model, **inputs, hr_cache=False, tiles_on_demand=False)
+    assert torch.equal(tokens, again)
+    assert (logits - recomputed).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["plain", "batch", "beams"])
+def test_every_token_is_projected_once_and_every_tile_encoded_once(model, way):
+    inputs = WAYS[way]()
+    _, _, trace, pictures = run(model, 12, **inputs)
+    prompts = inputs["input_ids"].shape[0]
+    assert pictures.prompts == prompts
+    selected = ever_selected(model, trace, prompts)
+    tokens = {layer: int(masks.sum()) for layer, masks in selected.items()}
+    assert pictures.projected == sum(tokens.values()) > 0
+    for layer, pool in pictures.pools.items():
+        assert pool.used == int(pool.next_free) == tokens[layer]
+        assert torch.equal(pool.table >= 0, selected[layer])
+        assert pool.used <= pool.capacity <= 1.25 * pool.used
+        assert pool.bytes == 2 * 4 * pool.capacity * 2 * 8  # key and value, float32, 2 heads of 8
+    side = small.SIDE
+    tiles = torch.stack(list(selected.values())).any(0).view(prompts, -1, small.ZOOM, side, small.ZOOM, side).any(3).any(-1)
+    assert pictures.encoded == int(tiles.sum())
+
+
+@torch.no_grad()
+def test_only_the_tiles_of_the_selection_are_encoded():
+    """A photo that fills the upper left part of its padding: nothing is selected beyond it."""
+    model = small.flex(small.settings(pool=0))
+    inputs = photo_question() | {"image_live": torch.tensor([[0, 0, 2, 4]])}
+    tokens, logits, _, pictures = run(model, 12, **inputs)
+    assert pictures.encoded == 2 and len(pictures.waiting) == 7
+    again, all_at_once, _, pictures = run(model, 12, **inputs, tiles_on_demand=False)
+    assert not pictures.waiting
+    assert torch.equal(tokens, again) and (logits - all_at_once).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hr_cache", [True, False])
+def test_samples_of_one_prompt_share_its_pictures(hr_cache):
+    model = small.flex()
+    output = model.generate(
+        **mixed_batch(), do_sample=True, num_return_sequences=4, max_new_tokens=8, return_dict_in_generate=True,
+        output_logits=True, hr_cache=hr_cache,
+    )  # fmt: skip
+    ids = output.sequences
+    assert ids.shape[0] == 12 and HighResolution.beside(output.past_key_values).prompts == 3
+    for row in range(12):  # each sample, alone, token by token
+        length = ids.shape[1] - 8
+        prompt = mixed_batch()["attention_mask"][row // 4].bool()
+        alone = {"input_ids": ids[row, :length][prompt][None]}
+        pictures = [slice(0, 1), slice(1, 3), slice(0, 0)][row // 4]
+        if row < 8:
+            alone["pixel_values_hr"] = small.photos(3)[pictures]
+        cache = DynamicCache(config=model.config.text_config)
+        logits = [model(**alone, past_key_values=cache).logits[:, -1]]
+        for token in ids[row, length:-1]:
+            logits.append(model(input_ids=token[None, None], past_key_values=cache).logits[:, -1])
+        theirs = torch.stack(output.logits, 1)[row]
+        assert (torch.cat(logits) - theirs).abs().max() <= 2e-4
+
+
+@torch.no_grad()
+def test_conversations_go_on_with_what_was_projected(model):
+    first, second = small.prompt(4, "picture", 9), small.prompt(3, "picture", 6, seed=4)
+    pixels, answers = small.photos(2), []
+    for hr_cache in (True, False):
+        cache = DynamicCache(config=model.config.text_config)
+        keywords = dict(past_key_values=cache, max_new_tokens=STEPS // 2, do_sample=False, hr_cache=hr_cache)
+        turn = model.generate(first[None], pixel_values_hr=pixels[:1], **keywords)
+        after_one = {layer: pool.used for layer, pool in getattr(HighResolution.beside(cache), "pools").items()}
+        ids = torch.cat([turn, second[None]], dim=1)
+        answers.append(model.generate(ids, pixel_values_hr=pixels[1:], **keywords))
+        pools = HighResolution.beside(cache).pools
+        assert bool(pools) == hr_cache
+        for layer, used in after_one.items():
+            assert pools[layer].table.shape == (1, 2 * 18 * 18) and pools[layer].used >= used > 0
+    assert torch.equal(*answers)
+
+
+@torch.no_grad()
+def test_a_cropped_cache_forgets_the_pictures_behind_its_end():
+    """A question that is taken back, with its picture, and another one asked instead."""
+    model, pixels = small.flex(), small.photos(3)
+    first, rejected, second = (small.prompt(3, "picture", 6, seed=seed) for seed in range(3))
+    logits = []
+    for taken_back in (True, False):
+        cache = DynamicCache(config=model.config.text_config)
+        model(input_ids=first[None], pixel_values_hr=pixels[:1], past_key_values=cache)
+        if taken_back:
+            model(input_ids=rejected[None], pixel_values_hr=pixels[1:2], past_key_values=cache)
+            cache.crop(-len(rejected))
+        logits.append(model(input_ids=second[None], pixel_values_hr=pixels[2:], past_key_values=cache).logits[:, -1])
+    assert (logits[0] - logits[1]).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_conversations_taken_in_turns_and_in_threads_never_mix(model):
+    questions = [photo_question(seed, text=6 + seed) for seed in range(3)]
+    expected = [run(model, 8, **question)[0][0].tolist() for question in questions]
+
+    caches = [DynamicCache(config=model.config.text_config) for _ in questions]
+    answers = [[int(model(**q, past_key_values=c).logits[0, -1].argmax())] for q, c in zip(questions, caches)]
+    for _ in range(7):
+        for answer, cache in zip(answers, caches):
+            logits = model(input_ids=torch.tensor([answer[-1:]]), past_key_values=cache).logits
+            answer.append(int(logits[0, -1].argmax()))
+    assert answers == expected
+
+    found = [None] * len(questions)
+
+    def answer(number):
+        found[number] = run(model, 8, **questions[number])[0][0].tolist()
+
+    threads = [threading.Thread(target=answer, args=(number,)) for number in range(len(questions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+@torch.no_grad()
+def test_a_copied_cache_goes_its_own_way(model):
+    cache = DynamicCache(config=model.config.text_config)
+    model(**photo_question(), past_key_values=cache)
+    twin = copy.deepcopy(cache)
+    one, other = torch.tensor([[5]]), torch.tensor([[71]])
+    first = model(input_ids=one, past_key_values=cache).logits
+    model(input_ids=other, past_key_values=twin)
+    assert HighResolution.beside(twin) is not HighResolution.beside(cache)
+    fresh = DynamicCache(config=model.config.text_config)
+    model(**photo_question(), past_key_values=fresh)
+    assert torch.equal(model(input_ids=one, past_key_values=fresh).logits, first)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_pools_have_the_dtype_of_the_model(model, dtype):
+    _, logits, _, pictures = run(model.to(dtype), 4, **photo_question())
+    assert logits.isfinite().all()
+    assert {pool.k.dtype for pool in pictures.pools.values()} == {dtype}
+
+
+@torch.no_grad()
+def test_rows_that_the_cache_does_not_know_are_refused():
+    model, cache = small.flex(), DynamicCache()
+    batch = mixed_batch()
+    model(**batch, past_key_values=cache)
+    with pytest.raises(ValueError, match="this call has 1 rows, but the cache holds pictures of 3 prompts"):
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="4 rows, which are not prompts of 3 rows each"):
+        model(**photo_question() | {"input_ids": photo_question()["input_ids"].expand(4, -1)}, rows_per_prompt=3)
