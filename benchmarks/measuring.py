@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import torch
-
 
 def machine(device: str) -> dict[str, str]:
     """Columns that say where a row was measured."""
+    import torch  # here, so that tables do without
+
     if device == "cpu":
         return {"device": torch.backends.cpu.get_cpu_capability(), "driver": "", "torch": torch.__version__, "cuda": ""}
     return {
