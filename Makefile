@@ -4,6 +4,10 @@
 # make sm70           what the V100 can make of the kernels, from their machine code; fails when a budget is exceeded.
 #                     NVCC up to 12.9, HOST_CXX a compiler that it takes, SM70_FLAGS e.g. "--csv sm70.csv"
 # make simt           runs the CUDA kernels on the CPU, with races watched and under sanitizers
+# make sm80           that the Ampere kernels are in the machine code: tensor cores, ldmatrix, cp.async, no local memory in the main
+#                     loop. NVCC and HOST_CXX as above, NVCC with cuobjdump beside it
+# make gpu            on a machine with an NVIDIA GPU, with PYTHON's own packages and no network, in under eight minutes: builds in
+#                     place, runs the tests, compute-sanitizer and the benchmarks; results in OUT. GPU_FLAGS=--dry-run prints the commands
 # make clean          removes .venv and what was built
 #
 # A second call installs nothing: stamps in .venv tell what is there. Native code is built again when it changes.
@@ -19,7 +23,7 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test cuda-compile sm70 simt simt-races simt-sanitizers clean
+.PHONY: demo test cuda-compile sm70 sm80 gpu simt simt-races simt-sanitizers clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/flexattn demo
@@ -62,8 +66,16 @@ simt-sanitizers: $(VENV)/test-packages
 	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 $(VENV)/bin/python -m pytest $(SIMT_TESTS)
 
 SM70_FLAGS ?=
+REPORT_PYTHON = $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON))
 sm70:
-	$(firstword $(wildcard $(VENV)/bin/python) $(PYTHON)) benchmarks/sm70_report.py --nvcc $(NVCC) --ccbin $(HOST_CXX) $(SM70_FLAGS)
+	$(REPORT_PYTHON) benchmarks/sm70_report.py --nvcc $(NVCC) --ccbin $(HOST_CXX) $(SM70_FLAGS)
+sm80:
+	$(REPORT_PYTHON) benchmarks/sm80_report.py --nvcc $(NVCC) --ccbin $(HOST_CXX)
+
+OUT ?= build/gpu
+GPU_FLAGS ?=
+gpu:
+	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(GPU_FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info flexattn_cuda/*.so

@@ -44,7 +44,9 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ImportError:
-    sys.exit("sm70: rich is missing; `pip install rich`.")
+    if __name__ != "__main__":
+        raise
+    sys.exit("sm70_report: rich is missing; `pip install rich`.")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,7 +117,7 @@ def parse_sass(text: str) -> dict[str, list[Instruction]]:
 
 
 _KINDS = {
-    "LDS": "LDS", "STS": "STS", "ATOMS": "STS", "LDG": "LDG", "LD": "LDG", "STG": "STG", "ST": "STG", "ATOM": "STG",
+    "LDS": "LDS", "LDSM": "LDS", "LDGSTS": "LDG", "STS": "STS", "ATOMS": "STS", "LDG": "LDG", "LD": "LDG", "STG": "STG", "ST": "STG", "ATOM": "STG",
     "ATOMG": "STG", "RED": "STG", "LDL": "LDL", "STL": "STL", "SHFL": "SHFL", "HMMA": "HMMA", "BAR": "BAR",
     **dict.fromkeys(("MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO", "BREV"), "MUFU"),
     **dict.fromkeys(("FFMA", "FMUL", "FADD", "FFMA32I", "FMUL32I", "FADD32I"), "FP32"),
@@ -371,7 +373,7 @@ class Kernel:
 
 
 _RESOURCES = re.compile(
-    r"Compiling entry function '(\S+)' for 'sm_70'.*?"
+    r"Compiling entry function '(\S+)' for 'sm_\d+'.*?"
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
     re.S,
 )
@@ -410,17 +412,17 @@ class Unmeasured(SystemExit):
     """Ends with one sentence and exit code 2."""
 
     def __init__(self, sentence: str):
-        print(f"sm70: {sentence}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).stem}: {sentence}", file=sys.stderr)
         super().__init__(2)
 
 
-def find_compiler(nvcc: str) -> Path:
-    path = shutil.which(nvcc)
+def find_compiler(nvcc: str, architecture: int = 70) -> Path:
+    path, last = shutil.which(nvcc), " up to 12.9" if architecture == 70 else ""
     if path is None:
-        raise Unmeasured(f"there is no {nvcc}; NVCC names an nvcc up to 12.9, which can target sm_70.")
+        raise Unmeasured(f"there is no {nvcc}; NVCC names an nvcc{last}, which can target sm_{architecture}.")
     version = re.search(r"release (\d+)\.(\d+)", subprocess.run([path, "--version"], capture_output=True, text=True).stdout)
-    if version is None or int(version.group(1)) >= 13:
-        raise Unmeasured(f"{path} {version.group(0) if version else 'tells no version'}: sm_70 takes an nvcc up to 12.9.")
+    if version is None or last and int(version.group(1)) >= 13:
+        raise Unmeasured(f"{path} {version.group(0) if version else 'tells no version'}: sm_{architecture} takes an nvcc{last}.")
     for tool in ("cuobjdump", "ptxas"):
         if not (Path(path).parent / tool).exists():
             raise Unmeasured(f"there is no {tool} beside {path}.")
@@ -440,12 +442,14 @@ def demangle(nvcc: Path, names: list[str]) -> list[str]:
     return run(command).splitlines()
 
 
-def compile_kernels(nvcc: Path, ccbin: str, sources: list[Path], includes: list[Path], out: Path) -> list[Kernel]:
+def compile_kernels(nvcc: Path, ccbin: str, sources: list[Path], root: Path, out: Path, architecture: int = 70) -> list[Kernel]:
     out.mkdir(parents=True, exist_ok=True)
+    includes = [root / "csrc" / "include", root / "csrc" / "kernels"]
+    target = f"arch=compute_{architecture},code=sm_{architecture}"
     kernels = []
     for source in sources:
         cubin = out / f"{source.stem}.cubin"
-        said = run([nvcc, "-ccbin", ccbin, "-std=c++17", "-O3", "-gencode", "arch=compute_70,code=sm_70", "-Xptxas", "-v",
+        said = run([nvcc, "-ccbin", ccbin, "-std=c++17", "-O3", "-gencode", target, "-Xptxas", "-v",
                     *(f"-I{folder}" for folder in includes), "-cubin", "-o", cubin, source])  # fmt: skip
         resources = parse_resources(said)
         code = parse_sass(run([nvcc.parent / "cuobjdump", "--dump-sass", cubin]))
@@ -547,8 +551,7 @@ def main(arguments: list[str] | None = None) -> int:
     budgets = json.loads((args.budgets or args.root / "csrc" / "kernels" / "budgets.json").read_text())
     wavefronts = json.loads(args.wavefronts.read_text()) if args.wavefronts else {}
     sources = [source for source in kernel_sources(args.root) if fnmatch.fnmatchcase(source.name, args.only)]
-    includes = [args.root / "csrc" / "include", args.root / "csrc" / "kernels"]
-    compiled = compile_kernels(nvcc, args.ccbin, sources, includes, args.out)
+    compiled = compile_kernels(nvcc, args.ccbin, sources, args.root, args.out)
     kernels, said = apply_budgets(compiled, budgets)
     if args.only != "*":  # the other budgets belong to what was left out
         said = [sentence for sentence in said if "fits no kernel" not in sentence]
