@@ -15,7 +15,7 @@ settings.register_profile(
     "flexattn", deadline=None, derandomize=True, print_blob=True, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("flexattn")
-torch.set_num_threads(2)
+torch.set_num_threads(2 if BACKEND == "cpu" else 1)
 
 if BACKEND != "cpu":
     from simt_build import build
