@@ -1,10 +1,10 @@
 #include "memory_checks.h"
 
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "executor.h"
@@ -29,16 +29,17 @@ struct Cell {
 };
 
 // Cells are as fine as the finest access to their page.
-constexpr uintptr_t kPage = 256, kCoarsest = 16;
+constexpr uintptr_t kPage = 256;
+constexpr int kCoarsest = 4;
 struct Page {
-  uintptr_t bytes_per_cell = 0;  // 0: never accessed
+  int shift = kCoarsest + 1;  // a cell is 2^shift bytes; at first there are none
   std::vector<Cell> cells;
 
-  void refine(uintptr_t bytes) {
-    std::vector<Cell> finer(kPage / bytes);
-    for (size_t i = 0; !cells.empty() && i < finer.size(); ++i) finer[i] = cells[i * bytes / bytes_per_cell];
+  void refine(int finer_shift) {
+    std::vector<Cell> finer(kPage >> finer_shift);
+    for (size_t i = 0; !cells.empty() && i < finer.size(); ++i) finer[i] = cells[i << finer_shift >> shift];
     cells = std::move(finer);
-    bytes_per_cell = bytes;
+    shift = finer_shift;
   }
 };
 
@@ -125,13 +126,13 @@ void record_access(const void* pointer, size_t size, Access access) {
   const int thread = static_cast<int>(thread_index.x);
   const Event now{static_cast<int32_t>(block_index.x), thread, barriers[thread], collectives[thread]};
   const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer), end = begin + size;
-  const uintptr_t bits = begin | size | kCoarsest, alignment = bits & -bits;
+  const int alignment = __builtin_ctzll(begin | size | (1 << kCoarsest));  // a power of two
   for (uintptr_t at = begin; at < end;) {
     Page& page = page_of(at);
-    if (page.bytes_per_cell == 0 || page.bytes_per_cell > alignment) page.refine(alignment);
-    Cell& cell = page.cells[at % kPage / page.bytes_per_cell];
+    if (page.shift > alignment) page.refine(alignment);
+    Cell& cell = page.cells[at % kPage >> page.shift];
     access == Access::kRead ? read(cell, now, at) : write(cell, now, at);
-    at += page.bytes_per_cell;
+    at += uintptr_t{1} << page.shift;
   }
 }
 
