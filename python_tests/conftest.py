@@ -34,4 +34,5 @@ if BACKEND != "cpu":
 @pytest.fixture(autouse=True)
 def threads(request):
     """Two for the operators, whose work is shared out; the models of the tests are so small that a second one only waits."""
-    torch.set_num_threads(2 if request.module.__name__ in ("test_ops", "test_attention_paths") else 1)
+    operators = request.module.__name__ in ("test_ops", "test_attention_paths")
+    torch.set_num_threads(2 if operators and BACKEND == "cpu" else 1)

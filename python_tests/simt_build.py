@@ -42,13 +42,13 @@ def build(kind: str) -> Path:
     if module.exists() and module.stat().st_mtime > newest:
         return module
     include = [CSRC / "simt", CSRC / "include", CSRC / "kernels", CSRC / "torch", sysconfig.get_path("include"), *cpp_extension.include_paths()]
-    flags = [*common.split(), "-std=c++17", "-fPIC", "-DFLEXATTN_SIMT", "-DTORCH_EXTENSION_NAME=_C", "-Wno-unknown-pragmas"]
+    flags = [*common.split(), "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DFLEXATTN_SIMT", "-DTORCH_EXTENSION_NAME=_C", "-Wno-unknown-pragmas"]
     flags += [f'-DFLEXATTN_{name}="{value}"' for name, value in FACTS.items()] + [f"-I{path}" for path in include]
 
     def compiled(source: Path) -> Path:
         target = folder / (source.name + ".o")
-        is_kernel = source.suffix == ".cu"
-        command = ["g++", "-x", "c++", "-c", str(source), "-o", str(target), *flags, *(kernels.split() if is_kernel else [])]
+        special = kernels.split() if source.suffix == ".cu" else ["-O2"] if source.parent.name == "simt" else []
+        command = ["g++", "-x", "c++", "-c", str(source), "-o", str(target), *flags, *special]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr}")

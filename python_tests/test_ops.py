@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from accuracy import assert_as_good_as_eager
 from hypothesis import strategies as st
 
+from accuracy import assert_as_good_as_eager
 from flexattn_cuda import ops, reference
 from flexattn_cuda.rotary import rotate
 from strategies import SIDE, attention_cases, selection_cases, slot_cases, write_cases

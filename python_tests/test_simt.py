@@ -19,6 +19,8 @@ def run(fault: str) -> torch.Tensor:
 
 def test_a_kernel_without_a_fault_passes():
     assert torch.equal(run("none"), (torch.arange(64, dtype=torch.int32) + 1) % 64)
+    assert run("none, bytes").view(torch.uint8)[:64].tolist() == list(range(64))
+    assert run("none, launches").tolist() == [3] * 32 + [2] * 32
 
 
 def test_shared_memory_begins_as_nan():
@@ -32,7 +34,10 @@ def test_shared_memory_begins_as_nan():
     "fault, says",
     [
         ("race", "race: .* byte [0-9]+ of shared memory that thread [0-9]+ of block 0 (wrote|read)"),
-        ("reuse", "race: writes byte [0-9]+ of shared memory that thread [0-9]+ of block 0 read"),
+        ("reuse", "race: (reads|writes) byte [0-9]+ of shared memory that thread [0-9]+ of block 0 (wrote|read)"),
+        ("reader", "race: (reads|writes) byte [0-9]+ of shared memory that thread [0-9]+ of block 0 (wrote|read)"),
+        ("overlap", "race: writes byte [0-9]+ of shared memory that thread [01] of block 0 wrote"),
+        ("readers of blocks", "race: writes a byte of global memory that thread 0 of block 0 read"),
         ("blocks", "race: writes a byte of global memory that thread 0 of block 0 wrote"),
     ],
 )

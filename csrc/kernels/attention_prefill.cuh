@@ -29,10 +29,7 @@ struct BlockWork {
   }
 };
 
-// Bit t: some row sees a key of HR tile t. [words_for_bits(tiles of `selected` keys)], only with hr_row_bits.
-using UsedTiles = const int32_t*;
-
-// Keys, values, work, used tiles.
+// Keys, values, work, and a bit per HR tile: whether some row sees a key of it (only with hr_row_bits).
 template <typename Mma>
 constexpr size_t prefill_shared_bytes(int64_t selected) {
   return 2 * kTileKeys * Mma::kRowChunks * 16 + sizeof(BlockWork) + words_for_bits(blocks_for(selected, kTileKeys)) * 4;

@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <deque>
 #include <exception>
 #include <limits>
@@ -21,21 +22,26 @@
 namespace flexattn::simt {
 
 dim3 thread_index, block_index, block_size, grid_size;
+uintptr_t stack_begin;
 
 namespace {
 
-constexpr size_t kStackBytes = 256 * 1024;
 constexpr int kCopyBytes = 16;
+
+// Where a fiber, or the scheduler, left off. swapcontext would do, but for its system call at every switch.
+using Place = void*[5];
 
 struct Copy {
   unsigned char* to;
   const unsigned char* from;
 };
 
+// Runs one thread of a block after the other, on the same stack.
 struct Fiber {
-  ucontext_t context;
+  Place place;
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
-  bool finished = false;
+  bool started = false;
+  bool finished = false;  // with this block's thread
   const void* waits_for = nullptr;  // a barrier's or warp's meeting; null = can run
   int64_t round = 0;                // of that meeting
   std::vector<Copy> open;           // cp.async not yet committed
@@ -60,7 +66,7 @@ std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 Meeting barrier;
 int live, current;
-ucontext_t scheduler;
+Place scheduler;
 std::vector<unsigned char> shared;
 std::exception_ptr error;
 std::mt19937 order(1);
@@ -70,49 +76,73 @@ const void* scheduler_stack;
 size_t scheduler_size;
 #endif
 
-void switch_to_scheduler(bool for_good) {
+// AddressSanitizer would take a jump for the end of all frames that it leaves.
+#define FLEXATTN_SWITCH __attribute__((noinline, no_sanitize("address")))
+
+FLEXATTN_SWITCH void jump(Place& to) { __builtin_longjmp(to, 1); }
+FLEXATTN_SWITCH void switch_to(Place& from, Place& to) {
+  if (!__builtin_setjmp(from)) jump(to);
+}
+
+void run_fiber();
+FLEXATTN_SWITCH void start(Place& from, unsigned char* stack) {
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, run_fiber, 0);
+  if (!__builtin_setjmp(from)) setcontext(&context);
+}
+
+void switch_to_scheduler() {
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &fake, scheduler_stack, scheduler_size);
+  __sanitizer_start_switch_fiber(&fake, scheduler_stack, scheduler_size);
 #endif
-  const int me = current;
-  const dim3 index = thread_index;
-  swapcontext(&fibers[me].context, &scheduler);
+  switch_to(fibers[current].place, scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake, &scheduler_stack, &scheduler_size);
 #endif
-  current = me;
-  thread_index = index;
-  (void)for_good;
 }
 
 void run_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
 #endif
-  try {
+  for (;;) {
     (*kernel_body)();
     if (!fibers[current].open.empty() || !fibers[current].groups.empty()) fail("ends with cp.async that it did not wait for");
-  } catch (...) {
-    if (!error) error = std::current_exception();
+    fibers[current].finished = true;
+    --live;
+    --warps[current / kLanes].live;
+    switch_to_scheduler();
   }
-  fibers[current].finished = true;
-  --live;
-  --warps[current / kLanes].live;
-  switch_to_scheduler(true);
 }
 
 void resume(int thread) {
+  Fiber& fiber = fibers[thread];
   current = thread;
   thread_index = {static_cast<unsigned>(thread), 0, 0};
+  stack_begin = reinterpret_cast<uintptr_t>(fiber.stack.get());
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, fibers[thread].stack.get(), kStackBytes);
+  __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStackBytes);
 #endif
-  swapcontext(&scheduler, &fibers[thread].context);
+  if (fiber.started) {
+    switch_to(scheduler, fiber.place);
+  } else {
+    fiber.started = true;
+    start(scheduler, fiber.stack.get());
+  }
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
+}
+
+void note_fault(const std::string& what) {
+  error = std::make_exception_ptr(std::runtime_error(std::string(kernel_name) + ", block " + std::to_string(block_index.x) +
+                                                     ", thread " + std::to_string(thread_index.x) + ": " + what));
 }
 
 // `size`: how many threads must come. A thread of the meeting that has ended, or waits elsewhere, will never come.
@@ -128,7 +158,7 @@ void meet(Meeting& meeting, int size, const char* operation) {
   }
   fiber.waits_for = &meeting;
   fiber.round = meeting.round;
-  switch_to_scheduler(false);
+  switch_to_scheduler();
 }
 
 bool can_run(const Fiber& fiber) {
@@ -150,11 +180,6 @@ void run_block(unsigned threads) {
     fiber.waits_for = nullptr;
     fiber.open.clear();
     fiber.groups.clear();
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, run_fiber, 0);
   }
   begin_block(shared.data(), shared.size());
   while (live > 0 && !error) {
@@ -173,13 +198,8 @@ void run_block(unsigned threads) {
       if (fibers[thread].finished) continue;
       current = thread;
       thread_index = {static_cast<unsigned>(thread), 0, 0};
-      try {
-        fail((std::string("waits for ever at ") + static_cast<const Meeting*>(fibers[thread].waits_for)->operation +
-              ": not all threads reach it")
-                 .c_str());
-      } catch (...) {
-        error = std::current_exception();
-      }
+      note_fault(std::string("waits for ever at ") + static_cast<const Meeting*>(fibers[thread].waits_for)->operation +
+                 ": not all threads reach it");
       break;
     }
   }
@@ -251,15 +271,11 @@ void wait_copies(int groups_left) {
   }
 }
 
-bool on_stack(const void* address) {
-  const auto* at = static_cast<const unsigned char*>(address);
-  const unsigned char* stack = fibers[current].stack.get();
-  return at >= stack && at < stack + kStackBytes;
-}
-
+// Nothing is thrown through a kernel, which the compiler may take for one that does not throw: its fiber is left where it is.
 void fail(const char* what) {
-  throw std::runtime_error(std::string(kernel_name) + ", block " + std::to_string(block_index.x) + ", thread " +
-                           std::to_string(thread_index.x) + ": " + what);
+  note_fault(what);
+  switch_to_scheduler();
+  std::abort();  // never comes here
 }
 
 }  // namespace flexattn::simt

@@ -46,7 +46,9 @@ void start_copy(void* shared, const void* from);
 void commit_copies();
 void wait_copies(int groups_left);
 
-bool on_stack(const void* address);  // of the running thread: its own memory
+constexpr size_t kStackBytes = 256 * 1024;
+extern uintptr_t stack_begin;  // of the running thread: its own memory
+inline bool on_stack(const void* address) { return reinterpret_cast<uintptr_t>(address) - stack_begin < kStackBytes; }
 
 [[noreturn]] void fail(const char* what);  // names kernel, block and thread
 

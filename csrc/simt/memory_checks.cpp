@@ -2,9 +2,9 @@
 
 #include <array>
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "executor.h"
@@ -13,7 +13,6 @@ namespace flexattn::simt {
 namespace {
 
 constexpr int kMostThreads = 1024;
-constexpr int kReaders = 4;  // remembered per byte: those that came last
 
 // One access: by whom, and how many barriers and collectives its thread had passed.
 struct Event {
@@ -21,29 +20,44 @@ struct Event {
   uint32_t barriers = 0, collectives = 0;
 };
 
-struct Byte {
-  Event writer;
-  std::array<Event, kReaders> readers;
-  uint8_t next_reader = 0;
+// What is known of bytes that were always accessed together. Order is transitive, so of the writers the last one is enough,
+// and readers only since then. Of those since the block's last barrier, two stand for all: of two warps if there are two (one of
+// them is another warp than any writer's), else of two lanes after the warp's last collective.
+struct Cell {
+  Event writer, reader, other_reader;
+  Event earlier_reader;  // any one of the blocks before: no later block is ordered after it
 };
 
+// Cells are as fine as the finest access to their page.
 constexpr uintptr_t kPage = 256;
-using Page = std::array<Byte, kPage>;
+constexpr int kCoarsest = 4;
+struct Page {
+  int shift = kCoarsest + 1;  // a cell is 2^shift bytes; at first there are none
+  std::vector<Cell> cells;
+
+  void refine(int finer_shift) {
+    std::vector<Cell> finer(kPage >> finer_shift);
+    for (size_t i = 0; !cells.empty() && i < finer.size(); ++i) finer[i] = cells[i << finer_shift >> shift];
+    cells = std::move(finer);
+    shift = finer_shift;
+  }
+};
 
 bool watching = false;
-std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
-uintptr_t last_page = 0;
-Page* last = nullptr;
+std::unordered_map<uintptr_t, Page> global_pages;  // by address / kPage
+std::array<std::pair<uintptr_t, Page*>, 256> recent;
+std::vector<Page> shared_pages;  // of the running block
 uintptr_t shared_begin, shared_end;
 std::array<uint32_t, kMostThreads> barriers, collectives;
 
+bool is_shared(uintptr_t address) { return address >= shared_begin && address < shared_end; }
+
 Page& page_of(uintptr_t address) {
+  if (is_shared(address)) return shared_pages[address / kPage - shared_begin / kPage];
   const uintptr_t number = address / kPage;
-  if (last && last_page == number) return *last;
-  std::unique_ptr<Page>& page = pages[number];
-  if (!page) page = std::make_unique<Page>();
-  last_page = number;
-  return *(last = page.get());
+  auto& [known, page] = recent[number % recent.size()];
+  if (!page || known != number) known = number, page = &global_pages[number];
+  return *page;
 }
 
 bool ordered(const Event& before, const Event& now) {
@@ -54,27 +68,51 @@ bool ordered(const Event& before, const Event& now) {
 }
 
 void conflict(const Event& before, const char* then, const char* now, uintptr_t address) {
-  const bool is_shared = address >= shared_begin && address < shared_end;
-  const std::string where = is_shared ? "byte " + std::to_string(address - shared_begin) + " of shared memory" : "a byte of global memory";
+  const std::string where =
+      is_shared(address) ? "byte " + std::to_string(address - shared_begin) + " of shared memory" : "a byte of global memory";
   fail((std::string("race: ") + now + " " + where + " that thread " + std::to_string(before.thread) + " of block " +
         std::to_string(before.block) + " " + then + ", with nothing between that orders them")
            .c_str());
 }
 
+void read(Cell& cell, const Event& now, uintptr_t address) {
+  if (!ordered(cell.writer, now)) conflict(cell.writer, "wrote", "reads", address);
+  if (cell.reader.block != now.block || cell.reader.barriers != now.barriers) {
+    if (cell.reader.block != now.block && cell.reader.thread >= 0) cell.earlier_reader = cell.reader;
+    cell.reader = now;
+    cell.other_reader = {};
+    return;
+  }
+  const int warp = now.thread / kLanes;
+  if (cell.reader.thread / kLanes != warp) {
+    cell.other_reader = now;
+  } else if (cell.other_reader.thread < 0 || cell.other_reader.thread / kLanes == warp) {
+    if (cell.reader.collectives != now.collectives) cell.reader = now, cell.other_reader = {};
+    if (cell.reader.thread != now.thread) cell.other_reader = now;
+  }
+}
+
+void write(Cell& cell, const Event& now, uintptr_t address) {
+  if (!ordered(cell.writer, now)) conflict(cell.writer, "wrote", "writes", address);
+  for (const Event* reader : {&cell.reader, &cell.other_reader, &cell.earlier_reader})
+    if (!ordered(*reader, now)) conflict(*reader, "read", "writes", address);
+  cell = {now};
+}
+
 }  // namespace
 
 void begin_launch(const char*) {
-  pages.clear();
-  last = nullptr;
+  global_pages.clear();
+  recent.fill({});
+#if !defined(__SANITIZE_ADDRESS__)  // there the kernels do not tell what they access
   watching = true;
+#endif
 }
 
 void begin_block(const void* shared, size_t shared_bytes) {
   shared_begin = reinterpret_cast<uintptr_t>(shared);
   shared_end = shared_begin + shared_bytes;
-  // Another block's shared memory may have stood here.
-  for (uintptr_t number = shared_begin / kPage; number <= shared_end / kPage; ++number) pages.erase(number);
-  last = nullptr;
+  shared_pages.assign(shared_end / kPage - shared_begin / kPage + 1, {});
   barriers.fill(0);
   collectives.fill(0);
 }
@@ -87,20 +125,14 @@ void record_access(const void* pointer, size_t size, Access access) {
   if (!watching || on_stack(pointer)) return;
   const int thread = static_cast<int>(thread_index.x);
   const Event now{static_cast<int32_t>(block_index.x), thread, barriers[thread], collectives[thread]};
-  const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
-  for (uintptr_t at = address; at < address + size; ++at) {
-    Byte& byte = page_of(at)[at % kPage];
-    if (!ordered(byte.writer, now)) conflict(byte.writer, "wrote", access == Access::kRead ? "reads" : "writes", at);
-    if (access == Access::kRead) {
-      bool known = false;
-      for (Event& reader : byte.readers)
-        if (reader.thread == now.thread && reader.block == now.block) reader = now, known = true;
-      if (!known) byte.readers[byte.next_reader++ % kReaders] = now;
-      continue;
-    }
-    for (const Event& reader : byte.readers)
-      if (!ordered(reader, now)) conflict(reader, "read", "writes", at);
-    byte.writer = now;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer), end = begin + size;
+  const int alignment = __builtin_ctzll(begin | size | (1 << kCoarsest));  // a power of two
+  for (uintptr_t at = begin; at < end;) {
+    Page& page = page_of(at);
+    if (page.shift > alignment) page.refine(alignment);
+    Cell& cell = page.cells[at % kPage >> page.shift];
+    access == Access::kRead ? read(cell, now, at) : write(cell, now, at);
+    at += uintptr_t{1} << page.shift;
   }
 }
 

@@ -3,8 +3,8 @@
 #include "operators.h"
 
 #include <algorithm>
-
 #include <limits>
+#include <vector>
 
 #include "checks.h"
 #include "device.h"
@@ -346,7 +346,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hierarchi
 
   const at::Tensor dense_lse = lse.contiguous(), dense_lse_seq = lse_seq.contiguous();
   at::Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options()), grad_v = at::empty(v.sizes(), v.options());
-  const at::IntArrayRef pool_sizes = a.k_hr ? a.k_hr->sizes() : at::IntArrayRef({0});
+  const std::vector<int64_t> pool_sizes = a.k_hr ? a.k_hr->sizes().vec() : std::vector<int64_t>{0};
   const bool pool = in.k_hr != nullptr;
   at::Tensor grad_k_hr = pool ? at::empty(pool_sizes, q.options()) : at::zeros(pool_sizes, q.options());
   at::Tensor grad_v_hr = pool ? at::empty(pool_sizes, q.options()) : at::zeros(pool_sizes, q.options());

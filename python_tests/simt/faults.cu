@@ -45,6 +45,36 @@ __global__ void blocks_write_one_place(int32_t* out) {
   if (threadIdx.x == 0) out[0] = static_cast<int32_t>(blockIdx.x);
 }
 
+// Block 0 reads what block 1 reads and then overwrites.
+__global__ void blocks_read_one_place(int32_t* out) {
+  if (threadIdx.x == 0) out[1 - blockIdx.x] = out[0] + 1;
+}
+
+// Both warps read a number and the first overwrites it, ordered after its own reads only.
+__global__ void forget_a_reader(int32_t* out) {
+  int32_t* number = shared_memory<int32_t>();
+  if (threadIdx.x == 0) *number = 1;
+  __syncthreads();
+  out[threadIdx.x] = *number;
+  __syncwarp();
+  if (threadIdx.x == 0) *number = 2;
+}
+
+// 16 bytes, and two of them.
+__global__ void overlap(int32_t* out) {
+  unsigned char* bytes = shared_memory<unsigned char>();
+  if (threadIdx.x == 0) *reinterpret_cast<uint16_t*>(bytes + 14) = 1;
+  if (threadIdx.x == 1) *reinterpret_cast<uint4*>(bytes) = uint4{};
+  out[threadIdx.x] = 0;
+}
+
+// No fault: a byte each.
+__global__ void write_bytes(unsigned char* out) { out[threadIdx.x] = static_cast<unsigned char>(threadIdx.x); }
+
+// No fault: these are two launches, the second of which has what all blocks of the first wrote.
+__global__ void write_number_of_block(int32_t* out) { out[blockIdx.x * blockDim.x + threadIdx.x] = static_cast<int32_t>(blockIdx.x) + 1; }
+__global__ void add_halves(int32_t* out) { out[threadIdx.x] += out[blockDim.x + threadIdx.x]; }
+
 __global__ void read_past_shared(int32_t* out) {
   const int32_t* numbers = shared_memory<int32_t>();
   out[threadIdx.x] = numbers[kThreads + threadIdx.x];
@@ -65,6 +95,14 @@ void run_fault(const std::string& fault, int32_t* data) {
   if (fault == "barrier") launch("barrier", barrier_for_some, 1, kThreads, 0, nullptr, data);
   if (fault == "shuffle") launch("shuffle", shuffle_for_some, 1, kThreads, 0, nullptr, data);
   if (fault == "blocks") launch("blocks", blocks_write_one_place, 2, kThreads, 0, nullptr, data);
+  if (fault == "reader") launch("reader", forget_a_reader, 1, kThreads, bytes, nullptr, data);
+  if (fault == "overlap") launch("overlap", overlap, 1, kThreads, bytes, nullptr, data);
+  if (fault == "readers of blocks") launch("readers of blocks", blocks_read_one_place, 2, kThreads, 0, nullptr, data);
+  if (fault == "none, bytes") launch("none, bytes", write_bytes, 1, kThreads, 0, nullptr, reinterpret_cast<unsigned char*>(data));
+  if (fault == "none, launches") {
+    launch("none, launches", write_number_of_block, 2, kThreads / 2, 0, nullptr, data);
+    launch("none, launches", add_halves, 1, kThreads / 2, 0, nullptr, data);
+  }
   if (fault == "shared") launch("shared", read_past_shared, 1, kThreads, bytes, nullptr, data);
   if (fault == "global") launch("global", read_past_global, 1, kThreads, 0, nullptr, data);
   if (fault == "unwritten") launch("unwritten", read_unwritten, 1, kThreads, bytes, nullptr, data);
