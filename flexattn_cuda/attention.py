@@ -62,8 +62,9 @@ def visible_keys(
         seen = nn.functional.pad(seen, (0, kv_length - seen.shape[1]), value=True)
     seen = seen[:, :kv_length]
     start = (seen.to(torch.int32).cumsum(-1) == 0).sum(-1, dtype=torch.int32)
-    # On a GPU asking whether there are holes would wait for the device, and a few more bits to read cost nothing.
-    holes = seen if seen.is_cuda or bool((seen.diff(dim=-1) & ~seen[:, 1:]).any()) else None
+    # On a GPU asking whether there are holes would wait for the device, and a few more bits to read cost nothing; compiled
+    # code cannot ask.
+    holes = seen if seen.is_cuda or torch.compiler.is_compiling() or bool((seen.diff(dim=-1) & ~seen[:, 1:]).any()) else None
     return VisibleKeys(start, length, holes)
 
 

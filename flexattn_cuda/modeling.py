@@ -100,6 +100,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         flexattn_trace: Trace | None = None,
         hr_cache: bool = True,
         tiles_on_demand: bool = True,
+        hr_capacity: int | None = None,
         rows_per_prompt: int = 1,
         **kwargs: Any,
     ):
@@ -123,6 +124,9 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 gradients are recorded, every call projects what it attends to. The answers are the same.
             tiles_on_demand: Encode a tile of `pixel_values_hr` when the selection first reaches into it; otherwise, and
                 where gradients are recorded, all of them at once. The answers are the same.
+            hr_capacity: For CUDA graphs and compiled decoding (a static cache): slots of each layer's pool of HR keys, shared
+                by the batch, given with the pictures. Pools then never grow, all tiles are encoded at once, and a decode
+                step reads nothing back. `hr_cache.PoolOverflow` tells that a selection did not fit.
             rows_per_prompt: So many rows of the batch that follow each other are beams of one prompt. The pictures come
                 once for each prompt, and its rows share all that is made of them. `generate` sets it.
         """
@@ -142,9 +146,12 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             use_cache = getattr(self.config.text_config, "use_cache", True) and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
-        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        pictures = HighResolution.beside(past_key_values)
+        # The length of a static cache lies on the device: a compiled decode step does without it.
+        compiled = torch.compiler.is_compiling() and queries == 1 and past_key_values is not None
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None and not compiled else 0
         # After the prompt an image token is one that the model wrote, or a draft copied from the prompt.
-        decoding = past > 0 and (queries == 1 if prompt_length is None else past >= prompt_length)
+        decoding = compiled or (past > 0 and (queries == 1 if prompt_length is None else past >= prompt_length))
 
         spans: list[list[tuple[int, int]]] = []
         if input_ids is not None:
@@ -157,34 +164,43 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 if batch % rows_per_prompt:
                     raise ValueError(f"the batch has {batch} rows, which are not prompts of {rows_per_prompt} rows each")
                 spans = self._picture_spans(is_picture[::rows_per_prompt], given.shape[0])
-                on_demand = tiles_on_demand and not torch.is_grad_enabled()
+                on_demand = tiles_on_demand and hr_capacity is None and not torch.is_grad_enabled()
                 if image_features is None:
                     image_features, hr_features = self.encode(pixel_values, pixel_values_hr, hr=not on_demand)
                 rows = image_features if rows_per_prompt == 1 else _for_each_row(image_features, spans, rows_per_prompt)
                 inputs_embeds = inputs_embeds.masked_scatter(is_picture.unsqueeze(-1), rows.to(inputs_embeds))
-            elif not decoding and not torch.compiler.is_compiling() and bool(is_picture.any()):
+            elif not decoding and bool(is_picture.any()):
                 raise ValueError("the prompt has image tokens, but no pixel_values came with it")
 
-        pictures = HighResolution.beside(past_key_values)
-        if pictures is not None:
+        if pictures is not None and not compiled:
             pictures.forget_after(past)
         if (hr_features is not None or pixel_values_hr is not None) and self.config.flexattn is not None:
             places = None if position_ids is None else position_ids[::rows_per_prompt]
             new = self._high_resolution(hr_features, pixel_values_hr, image_live, spans, places, past, inputs_embeds)
+            new.capacity = hr_capacity
             pictures = new if pictures is None else pictures.joined_with(new)
         call = None
         if pictures is not None:
             if batch % pictures.prompts:
                 raise ValueError(f"this call has {batch} rows, but the cache holds pictures of {pictures.prompts} prompts")
-            if prompt_length is None:
-                prompt_length = past + queries if queries > 1 or past == 0 else pictures.prompt_length
-            pictures.prompt_length = prompt_length
-            if past_key_values is not None:
-                pictures.keep_beside(past_key_values)
-            cached = hr_cache and past_key_values is not None and not torch.is_grad_enabled()
-            call = self._call(pictures, labels, past, batch, queries, hr_alpha, flexattn_trace, device, cached)
+            if compiled:
+                rows = Rows.of_a_token(batch, device)
+            else:
+                if prompt_length is None:
+                    prompt_length = past + queries if queries > 1 or past == 0 else pictures.prompt_length
+                pictures.prompt_length = prompt_length
+                if past_key_values is not None:
+                    pictures.keep_beside(past_key_values)
+                rows = self._rows(labels, past, batch, queries, prompt_length, device)
+            if rows is not None:
+                cached = hr_cache and past_key_values is not None and not torch.is_grad_enabled()
+                layers = self.config.text_config.num_hidden_layers
+                call = Call(
+                    self.config.flexattn, layers, self.config.lr_side, self.config.hr_side, pictures, rows, hr_alpha, flexattn_trace,
+                    self._encode_tiles, cached, on_device=cached and decoding and queries == 1 and pictures.capacity is not None,
+                )  # fmt: skip
 
-        with profiling.phase("prefill" if queries > 1 or past == 0 else "decode"):
+        with profiling.phase("decode" if decoding and queries == 1 else "prefill"):
             return super().forward(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -222,28 +238,14 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             raise ValueError(f"pixel_values has shape {list(pixel_values.shape)}; it must be [n, 3, {size}, {size}]")
         return encode_pictures(self.model, pixel_values), hr_features
 
-    def _call(
-        self,
-        pictures: HighResolution,
-        labels: torch.Tensor | None,
-        past: int,
-        batch: int,
-        queries: int,
-        alpha: float,
-        trace: Trace | None,
-        device: torch.device,
-        cached: bool,
-    ) -> Call | None:
-        config = self.config.flexattn
-        if labels is not None:
-            rows = Rows.of_answers(config, labels)
-        else:
-            rows = Rows.of_generation(config, batch, past, queries, pictures.prompt_length, device)
-        if rows is None or (rows.listed is not None and rows.listed.shape[1] == 0):
-            return None
-        layers = self.config.text_config.num_hidden_layers
-        sides = self.config.lr_side, self.config.hr_side
-        return Call(config, layers, *sides, pictures, rows, alpha, trace, self._encode_tiles, cached)
+    def _rows(
+        self, labels: torch.Tensor | None, past: int, batch: int, queries: int, prompt_length: int, device: torch.device
+    ) -> Rows | None:
+        """The rows of a call that see HR tokens, None where there are none."""
+        if labels is None:
+            return Rows.of_generation(self.config.flexattn, batch, past, queries, prompt_length, device)
+        rows = Rows.of_answers(self.config.flexattn, labels)
+        return None if rows.listed.shape[1] == 0 else rows
 
     @torch.no_grad()
     def _encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
@@ -342,6 +344,13 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             for name in _WITH_PICTURES:
                 inputs.pop(name, None)
         return inputs
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any):
+        """Between two steps: what a compiled step could not say itself."""
+        pictures = HighResolution.beside(model_kwargs.get("past_key_values"))
+        if pictures is not None and pictures.capacity is not None:
+            pictures.check_overflow()
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:

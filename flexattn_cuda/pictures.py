@@ -9,7 +9,7 @@ import torch
 from transformers import Cache
 
 from flexattn_cuda import profiling
-from flexattn_cuda.hr_cache import HrPool
+from flexattn_cuda.hr_cache import NEW_AT_ONCE, HrPool, PoolOverflow
 
 _ATTRIBUTE = "flexattn"
 Tile = tuple[int, int, int]  # prompt, picture, tile of its zoom x zoom
@@ -31,6 +31,7 @@ class HighResolution:
     waiting: pixels of the tiles that have not been encoded yet, [3, s, s] each.
     zoom: tiles along a side of a picture.
     pools: by layer, the keys and values that were ever needed there.
+    capacity: slots of every pool, if these are fixed.
     last_end: one past the last LR token of any picture.
     projected, encoded: how many tokens were projected, all layers together, and how many tiles encoded.
     """
@@ -44,6 +45,7 @@ class HighResolution:
     waiting: dict[Tile, torch.Tensor] = field(default_factory=dict)
     zoom: int = 1
     pools: dict[int, HrPool] = field(default_factory=dict)
+    capacity: int | None = None
     last_end: int = 0
     projected: int = 0
     encoded: int = 0
@@ -65,6 +67,15 @@ class HighResolution:
         """HR tokens of a prompt, I*h*h."""
         return self.features.shape[1]
 
+    def check_overflow(self) -> None:
+        """PoolOverflow where a step in a CUDA graph found no room for what it selected. Waits for the device."""
+        overflows = [pool.overflow.to(self.features.device) for pool in self.pools.values() if pool.fixed is not None]
+        if overflows and (missing := int(torch.cat(overflows).sum())):
+            raise PoolOverflow(
+                f"{missing} selected tokens found no room: hr_capacity={self.capacity} is too small, or more than {NEW_AT_ONCE} "
+                "were new to a layer in one step; choose a larger one, or decode without a fixed capacity"
+            )
+
     def joined_with(self, later: HighResolution) -> HighResolution:
         """The pictures of this conversation followed by those of its next turn."""
         if later.prompts != self.prompts:
@@ -83,6 +94,7 @@ class HighResolution:
             },
             waiting=self.waiting | {(g, places + i, t): pixels for (g, i, t), pixels in later.waiting.items()},
             pools=self.pools,
+            capacity=self.capacity,
             last_end=max(self.last_end, later.last_end),
             projected=self.projected + later.projected,
             encoded=self.encoded + later.encoded,

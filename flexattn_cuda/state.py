@@ -15,7 +15,7 @@ from torch import nn
 
 from flexattn_cuda import ops, profiling
 from flexattn_cuda.configuration import FlexAttnConfig
-from flexattn_cuda.hr_cache import HrPool
+from flexattn_cuda.hr_cache import NEW_AT_ONCE, HrPool, PoolOverflow
 from flexattn_cuda.pictures import HighResolution
 from flexattn_cuda.rotary import rotate
 from flexattn_cuda.selection import select
@@ -56,6 +56,11 @@ class Rows:
         return cls(listed=order.to(torch.int32).contiguous(), owner=owner)
 
     @classmethod
+    def of_a_token(cls, batch: int, device: torch.device) -> Rows:
+        """Decoding: the one row of the call."""
+        return cls(listed=torch.zeros(batch, 1, dtype=torch.int32, device=device))
+
+    @classmethod
     def of_generation(
         cls, config: FlexAttnConfig, batch: int, past: int, queries: int, prompt_length: int, device: torch.device
     ) -> Rows | None:
@@ -83,6 +88,8 @@ class Call:
     encode: [n, 3, s, s] -> [n, side*side, D], for HR tiles that the selection reaches first in this call.
     cached: Keep projected keys and values beside the cache; otherwise every layer projects what it attends to, with
         gradients.
+    on_device: Read nothing back and keep all shapes, for a decode step in a CUDA graph: pools of fixed size take up to
+        NEW_AT_ONCE new tokens of a layer, and count what does not fit.
     """
 
     def __init__(
@@ -97,6 +104,7 @@ class Call:
         trace: Trace | None = None,
         encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
         cached: bool = False,
+        on_device: bool = False,
     ):
         self.config = config
         self.lr_side = lr_side
@@ -105,6 +113,7 @@ class Call:
         self.rows = rows
         self.alpha = alpha
         self.cached = cached
+        self.on_device = on_device
         self.selected: dict[int, ops.SelectedTokens] = {}  # by the layer whose map selected them
         self._encode = encode
         self._batch = (rows.listed if rows.first is None else rows.first).shape[0]
@@ -151,22 +160,22 @@ class Call:
         selected = ops.SelectedTokens(*(part.to(device) for part in self.selected[layer - 1]))
         pool = pictures.pools.get(layer) if self.cached else None
         if pool is None:
-            pool = HrPool(pictures.prompts, pictures.tokens, device)
+            pool = HrPool(pictures.prompts, pictures.tokens, device, pictures.capacity if self.cached else None)
             if self.cached:
                 pictures.pools[layer] = pool
         assigned = pool.assign(selected)
-        most, new = self._read_back(torch.cat([selected.count.amax()[None], assigned.new_count]), assigned.new_tokens)
+        if self.on_device and pool.k is not None:
+            return self._without_reading_back(module, selected, pool, assigned)
+
+        numbers = torch.cat([selected.count.amax()[None], assigned.new_count, assigned.overflow])
+        most, new, overflow = self._read_back(numbers, assigned.new_tokens)
+        if overflow:
+            raise PoolOverflow(f"layer {layer} has no room for {overflow} selected tokens: hr_capacity={pool.fixed} is too small")
         if most == 0:
             return {}
         k, v = pool.k, pool.v
         if new:
-            index = assigned.new_tokens[None, :new].to(pictures.features.device)
-            rows, cos, sin = (
-                ops.gather_tokens(table.flatten(0, 1)[None], index)[0].to(device)
-                for table in (pictures.features, pictures.cos, pictures.sin)
-            )
-            k = module.k_proj_hd(rows).unflatten(-1, (-1, module.head_dim))  # [new, Hkv, d]
-            v = module.v_proj_hd(rows).unflatten(-1, (-1, module.head_dim))
+            k, v, cos, sin = self._project(module, assigned.new_tokens[:new], device)
             pictures.projected += new
             if self.cached:
                 pool.store(k, v, cos, sin, assigned.new_slots[:new])
@@ -184,6 +193,30 @@ class Call:
         if self.alpha != 1.0:
             arguments["alpha"] = torch.full((self._batch,), self.alpha, dtype=torch.float32, device=device)
         return arguments
+
+    def _without_reading_back(
+        self, module: nn.Module, selected: ops.SelectedTokens, pool: HrPool, assigned: ops.AssignedSlots
+    ) -> dict[str, Any]:
+        """The same for one row of each sample, in shapes that do not depend on the selection."""
+        k, v, cos, sin = self._project(module, assigned.new_tokens[:NEW_AT_ONCE], pool.k.device)
+        ops.write_hr_kv(k, v, cos, sin, assigned.new_slots[:NEW_AT_ONCE], pool.k, pool.v)
+        missing = assigned.overflow + (assigned.new_count - NEW_AT_ONCE).clamp(min=0)
+        pool.overflow.add_(missing)
+        # What found no slot may not be read; the answer is lost in that case, and whoever asks is told.
+        count = torch.where(missing > 0, 0, selected.count)
+        return dict(k_hr=pool.k, v_hr=pool.v, hr_slots=assigned.slots, hr_count=count)
+
+    def _project(self, module: nn.Module, tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """tokens [n], counted over prompts, -1 for none -> keys, values [n, Hkv, d] and rotary tables [n, d]."""
+        pictures = self.pictures
+        index = tokens[None].to(pictures.features.device)
+        rows, cos, sin = (
+            ops.gather_tokens(table.flatten(0, 1)[None], index)[0].to(device)
+            for table in (pictures.features, pictures.cos, pictures.sin)
+        )
+        k = module.k_proj_hd(rows).unflatten(-1, (-1, module.head_dim))
+        v = module.v_proj_hd(rows).unflatten(-1, (-1, module.head_dim))
+        return k, v, cos, sin
 
     def _read_back(self, numbers: torch.Tensor, tokens: torch.Tensor) -> list[int]:
         """`numbers` on the host, in the one wait that a layer takes. Tiles that `tokens` lie in are encoded on the way."""
