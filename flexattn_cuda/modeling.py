@@ -195,10 +195,8 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             if rows is not None:
                 cached = hr_cache and past_key_values is not None and not torch.is_grad_enabled()
                 layers = self.config.text_config.num_hidden_layers
-                call = Call(
-                    self.config.flexattn, layers, self.config.lr_side, self.config.hr_side, pictures, rows, hr_alpha, flexattn_trace,
-                    self._encode_tiles, cached, on_device=cached and decoding and queries == 1 and pictures.capacity is not None,
-                )  # fmt: skip
+                on_device = cached and decoding and queries == 1 and pictures.capacity is not None
+                call = Call(pictures, rows, layers, hr_alpha, flexattn_trace, self._encode_tiles, cached, on_device)
 
         with profiling.phase("decode" if decoding and queries == 1 else "prefill"):
             return super().forward(
@@ -293,7 +291,8 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         batch, pictures = len(spans), max(1, max(len(row) for row in spans))
         head_dim = self.model.language_model.layers[0].self_attn.head_dim
         state = HighResolution(
-            zoom=config.zoom,
+            settings=config,
+            lr_side=side,
             features=torch.zeros(batch, pictures, hr_side**2, inputs_embeds.shape[-1], device=device, dtype=dtype),
             cos=torch.zeros(batch, pictures, hr_side**2, head_dim, device=device, dtype=dtype),
             sin=torch.zeros(batch, pictures, hr_side**2, head_dim, device=device, dtype=dtype),

@@ -9,6 +9,7 @@ import torch
 from transformers import Cache
 
 from flexattn_cuda import profiling
+from flexattn_cuda.configuration import FlexAttnConfig
 from flexattn_cuda.hr_cache import NEW_AT_ONCE, HrPool, PoolOverflow
 
 _ATTRIBUTE = "flexattn"
@@ -23,19 +24,22 @@ class HighResolution:
     never mix. The batch has B rows, B / G for each prompt (beams, samples), which share everything here: a beam may take
     the place of another one of its prompt, rows of different prompts may not change places.
 
+    settings: of the mechanism, as they were when the pictures came.
+    lr_side: S.
     features: [G, I*h*h, D] HR tokens (the projector's output), zero for tiles that have not been encoded yet.
     cos, sin: [G, I*h*h, d] rotary tables of the HR keys.
     ranges: [G, I, 2] int32 first sequence key of each picture's LR tokens and one past the last; (0, 0) when absent.
     live: [G, I, 4] int32 the photo inside its padding, in LR cells; all 0 when absent.
     prompt_length: positions of the sequence up to the end of the latest prompt; the rows from its last one on see HR.
     waiting: pixels of the tiles that have not been encoded yet, [3, s, s] each.
-    zoom: tiles along a side of a picture.
     pools: by layer, the keys and values that were ever needed there.
     capacity: slots of every pool, if these are fixed.
     last_end: one past the last LR token of any picture.
     projected, encoded: how many tokens were projected, all layers together, and how many tiles encoded.
     """
 
+    settings: FlexAttnConfig
+    lr_side: int
     features: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
@@ -43,7 +47,6 @@ class HighResolution:
     live: torch.Tensor
     prompt_length: int = 0
     waiting: dict[Tile, torch.Tensor] = field(default_factory=dict)
-    zoom: int = 1
     pools: dict[int, HrPool] = field(default_factory=dict)
     capacity: int | None = None
     last_end: int = 0
@@ -57,6 +60,10 @@ class HighResolution:
 
     def keep_beside(self, cache: Cache) -> None:
         setattr(cache, _ATTRIBUTE, self)
+
+    @property
+    def zoom(self) -> int:
+        return self.settings.zoom
 
     @property
     def prompts(self) -> int:

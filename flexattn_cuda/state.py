@@ -94,21 +94,16 @@ class Call:
 
     def __init__(
         self,
-        config: FlexAttnConfig,
-        layers: int,
-        lr_side: int,
-        hr_side: int,
         pictures: HighResolution,
         rows: Rows,
+        layers: int,
         alpha: float = 1.0,
         trace: Trace | None = None,
         encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
         cached: bool = False,
         on_device: bool = False,
     ):
-        self.config = config
-        self.lr_side = lr_side
-        self.hr_side = hr_side
+        self.config = pictures.settings
         self.pictures = pictures
         self.rows = rows
         self.alpha = alpha
@@ -131,7 +126,7 @@ class Call:
         if self.config.first_layer - 1 <= layer <= self._last_map:
             arguments |= dict(
                 map_ranges=self._places(device)[0],
-                map_size=self.lr_side**2,
+                map_size=self.pictures.lr_side**2,
                 map_over_all=self.config.map_softmax == "all",
             )
         if layer >= self.config.first_layer:
@@ -149,7 +144,7 @@ class Call:
         if self.rows.owner is not None:
             owner = self.rows.owner.to(map.device)[:, :, None, None].expand_as(map)
             map = map.gather(1, owner)
-        self.selected[layer] = select(self.config, map, self._places(map.device)[1], self.hr_side)
+        self.selected[layer] = select(self.config, map, self._places(map.device)[1], self.pictures.hr_side)
         if self._traced is not None:
             self._traced[layer] = LayerTrace(map, self.selected[layer].mask)
 

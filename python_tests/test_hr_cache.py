@@ -7,10 +7,12 @@ import threading
 
 import pytest
 import torch
-from transformers import DynamicCache
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, StaticCache
 
 import small
-from flexattn_cuda import Trace
+from flexattn_cuda import Trace, state
+from flexattn_cuda.hr_cache import PoolOverflow
 from flexattn_cuda.pictures import HighResolution
 
 STEPS = 64
@@ -135,7 +137,7 @@ def test_conversations_go_on_with_what_was_projected(model):
         cache = DynamicCache(config=model.config.text_config)
         keywords = dict(past_key_values=cache, max_new_tokens=STEPS // 2, do_sample=False, hr_cache=hr_cache)
         turn = model.generate(first[None], pixel_values_hr=pixels[:1], **keywords)
-        after_one = {layer: pool.used for layer, pool in getattr(HighResolution.beside(cache), "pools").items()}
+        after_one = {layer: pool.used for layer, pool in HighResolution.beside(cache).pools.items()}
         ids = torch.cat([turn, second[None]], dim=1)
         answers.append(model.generate(ids, pixel_values_hr=pixels[1:], **keywords))
         pools = HighResolution.beside(cache).pools
@@ -218,3 +220,47 @@ def test_rows_that_the_cache_does_not_know_are_refused():
         model(input_ids=torch.tensor([[5]]), past_key_values=cache)
     with pytest.raises(ValueError, match="4 rows, which are not prompts of 3 rows each"):
         model(**photo_question() | {"input_ids": photo_question()["input_ids"].expand(4, -1)}, rows_per_prompt=3)
+
+
+# ---------------------------------------------------------------------------------------------------- pools of fixed size
+
+
+def decode_in_fixed_pools(model, step, inputs, capacity, steps):
+    """Greedy decoding with a static cache, one call of `step` for each token."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    cache = StaticCache(config=model.config.text_config, max_cache_len=ids.shape[1] + steps)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(**inputs, position_ids=positions, past_key_values=cache, hr_capacity=capacity).logits
+    tokens = [logits[:, -1:].argmax(-1)]
+    for _ in range(steps - 1):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        whole = torch.nn.functional.pad(mask, (0, ids.shape[1] + steps - mask.shape[1]))
+        logits = step(
+            input_ids=tokens[-1], attention_mask=whole, position_ids=mask.sum(-1, keepdim=True) - 1, past_key_values=cache
+        ).logits
+        HighResolution.beside(cache).check_overflow()
+        tokens.append(logits[:, -1:].argmax(-1))
+    return torch.cat(tokens, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_that_reads_nothing_back_gives_the_same_answer(model, compiled):
+    """In one graph without a break, captured once for all steps."""
+    expected = run(model, 12, **mixed_batch())[0]
+    counters.clear()
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager") if compiled else model.forward
+    assert torch.equal(decode_in_fixed_pools(model, step, mixed_batch(), 3 * 18 * 18, 12), expected)
+    assert counters["stats"]["unique_graphs"] == compiled and not counters["graph_break"]
+
+
+@torch.no_grad()
+def test_generate_with_pools_of_fixed_size(model, monkeypatch):
+    expected = run(model, 12, **mixed_batch())[0]
+    static = dict(cache_implementation="static", disable_compile=True)
+    assert torch.equal(run(model, 12, **mixed_batch(), **static, hr_capacity=3 * 18 * 18)[0], expected)
+    with pytest.raises(PoolOverflow, match="layer [0-9] has no room for [0-9]+ selected tokens: hr_capacity=10 is too small"):
+        run(model, 12, **mixed_batch(), **static, hr_capacity=10)
+    monkeypatch.setattr(state, "NEW_AT_ONCE", 1)
+    with pytest.raises(PoolOverflow, match="[0-9]+ selected tokens found no room: hr_capacity=972 is too small, or more than"):
+        run(model, 12, **mixed_batch(), **static, hr_capacity=3 * 18 * 18)

@@ -110,6 +110,8 @@ class Layer:
         tables = self.rotary(self.array("hidden_states"), torch.arange(begin, end)[None])
         self.cos, self.sin = hr_rotary_tables(tuple(table[0] for table in tables), self.hr_side)
         self.pictures = HighResolution(
+            settings=self.config,
+            lr_side=self.side,
             features=tensor("layer", f"shared.hd_features_{self.hr_side}")[None],
             cos=self.cos[None],
             sin=self.sin[None],
@@ -123,7 +125,7 @@ class Layer:
     def run(self, hidden, first, rows, masks=None, cache=None, alpha=1.0):
         """-> output rows [N, D], and map [R, S*S] and mask [R, h*h] for the next layer."""
         trace = Trace()
-        call = Call(self.config, 2, self.side, self.hr_side, self.pictures, rows, alpha, trace)
+        call = Call(self.pictures, rows, 2, alpha, trace)
         if masks is None:
             call.config = FlexAttnConfig(threshold=float(self.case["threshold"]), first_layer=2)  # the layer before
         else:
