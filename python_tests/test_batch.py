@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -147,7 +146,6 @@ def test_the_photos_of_one_batch_at_most_are_in_memory(checkpoint, folder, monke
 
     def opened(path):
         photos.append(weakref.ref(photo := open_photo(path)))
-        gc.collect()
         most.append(sum(one() is not None for one in photos))
         return photo
 
@@ -226,8 +224,8 @@ def test_a_killed_run_goes_on(folder, asked):
     assert not journal.exists()
 
 
-def test_a_journal_cut_anywhere_is_continued(checkpoint, folder, monkeypatch):
-    questions, output, journal = write(folder / "q.jsonl", some(5)), folder / "a.jsonl", folder / "a.jsonl.partial.0"
+def test_a_journal_cut_anywhere_is_continued(checkpoint, folder, monkeypatch, asked):
+    questions, output, journal = write(folder / "q.jsonl", some(6)), folder / "a.jsonl", folder / "a.jsonl.partial.0"
     expected = uninterrupted(checkpoint, questions)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, after=4)
@@ -241,11 +239,14 @@ def test_a_journal_cut_anywhere_is_continued(checkpoint, folder, monkeypatch):
     monkeypatch.setattr(answering, "load", lambda *_: model)
     for torn in [content[:cut] for cut in cuts] + [content[:last] + b"\0" * 9, content + b'{"line"\n']:
         journal.write_bytes(torn)
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # a run that is ended before its first batch
-            interrupt(patch, after=0)
-            answer_file(questions, output, checkpoint, "cpu", max_new_tokens=2)
+        asked.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt(patch, after=1)
+            answer_file(questions, output, checkpoint, "cpu", max_new_tokens=2, batch_size=1)
         answer_file(questions, output, checkpoint, "cpu", max_new_tokens=2)
         assert read(output) == expected
+        whole = [line for line in content[header:].splitlines(keepends=True) if line in torn]
+        assert sum(map(len, asked)) == 6 - len(whole)
         output.unlink()
 
 
@@ -321,6 +322,24 @@ def test_a_gpu_that_is_too_small(checkpoint, folder, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ several processes
 
 
+# The command line, which also keeps the questions that each process asked its model.
+PROGRAM = """
+import os
+from pathlib import Path
+from flexattn_cuda import answering, cli
+
+generate = answering.generate_answers
+
+def recorded(model, processor, photos, questions, *rest):
+    with open(Path(__file__).with_name("asked." + os.environ["RANK"]), "a") as file:
+        print(*questions, file=file)
+    return generate(model, processor, photos, questions, *rest)
+
+answering.generate_answers = recorded
+cli.main()
+"""
+
+
 def test_two_processes_go_on_where_one_was_ended(checkpoint, folder, monkeypatch):
     questions, output = write(folder / "q.jsonl", some(9) + [{"image": "nowhere.png", "question": "y"}]), folder / "a.jsonl"
     expected = uninterrupted(checkpoint, questions)
@@ -328,10 +347,12 @@ def test_two_processes_go_on_where_one_was_ended(checkpoint, folder, monkeypatch
         interrupt(patch, after=2)
         answer_file(questions, output, checkpoint, "cpu", max_new_tokens=2, batch_size=1)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    (folder / "program.py").write_text(PROGRAM)
     options = ["--model", checkpoint, "--max-new-tokens", "2", "--batch-size", "2", "--device", "cpu"]
     run = subprocess.run(
-        [*launcher, "-m", "flexattn_cuda.cli", "ask-batch", questions, "-o", output, *options],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        [*launcher, folder / "program.py", "ask-batch", questions, "-o", output, *options],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stderr.splitlines() == [
@@ -340,6 +361,8 @@ def test_two_processes_go_on_where_one_was_ended(checkpoint, folder, monkeypatch
     ]
     assert read(output) == expected
     assert not list(folder.glob("a.jsonl.partial*"))
+    asked = [(folder / f"asked.{rank}").read_text().split() for rank in range(2)]
+    assert min(map(len, asked)) >= 3 and len(asked[0] + asked[1]) == 7
 
 
 def test_one_process_goes_on_where_several_were_ended(checkpoint, folder, monkeypatch, asked):
