@@ -59,7 +59,7 @@ def answer_file(
     restart: bool = False,
     progress: bool = False,
 ) -> Totals:
-    """Answers the questions of a JSONL file. The answers are those of `ask`.
+    """Answers the questions of a JSONL file. The answers are those of `ask`, but for the rounding of batches.
 
     Input: one object a line with "image" (a path, absolute or relative to the file's folder), "question" and, if wanted,
     "id" (a string or an integer). Empty lines are passed over. Output: one object a line in the same order with id (the
@@ -105,8 +105,8 @@ def answer_file(
         if share:
             with _Journal(_journal_path(output, processes.rank), header) as journal, report:
                 for batch in share:
-                    photographed = {number: lines[number] for number in batch}
-                    new = _answer(loaded, processor, input.parent, photographed, max_new_tokens)
+                    asked = {number: lines[number] for number in batch}
+                    new = _answer(loaded, processor, input.parent, asked, max_new_tokens)
                     journal.append(new)
                     answered |= new
                     report.advance(len(batch))
@@ -114,7 +114,7 @@ def answer_file(
         for part in processes.to_first(answered):
             results |= part
         totals = processes.from_first(lambda: _finish(output, lines, results | too_long, processes.count))
-        report.say(f"wrote {output}: {totals.answers} answers, {totals.errors} errors")
+        report.say(f"wrote {output}: answers {totals.answers}, errors {totals.errors}")
         return totals
 
 

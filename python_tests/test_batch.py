@@ -357,7 +357,7 @@ def test_two_processes_go_on_where_one_was_ended(checkpoint, folder, monkeypatch
     assert run.returncode == 0, run.stderr
     assert run.stderr.splitlines() == [
         "2 questions were answered before, 8 are left",
-        f"wrote {output}: 9 answers, 1 errors",
+        f"wrote {output}: answers 9, errors 1",
     ]
     assert read(output) == expected
     assert not list(folder.glob("a.jsonl.partial*"))
@@ -432,7 +432,7 @@ def test_the_command_tells_how_far_it_is(flexattn, checkpoint, folder, monkeypat
     questions, output = write(folder / "q.jsonl", some(3)), folder / "a.jsonl"
     options = ("--model", checkpoint, "--max-new-tokens", 1, "--batch-size", 2)
     code, out, err = flexattn("ask-batch", questions, "-o", output, *options)
-    assert (code, out) == (0, "") and err.endswith(f"wrote {output}: 3 answers, 0 errors\n")
+    assert (code, out) == (0, "") and err.endswith(f"wrote {output}: answers 3, errors 0\n")
     assert len(read(output)) == 3
     if terminal:
         assert "3/3" in err and "a second" in err and "left" in err
