@@ -26,6 +26,15 @@ EXAMPLES = ROOT / "examples"
 SIGNS = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small models gain nothing from threads, and where other programs run they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return small_checkpoint.save(tmp_path_factory.mktemp("model"))
@@ -206,7 +215,7 @@ def test_a_killed_run_goes_on(folder, asked):
     records = signs() * 4
     questions, output, journal = write(folder / "q.jsonl", records), folder / "a.jsonl", folder / "a.jsonl.partial.0"
     command = [sys.executable, "-m", "flexattn_cuda.cli", "ask-batch", questions, "-o", output, "--batch-size", "1"]
-    run = subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT)
+    run = subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         while run.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
             time.sleep(0.01)
