@@ -389,6 +389,19 @@ def test_one_process_goes_on_where_several_were_ended(checkpoint, folder, monkey
     assert not list(folder.glob("a.jsonl.partial*"))
 
 
+def test_each_of_several_processes_takes_the_gpu_of_its_local_rank(monkeypatch):
+    reason = "there is no GPU 2"
+    monkeypatch.setattr("flexattn_cuda.build.cuda_unavailable_reason", lambda index=None: reason if index == 2 else None)
+    assert batch._Processes().device("auto") == torch.device("cuda")
+    for name, value in dict(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8").items():
+        monkeypatch.setenv(name, value)
+    devices = [batch._Processes().device(wanted) for wanted in (None, "auto", "cuda", "cuda:0", "cpu")]
+    assert [str(device) for device in devices] == ["cuda:1", "cuda:1", "cuda:1", "cuda:0", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="there is no GPU 2"):
+        batch._Processes().device("auto")
+
+
 # ----------------------------------------------------------------------------------------------------------- command line
 
 
