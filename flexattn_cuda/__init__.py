@@ -5,6 +5,7 @@ Not `torch.nn.attention.flex_attention`, which is a compiler for attention varia
 
 from flexattn_cuda import ops
 from flexattn_cuda.answering import Answer, ask, load
+from flexattn_cuda.batch import answer_file
 from flexattn_cuda.configuration import FlexAttnConfig, FlexAttnLlavaConfig
 from flexattn_cuda.modeling import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.processing import FlexAttnLlavaProcessor
@@ -20,6 +21,7 @@ __all__ = [
     "FlexAttnLlavaProcessor",
     "LayerTrace",
     "Trace",
+    "answer_file",
     "ask",
     "load",
     "ops",

@@ -7,6 +7,7 @@ print(answer.text); answer.draw("looked_at.png")
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -173,21 +174,48 @@ def ask(
     """
     if photo is None:
         raise InputError("there is a question but no photo")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    check_max_new_tokens(max_new_tokens)
     photo = open_photo(photo) if isinstance(photo, (str, os.PathLike)) else upright_rgb(as_image(photo))
-    inputs = processor(images=photo, text=processor.prompt(question)).to(model.device)
-
-    length, longest = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
-    if length >= longest:
-        raise InputError(f"the question is too long: the prompt takes {length} positions, the model has {longest}")
-    end = model.generation_config.eos_token_id
-    ends = [processor.tokenizer.eos_token_id] if end is None else [end] if isinstance(end, int) else list(end)
     recorded = Trace() if trace else None
     streamer = _Pieces(processor.tokenizer, on_text)
+    [tokens] = generate_answers(model, processor, [photo], [question], max_new_tokens, streamer, recorded)
+    return Answer(
+        text=answer_text(processor, tokens),
+        tokens=tokens,
+        pieces=streamer.pieces[: len(tokens)],
+        question=question,
+        photo=photo,
+        trace=recorded,
+    )
+
+
+def generate_answers(
+    model: FlexAttnLlavaForConditionalGeneration,
+    processor: FlexAttnLlavaProcessor,
+    photos: Sequence[Image.Image],
+    questions: Sequence[str],
+    max_new_tokens: int = 256,
+    streamer: BaseStreamer | None = None,
+    trace: Trace | None = None,
+) -> list[list[int]]:
+    """The most probable answers to questions about a photo each, as one batch.
+
+    Args:
+        streamer: Handed to transformers; for a single question.
+    Returns:
+        Token ids of each answer, without the end-of-sequence token; `answer_text` makes text of them.
+    Raises:
+        InputError: A question that cannot be asked, or a prompt too long for the model.
+    """
+    longest = model.config.text_config.max_position_embeddings
+    limits = [min(max_new_tokens, longest - prompt_length(model, processor, question)) for question in questions]
+    prompts = [processor.prompt(question) for question in questions]
+    inputs = processor(images=list(photos), text=prompts).to(model.device)
+    end = model.generation_config.eos_token_id
+    ends = [processor.tokenizer.eos_token_id] if end is None else [end] if isinstance(end, int) else list(end)
     ids = model.generate(
         **inputs,
-        max_new_tokens=min(max_new_tokens, longest - length),
+        max_new_tokens=max(limits),
         do_sample=False,
         num_beams=1,
         temperature=None,
@@ -196,19 +224,32 @@ def ask(
         eos_token_id=ends,
         pad_token_id=processor.tokenizer.pad_token_id,
         streamer=streamer,
-        flexattn_trace=recorded,
+        flexattn_trace=trace,
     )
-    tokens = ids[0, length:].tolist()
-    if tokens and tokens[-1] in ends:
-        tokens.pop()
-    return Answer(
-        text=processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-        tokens=tokens,
-        pieces=streamer.pieces[: len(tokens)],
-        question=question,
-        photo=photo,
-        trace=recorded,
-    )
+    # Each row ends at its own end: others of the batch may go on for longer, or have more room left for an answer.
+    rows = (row[:limit] for row, limit in zip(ids[:, inputs["input_ids"].shape[1] :].tolist(), limits))
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
+
+
+def answer_text(processor: FlexAttnLlavaProcessor, tokens: Sequence[int]) -> str:
+    """The text of an answer's token ids."""
+    return processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def prompt_length(
+    model: FlexAttnLlavaForConditionalGeneration, processor: FlexAttnLlavaProcessor, question: str
+) -> int:
+    """Positions that the prompt of a question takes; InputError where it leaves no room for an answer."""
+    length, longest = processor.prompt_length(question), model.config.text_config.max_position_embeddings
+    if length >= longest:
+        raise InputError(f"the question is too long: the prompt takes {length} positions, the model has {longest}")
+    return length
+
+
+def check_max_new_tokens(max_new_tokens: int) -> None:
+    """InputError where it is no length that an answer can have."""
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
 
 
 def check_picture_path(path: str | Path) -> None:
@@ -218,6 +259,11 @@ def check_picture_path(path: str | Path) -> None:
     known = sorted(suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE)
     if path.suffix.lower() not in known:
         raise InputError(f"{path} has no ending of a picture file; use .png or .jpg")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """InputError where no file can be written under this name."""
     if path.is_dir() or not path.parent.is_dir():
         reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise InputError(f"{path} cannot be written: {reason}")

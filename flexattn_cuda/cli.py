@@ -1,4 +1,4 @@
-"""The command line: flexattn ask, flexattn demo, flexattn info."""
+"""The command line: flexattn ask, ask-batch, demo, info."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import flexattn_cuda
-from flexattn_cuda import answering, build, checkpoints, memory
+from flexattn_cuda import answering, batch, build, checkpoints, memory
 from flexattn_cuda.configuration import FlexAttnLlavaConfig
 from flexattn_cuda.processing import InputError, check_question, open_photo
 
@@ -155,6 +155,34 @@ def _check_layers(layers: list[int] | str | None, config: FlexAttnLlavaConfig) -
     first, last = config.flexattn.first_layer - 1, config.text_config.num_hidden_layers - 1
     if isinstance(layers, list) and not all(first <= layer <= last for layer in layers):
         raise InputError(f"--map-layers is {layers}; the layers of this model that select are {first} to {last}")
+
+
+# ----------------------------------------------------------------------------------------------------------- ask-batch
+
+
+@app.command()
+def ask_batch(
+    questions: Annotated[
+        Path,
+        typer.Argument(metavar="INPUT.jsonl", help="A JSON object a line: image, question, id (optional).", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT.jsonl", help="Where the answers are written.", show_default=False)
+    ],
+    model: Model = None,
+    batch_size: Annotated[int, typer.Option(help="Questions answered at a time.")] = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_new_tokens: Tokens = 256,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard what an earlier run has answered.")] = False,
+) -> None:
+    """Answer the questions of a file; called again after an interruption, it goes on.
+
+    On several GPUs: torchrun --nproc-per-node N -m flexattn_cuda.cli ask-batch ..., or the same with accelerate launch.
+    """
+    batch.answer_file(
+        questions, output, model, device, dtype, max_new_tokens, batch_size=batch_size, restart=restart, progress=True
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- demo

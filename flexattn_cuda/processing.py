@@ -60,12 +60,15 @@ class InputError(ValueError):
 def open_photo(path: str | Path) -> Image.Image:
     """Reads a picture file, upright and in RGB. InputError where it is missing, empty, damaged or too large."""
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"there is no picture {path}")
-    if not path.is_file():
-        raise InputError(f"{path} is not a picture file; pass the path of a PNG, JPEG or other image file")
-    if path.stat().st_size == 0:
-        raise InputError(f"the picture {path} is an empty file")
+    try:
+        if not path.exists():
+            raise InputError(f"there is no picture {path}")
+        if not path.is_file():
+            raise InputError(f"{path} is not a picture file; pass the path of a PNG, JPEG or other image file")
+        if path.stat().st_size == 0:
+            raise InputError(f"the picture {path} is an empty file")
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise InputError(f"the picture {path} cannot be read: {error.strerror}") from None
     try:
         with Image.open(path) as image:
             return upright_rgb(image)
@@ -292,6 +295,10 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         check_question(question)
         content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
         return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def prompt_length(self, question: str) -> int:
+        """Positions that the prompt of `question` about one picture takes in the sequence."""
+        return len(self.expand_image_tokens(self._tokenize(self.prompt(question), add_special_tokens=True)))
 
     def __call__(
         self,
