@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 # Aggregates stay whole (-fno-tree-sra), so that a 16-byte access is seen as one.
 KINDS = {
-    "races": ("-O1 -fno-tree-sra", "-fsanitize=thread", ""),
+    "races": ("-O1 -fno-tree-sra", "-fsanitize=thread -g1", ""),
     "sanitizers": ("-O1 -g -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined", "",
                    "-fsanitize=address,undefined"),
 }  # fmt: skip

@@ -21,7 +21,8 @@ constexpr int kLanes = 32;
 // Of the running thread.
 extern dim3 thread_index, block_index, block_size, grid_size;
 
-void launch(const char* name, unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
+// kernel: the function, by which its accesses are counted; body: calls it with its arguments.
+void launch(const char* name, const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
 
 unsigned char* shared_memory();  // of the running block, 16-byte aligned
 int lane();
@@ -46,7 +47,7 @@ void start_copy(void* shared, const void* from);
 void commit_copies();
 void wait_copies(int groups_left);
 
-bool on_stack(const void* address);  // of the running thread: its own memory
+bool is_own(const void* address);  // no memory of the GPU: the running thread's stack, threadIdx and the like, the launch's body
 
 [[noreturn]] void fail(const char* what);  // names kernel, block and thread
 

@@ -7,6 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "access_counts.h"
 #include "executor.h"
 
 namespace flexattn::simt {
@@ -63,13 +64,15 @@ void conflict(const Event& before, const char* then, const char* now, uintptr_t 
 
 }  // namespace
 
-void begin_launch(const char*) {
+void begin_launch(const char* name, const void* kernel) {
+  count_launch(name, kernel);
   pages.clear();
   last = nullptr;
   watching = true;
 }
 
 void begin_block(const void* shared, size_t shared_bytes) {
+  finish_counts();
   shared_begin = reinterpret_cast<uintptr_t>(shared);
   shared_end = shared_begin + shared_bytes;
   // Another block's shared memory may have stood here.
@@ -79,15 +82,24 @@ void begin_block(const void* shared, size_t shared_bytes) {
   collectives.fill(0);
 }
 
-void end_launch() { watching = false; }
+void end_launch() {
+  finish_counts();
+  watching = false;
+}
 void pass_barrier(int thread) { ++barriers[thread]; }
 void pass_warp(int thread) { ++collectives[thread]; }
 
-void record_access(const void* pointer, size_t size, Access access) {
-  if (!watching || on_stack(pointer)) return;
+namespace {
+
+void record(const void* pointer, size_t size, Access access, const void* at) {
+  if (!watching || is_own(pointer)) return;
   const int thread = static_cast<int>(thread_index.x);
   const Event now{static_cast<int32_t>(block_index.x), thread, barriers[thread], collectives[thread]};
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
+  if (counting) {
+    const bool shared = address >= shared_begin && address < shared_end;
+    count_access(thread, now.barriers + now.collectives, at, shared, access, shared ? address - shared_begin : address, size);
+  }
   for (uintptr_t at = address; at < address + size; ++at) {
     Byte& byte = page_of(at)[at % kPage];
     if (!ordered(byte.writer, now)) conflict(byte.writer, "wrote", access == Access::kRead ? "reads" : "writes", at);
@@ -104,24 +116,27 @@ void record_access(const void* pointer, size_t size, Access access) {
   }
 }
 
+}  // namespace
+
+void record_access(const void* address, size_t size, Access access) { record(address, size, access, __builtin_return_address(0)); }
+
 }  // namespace flexattn::simt
 
 // What -fsanitize=thread calls.
-using flexattn::simt::Access;
-using flexattn::simt::record_access;
+#define FLEXATTN_RECORD(size, access) flexattn::simt::record(at, size, flexattn::simt::Access::access, __builtin_return_address(0))
 extern "C" {
-#define FLEXATTN_HOOKS(size)                                                                            \
-  void __tsan_read##size(void* at) { record_access(at, size, Access::kRead); }                          \
-  void __tsan_write##size(void* at) { record_access(at, size, Access::kWrite); }                        \
-  void __tsan_unaligned_read##size(void* at) { record_access(at, size, Access::kRead); }                \
-  void __tsan_unaligned_write##size(void* at) { record_access(at, size, Access::kWrite); }
+#define FLEXATTN_HOOKS(size)                                                       \
+  void __tsan_read##size(void* at) { FLEXATTN_RECORD(size, kRead); }               \
+  void __tsan_write##size(void* at) { FLEXATTN_RECORD(size, kWrite); }             \
+  void __tsan_unaligned_read##size(void* at) { FLEXATTN_RECORD(size, kRead); }     \
+  void __tsan_unaligned_write##size(void* at) { FLEXATTN_RECORD(size, kWrite); }
 FLEXATTN_HOOKS(1)
 FLEXATTN_HOOKS(2)
 FLEXATTN_HOOKS(4)
 FLEXATTN_HOOKS(8)
 FLEXATTN_HOOKS(16)
-void __tsan_read_range(void* at, size_t size) { record_access(at, size, Access::kRead); }
-void __tsan_write_range(void* at, size_t size) { record_access(at, size, Access::kWrite); }
+void __tsan_read_range(void* at, size_t size) { FLEXATTN_RECORD(size, kRead); }
+void __tsan_write_range(void* at, size_t size) { FLEXATTN_RECORD(size, kWrite); }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_init() {}
