@@ -7,6 +7,8 @@ races: memory accesses are watched (csrc/simt/memory_checks.h). sanitizers: Addr
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import subprocess
 import sys
 import sysconfig
@@ -62,6 +64,15 @@ def build(kind: str) -> Path:
          *(f"-Wl,-rpath,{path}" for path in libraries), "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"],
         check=True,
     )  # fmt: skip
+    return module
+
+
+def load(kind: str) -> Path:
+    """Has it stand for flexattn_cuda._C, which must not be imported yet: CPU tensors then go to the CUDA kernels."""
+    module, name = build(kind), "flexattn_cuda._C"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(module))
+    sys.modules[name] = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(sys.modules[name])
     return module
 
 
