@@ -2,9 +2,12 @@
 
     python benchmarks/wavefronts.py [--json FILE] [--accesses PATTERN]
 
-Builds the executor of csrc/simt (as `make simt` does), calls every operator with inputs like those of a model, as a V100 would
-get them, and counts as csrc/simt/access_counts.h says. FILE is what `sm70_report.py --wavefronts` reads. --accesses lists each
-access of the kernels whose name fits, with its line of the source.
+Builds the executor of csrc/simt (as `make simt` does), calls every operator as a V100 would run it, and counts as
+csrc/simt/access_counts.h says. Widths are those of the source: where nvcc merges neighbouring accesses into a wider one (as
+attention_decode.cu's of its queries), the figure is that of the narrow ones.
+
+FILE: {kernel: {LDS, STS, LDG or STG: {average and ideal of a warp's access, costliest: the line most above the ideal}}}, which
+`sm70_report.py --wavefronts` reads. --accesses lists each access of the kernels whose name fits, with its line.
 """
 
 from __future__ import annotations
@@ -21,6 +24,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from sm70_report import short_name
+
+try:
+    import torch
+except ImportError:
+    sys.exit("wavefronts: torch is missing; `make test` makes an environment with it.")
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"LDS": "wavefronts", "STS": "wavefronts", "LDG": "sectors", "STG": "sectors"}
@@ -45,8 +55,6 @@ class Access:
 
 def run_operators() -> None:
     """Every kernel of the operators, but those for newer GPUs, with sizes large enough that main loops outweigh the rest."""
-    import torch
-
     from flexattn_cuda import ops
 
     generator = torch.Generator().manual_seed(0)
@@ -121,9 +129,6 @@ def source_lines(module: Path, places: list[int]) -> dict[int, str]:
 @contextmanager
 def counted(module: Path) -> Iterator[list[Access]]:
     """The accesses of the kernels that run meanwhile, in a list that is filled at the end."""
-    import torch
-    from sm70_report import short_name
-
     accesses: list[Access] = []
     torch.ops.flexattn_access_counts.start()
     yield accesses
@@ -133,7 +138,8 @@ def counted(module: Path) -> Iterator[list[Access]]:
         name = short_name(names[entry["kernel"]])
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
-        accesses.append(Access(name, entry["kind"], lines[entry["at"]], entry["width"], entry["instructions"], entry[KINDS[entry["kind"]]], entry["ideal"]))
+        kind = entry["kind"]
+        accesses.append(Access(name, kind, lines[entry["at"]], entry["width"], entry["instructions"], entry[KINDS[kind]], entry["ideal"]))
 
 
 def measure() -> list[Access]:
@@ -145,15 +151,18 @@ def measure() -> list[Access]:
     return accesses
 
 
-def averages(accesses: list[Access]) -> dict[str, dict[str, dict[str, float]]]:
-    """{kernel: {kind: {average, ideal: per instruction}}}"""
+def averages(accesses: list[Access]) -> dict[str, dict[str, dict]]:
+    """What --json writes."""
     groups: dict[tuple[str, str], list[Access]] = defaultdict(list)
     for access in accesses:
         groups[access.kernel, access.kind].append(access)
-    result: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    result: dict[str, dict[str, dict]] = defaultdict(dict)
     for (kernel, kind), members in groups.items():
         instructions = sum(a.instructions for a in members)
-        result[kernel][kind] = {"average": sum(a.units for a in members) / instructions, "ideal": sum(a.ideal for a in members) / instructions}
+        units, ideal = sum(a.units for a in members), sum(a.ideal for a in members)
+        result[kernel][kind] = {"average": units / instructions, "ideal": ideal / instructions}
+        if units > ideal:
+            result[kernel][kind]["costliest"] = max(members, key=lambda a: a.units - a.ideal).source
     return result
 
 
@@ -165,8 +174,9 @@ def main(arguments: list[str] | None = None) -> None:
     accesses = measure()
     for access in sorted(accesses, key=lambda a: (a.kernel, a.kind, -a.units)):
         if fnmatch.fnmatchcase(access.kernel, args.accesses):
-            print(f"{access.kernel}  {access.kind} {8 * access.width:3}  {access.instructions:7} instructions  "
-                  f"{access.units / access.instructions:6.2f} {KINDS[access.kind]}, ideal {access.ideal / access.instructions:5.2f}  {access.source}")
+            n = access.instructions
+            print(f"{access.kernel}  {access.kind} {8 * access.width:3}  {n:7} instructions  {access.units / n:6.2f} {KINDS[access.kind]}, "
+                  f"ideal {access.ideal / n:5.2f}  {access.source}")  # fmt: skip
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(averages(accesses), indent=1))
