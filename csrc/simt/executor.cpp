@@ -256,6 +256,7 @@ bool is_own(const void* address) {
     return address >= begin && address < static_cast<const unsigned char*>(begin) + size;
   };
   if (within(fibers[current].stack.get(), kStackBytes) || within(kernel_body, sizeof *kernel_body)) return true;
+  if (within(warps.data(), warps.size() * sizeof(Warp))) return true;
   for (const dim3* variable : {&thread_index, &block_index, &block_size, &grid_size})
     if (within(variable, sizeof *variable)) return true;
   return false;

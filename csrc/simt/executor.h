@@ -47,7 +47,8 @@ void start_copy(void* shared, const void* from);
 void commit_copies();
 void wait_copies(int groups_left);
 
-bool is_own(const void* address);  // no memory of the GPU: the running thread's stack, threadIdx and the like, the launch's body
+// Not memory of the GPU, but the running thread's stack, threadIdx and the like, what lanes exchange, or the launch's body.
+bool is_own(const void* address);
 
 [[noreturn]] void fail(const char* what);  // names kernel, block and thread
 
