@@ -248,7 +248,8 @@ def access(kind, units, ideal, source="tiles.cuh:1", instructions=10):
 
 
 def test_wavefronts_are_averaged_over_instructions_and_the_costliest_access_is_named():
-    accesses = [access("LDS", 40, 40), access("LDS", 160, 80, "tiles.cuh:2", 20), access("STS", 40, 40), access("LDG", 50, 40, "tiles.cuh:3")]
+    accesses = [access("LDS", 40, 40), access("LDS", 160, 80, "tiles.cuh:2", 20)]
+    accesses += [access("STS", 40, 40), access("LDG", 50, 40, "tiles.cuh:3")]
     assert wavefronts.averages(accesses) == {
         "tiles<128>": {
             "LDS": {"average": 200 / 30, "ideal": 4, "costliest": "tiles.cuh:2"},

@@ -195,7 +195,8 @@ void arrive(std::vector<Copy>& copies) {
 
 }  // namespace
 
-void launch(const char* name, const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
+void launch(const char* name, const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes,
+            const std::function<void()>& body) {
   kernel_name = name;
   kernel_body = &body;
   grid_size = {blocks, 1, 1};

@@ -22,7 +22,8 @@ constexpr int kLanes = 32;
 extern dim3 thread_index, block_index, block_size, grid_size;
 
 // kernel: the function, by which its accesses are counted; body: calls it with its arguments.
-void launch(const char* name, const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+void launch(const char* name, const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes,
+            const std::function<void()>& body);
 
 unsigned char* shared_memory();  // of the running block, 16-byte aligned
 int lane();

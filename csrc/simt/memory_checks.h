@@ -1,10 +1,9 @@
-// Accesses to memory: which they are, and a race detector. Two threads of a launch may not touch one byte, at least one of them writing, unless something orders them:
-// a __syncthreads between them, a collective of their warp (shuffle, vote, __syncwarp, mma), or that they are one thread.
-// Threads of different blocks are never ordered.
+// Accesses to memory, which access_counts.h counts, and a race detector. Two threads of a launch may not touch one byte, at least
+// one of them writing, unless something orders them: a __syncthreads between them, a collective of their warp (shuffle, vote,
+// __syncwarp, mma), or that they are one thread. Threads of different blocks are never ordered.
 //
 // The compiler reports the accesses: with -fsanitize=thread it calls __tsan_read4(address) and the like before each of them,
 // and memory_checks.cpp defines these functions instead of the sanitizer's library. Only kernels are compiled that way.
-// access_counts.h counts what it is told of here.
 #pragma once
 
 #include <cstddef>
