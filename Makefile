@@ -2,7 +2,8 @@
 # make test           installs what is missing and runs the tests
 # make cuda-compile   compiles the CUDA sources for ARCHS with NVCC, without torch and without running them
 # make sm70           what the V100 can make of the kernels, from their machine code; fails when a budget is exceeded.
-#                     NVCC up to 12.9, HOST_CXX a compiler that it takes, SM70_FLAGS e.g. "--csv sm70.csv"
+#                     NVCC up to 12.9, HOST_CXX a compiler that it takes, SM70_FLAGS e.g. "--csv sm70.csv". Counts wavefronts on
+#                     the CPU (make simt), for which it needs the .venv of make test; SM70_FLAGS=--ideal-wavefronts goes without
 # make simt           runs the CUDA kernels on the CPU, with races watched and under sanitizers
 # make sm80           that the Ampere kernels are in the machine code: tensor cores, ldmatrix, cp.async, no local memory in the main
 #                     loop. NVCC and HOST_CXX as above, NVCC with cuobjdump beside it

@@ -1,8 +1,9 @@
 """What the V100 can make of the kernels: resources, main loops and pipes, from their sm_70 machine code.
 
-    python benchmarks/sm70_report.py [--nvcc NVCC] [--ccbin g++-11] [--wavefronts FILE] [--csv FILE]     (make sm70)
+    python benchmarks/sm70_report.py [--nvcc NVCC] [--ccbin g++-11] [--csv FILE]     (make sm70)
 
-Compiles every kernel of csrc/sources.txt for sm_70 (nvcc up to 12.9), prints the tables, and compares them with
+Compiles every kernel of csrc/sources.txt for sm_70 (nvcc up to 12.9), runs the kernels on the CPU for their wavefronts
+(benchmarks/wavefronts.py, which needs torch; --ideal-wavefronts goes without), prints the tables, and compares them with
 csrc/kernels/budgets.json. Exit 1: a budget is exceeded, one sentence each. Exit 2: it could not be measured.
 
 The main loop is the loop that holds the most HMMA or, without tensor cores, the most LDS, LDG and FFMA; loops inside it
@@ -13,8 +14,8 @@ Cycles are a lower bound: every pipe is taken as never waiting. They follow from
 
     tensor   512 FMA per cycle and SM (1024 FLOP x 80 SM x 1.53 GHz = 125 TFLOP/s): a warp's mma.m8n8k4 has 1024 FMA and
              takes 8 cycles of its sub-partition's quarter of that, 2 for each of the 4 HMMA.884.F32 steps
-    LSU      one wavefront (128 bytes) per cycle and SM, for LDS, STS (as measured, or else the least that their width
-             takes), LDG, STG and local memory (the least); SHFL 32 lanes per cycle and SM, one wavefront
+    LSU      one wavefront (128 bytes) per cycle and SM: the least that their width takes for LDG, STG, local memory, LDS and
+             STS, the last two times what was measured over the ideal; SHFL 32 lanes per cycle and SM, one wavefront
     MUFU     4 lanes per cycle and sub-partition: 8 cycles; conversions and bit counts go there too
     FMA      16 lanes per cycle and sub-partition: 2 cycles; float32, half2 and IMAD
     ALU      16 lanes per cycle and sub-partition: 2 cycles; integers, logic, comparisons, minimum and maximum
@@ -23,7 +24,7 @@ Cycles are a lower bound: every pipe is taken as never waiting. They follow from
 
 A budget has a pattern of kernel names (the first that fits counts), the launch (threads, dynamic_shared_bytes at head_dim
 128), and any of: registers, spill_bytes, shared_bytes (at most); blocks_per_sm, tensor_fraction (at least); needs_hmma and
-no_local_in_loop; wavefronts_over_ideal (at most, where wavefronts were measured). `skip` with a reason leaves a kernel out.
+no_local_in_loop; wavefronts_over_ideal (at most, for LDS and for STS). `skip` with a reason leaves a kernel out.
 """
 
 from __future__ import annotations
@@ -316,7 +317,7 @@ class Kernel:
     body: list[Instruction]  # the main loop's steady path, or everything
     loop: list[Instruction]  # the main loop with every branch; empty without a loop
     budget: dict = field(default_factory=dict)
-    wavefronts: dict | None = None  # {"LDS": {"average": , "ideal": }, "STS": ...}
+    wavefronts: dict | None = None  # what benchmarks/wavefronts.py has of it; None: the ideal is taken
 
     @property
     def shared_bytes(self) -> int:
@@ -336,7 +337,8 @@ class Kernel:
 
     @property
     def over_ideal(self) -> dict[str, float]:
-        return {access: numbers["average"] / numbers["ideal"] for access, numbers in (self.wavefronts or {}).items()}
+        measured = {kind: numbers for kind, numbers in (self.wavefronts or {}).items() if kind in ("LDS", "STS")}
+        return {kind: numbers["average"] / numbers["ideal"] for kind, numbers in measured.items()}
 
     @property
     def tensor_fraction(self) -> float:
@@ -368,7 +370,8 @@ class Kernel:
         if b.get("no_local_in_loop") and local:
             said.append(f"{self.name}: {local['LDL']} LDL and {local['STL']} STL in the main loop, there must be none.")
         for access, ratio in self.over_ideal.items():
-            at_most(f"{access} wavefronts over the ideal", ratio, b.get("wavefronts_over_ideal"))
+            where = self.wavefronts[access].get("costliest")
+            at_most(f"{access} wavefronts over the ideal{f' (most at {where})' if where else ''}", ratio, b.get("wavefronts_over_ideal"))
         return said
 
 
@@ -506,6 +509,20 @@ def cycles_table(kernels: list[Kernel]) -> Table:
     return table
 
 
+def accesses_table(kernels: list[Kernel]) -> Table:
+    title = "A warp's access on the average, and at best: wavefronts of shared memory, 32-byte sectors of global memory"
+    table = Table(title=title, title_justify="left")
+    table.add_column("kernel", overflow="fold")
+    for column in ("LDS", "STS", "LDG", "STG"):
+        table.add_column(column, justify="right")
+    for k in kernels:
+        found = [(k.wavefronts or {}).get(kind) for kind in ("LDS", "STS", "LDG", "STG")]
+        table.add_row(k.name, *(f"{numbers['average']:.2f} / {numbers['ideal']:.2f}" if numbers else "-" for numbers in found))
+    table.caption = "as g++ sees the accesses of the source; nvcc may merge neighbours into wider ones"
+    table.caption_justify = "left"
+    return table
+
+
 def write_csv(path: Path, kernels: list[Kernel]) -> None:
     with path.open("w", newline="") as file:
         names = [p.name for p in kernels[0].pipes] if kernels else []
@@ -534,14 +551,21 @@ def apply_budgets(kernels: list[Kernel], budgets: list[dict]) -> tuple[list[Kern
     return weighed, said
 
 
+def measured_wavefronts(out: Path) -> dict:
+    file = out / "wavefronts.json"
+    run([sys.executable, Path(__file__).with_name("wavefronts.py"), "--json", file])
+    return json.loads(file.read_text())
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Resources and pipes of the kernels on the V100, from their machine code.")
     parser.add_argument("--nvcc", default="nvcc", help="an nvcc up to 12.9, with cuobjdump beside it")
     parser.add_argument("--ccbin", default="g++", help="its host compiler")
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository")
     parser.add_argument("--budgets", type=Path, help="default: csrc/kernels/budgets.json")
-    parser.add_argument("--wavefronts", type=Path, metavar="FILE",
-                        help='JSON: {kernel: {"LDS": {"average": wavefronts per access, "ideal": the same}, "STS": ...}}')  # fmt: skip
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--wavefronts", type=Path, metavar="FILE", help="what wavefronts.py --json has written; default: runs it")
+    source.add_argument("--ideal-wavefronts", action="store_true", help="measures none, and does not check their budgets")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "sm70", help="where the machine code goes")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="sources whose name fits, e.g. 'gather*'")
@@ -549,7 +573,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     nvcc = find_compiler(args.nvcc)
     budgets = json.loads((args.budgets or args.root / "csrc" / "kernels" / "budgets.json").read_text())
-    wavefronts = json.loads(args.wavefronts.read_text()) if args.wavefronts else {}
+    wavefronts = {}
+    if not args.ideal_wavefronts:
+        wavefronts = json.loads(args.wavefronts.read_text()) if args.wavefronts else measured_wavefronts(args.out)
     sources = [source for source in kernel_sources(args.root) if fnmatch.fnmatchcase(source.name, args.only)]
     compiled = compile_kernels(nvcc, args.ccbin, sources, args.root, args.out)
     kernels, said = apply_budgets(compiled, budgets)
@@ -557,9 +583,13 @@ def main(arguments: list[str] | None = None) -> int:
         said = [sentence for sentence in said if "fits no kernel" not in sentence]
     for kernel in kernels:
         kernel.wavefronts = wavefronts.get(kernel.name)
+        if not kernel.wavefronts and not args.ideal_wavefronts:
+            said.append(f"{kernel.name}: its wavefronts were not measured.")
 
     console = Console(width=170)
     console.print(resources_table(kernels), counts_table(kernels), cycles_table(kernels))
+    if wavefronts:
+        console.print(accesses_table(kernels))
     for name in sorted({k.name for k in compiled} - {k.name for k in kernels}):
         budget = budget_of(name, budgets)
         if budget:

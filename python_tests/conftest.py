@@ -1,9 +1,6 @@
 """FLEXATTN_BACKEND=races or =sanitizers: CPU tensors go to the CUDA kernels, on the executor of csrc/simt (`make simt`)."""
 
-import importlib.machinery
-import importlib.util
 import os
-import sys
 
 import pytest
 import torch
@@ -22,12 +19,9 @@ else:
     settings.load_profile("flexattn")
 
 if BACKEND != "cpu":
-    from simt_build import build
+    from simt_build import load
 
-    name = "flexattn_cuda._C"
-    loader = importlib.machinery.ExtensionFileLoader(name, str(build(BACKEND)))
-    sys.modules[name] = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
-    loader.exec_module(sys.modules[name])
+    load(BACKEND)
     torch.use_deterministic_algorithms(True)  # outputs are NaN until they are written
 
 

@@ -7,6 +7,8 @@ races: memory accesses are watched (csrc/simt/memory_checks.h). sanitizers: Addr
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import subprocess
 import sys
 import sysconfig
@@ -19,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 # Aggregates stay whole (-fno-tree-sra), so that a 16-byte access is seen as one.
 KINDS = {
-    "races": ("-O1 -fno-tree-sra", "-fsanitize=thread", ""),
+    "races": ("-O1 -fno-tree-sra", "-fsanitize=thread -g1", ""),
     "sanitizers": ("-O1 -g -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined", "",
                    "-fsanitize=address,undefined"),
 }  # fmt: skip
@@ -62,6 +64,15 @@ def build(kind: str) -> Path:
          *(f"-Wl,-rpath,{path}" for path in libraries), "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"],
         check=True,
     )  # fmt: skip
+    return module
+
+
+def load(kind: str) -> Path:
+    """Has it stand for flexattn_cuda._C, which must not be imported yet: CPU tensors then go to the CUDA kernels."""
+    module, name = build(kind), "flexattn_cuda._C"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(module))
+    sys.modules[name] = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(sys.modules[name])
     return module
 
 

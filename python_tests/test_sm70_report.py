@@ -1,15 +1,14 @@
 """The V100 report reads machine code and counts as it says (`make sm70` runs it on the kernels)."""
 
-import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location("sm70_report", Path(__file__).parents[1] / "benchmarks" / "sm70_report.py")
-report = importlib.util.module_from_spec(_spec)
-sys.modules["sm70_report"] = report
-_spec.loader.exec_module(report)
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import sm70_report as report  # noqa: E402
+import wavefronts  # noqa: E402
 
 
 def sass(*lines: str, name: str = "kernel") -> str:
@@ -239,6 +238,65 @@ def test_a_kernel_without_a_budget_and_a_budget_without_a_kernel_are_told():
     assert weighed == [] and said == ["tiles<128>: no pattern in the budgets fits it."]
     weighed, said = report.apply_budgets([plain], [{"kernel": "tiles<*", "skip": "empty on sm_70"}])
     assert weighed == [] and said == []
+
+
+# ---------------------------------------------------------------------------------------------------------- wavefronts
+
+
+def access(kind, units, ideal, source="tiles.cuh:1", instructions=10):
+    return wavefronts.Access("tiles<128>", kind, source, 16, instructions, units, ideal)
+
+
+def test_wavefronts_are_averaged_over_instructions_and_the_costliest_access_is_named():
+    accesses = [access("LDS", 40, 40), access("LDS", 160, 80, "tiles.cuh:2", 20)]
+    accesses += [access("STS", 40, 40), access("LDG", 50, 40, "tiles.cuh:3")]
+    assert wavefronts.averages(accesses) == {
+        "tiles<128>": {
+            "LDS": {"average": 200 / 30, "ideal": 4, "costliest": "tiles.cuh:2"},
+            "STS": {"average": 4, "ideal": 4},
+            "LDG": {"average": 5, "ideal": 4, "costliest": "tiles.cuh:3"},
+        }
+    }
+
+
+def test_an_access_over_the_ideal_is_named_and_global_memory_has_no_wavefronts():
+    measured = wavefronts.averages([access("STS", 54, 40, "tiles.cuh:2"), access("LDG", 80, 40)])["tiles<128>"]
+    sentences = kernel(body(FFMA=1), {"wavefronts_over_ideal": 1.05}, measured).exceeded()
+    assert sentences == ["tiles<128>: STS wavefronts over the ideal (most at tiles.cuh:2) 1.35, the budget is 1.05."]
+
+
+@pytest.fixture
+def ready(monkeypatch, tmp_path):
+    """Arguments of a report on one kernel that is compiled already."""
+    monkeypatch.setattr(report, "find_compiler", lambda nvcc: Path(nvcc))
+    monkeypatch.setattr(report, "compile_kernels", lambda *_: [kernel(body(FFMA=1))])
+    budgets = tmp_path / "budgets.json"
+    budgets.write_text(json.dumps([LAUNCH | {"wavefronts_over_ideal": 1.05}]))
+    return ["--budgets", str(budgets), "--out", str(tmp_path)]
+
+
+def test_a_kernel_that_was_not_measured_is_told(ready, tmp_path, capsys):
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps({"tiles<128>": {"LDS": {"average": 4, "ideal": 4}}}))
+    assert report.main([*ready, "--wavefronts", str(file)]) == 0
+    file.write_text("{}")
+    assert report.main([*ready, "--wavefronts", str(file)]) == 1
+    assert capsys.readouterr().err == "tiles<128>: its wavefronts were not measured.\n"
+
+
+def test_the_ideal_stands_in_only_where_it_is_asked_for(ready, tmp_path, monkeypatch, capsys):
+    without_torch = tmp_path / "python"
+    without_torch.write_text("#!/bin/sh\necho 'wavefronts: torch is missing' >&2\nexit 1\n")
+    without_torch.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(without_torch))
+    with pytest.raises(SystemExit) as ended:
+        report.main(ready)
+    assert ended.value.code == 2 and "wavefronts: torch is missing" in capsys.readouterr().err
+    assert report.main([*ready, "--ideal-wavefronts"]) == 0
+    assert "1 kernels, every one within its budget" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------ compiler
 
 
 def test_a_missing_or_too_new_compiler_is_one_sentence(tmp_path, capsys):

@@ -23,7 +23,8 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
             Arguments... arguments) {
   if (blocks == 0) return;
 #ifdef FLEXATTN_SIMT
-  simt::launch(name, static_cast<unsigned>(blocks), threads, shared_bytes, [&] { kernel(arguments...); });
+  simt::launch(name, reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks), threads, shared_bytes,
+               [&]() __attribute__((no_sanitize_thread)) { kernel(arguments...); });  // the arguments are constants on a GPU
 #else
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(cudaGetLastError(), name);

@@ -215,16 +215,17 @@ void arrive(std::vector<Copy>& copies) {
 
 }  // namespace
 
-void launch(const char* name, unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+void launch(const char* name, const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes,
+            const std::function<void()>& body) {
   kernel_name = name;
-  kernel_body = &kernel;
+  kernel_body = &body;
   grid_size = {blocks, 1, 1};
   block_size = {threads, 1, 1};
   error = nullptr;
   if (threads == 0 || threads > 1024 || threads % kLanes) throw std::runtime_error(std::string(name) + ": a block of " + std::to_string(threads) + " threads");
   while (fibers.size() < threads) fibers.emplace_back();
   warps = std::vector<Warp>(threads / kLanes);
-  begin_launch(name);
+  begin_launch(name, kernel);
   for (unsigned block = 0; block < blocks && !error; ++block) {
     block_index = {block, 0, 0};
     shared = std::vector<unsigned char>(shared_bytes);  // new for each block: one that is too small is seen by AddressSanitizer
@@ -269,6 +270,17 @@ void wait_copies(int groups_left) {
     arrive(groups.front());
     groups.pop_front();
   }
+}
+
+bool belongs_to_executor(const void* address) {
+  const auto within = [&](const void* begin, size_t size) {
+    return address >= begin && address < static_cast<const unsigned char*>(begin) + size;
+  };
+  if (within(kernel_body, sizeof *kernel_body)) return true;
+  if (within(warps.data(), warps.size() * sizeof(Warp))) return true;
+  for (const dim3* variable : {&thread_index, &block_index, &block_size, &grid_size})
+    if (within(variable, sizeof *variable)) return true;
+  return false;
 }
 
 // Nothing is thrown through a kernel, which the compiler may take for one that does not throw: its fiber is left where it is.

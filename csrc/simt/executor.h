@@ -21,7 +21,9 @@ constexpr int kLanes = 32;
 // Of the running thread.
 extern dim3 thread_index, block_index, block_size, grid_size;
 
-void launch(const char* name, unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
+// kernel: the function, by which its accesses are counted; body: calls it with its arguments.
+void launch(const char* name, const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes,
+            const std::function<void()>& body);
 
 unsigned char* shared_memory();  // of the running block, 16-byte aligned
 int lane();
@@ -47,8 +49,12 @@ void commit_copies();
 void wait_copies(int groups_left);
 
 constexpr size_t kStackBytes = 256 * 1024;
-extern uintptr_t stack_begin;  // of the running thread: its own memory
+extern uintptr_t stack_begin;  // of the running thread
 inline bool on_stack(const void* address) { return reinterpret_cast<uintptr_t>(address) - stack_begin < kStackBytes; }
+// threadIdx and the like, what lanes exchange, or the launch's body.
+bool belongs_to_executor(const void* address);
+// Not memory of the GPU.
+inline bool is_own(const void* address) { return on_stack(address) || belongs_to_executor(address); }
 
 [[noreturn]] void fail(const char* what);  // names kernel, block and thread
 

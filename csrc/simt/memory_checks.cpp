@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "access_counts.h"
 #include "executor.h"
 
 namespace flexattn::simt {
@@ -101,7 +102,8 @@ void write(Cell& cell, const Event& now, uintptr_t address) {
 
 }  // namespace
 
-void begin_launch(const char*) {
+void begin_launch(const char* name, const void* kernel) {
+  count_launch(name, kernel);
   global_pages.clear();
   recent.fill({});
 #if !defined(__SANITIZE_ADDRESS__)  // there the kernels do not tell what they access
@@ -110,6 +112,7 @@ void begin_launch(const char*) {
 }
 
 void begin_block(const void* shared, size_t shared_bytes) {
+  finish_counts();
   shared_begin = reinterpret_cast<uintptr_t>(shared);
   shared_end = shared_begin + shared_bytes;
   shared_pages.assign(shared_end / kPage - shared_begin / kPage + 1, {});
@@ -117,15 +120,23 @@ void begin_block(const void* shared, size_t shared_bytes) {
   collectives.fill(0);
 }
 
-void end_launch() { watching = false; }
+void end_launch() {
+  finish_counts();
+  watching = false;
+}
 void pass_barrier(int thread) { ++barriers[thread]; }
 void pass_warp(int thread) { ++collectives[thread]; }
 
-void record_access(const void* pointer, size_t size, Access access) {
-  if (!watching || on_stack(pointer)) return;
+namespace {
+
+// place: in the kernel's code.
+void record(const void* pointer, size_t size, Access access, const void* place) {
+  if (!watching || is_own(pointer)) return;
   const int thread = static_cast<int>(thread_index.x);
   const Event now{static_cast<int32_t>(block_index.x), thread, barriers[thread], collectives[thread]};
   const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer), end = begin + size;
+  if (counting)
+    count_access(thread, now.barriers + now.collectives, place, is_shared(begin), access, is_shared(begin) ? begin - shared_begin : begin, size);
   const int alignment = __builtin_ctzll(begin | size | (1 << kCoarsest));  // a power of two
   for (uintptr_t at = begin; at < end;) {
     Page& page = page_of(at);
@@ -136,24 +147,27 @@ void record_access(const void* pointer, size_t size, Access access) {
   }
 }
 
+}  // namespace
+
+void record_access(const void* address, size_t size, Access access) { record(address, size, access, __builtin_return_address(0)); }
+
 }  // namespace flexattn::simt
 
 // What -fsanitize=thread calls.
-using flexattn::simt::Access;
-using flexattn::simt::record_access;
+#define FLEXATTN_RECORD(size, access) flexattn::simt::record(at, size, flexattn::simt::Access::access, __builtin_return_address(0))
 extern "C" {
-#define FLEXATTN_HOOKS(size)                                                                            \
-  void __tsan_read##size(void* at) { record_access(at, size, Access::kRead); }                          \
-  void __tsan_write##size(void* at) { record_access(at, size, Access::kWrite); }                        \
-  void __tsan_unaligned_read##size(void* at) { record_access(at, size, Access::kRead); }                \
-  void __tsan_unaligned_write##size(void* at) { record_access(at, size, Access::kWrite); }
+#define FLEXATTN_HOOKS(size)                                                       \
+  void __tsan_read##size(void* at) { FLEXATTN_RECORD(size, kRead); }               \
+  void __tsan_write##size(void* at) { FLEXATTN_RECORD(size, kWrite); }             \
+  void __tsan_unaligned_read##size(void* at) { FLEXATTN_RECORD(size, kRead); }     \
+  void __tsan_unaligned_write##size(void* at) { FLEXATTN_RECORD(size, kWrite); }
 FLEXATTN_HOOKS(1)
 FLEXATTN_HOOKS(2)
 FLEXATTN_HOOKS(4)
 FLEXATTN_HOOKS(8)
 FLEXATTN_HOOKS(16)
-void __tsan_read_range(void* at, size_t size) { record_access(at, size, Access::kRead); }
-void __tsan_write_range(void* at, size_t size) { record_access(at, size, Access::kWrite); }
+void __tsan_read_range(void* at, size_t size) { FLEXATTN_RECORD(size, kRead); }
+void __tsan_write_range(void* at, size_t size) { FLEXATTN_RECORD(size, kWrite); }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_init() {}
