@@ -9,6 +9,7 @@ from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaConfig, FlexAttnLlavaForC
 
 PICTURE = 95  # image token id, inside the vocabulary of 96
 SIDE, ZOOM, PATCH = 6, 3, 8
+THRESHOLD = 235.0
 
 
 def settings(**changes) -> FlexAttnConfig:
@@ -18,9 +19,9 @@ def settings(**changes) -> FlexAttnConfig:
     return FlexAttnConfig(**(fields | changes))
 
 
-PRESETS = {"released": settings(), "paper": settings(**{
-    name: getattr(FlexAttnConfig.paper(), name) for name in ("hr_rows", "map_softmax", "scale", "threshold", "pool", "warmup")
-})}  # fmt: skip
+# Thresholds that a random model's flat maps cross here and there only, so that selections differ from step to step.
+_PAPER = {name: getattr(FlexAttnConfig.paper(), name) for name in ("hr_rows", "map_softmax", "scale", "pool", "warmup")}
+PRESETS = {"released": settings(threshold=THRESHOLD), "paper": settings(**_PAPER, threshold=THRESHOLD / 255)}
 
 
 def llava_config(heads: int = 4, kv_heads: int = 2, **changes) -> LlavaConfig:

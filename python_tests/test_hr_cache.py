@@ -261,6 +261,6 @@ def test_generate_with_pools_of_fixed_size(model, monkeypatch):
     assert torch.equal(run(model, 12, **mixed_batch(), **static, hr_capacity=3 * 18 * 18)[0], expected)
     with pytest.raises(PoolOverflow, match="layer [0-9] has no room for [0-9]+ selected tokens: hr_capacity=10 is too small"):
         run(model, 12, **mixed_batch(), **static, hr_capacity=10)
-    monkeypatch.setattr(state, "NEW_AT_ONCE", 1)
+    monkeypatch.setattr(state, "NEW_AT_ONCE", 0)
     with pytest.raises(PoolOverflow, match="[0-9]+ selected tokens found no room: hr_capacity=972 is too small, or more than"):
-        run(model, 12, **mixed_batch(), **static, hr_capacity=3 * 18 * 18)
+        run(model, 40, **mixed_batch(), **static, hr_capacity=3 * 18 * 18)
