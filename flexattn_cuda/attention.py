@@ -52,8 +52,8 @@ def visible_keys(
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
     if attention_mask is not None:
         device = attention_mask.device
-    length = torch.as_tensor(q_offset + q_length, dtype=torch.int32, device=device).expand(batch_size).contiguous()
     start = torch.zeros(batch_size, dtype=torch.int32, device=device)
+    length = (start + (q_offset + q_length)).to(torch.int32)  # q_offset: a number, or with a static cache a tensor
     if attention_mask is None:
         return VisibleKeys(start, length, None)
 
