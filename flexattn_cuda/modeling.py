@@ -149,7 +149,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         pictures = HighResolution.beside(past_key_values)
         # The length of a static cache lies on the device: a compiled decode step does without it.
         compiled = torch.compiler.is_compiling() and queries == 1 and past_key_values is not None
-        past = int(past_key_values.get_seq_length()) if past_key_values is not None and not compiled else 0
+        past = 0 if compiled else _length(past_key_values, kwargs.get("cache_position"))
         # After the prompt an image token is one that the model wrote, or a draft copied from the prompt.
         decoding = compiled or (past > 0 and (queries == 1 if prompt_length is None else past >= prompt_length))
 
@@ -173,7 +173,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 raise ValueError("the prompt has image tokens, but no pixel_values came with it")
 
         if pictures is not None and not compiled:
-            pictures.forget_after(past)
+            pictures = pictures.cropped(past_key_values, past)
         if (hr_features is not None or pixel_values_hr is not None) and self.config.flexattn is not None:
             places = None if position_ids is None else position_ids[::rows_per_prompt]
             new = self._high_resolution(hr_features, pixel_values_hr, image_live, spans, places, past, inputs_embeds)
@@ -369,6 +369,13 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             pictures["rows_per_prompt"] = expand_size
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return input_ids, kwargs | pictures
+
+
+def _length(cache: Cache | None, cache_position: torch.Tensor | None) -> int:
+    """Positions in the cache. transformers 5.0 says where a call begins; its static cache takes keys of zeros for unwritten."""
+    if cache is None:
+        return 0
+    return int(cache.get_seq_length() if cache_position is None else cache_position[0])
 
 
 def _for_each_row(pictures: torch.Tensor, spans: list[list[tuple[int, int]]], rows_per_prompt: int) -> torch.Tensor:

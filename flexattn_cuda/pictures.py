@@ -107,14 +107,18 @@ class HighResolution:
             encoded=self.encoded + later.encoded,
         )
 
-    def forget_after(self, length: int) -> None:
-        """Drops pictures whose LR tokens are no longer in the cache, which was cropped to `length` positions."""
+    def cropped(self, cache: Cache, length: int) -> HighResolution | None:
+        """Without the pictures whose LR tokens are no longer in the cache, which holds `length` positions; None without any."""
+        if length == 0:  # it is used again for something else
+            delattr(cache, _ATTRIBUTE)
+            return None
         if self.last_end <= length:
-            return
+            return self
         gone = self.ranges[..., 1] > length
         self.ranges = self.ranges.masked_fill(gone[..., None], 0)
         self.live = self.live.masked_fill(gone[..., None], 0)
         self.last_end = int(self.ranges.max())
+        return self
 
     def tile_numbers(self, tokens: torch.Tensor) -> torch.Tensor:
         """[n] int64: which tile each token belongs to, counted over prompts, pictures and tiles; tokens count over prompts."""

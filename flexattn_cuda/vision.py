@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import torch
 from torch import nn
 from transformers import LlavaModel
 
 from flexattn_cuda import profiling
+
+# Older transformers exchange the tower's forward functions while they record its hidden states.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @profiling.in_phase("encode_pictures")
@@ -22,12 +26,13 @@ def encode_pictures(model: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
         [n, (s / patch)**2, D], row-major, top-left first.
     """
     sized = _with_picture_size(model, pixels.shape[-1])
-    features = sized.get_image_features(
-        pixel_values=pixels.to(sized.dtype),
-        vision_feature_layer=model.config.vision_feature_layer,
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-        return_dict=True,
-    )
+    with _ONE_AT_A_TIME:
+        features = sized.get_image_features(
+            pixel_values=pixels.to(sized.dtype),
+            vision_feature_layer=model.config.vision_feature_layer,
+            vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+            return_dict=True,
+        )
     return torch.stack(list(features.pooler_output))
 
 

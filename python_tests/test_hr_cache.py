@@ -29,7 +29,7 @@ def photo_question(seed=0, text=9):
 
 def mixed_batch():
     """Different questions, two pictures in one prompt, and a row of text alone."""
-    rows = [small.prompt(4, "picture", 9), small.prompt(2, "picture", 5, "picture", 3, seed=1), small.prompt(7, seed=2)]
+    rows = [small.prompt(2, "picture", 5, "picture", 3, seed=1), small.prompt(4, "picture", 9), small.prompt(7, seed=2)]
     return small.left_padded(*rows) | {"pixel_values_hr": small.photos(3)}
 
 
@@ -118,7 +118,7 @@ def test_samples_of_one_prompt_share_its_pictures(hr_cache):
         length = ids.shape[1] - 8
         prompt = mixed_batch()["attention_mask"][row // 4].bool()
         alone = {"input_ids": ids[row, :length][prompt][None]}
-        pictures = [slice(0, 1), slice(1, 3), slice(0, 0)][row // 4]
+        pictures = [slice(0, 2), slice(2, 3), slice(0, 0)][row // 4]
         if row < 8:
             alone["pixel_values_hr"] = small.photos(3)[pictures]
         cache = DynamicCache(config=model.config.text_config)
@@ -264,3 +264,14 @@ def test_generate_with_pools_of_fixed_size(model, monkeypatch):
     monkeypatch.setattr(state, "NEW_AT_ONCE", 0)
     with pytest.raises(PoolOverflow, match="[0-9]+ selected tokens found no room: hr_capacity=972 is too small, or more than"):
         run(model, 40, **mixed_batch(), **static, hr_capacity=3 * 18 * 18)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_emptied_holds_no_pictures(model):
+    cache = StaticCache(config=model.config.text_config, max_cache_len=60)
+    fresh = StaticCache(config=model.config.text_config, max_cache_len=60)
+    model(**photo_question(), past_key_values=cache)
+    cache.reset()
+    text = {"input_ids": small.prompt(20, seed=5)[None]}
+    assert torch.equal(model(**text, past_key_values=cache).logits, model(**text, past_key_values=fresh).logits)
+    assert HighResolution.beside(cache) is None
