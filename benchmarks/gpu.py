@@ -29,8 +29,13 @@ import measuring
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-OPERATORS = ["python_tests/test_attention_paths.py", "python_tests/test_ops.py"]
-LONG = ["python_tests/test_reference_vectors.py"]  # beside the others, for the sake of time
+# Of the tests, what runs at the same time; the rest is a group, too.
+GROUPS = {
+    "operators": ["python_tests/test_attention_paths.py", "python_tests/test_ops.py"],
+    "reference vectors": ["python_tests/test_reference_vectors.py"],
+    "answers": [f"python_tests/test_{name}.py" for name in ("answering", "cli", "default_model")],
+    "benchmarks": [f"python_tests/test_{name}.py" for name in ("bench_attention", "gpu_run")],
+}
 PASSED, FAILED, LEFT_OUT = "passed", "FAILED", "left out"
 FAILED_LINES = 25  # of a failed step's output are printed
 
@@ -73,10 +78,9 @@ def stages(python: str, architecture: str, out: Path) -> list[list[Step]]:
               environment={"FLEXATTN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture})],
         [Step("the build runs on this GPU", [python, "-c", RUNS_HERE], limit=20)],
         [
-            Step("tests: operators", [*pytest, *OPERATORS], limit=150),
-            Step("tests: operators, the V100's kernels", [*pytest, *OPERATORS], limit=150, environment=volta),
-            Step("tests: reference vectors", [*pytest, *LONG], limit=150),
-            Step("tests: the rest", [*pytest, "python_tests", *(f"--ignore={path}" for path in OPERATORS + LONG)], limit=150),
+            *(Step(f"tests: {group}", [*pytest, *paths], limit=150) for group, paths in GROUPS.items()),
+            Step("tests: the rest", [*pytest, "python_tests", *(f"--ignore={path}" for paths in GROUPS.values() for path in paths)], limit=150),
+            Step("tests: operators, the V100's kernels", [*pytest, *GROUPS["operators"]], limit=150, environment=volta),
             sanitizer("memcheck", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),  # an allocation of its own for every tensor
             sanitizer("racecheck"),
         ],

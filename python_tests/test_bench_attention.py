@@ -70,8 +70,13 @@ def spoil(monkeypatch, which: str, value: float) -> None:
 
 
 def test_a_wrong_result_is_not_timed_and_fails(tmp_path, monkeypatch, capsys):
+    def no_compiler(*_, **__):
+        raise RuntimeError("no triton here\nand more")
+
     spoil(monkeypatch, "out", float("nan"))
+    monkeypatch.setattr(bench_attention, "compiled_flex_attention", no_compiler)
     code, rows = run(tmp_path)
+    assert {row["note"] for row in rows if row["method"] == "flex_attention"} == {"RuntimeError: no triton here"}
     ours = [row for row in rows if row["method"] in OURS and row["case"] in ("prefill", "decode")]
     assert code == 1 and ours and all("the output is wrong: error nan" in row["note"] and not row["median_us"] for row in ours)
     assert any(row["median_us"] for row in rows if row["method"] == "eager")

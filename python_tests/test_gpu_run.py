@@ -101,14 +101,14 @@ def test_the_plan_ends_within_eight_minutes_and_nothing_runs_beside_the_benchmar
 
 
 def test_the_whole_suite_runs_once(tmp_path):
-    """What the first test steps take, the last one ignores, and nothing else."""
-    steps = {step.name: step for steps in gpu.stages("python3", "9.0", tmp_path) for step in steps}
-    first = steps["tests: operators"].command + steps["tests: reference vectors"].command
-    taken = {word for word in first if word.startswith("python_tests/")}
-    ignored = {word.partition("=")[2] for word in steps["tests: the rest"].command if word.startswith("--ignore=")}
-    assert taken == ignored and all((gpu.ROOT / path).exists() for path in taken)
-    volta = steps["tests: operators, the V100's kernels"]
-    assert volta.command == steps["tests: operators"].command and volta.environment == {"FLEXATTN_CAPABILITY": "70"}
+    """What the groups take, the rest ignores, and nothing else."""
+    tests = {s.name.partition(": ")[2]: s for steps in gpu.stages("python3", "9.0", tmp_path) for s in steps if s.name.startswith("tests: ")}
+    volta, rest = tests.pop("operators, the V100's kernels"), tests.pop("the rest")
+    taken = [word for step in tests.values() for word in step.command if word.startswith("python_tests/")]
+    ignored = [word.partition("=")[2] for word in rest.command if word.startswith("--ignore=")]
+    assert taken == ignored and len(set(taken)) == len(taken) and all((gpu.ROOT / path).exists() for path in taken)
+    assert "python_tests" in rest.command
+    assert volta.command == tests["operators"].command and volta.environment == {"FLEXATTN_CAPABILITY": "70"}
 
 
 def test_a_dry_run_prints_the_commands(tmp_path, capsys):
