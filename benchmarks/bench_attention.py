@@ -184,7 +184,8 @@ def exact_attention(case: AttentionCase, heads: int = 4) -> tuple[torch.Tensor, 
     outs, maps = [], []
     for b in range(case.batch):
         parts = []
-        options = {name: value[b : b + 1] if torch.is_tensor(value) and name[1:] != "_hr" else value for name, value in case.options.items()}
+        shared = ("k_hr", "v_hr", "map_size", "map_over_all")
+        options = {name: value if name in shared else value[b : b + 1] for name, value in case.options.items()}
         for h in range(0, case.heads, heads):
             q, k, v = (x[b : b + 1, h : h + heads].double() for x in (case.q, case.k, case.v))
             pool = {name: case.options[name][:, h : h + heads].double() for name in ("k_hr", "v_hr") if case.M}
@@ -468,8 +469,9 @@ def show(rows: list[dict], bandwidth: float) -> None:
     measuring.print_table(
         "Attention: microseconds of ours, and the time of the others over it (output alone but for eager and ours)",
         ("case", "ours us", *others),
-        [[name, f"{methods['ours']['median_us']:.1f}", *(ratio(methods.get(other)) for other in others)] for name, methods in attentions.items()],
-    )
+        [[name, f"{methods['ours']['median_us']:.1f}", *(ratio(methods.get(other)) for other in others)]
+         for name, methods in attentions.items()],
+    )  # fmt: skip
     measuring.print_table(
         f"Bytes that must move once, over time; a large copy moves {bandwidth * 1e-9:.0f} GB/s",
         ("case", "us", "MB", "GB/s", "share of the copy"),
@@ -586,8 +588,8 @@ def check_kernels(run: Run) -> int:
         said += [f"{name}, {method}: {why}" for method, why in bad.items()]
         count += len(case.methods)
     for dtype in (torch.float32, torch.float16):
-        case = AttentionCase(z.queries, z.queries, z.selected[0], "all", dtype, z.batches[-1], z.heads, z.heads, z.head_dim, z.side, z.first,
-                             backward=True, device=run.device, seed=next(run.seeds))  # fmt: skip
+        case = AttentionCase(z.queries, z.queries, z.selected[0], "all", dtype, z.batches[-1], z.heads, z.heads, z.head_dim, z.side,
+                             z.first, backward=True, device=run.device, seed=next(run.seeds))  # fmt: skip
         for leaf, mine, theirs in zip(("q", "k", "v", "k_hr", "v_hr"), case.run("ours")(), case.run("eager")()):
             # A logit's gradient is a difference of sums over the channels, and eager torch rounds those sums.
             error, largest = (mine - theirs).abs().max().item(), theirs.abs().max().item()

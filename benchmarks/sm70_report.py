@@ -117,8 +117,8 @@ def parse_sass(text: str) -> dict[str, list[Instruction]]:
 
 
 _KINDS = {
-    "LDS": "LDS", "LDSM": "LDS", "LDGSTS": "LDG", "STS": "STS", "ATOMS": "STS", "LDG": "LDG", "LD": "LDG", "STG": "STG", "ST": "STG", "ATOM": "STG",
-    "ATOMG": "STG", "RED": "STG", "LDL": "LDL", "STL": "STL", "SHFL": "SHFL", "HMMA": "HMMA", "BAR": "BAR",
+    "LDS": "LDS", "LDSM": "LDS", "STS": "STS", "ATOMS": "STS", "LDG": "LDG", "LD": "LDG", "LDGSTS": "LDG", "STG": "STG", "ST": "STG",
+    "ATOM": "STG", "ATOMG": "STG", "RED": "STG", "LDL": "LDL", "STL": "STL", "SHFL": "SHFL", "HMMA": "HMMA", "BAR": "BAR",
     **dict.fromkeys(("MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO", "BREV"), "MUFU"),
     **dict.fromkeys(("FFMA", "FMUL", "FADD", "FFMA32I", "FMUL32I", "FADD32I"), "FP32"),
     **dict.fromkeys(("IMAD", "IMAD32I", "HFMA2", "HADD2", "HMUL2", "HFMA2_32I", "HADD2_32I", "HMUL2_32I"), "IMAD"),
