@@ -545,9 +545,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="*", metavar="PATTERN", help="sources whose name fits, e.g. 'gather*'")
     args = parser.parse_args(arguments)
 
+    nvcc = find_compiler(args.nvcc)
     if Table is None:
         raise Unmeasured("rich is missing; `pip install rich`.")
-    nvcc = find_compiler(args.nvcc)
     budgets = json.loads((args.budgets or args.root / "csrc" / "kernels" / "budgets.json").read_text())
     wavefronts = json.loads(args.wavefronts.read_text()) if args.wavefronts else {}
     sources = [source for source in kernel_sources(args.root) if fnmatch.fnmatchcase(source.name, args.only)]
