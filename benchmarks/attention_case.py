@@ -61,6 +61,7 @@ class AttentionCase:
             slots = torch.arange(B * M, dtype=torch.int32, device=self.device).view(B, M)
             self.options |= {"k_hr": self.k_hr, "v_hr": self.v_hr, "hr_slots": slots, "hr_count": each(M)[:, 0]}
         self.options |= {"hr_from": each(0)[:, 0]} if self.rows == "all" and M else {"hr_rows": each(self.N - 1)}
+        self._joined = self._join() if self.joined and M else None
 
     def ours(self):
         result = ops.hierarchical_attention(self.q, self.k, self.v, **self.options)
@@ -75,12 +76,8 @@ class AttentionCase:
         join = lambda pool, seq: torch.cat([pool[tokens].transpose(1, 2), seq], 2)  # noqa: E731
         return self._heads(join(self.k_hr, self.k)), self._heads(join(self.v_hr, self.v))
 
-    @cached_property
-    def _joined(self):
-        return self._join()
-
     def all_keys(self):
-        return self._joined if self.joined else self._join()
+        return self._joined or self._join()
 
     @cached_property
     def hidden_of_all(self):

@@ -97,7 +97,8 @@ def main() -> None:
     parser.add_argument("--csv", help="file for the table")
     arguments = parser.parse_args()
 
-    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, B=1 H={Attention.heads} d={Attention.head_dim}, times are medians")
+    machine = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+    print(f"{machine}, B=1 H={Attention.heads} d={Attention.head_dim}, times are medians")
     print(f"{'case':58} {'threads':>7} {'ours':>9} {'eager':>9} {'sdpa':>9}   eager/ours  sdpa/ours")
     table = []
     for threads in map(int, arguments.threads.split(",")):

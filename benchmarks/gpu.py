@@ -29,21 +29,33 @@ import measuring
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-OPERATORS = ["python_tests/test_attention_paths.py", "python_tests/test_ops.py"]
-LONG = ["python_tests/test_reference_vectors.py"]  # beside the others, for the sake of time
+# Of the tests, what runs at the same time; the rest is a group, too.
+GROUPS = {
+    "operators": ["python_tests/test_attention_paths.py", "python_tests/test_ops.py"],
+    "reference vectors": ["python_tests/test_reference_vectors.py"],
+    "answers": [f"python_tests/test_{name}.py" for name in ("answering", "cli", "default_model")],
+    "benchmarks": [f"python_tests/test_{name}.py" for name in ("bench_attention", "gpu_run")],
+}
 PASSED, FAILED, LEFT_OUT = "passed", "FAILED", "left out"
 FAILED_LINES = 25  # of a failed step's output are printed
 
 
 @dataclass(frozen=True)
 class Step:
-    """command[0] is a program's name or path. It is ended after `limit` seconds. An optional step is left out without its program."""
+    """A command, and how it is run.
+
+    command: The first word is a program's name or path.
+    limit: Seconds after which it is ended.
+    optional: It is left out where there is no such program.
+    shown: Its output is printed even if it succeeds.
+    """
 
     name: str
     command: list[str]
     limit: int
     environment: dict[str, str] = field(default_factory=dict)
     optional: bool = False
+    shown: bool = False
 
     def __str__(self) -> str:
         return shlex.join([*(f"{name}={value}" for name, value in self.environment.items()), *self.command])
@@ -61,6 +73,7 @@ class Result:
 def stages(python: str, architecture: str, out: Path) -> list[list[Step]]:
     """architecture: Of the GPU, as TORCH_CUDA_ARCH_LIST takes it."""
     pytest = [python, "-m", "pytest", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-rfEs"]
+    others = [f"--ignore={path}" for paths in GROUPS.values() for path in paths]
     volta = {"FLEXATTN_CAPABILITY": "70"}
     small_case = [python, "benchmarks/bench_attention.py", "--quick", "--check"]
 
@@ -73,18 +86,18 @@ def stages(python: str, architecture: str, out: Path) -> list[list[Step]]:
               environment={"FLEXATTN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture})],
         [Step("the build runs on this GPU", [python, "-c", RUNS_HERE], limit=20)],
         [
-            Step("tests: operators", [*pytest, *OPERATORS], limit=150),
-            Step("tests: operators, the V100's kernels", [*pytest, *OPERATORS], limit=150, environment=volta),
-            Step("tests: reference vectors", [*pytest, *LONG], limit=150),
-            Step("tests: the rest", [*pytest, "python_tests", *(f"--ignore={path}" for path in OPERATORS + LONG)], limit=150),
+            *(Step(f"tests: {group}", [*pytest, *paths], limit=150) for group, paths in GROUPS.items()),
+            Step("tests: the rest", [*pytest, "python_tests", *others], limit=150),
+            Step("tests: operators, the V100's kernels", [*pytest, *GROUPS["operators"]], limit=150, environment=volta),
             sanitizer("memcheck", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),  # an allocation of its own for every tensor
             sanitizer("racecheck"),
         ],
-        [Step("benchmarks", [python, "benchmarks/bench_attention.py", "--out", str(out), "--seconds", "90"], limit=125)],
+        [Step("benchmarks", [python, "benchmarks/bench_attention.py", "--out", str(out), "--seconds", "90"], limit=125,
+              shown=True)],
     ]  # fmt: skip
 
 
-RUNS_HERE = "from flexattn_cuda import build; print(build.build_info()); reason = build.cuda_unavailable_reason(0); assert not reason, reason"
+RUNS_HERE = "import sys; from flexattn_cuda import build; print(build.build_info()); sys.exit(build.cuda_unavailable_reason(0))"
 
 
 def sanitizer_path() -> str:
@@ -144,11 +157,12 @@ def run_all(stages: list[list[Step]], log: Path) -> list[Result]:
     with log.open("w") as file:
         for steps in stages:
             with ThreadPoolExecutor(len(steps)) as pool:
-                for result in pool.map(run, steps):
+                for step, result in zip(steps, pool.map(run, steps)):
                     results.append(result)
                     print(f"{result.step}: {result.result} after {result.seconds:.0f} s: {result.detail}", flush=True)
-                    if result.result == FAILED:
-                        print("\n".join(f"    {line}" for line in result.output.splitlines()[-FAILED_LINES:]), flush=True)
+                    if step.shown or result.result == FAILED:
+                        lines = result.output.splitlines()
+                        print("\n".join(f"    {line}" for line in (lines if step.shown else lines[-FAILED_LINES:])), flush=True)
                     file.write(f"\n===== {result.step}: {result.result} after {result.seconds:.1f} s\n{result.output}")
                     file.flush()
     return results

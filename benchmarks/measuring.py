@@ -29,7 +29,9 @@ def driver_version() -> str:
         return "unknown"
 
 
-def medians(functions: dict[str, Callable], seconds: float, least: int = 5, time_of: Callable | None = None) -> dict[str, tuple[float, int]]:
+def medians(
+    functions: dict[str, Callable], seconds: float, least: int = 5, time_of: Callable | None = None
+) -> dict[str, tuple[float, int]]:
     """Median seconds of each and the number of runs; they take turns, so that a slow moment hits all alike.
 
     time_of: Calls a function and gives the seconds that it took; by default on this processor's clock.

@@ -65,7 +65,7 @@ def test_ask_draws_a_map(flexattn, checkpoint, photo, tmp_path):
     answer = answering.ask(*answering.load(checkpoint), photo, QUESTION, max_new_tokens=3, trace=True)
     assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(answer.draw()))
     drawn = np.asarray(Image.open(picture))[:120, :160].astype(int)
-    mask = answer.trace.steps[0][1].mask[0, 0, 0].view(18, 18).numpy()
+    mask = answer.trace.steps[0][1].mask[0, 0, 0].view(18, 18).cpu().numpy()
     rows, columns = viz.cells_of_pixels(160, 120, 18)
     selected = mask[rows[:, None], columns[None, :]]
     outlined = (drawn == viz.OUTLINE).all(-1)

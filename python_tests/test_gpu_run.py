@@ -71,8 +71,9 @@ def test_tests_that_lack_a_package_do_not_look_green(tmp_path):
 def test_without_hypothesis_the_other_files_run(tmp_path):
     (tmp_path / "hypothesis").mkdir()
     (tmp_path / "hypothesis" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'hypothesis'\")")
+    files = ["python_tests/test_attention_paths.py", "python_tests/test_viz.py"]
     command = [sys.executable, "-m", "pytest", "-p", "no:hypothesispytest", "-p", "no:cacheprovider", "-rE",
-               "--continue-on-collection-errors", "--collect-only", "python_tests/test_attention_paths.py", "python_tests/test_viz.py"]  # fmt: skip
+               "--continue-on-collection-errors", "--collect-only", *files]  # fmt: skip
     result = gpu.run(Step("tests", command, limit=100, environment={"PYTHONPATH": f"{tmp_path}:{gpu.ROOT}"}))
     assert "test_every_path_equals_the_reference" in result.output
     assert "not collected: python_tests/test_viz.py (ModuleNotFoundError: No module named 'hypothesis')" in result.detail
@@ -82,11 +83,13 @@ def test_without_hypothesis_the_other_files_run(tmp_path):
 
 
 def test_a_failing_step_stops_no_other(tmp_path, capsys):
-    plan = [[python("raise SystemExit('broken')", "build")], [python("print('fine')", "tests"), python("print('ok')", "more tests")]]
+    tests = [python("print('fine')\nprint('2 passed')", "tests"), python("print('table')\nprint('end')", "more tests", shown=True)]
+    plan = [[python("raise SystemExit('broken')", "build")], tests]
     results = gpu.run_all(plan, tmp_path / "gpu.log")
     assert [(r.step, r.result) for r in results] == [("build", "FAILED"), ("tests", "passed"), ("more tests", "passed")]
     assert gpu.exit_code(results) == 1 and gpu.exit_code(results[1:]) == 0
-    assert "    broken" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "    broken\n" in said and "    table\n" in said and "    fine\n" not in said
     assert "===== build: FAILED" in (tmp_path / "gpu.log").read_text()
 
 
@@ -101,14 +104,15 @@ def test_the_plan_ends_within_eight_minutes_and_nothing_runs_beside_the_benchmar
 
 
 def test_the_whole_suite_runs_once(tmp_path):
-    """What the first test steps take, the last one ignores, and nothing else."""
-    steps = {step.name: step for steps in gpu.stages("python3", "9.0", tmp_path) for step in steps}
-    first = steps["tests: operators"].command + steps["tests: reference vectors"].command
-    taken = {word for word in first if word.startswith("python_tests/")}
-    ignored = {word.partition("=")[2] for word in steps["tests: the rest"].command if word.startswith("--ignore=")}
-    assert taken == ignored and all((gpu.ROOT / path).exists() for path in taken)
-    volta = steps["tests: operators, the V100's kernels"]
-    assert volta.command == steps["tests: operators"].command and volta.environment == {"FLEXATTN_CAPABILITY": "70"}
+    """What the groups take, the rest ignores, and nothing else."""
+    steps = [step for steps in gpu.stages("python3", "9.0", tmp_path) for step in steps]
+    tests = {step.name.partition(": ")[2]: step for step in steps if step.name.startswith("tests: ")}
+    volta, rest = tests.pop("operators, the V100's kernels"), tests.pop("the rest")
+    taken = [word for step in tests.values() for word in step.command if word.startswith("python_tests/")]
+    ignored = [word.partition("=")[2] for word in rest.command if word.startswith("--ignore=")]
+    assert taken == ignored and len(set(taken)) == len(taken) and all((gpu.ROOT / path).exists() for path in taken)
+    assert "python_tests" in rest.command
+    assert volta.command == tests["operators"].command and volta.environment == {"FLEXATTN_CAPABILITY": "70"}
 
 
 def test_a_dry_run_prints_the_commands(tmp_path, capsys):
