@@ -3,7 +3,7 @@
 # make cuda-compile   compiles the CUDA sources for ARCHS with NVCC, without torch and without running them
 # make sm70           what the V100 can make of the kernels, from their machine code; fails when a budget is exceeded.
 #                     NVCC up to 12.9, HOST_CXX a compiler that it takes, SM70_FLAGS e.g. "--csv sm70.csv"
-# make simt           runs the CUDA kernels on the CPU, with races watched and under sanitizers
+# make simt           runs the CUDA kernels of every operator on the CPU, with races watched and under sanitizers
 # make clean          removes .venv and what was built
 #
 # A second call installs nothing: stamps in .venv tell what is there. Native code is built again when it changes.
@@ -52,7 +52,7 @@ cuda-compile:
 	cmake --build $(CUDA_BUILD) --parallel 2
 
 # The CUDA kernels on the CPU (csrc/simt): once with races watched, once under the sanitizers. -j2 runs both at a time.
-SIMT_TESTS := python_tests/test_simt.py python_tests/test_attention_paths.py
+SIMT_TESTS := python_tests/test_simt.py python_tests/test_attention_paths.py python_tests/test_ops.py
 simt: simt-races simt-sanitizers
 simt-races: $(VENV)/test-packages
 	FLEXATTN_BACKEND=races $(VENV)/bin/python -m pytest $(SIMT_TESTS)
