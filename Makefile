@@ -4,7 +4,7 @@
 # make sm70           what the V100 can make of the kernels, from their machine code; fails when a budget is exceeded.
 #                     NVCC up to 12.9, HOST_CXX a compiler that it takes, SM70_FLAGS e.g. "--csv sm70.csv". Counts wavefronts on
 #                     the CPU (make simt), for which it needs the .venv of make test; SM70_FLAGS=--ideal-wavefronts goes without
-# make simt           runs the CUDA kernels on the CPU, with races watched and under sanitizers
+# make simt           runs the CUDA kernels of every operator on the CPU, with races watched and under sanitizers
 # make sm80           that the Ampere kernels are in the machine code: tensor cores, ldmatrix, cp.async, no local memory in the main
 #                     loop. NVCC and HOST_CXX as above, NVCC with cuobjdump beside it
 # make gpu            on a machine with an NVIDIA GPU, with PYTHON's own packages and no network, in under eight minutes: builds in
@@ -57,7 +57,7 @@ cuda-compile:
 	cmake --build $(CUDA_BUILD) --parallel 2
 
 # The CUDA kernels on the CPU (csrc/simt): once with races watched, once under the sanitizers. -j2 runs both at a time.
-SIMT_TESTS := python_tests/test_simt.py python_tests/test_attention_paths.py
+SIMT_TESTS := python_tests/test_simt.py python_tests/test_attention_paths.py python_tests/test_ops.py
 simt: simt-races simt-sanitizers
 simt-races: $(VENV)/test-packages
 	FLEXATTN_BACKEND=races $(VENV)/bin/python -m pytest $(SIMT_TESTS)

@@ -22,7 +22,7 @@ CSRC = ROOT / "csrc"
 # Aggregates stay whole (-fno-tree-sra), so that a 16-byte access is seen as one.
 KINDS = {
     "races": ("-O1 -fno-tree-sra", "-fsanitize=thread -g1", ""),
-    "sanitizers": ("-O1 -g -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined", "",
+    "sanitizers": ("-O1 -g1 -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined", "",
                    "-fsanitize=address,undefined"),
 }  # fmt: skip
 FACTS = {"VERSION": "", "NO_CUDA_REASON": "", "CUDA_TOOLKIT": "executor on the CPU", "ARCHITECTURES": ""}

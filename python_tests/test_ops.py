@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from accuracy import assert_as_good_as_eager
+from conftest import BACKEND, examples
 from flexattn_cuda import ops, reference
 from flexattn_cuda.rotary import rotate
-from strategies import SIDE, attention_cases, selection_cases, slot_cases, write_cases
+from strategies import SIDE, AttentionCase, attention_cases, selection_cases, slot_cases, write_cases
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 device_cases = pytest.mark.parametrize("device", DEVICES)
+large = pytest.mark.skipif(BACKEND == "sanitizers", reason="under the sanitizers the small ones run")
+GRID, HR_GRID = 24, 72  # of the large cases: the default model's
 dtype_cases = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
 
 
@@ -28,7 +31,7 @@ def rounded(case, dtype):
 
 @device_cases
 @dtype_cases
-@settings(max_examples=40)
+@examples(40)
 @given(case=attention_cases())
 def test_attention(device, dtype, case):
     positional, keywords = case.like(dtype, device)
@@ -45,9 +48,31 @@ def test_attention(device, dtype, case):
 
 @device_cases
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@settings(max_examples=25)
+@examples(25)
 @given(case=attention_cases(gradients=True))
 def test_attention_gradients(device, dtype, case):
+    check_gradients(device, dtype, case)
+
+
+@device_cases
+@large
+def test_gradients_of_a_long_prompt(device):
+    """One head; the last rows see an HR pool."""
+    N, M, d = 2925, 600, 64
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    floats = {"q": normal(1, 1, N, d), "k": normal(1, 1, N, d), "v": normal(1, 1, N, d), "k_hr": normal(M, 1, d), "v_hr": normal(M, 1, d)}
+    others = {
+        "hr_slots": torch.randperm(M, generator=generator).int()[None], "hr_count": torch.tensor([M - 1], dtype=torch.int32),
+        "hr_from": torch.tensor([N - 40], dtype=torch.int32),
+    }  # fmt: skip
+    check_gradients(device, torch.float32, AttentionCase(floats, others))
+
+
+def check_gradients(device, dtype, case):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(case.floats["q"].transpose(1, 2).shape, generator=generator, dtype=torch.float64)
 
@@ -72,7 +97,7 @@ def test_attention_gradients(device, dtype, case):
 
 
 @device_cases
-@settings(max_examples=12)
+@examples(12)
 @given(case=attention_cases(gradients=True, small=True))
 def test_gradcheck(device, case):
     positional, keywords = case.like(torch.float64, device, requires_grad=True)
@@ -85,9 +110,24 @@ def test_gradcheck(device, case):
 
 
 @device_cases
-@settings(max_examples=150)
+@examples(150)
 @given(case=selection_cases())
 def test_selection_is_exact(device, case):
+    check_selection(device, case)
+
+
+@device_cases
+@large
+def test_selection_of_several_photographs_is_exact(device):
+    B, R, I = 2, 3, 4
+    generator = torch.Generator().manual_seed(0)
+    map = torch.rand(B, R, I, GRID**2, generator=generator) ** 8
+    live = torch.tensor([0, 3, GRID, GRID - 2], dtype=torch.int32).expand(B, I, 4).clone()
+    check_selection(device, dict(map=map, live=live, hr_side=HR_GRID, scale=255.0, threshold=48.0, pool_side=0))
+    check_selection(device, dict(map=map, live=live, hr_side=HR_GRID, scale=255.0, threshold=128.0, pool_side=9))
+
+
+def check_selection(device, case):
     ours = ops.select_tokens(**(case | {"map": case["map"].to(device), "live": case["live"].to(device)}))
     expected = reference.select_tokens(**case)
     for name in expected._fields:
@@ -96,7 +136,8 @@ def test_selection_is_exact(device, case):
 
 @device_cases
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "D", "M"), [(1, 1, 0), (7, 3, 5), (65, 8, 65), (130, 64, 33)])
+@pytest.mark.parametrize(("T", "D", "M"), [(1, 1, 0), (7, 3, 5), (33, 24, 20), (65, 8, 65), (130, 64, 33),
+                                       pytest.param(HR_GRID**2, 256, 2925, marks=large)])
 def test_gather(device, dtype, T, D, M):
     generator = torch.Generator().manual_seed(T)
     table = torch.randn(2, T, 2 * D, generator=generator).to(dtype)[..., :D]  # a view: rows 2 * D apart
@@ -121,9 +162,25 @@ def test_gather_gradcheck(device):
 
 
 @device_cases
-@settings(max_examples=100)
+@examples(100)
 @given(case=slot_cases())
 def test_slots(device, case):
+    check_slots(device, case)
+
+
+@device_cases
+@large
+def test_slots_of_a_photograph(device):
+    B, T, M = 2, HR_GRID**2, 2925
+    generator = torch.Generator().manual_seed(0)
+    selections = [
+        (torch.stack([torch.randperm(T, generator=generator)[:M] for _ in range(B)]).int(), torch.tensor([M, M - 700], dtype=torch.int32))
+        for _ in range(3)
+    ]
+    check_slots(device, dict(selections=selections, table=torch.full((B, T), -1, dtype=torch.int32), capacity=B * T - 3000))
+
+
+def check_slots(device, case):
     """Exactly the reference's slots, over several calls of one pool; table and next_free are left the same."""
     capacity = case["capacity"]
     ours, theirs = (
@@ -147,10 +204,30 @@ def copy_strided(x: torch.Tensor, device: str) -> torch.Tensor:
 @device_cases
 @dtype_cases
 @pytest.mark.parametrize("tables", ["same", "float32"])
-@settings(max_examples=40)
+@examples(40)
 @given(case=write_cases())
 def test_write_hr_kv(device, dtype, tables, case):
-    table_dtype = torch.float32 if tables == "float32" else dtype
+    check_write(device, dtype, torch.float32 if tables == "float32" else dtype, case)
+
+
+@device_cases
+@large
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_write_of_a_photograph(device, dtype):
+    M, heads, d = HR_GRID**2, 1, 128
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    angles, slots = 7 * normal(M, d), torch.randperm(M + 5, generator=generator)[:M].int()
+    slots[::9] = -1
+    rows = {name: normal(M, heads, d) for name in ("k", "v")}
+    pools = {name: normal(M + 5, heads, d) for name in ("k_pool", "v_pool")}
+    check_write(device, dtype, dtype, rows | dict(cos=angles.cos(), sin=angles.sin(), slots=slots) | pools)
+
+
+def check_write(device, dtype, table_dtype, case):
     types = {name: table_dtype if name in ("cos", "sin") else torch.int32 if name == "slots" else dtype for name in case}
     given = {name: torch.empty_strided(x.shape, x.stride(), dtype=types[name]).copy_(x) for name, x in case.items()}
     ours = {name: copy_strided(x, device) for name, x in given.items()}
@@ -398,7 +475,7 @@ def select(**changes):
     return ops.select_tokens(**(base | changes))
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(n=st.integers(1, 70), seed=st.integers(0, 99))
 def test_bits_round_trip(n, seed):
     mask = torch.rand(3, n, generator=torch.Generator().manual_seed(seed)) < 0.5

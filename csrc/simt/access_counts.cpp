@@ -47,7 +47,7 @@ struct Executions {
 };
 
 struct Warp {
-  uint32_t interval = 0;
+  uint64_t interval = 0;
   std::unordered_map<Site, Executions, SiteHash> sites;
 };
 
@@ -143,7 +143,7 @@ void count_launch(const char* name, const void* kernel) {
   running_kernel = kernel;
 }
 
-void count_access(int thread, uint32_t interval, const void* at, bool shared, Access access, uintptr_t address, size_t size) {
+void count_access(int thread, uint64_t interval, const void* at, bool shared, Access access, uintptr_t address, size_t size) {
   Warp& warp = warps[thread / kLanes];
   // A lane is in a new interval only after every lane of its warp has come to the end of the last one.
   if (warp.interval != interval) finish(warp);

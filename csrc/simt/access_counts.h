@@ -29,10 +29,10 @@ void start_counting();  // from zero
 // or sectors}. kernel and at are places in this library: of the kernel's function, and behind the access.
 std::string access_counts();
 
-// memory_checks tells what happens. interval: barriers and collectives that the thread has passed.
+// memory_checks tells what happens. interval: another one for every barrier and collective that the thread has passed.
 extern bool counting;
 void count_launch(const char* name, const void* kernel);
-void count_access(int thread, uint32_t interval, const void* at, bool shared, Access access, uintptr_t address, size_t size);
+void count_access(int thread, uint64_t interval, const void* at, bool shared, Access access, uintptr_t address, size_t size);
 void finish_counts();  // no instruction goes on after this: the block has ended
 
 }  // namespace flexattn::simt

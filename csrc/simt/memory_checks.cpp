@@ -1,5 +1,6 @@
 #include "memory_checks.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
@@ -15,10 +16,14 @@ namespace {
 
 constexpr int kMostThreads = 1024;
 
-// One access: by whom, and how many barriers and collectives its thread had passed.
+// One access. A phase is what lies between two barriers of a block; phases of all blocks are numbered in one row. Collectives are
+// those that the thread has passed in this phase.
 struct Event {
-  int32_t block = -1, thread = -1;
-  uint32_t barriers = 0, collectives = 0;
+  uint32_t phase = 0;  // 0: never
+  uint32_t thread : 10, collectives : 22;
+
+  Event() : thread(0), collectives(0) {}
+  int warp() const { return static_cast<int>(thread) / kLanes; }
 };
 
 // What is known of bytes that were always accessed together. Order is transitive, so of the writers the last one is enough,
@@ -36,7 +41,7 @@ struct Page {
   int shift = kCoarsest + 1;  // a cell is 2^shift bytes; at first there are none
   std::vector<Cell> cells;
 
-  void refine(int finer_shift) {
+  [[gnu::noinline]] void refine(int finer_shift) {
     std::vector<Cell> finer(kPage >> finer_shift);
     for (size_t i = 0; !cells.empty() && i < finer.size(); ++i) finer[i] = cells[i << finer_shift >> shift];
     cells = std::move(finer);
@@ -46,10 +51,12 @@ struct Page {
 
 bool watching = false;
 std::unordered_map<uintptr_t, Page> global_pages;  // by address / kPage
-std::array<std::pair<uintptr_t, Page*>, 256> recent;
+std::array<std::pair<uintptr_t, Page*>, 4096> recent;
 std::vector<Page> shared_pages;  // of the running block
 uintptr_t shared_begin, shared_end;
-std::array<uint32_t, kMostThreads> barriers, collectives;
+std::array<Event, kMostThreads> clocks;  // of the running block's threads: what they do now
+std::vector<uint32_t> first_phases;      // of the blocks up to the running one
+uint32_t last_phase;
 
 bool is_shared(uintptr_t address) { return address >= shared_begin && address < shared_end; }
 
@@ -62,32 +69,29 @@ Page& page_of(uintptr_t address) {
 }
 
 bool ordered(const Event& before, const Event& now) {
-  if (before.thread < 0) return true;
-  if (before.block != now.block) return false;
-  if (before.thread == now.thread || before.barriers < now.barriers) return true;
-  return before.thread / kLanes == now.thread / kLanes && before.collectives < now.collectives;
+  if (before.phase == 0) return true;
+  if (before.phase != now.phase) return before.phase >= first_phases.back();
+  return before.thread == now.thread || (before.warp() == now.warp() && before.collectives < now.collectives);
 }
 
-void conflict(const Event& before, const char* then, const char* now, uintptr_t address) {
+[[gnu::cold, gnu::noinline]] void conflict(const Event& before, const char* then, const char* now, uintptr_t address) {
   const std::string where =
       is_shared(address) ? "byte " + std::to_string(address - shared_begin) + " of shared memory" : "a byte of global memory";
+  const auto block = std::upper_bound(first_phases.begin(), first_phases.end(), before.phase) - first_phases.begin() - 1;
   fail((std::string("race: ") + now + " " + where + " that thread " + std::to_string(before.thread) + " of block " +
-        std::to_string(before.block) + " " + then + ", with nothing between that orders them")
+        std::to_string(block) + " " + then + ", with nothing between that orders them")
            .c_str());
 }
 
 void read(Cell& cell, const Event& now, uintptr_t address) {
   if (!ordered(cell.writer, now)) conflict(cell.writer, "wrote", "reads", address);
-  if (cell.reader.block != now.block || cell.reader.barriers != now.barriers) {
-    if (cell.reader.block != now.block && cell.reader.thread >= 0) cell.earlier_reader = cell.reader;
+  if (cell.reader.phase != now.phase) {
+    if (cell.reader.phase < first_phases.back() && cell.reader.phase > 0) cell.earlier_reader = cell.reader;
     cell.reader = now;
     cell.other_reader = {};
-    return;
-  }
-  const int warp = now.thread / kLanes;
-  if (cell.reader.thread / kLanes != warp) {
+  } else if (cell.reader.warp() != now.warp()) {
     cell.other_reader = now;
-  } else if (cell.other_reader.thread < 0 || cell.other_reader.thread / kLanes == warp) {
+  } else if (cell.other_reader.phase == 0 || cell.other_reader.warp() == now.warp()) {
     if (cell.reader.collectives != now.collectives) cell.reader = now, cell.other_reader = {};
     if (cell.reader.thread != now.thread) cell.other_reader = now;
   }
@@ -97,7 +101,8 @@ void write(Cell& cell, const Event& now, uintptr_t address) {
   if (!ordered(cell.writer, now)) conflict(cell.writer, "wrote", "writes", address);
   for (const Event* reader : {&cell.reader, &cell.other_reader, &cell.earlier_reader})
     if (!ordered(*reader, now)) conflict(*reader, "read", "writes", address);
-  cell = {now};
+  cell = {};
+  cell.writer = now;
 }
 
 }  // namespace
@@ -106,6 +111,8 @@ void begin_launch(const char* name, const void* kernel) {
   count_launch(name, kernel);
   global_pages.clear();
   recent.fill({});
+  first_phases.clear();
+  last_phase = 0;
 #if !defined(__SANITIZE_ADDRESS__)  // there the kernels do not tell what they access
   watching = true;
 #endif
@@ -116,27 +123,35 @@ void begin_block(const void* shared, size_t shared_bytes) {
   shared_begin = reinterpret_cast<uintptr_t>(shared);
   shared_end = shared_begin + shared_bytes;
   shared_pages.assign(shared_end / kPage - shared_begin / kPage + 1, {});
-  barriers.fill(0);
-  collectives.fill(0);
+  first_phases.push_back(++last_phase);
+  for (int i = 0; i < kMostThreads; ++i) {
+    clocks[i].phase = last_phase;
+    clocks[i].thread = i;
+    clocks[i].collectives = 0;
+  }
 }
 
 void end_launch() {
   finish_counts();
   watching = false;
 }
-void pass_barrier(int thread) { ++barriers[thread]; }
-void pass_warp(int thread) { ++collectives[thread]; }
+void pass_barrier(int thread) {
+  last_phase = ++clocks[thread].phase;
+  clocks[thread].collectives = 0;
+}
+void pass_warp(int thread) { ++clocks[thread].collectives; }
 
 namespace {
 
 // place: in the kernel's code.
 void record(const void* pointer, size_t size, Access access, const void* place) {
   if (!watching || is_own(pointer)) return;
-  const int thread = static_cast<int>(thread_index.x);
-  const Event now{static_cast<int32_t>(block_index.x), thread, barriers[thread], collectives[thread]};
+  const Event now = clocks[thread_index.x];
   const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer), end = begin + size;
-  if (counting)
-    count_access(thread, now.barriers + now.collectives, place, is_shared(begin), access, is_shared(begin) ? begin - shared_begin : begin, size);
+  if (counting) {
+    const uint64_t interval = static_cast<uint64_t>(now.phase) << 32 | now.collectives;
+    count_access(now.thread, interval, place, is_shared(begin), access, is_shared(begin) ? begin - shared_begin : begin, size);
+  }
   const int alignment = __builtin_ctzll(begin | size | (1 << kCoarsest));  // a power of two
   for (uintptr_t at = begin; at < end;) {
     Page& page = page_of(at);
