@@ -17,12 +17,6 @@ settings.register_profile(
 settings.load_profile("flexattn")
 torch.set_num_threads(2 if BACKEND == "cpu" else 1)
 
-
-def examples(count: int) -> settings:
-    """So many generated cases of a test; half of them on the executor, which is slow."""
-    return settings(max_examples=count if BACKEND == "cpu" else count // 2)
-
-
 if BACKEND != "cpu":
     from simt_build import build
 
