@@ -18,12 +18,6 @@ else:
     )
     settings.load_profile("flexattn")
 
-
-def examples(count: int) -> settings:
-    """So many generated cases of a test; half of them on the executor, which is slow."""
-    return settings(max_examples=count if BACKEND == "cpu" else count // 2)
-
-
 if BACKEND != "cpu":
     from simt_build import load
 

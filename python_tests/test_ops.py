@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accuracy import assert_as_good_as_eager
-from conftest import BACKEND, examples
+from conftest import BACKEND
 from flexattn_cuda import ops, reference
 from flexattn_cuda.rotary import rotate
 from strategies import SIDE, AttentionCase, attention_cases, selection_cases, slot_cases, write_cases
@@ -31,7 +31,7 @@ def rounded(case, dtype):
 
 @device_cases
 @dtype_cases
-@examples(40)
+@settings(max_examples=40)
 @given(case=attention_cases())
 def test_attention(device, dtype, case):
     positional, keywords = case.like(dtype, device)
@@ -48,7 +48,7 @@ def test_attention(device, dtype, case):
 
 @device_cases
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@examples(25)
+@settings(max_examples=25)
 @given(case=attention_cases(gradients=True))
 def test_attention_gradients(device, dtype, case):
     check_gradients(device, dtype, case)
@@ -97,7 +97,7 @@ def check_gradients(device, dtype, case):
 
 
 @device_cases
-@examples(12)
+@settings(max_examples=12)
 @given(case=attention_cases(gradients=True, small=True))
 def test_gradcheck(device, case):
     positional, keywords = case.like(torch.float64, device, requires_grad=True)
@@ -110,7 +110,7 @@ def test_gradcheck(device, case):
 
 
 @device_cases
-@examples(150)
+@settings(max_examples=150)
 @given(case=selection_cases())
 def test_selection_is_exact(device, case):
     check_selection(device, case)
@@ -162,7 +162,7 @@ def test_gather_gradcheck(device):
 
 
 @device_cases
-@examples(100)
+@settings(max_examples=100)
 @given(case=slot_cases())
 def test_slots(device, case):
     check_slots(device, case)
@@ -204,7 +204,7 @@ def copy_strided(x: torch.Tensor, device: str) -> torch.Tensor:
 @device_cases
 @dtype_cases
 @pytest.mark.parametrize("tables", ["same", "float32"])
-@examples(40)
+@settings(max_examples=40)
 @given(case=write_cases())
 def test_write_hr_kv(device, dtype, tables, case):
     check_write(device, dtype, torch.float32 if tables == "float32" else dtype, case)
@@ -475,7 +475,7 @@ def select(**changes):
     return ops.select_tokens(**(base | changes))
 
 
-@examples(20)
+@settings(max_examples=20)
 @given(n=st.integers(1, 70), seed=st.integers(0, 99))
 def test_bits_round_trip(n, seed):
     mask = torch.rand(3, n, generator=torch.Generator().manual_seed(seed)) < 0.5
