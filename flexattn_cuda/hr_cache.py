@@ -6,10 +6,7 @@ import torch
 
 from flexattn_cuda import ops
 
-
 SPARE = 0.25  # of the slots in use, so that a selection that drifts does not copy a pool at every step
-
-
 NEW_AT_ONCE = 256  # tokens that a layer may newly select in one step where their number is not read back
 
 
@@ -22,19 +19,26 @@ class HrPool:
 
     table: [G, T] int32, the slot of each of the T HR tokens of G prompts; -1 = never selected.
     next_free: [1] int32, on the device.
-    k, v: [capacity, Hkv, d], of which `used` slots are taken; None before the first token.
-    fixed: Slots of a pool that never grows, so that its addresses stay (CUDA graphs); None: it grows.
-    overflow: [1] int32, how many tokens found no room; only in a fixed pool. The answer is wrong from then on.
+    k, v: [capacity, Hkv, d]; None before the first token.
+    used: How many slots are taken, as far as the host knows: not those that a step took without reading back.
+    fixed: Whether it never grows, so that its addresses stay (CUDA graphs).
+    overflow: [1] int32, how many tokens found no room in a fixed pool. The answer is wrong from then on.
     """
 
-    def __init__(self, prompts: int, tokens: int, device: torch.device, fixed: int | None = None):
+    def __init__(self, prompts: int, tokens: int, device: torch.device):
         self.table = torch.full((prompts, tokens), -1, dtype=torch.int32, device=device)
         self.next_free = torch.zeros(1, dtype=torch.int32, device=device)
         self.k: torch.Tensor | None = None
         self.v: torch.Tensor | None = None
         self.used = 0
-        self.fixed = fixed
+        self.fixed = False
         self.overflow = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def fix(self, capacity: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Takes all its memory now, and never grows."""
+        self.k, self.v = (torch.zeros(capacity, heads, head_dim, dtype=dtype, device=self.table.device) for _ in "kv")
+        self.fixed = True
+        self._keep_addresses()
 
     @property
     def capacity(self) -> int:
@@ -46,7 +50,7 @@ class HrPool:
 
     def assign(self, selected: ops.SelectedTokens) -> ops.AssignedSlots:
         """Slots of the selected tokens; the new ones are to be handed to `store`."""
-        capacity = self.table.numel() if self.fixed is None else self.fixed
+        capacity = self.capacity if self.fixed else self.table.numel()
         return ops.assign_slots(selected.index, selected.count, self.table, self.next_free, capacity=capacity)
 
     def store(self, keys: torch.Tensor, values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor) -> None:
@@ -58,7 +62,7 @@ class HrPool:
     def add_pictures(self, tokens: int) -> None:
         """Room in the table for so many more tokens of every prompt."""
         self.table = torch.nn.functional.pad(self.table, (0, tokens), value=-1)
-        if self.k is not None and self.fixed is not None:
+        if self.fixed:
             self._keep_addresses()
 
     def _keep_addresses(self) -> None:
@@ -67,10 +71,6 @@ class HrPool:
 
     def _hold(self, tokens: int, like: torch.Tensor) -> None:
         if tokens <= self.capacity:
-            return
-        if self.fixed is not None:
-            self.k, self.v = (like.new_zeros(self.fixed, *like.shape[1:]) for _ in "kv")
-            self._keep_addresses()
             return
         capacity = min(tokens if self.k is None else int(tokens * (1 + SPARE)), self.table.numel())
         for name in ("k", "v"):  # one after the other: the old and the new one of both never stand side by side

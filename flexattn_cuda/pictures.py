@@ -76,7 +76,7 @@ class HighResolution:
 
     def check_overflow(self) -> None:
         """PoolOverflow where a step in a CUDA graph found no room for what it selected. Waits for the device."""
-        overflows = [pool.overflow.to(self.features.device) for pool in self.pools.values() if pool.fixed is not None]
+        overflows = [pool.overflow.to(self.features.device) for pool in self.pools.values() if pool.fixed]
         if overflows and (missing := int(torch.cat(overflows).sum())):
             raise PoolOverflow(
                 f"{missing} selected tokens found no room: hr_capacity={self.capacity} is too small, or more than {NEW_AT_ONCE} "

@@ -155,17 +155,20 @@ class Call:
         selected = ops.SelectedTokens(*(part.to(device) for part in self.selected[layer - 1]))
         pool = pictures.pools.get(layer) if self.cached else None
         if pool is None:
-            pool = HrPool(pictures.prompts, pictures.tokens, device, pictures.capacity if self.cached else None)
+            pool = HrPool(pictures.prompts, pictures.tokens, device)
             if self.cached:
                 pictures.pools[layer] = pool
+                if pictures.capacity is not None:
+                    heads = module.k_proj_hd.out_features // module.head_dim
+                    pool.fix(pictures.capacity, heads, module.head_dim, pictures.features.dtype)
         assigned = pool.assign(selected)
-        if self.on_device and pool.k is not None:
+        if self.on_device:
             return self._without_reading_back(module, selected, pool, assigned)
 
         numbers = torch.cat([selected.count.amax()[None], assigned.new_count, assigned.overflow])
         most, new, overflow = self._read_back(numbers, assigned.new_tokens)
         if overflow:
-            raise PoolOverflow(f"layer {layer} has no room for {overflow} selected tokens: hr_capacity={pool.fixed} is too small")
+            raise PoolOverflow(f"layer {layer} has no room for {overflow} selected tokens: hr_capacity={pool.capacity} is too small")
         if most == 0:
             return {}
         k, v = pool.k, pool.v

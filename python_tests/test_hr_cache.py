@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
 import small
-from flexattn_cuda import Trace, state
+from flexattn_cuda import Trace, memory, state
 from flexattn_cuda.hr_cache import PoolOverflow
 from flexattn_cuda.pictures import HighResolution
 
@@ -93,6 +93,17 @@ def test_every_token_is_projected_once_and_every_tile_encoded_once(model, way):
 
 
 @torch.no_grad()
+def test_pools_take_the_memory_that_was_foretold():
+    """`flexattn info`'s estimate, for the share of the tokens that was ever selected, and a quarter more at most."""
+    model = small.flex(small.PRESETS["released"])
+    _, _, _, pictures = run(model, 12, **photo_question())
+    share = pictures.projected / (len(pictures.pools) * pictures.tokens)
+    foretold = memory.estimate(model.config, torch.float32, selected_share=share).hr_cache_selected
+    assert 0.1 < share < 0.9
+    assert foretold <= sum(pool.bytes for pool in pictures.pools.values()) <= 1.25 * foretold
+
+
+@torch.no_grad()
 def test_only_the_tiles_of_the_selection_are_encoded():
     """A photo that fills the upper left part of its padding: nothing is selected beyond it."""
     model = small.flex(small.settings(pool=0))
@@ -135,7 +146,7 @@ def test_conversations_go_on_with_what_was_projected(model):
     pixels, answers = small.photos(2), []
     for hr_cache in (True, False):
         cache = DynamicCache(config=model.config.text_config)
-        keywords = dict(past_key_values=cache, max_new_tokens=STEPS // 2, do_sample=False, hr_cache=hr_cache)
+        keywords = dict(past_key_values=cache, max_new_tokens=STEPS, do_sample=False, hr_cache=hr_cache)
         turn = model.generate(first[None], pixel_values_hr=pixels[:1], **keywords)
         after_one = {layer: pool.used for layer, pool in HighResolution.beside(cache).pools.items()}
         ids = torch.cat([turn, second[None]], dim=1)
