@@ -24,7 +24,7 @@ def cuda_unavailable_reason(device_index: int | None = None) -> str | None:
     if info["no_cuda_reason"]:
         return f"this build has no CUDA kernels: {info['no_cuda_reason']}"
     if not torch.cuda.is_available():
-        return "torch sees no GPU on this machine"
+        return f"torch sees no GPU on this machine{_why_torch_sees_none()}"
     if device_index is not None and not 0 <= device_index < torch.cuda.device_count():
         return f"there is no GPU {device_index}; this machine has {torch.cuda.device_count()}"
     major, minor = torch.cuda.get_device_capability(device_index)
@@ -35,15 +35,15 @@ def architecture_reason(capability: tuple[int, int], architectures: tuple[str, .
     """Why no compiled code fits a GPU of this compute capability; None where some does.
 
     Machine code runs on its own generation from its minor version on (9.0a: on exactly that), PTX on all that are not older.
+    The operators say the same before they launch anything.
     """
-    for entry in architectures:
-        number, _, ptx = entry.partition("+")
-        specific = number[-1] in "af"
-        major, minor = (int(part) for part in number.rstrip("af").split("."))
-        same_generation = major == capability[0] and (minor == capability[1] or minor < capability[1] and not specific)
-        if same_generation or (ptx and not specific and (major, minor) <= capability):
-            return None
-    return (
-        f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels were compiled for "
-        f"{', '.join(architectures)}; build again with TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}"
-    )
+    return _C.architecture_reason(*capability, " ".join(architectures)) or None
+
+
+def _why_torch_sees_none() -> str:
+    """": " and what torch says, e.g. that the driver is too old; empty where it says nothing."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f": {str(error).strip().splitlines()[0]}"
+    return ""

@@ -191,7 +191,15 @@ def test_a_machine_without_a_gpu_says_so(monkeypatch):
     facts = build.build_info() | {"no_cuda_reason": None, "architectures": ("7.5", "9.0+PTX")}
     monkeypatch.setattr(build, "build_info", lambda: facts)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     assert build.cuda_unavailable_reason(0) == "torch sees no GPU on this machine"
+
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nAnd more.")
+
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    told = "torch sees no GPU on this machine: The NVIDIA driver on your system is too old (found version 11040)."
+    assert build.cuda_unavailable_reason(0) == told
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include "architectures.h"
 #include "flexattn/types.h"
 
 #ifdef FLEXATTN_WITH_CUDA
@@ -19,6 +20,7 @@ namespace flexattn::torch_binding {
 #define FLEXATTN_LAUNCH(function, params, like)                                          \
   [&] {                                                                                  \
     if (!(like).is_cuda()) return ::flexattn::cpu::function(params, nullptr);            \
+    ::flexattn::torch_binding::require_compiled_for((like).device().index(), #function); \
     const c10::cuda::CUDAGuard guard((like).device());                                   \
     return ::flexattn::cuda::function(params, c10::cuda::getCurrentCUDAStream().stream()); \
   }()

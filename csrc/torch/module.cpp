@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "architectures.h"
 #include "checks.h"
 #include "flexattn/attention_path.h"
 #include "nvtx.h"
@@ -57,6 +58,7 @@ std::pair<std::string, std::vector<std::string>> attention_path(const at::Tensor
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Facts about the build of flexattn_cuda; its operators are in torch.ops.flexattn_cuda.";
   module.def("build_info", &build_info, "What was compiled in, as a dict of strings; see flexattn_cuda.build.");
+  module.def("architecture_reason", &flexattn::torch_binding::architecture_reason, "See flexattn_cuda.build.architecture_reason.");
   module.def("attention_path", &attention_path, "See flexattn_cuda.ops.attention_path.");
 
   // flexattn_cuda.profiling
