@@ -163,3 +163,24 @@ def test_tiles_of_the_volta_kernel_are_read_and_written_16_bytes_at_a_time_witho
     assert found["STS", 16] == (stores, 4 * stores, 4 * stores)
     assert found["LDG", 16][1] == found["LDG", 16][2] + 4 * d // 8 * 8, "only the query's rows are read by half sectors"
     assert {kind for kind in found if kind[1] in (1, 2, 8)} == set()
+
+
+@counts_accesses
+@pytest.mark.parametrize("heads, kv_heads, d", [(32, 32, 128), (32, 8, 128), (16, 16, 64)])
+def test_decoding_fills_a_v100_and_reads_keys_and_values_16_bytes_at_a_time(heads, kv_heads, d, monkeypatch):
+    """Batch 1, a prompt of 640 and a tenth of the HR tokens: two blocks for each of the 80 multiprocessors, or more."""
+    monkeypatch.setenv("FLEXATTN_CAPABILITY", "70")
+    keys, M = 640, 518
+    q, k, v = (torch.randn(1, h, n, d).half() for h, n in ((heads, 1), (kv_heads, keys), (kv_heads, keys)))
+    pool = [torch.randn(M, kv_heads, d).half() for _ in "kv"]
+    torch.ops.flexattn_access_counts.start()
+    ops.hierarchical_attention(
+        q, k, v, k_hr=pool[0], v_hr=pool[1], hr_slots=torch.arange(M, dtype=torch.int32)[None],
+        hr_count=torch.tensor([M], dtype=torch.int32), hr_rows=torch.zeros(1, 1, dtype=torch.int32),
+    )  # fmt: skip
+    splits = [entry for entry in json.loads(torch.ops.flexattn_access_counts.json()) if entry["launch"].endswith("(decode)")]
+    blocks = splits[0]["blocks"]
+    assert {entry["blocks"] for entry in splits} == {blocks} and blocks >= 160
+    wide = sum(entry["sectors"] for entry in splits if entry["kind"] == "LDG" and entry["width"] == 16)
+    row = d * 2 // 32
+    assert wide == 2 * kv_heads * (keys + M) * row + blocks * heads // kv_heads * row  # K and V once, a block's queries

@@ -55,10 +55,17 @@ struct Count {
   uint64_t instructions = 0, units = 0, ideal = 0;  // units: wavefronts or sectors
 };
 
+// What is known of a site in a kernel.
+struct Entry {
+  const char* launch = "";
+  unsigned blocks = 0;  // of the largest launch
+  Count count;
+};
+
 const char* launch_name;
 const void* running_kernel;
 std::array<Warp, kMostWarps> warps;
-std::map<std::pair<const void*, decltype(Site().key())>, std::pair<const char*, Count>> counts;
+std::map<std::pair<const void*, decltype(Site().key())>, Entry> counts;
 
 uint64_t distinct(std::vector<uintptr_t> values) {
   std::sort(values.begin(), values.end());
@@ -100,8 +107,9 @@ void count_sectors(const WarpInstruction& instruction, size_t width, Count& coun
 
 void finish(Warp& warp) {
   for (const auto& [site, executions] : warp.sites) {
-    auto& [name, count] = counts[{running_kernel, site.key()}];
-    name = launch_name;
+    auto& [launch, blocks, count] = counts[{running_kernel, site.key()}];
+    launch = launch_name;
+    blocks = std::max(blocks, grid_size.x);
     for (const WarpInstruction& instruction : executions.instructions) {
       ++count.instructions;
       site.shared ? count_wavefronts(instruction, site.width, count) : count_sectors(instruction, site.width, count);
@@ -125,14 +133,14 @@ void start_counting() {
 std::string access_counts() {
   counting = false;
   std::string json;
-  for (const auto& [key, named] : counts) {
+  for (const auto& [key, entry] : counts) {
     const auto& [kernel, site] = key;
     const auto& [at, shared, access, width] = site;
-    const auto& [name, count] = named;
+    const auto& [launch, blocks, count] = entry;
     const char* kind = shared ? (access == Access::kRead ? "LDS" : "STS") : (access == Access::kRead ? "LDG" : "STG");
     const auto field = [](const char* label, uint64_t value) { return std::string(", \"") + label + "\": " + std::to_string(value); };
-    json += std::string(json.empty() ? "[" : ",\n ") + "{\"launch\": \"" + name + "\", \"kind\": \"" + kind + "\"" +
-            field("kernel", place(kernel)) + field("at", place(at)) + field("width", width) + field("instructions", count.instructions) +
+    json += std::string(json.empty() ? "[" : ",\n ") + "{\"launch\": \"" + launch + "\", \"kind\": \"" + kind + "\"" +
+            field("kernel", place(kernel)) + field("blocks", blocks) + field("at", place(at)) + field("width", width) + field("instructions", count.instructions) +
             field(shared ? "wavefronts" : "sectors", count.units) + field("ideal", count.ideal) + "}";
   }
   return json.empty() ? "[]" : json + "]";

@@ -25,8 +25,8 @@
 namespace flexattn::simt {
 
 void start_counting();  // from zero
-// Ends counting. A list of {launch, kernel, at, kind: LDS, STS, LDG or STG, width in bytes, instructions, ideal, and wavefronts
-// or sectors}. kernel and at are places in this library: of the kernel's function, and behind the access.
+// Ends counting. A list of {launch, blocks, kernel, at, kind: LDS, STS, LDG or STG, width in bytes, instructions, ideal, and
+// wavefronts or sectors}. kernel and at are places in this library: of the kernel's function, and behind the access.
 std::string access_counts();
 
 // memory_checks tells what happens. interval: another one for every barrier and collective that the thread has passed.
