@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -270,12 +271,12 @@ def measure(backbone: Backbone, chosen: list[System], tokens: int, repetitions: 
 
 
 @torch.no_grad()
-def tiles_encoded(shape: str, zoom: int = 3) -> int:
+def tiles_encoded() -> int:
     """Of 9, when the selection stays inside 2: a photo's pixels, the prefill and four tokens."""
     torch.manual_seed(0)
-    config = model_config("quick", zoom)
+    config = model_config("quick", zoom=3)
     model = FlexAttnLlavaForConditionalGeneration(config).eval()
-    side = config.hr_side // zoom
+    side = config.hr_side // 3
     grid = torch.zeros(config.hr_side, config.hr_side, dtype=torch.bool)
     grid[side + 3 : side + 9, side // 2 : side + side // 2] = True  # in the middle row, over the border of two tiles
     stand_in = Forced([selected(grid.flatten().nonzero().flatten(), grid.numel(), "cpu")], len(config.hr_layers))
@@ -375,6 +376,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"there is no GPU for --device {given.device}")
+    if given.plots and find_spec("matplotlib") is None:
+        parser.error("--plots needs matplotlib: pip install matplotlib")
     torch.set_num_threads(given.threads)
     clock, dtype = Clock(given.device), getattr(torch, given.dtype)
     facts = machine(given.device) | {"shape": given.shape, "dtype": given.dtype, "threads": given.threads}
@@ -386,7 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
         few = [system for system in systems() if system.name in ("LLaVA", "M = 10 %", "M = 10 %, off", "M = 43 %", "M = 100 %")]
         measure(Backbone(given.shape, zoom, dtype, given.device), few, 4, 2, clock)
         by_zoom += rows(few, facts | {"zoom": zoom})
-    numbers = ratios(found) | {"tiles_encoded_2_of_9": tiles_encoded(given.shape)}
+    numbers = ratios(found) | {"tiles_encoded_2_of_9": tiles_encoded()}
 
     table = rows(found, facts | {"zoom": 3})
     shown = [column for column in table[0] if column not in (*facts, "zoom")]

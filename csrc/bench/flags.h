@@ -11,7 +11,7 @@
 namespace flexattn::bench {
 
 struct Flags {
-  std::string op;                 // attention, select or gather
+  std::string op;                 // of kOperators
   int64_t batch = 1, heads = 32, kv_heads = 0, queries = 640, keys = 0, selected = 576, head_dim = 128;
   int64_t lr_side = 24, hr_side = 72, pool = 9;
   int64_t iterations = 50, warmup = 5;
@@ -20,8 +20,10 @@ struct Flags {
   double peak_gbs = 0, peak_tflops = 0;
 };
 
+inline const std::vector<std::string> kOperators{"attention", "select", "gather", "assign", "write"};
+
 inline const char* kHelp =
-    R"(flexattn_bench attention|select|gather [flags]: times one operator on the current GPU.
+    R"(flexattn_bench attention|select|gather|assign|write [flags]: times one operator on the current GPU.
 
   --batch 1           samples
   --heads 32          query heads
@@ -29,12 +31,12 @@ inline const char* kHelp =
   --queries 640       query rows: 1 is a decode step
   --keys              sequence keys, the queries at their end; by default as many as --queries
   --selected 576      selected high-resolution tokens of every sample
-  --head-dim 128      channels of a head; gather moves rows of heads x head-dim
+  --head-dim 128      channels of a head; gather moves rows of heads x head-dim, write of kv-heads x head-dim
   --hr-rows last      which query rows see the selected tokens: last or all
   --lr-side 24        side of the low-resolution grid: of the map that attention returns (0: none) and that select reads
   --hr-side 72        side of the high-resolution grid
   --pool 9            side of select's max-pool, 0 for none
-  --dtype fp16        fp16, bf16 or fp32; select's map is fp32 always
+  --dtype fp16        fp16, bf16 or fp32; select's map is fp32 always, assign has integers only
   --path auto         which attention kernels: auto, volta (those of the V100) or generic (no tensor cores)
   --iterations 50     measured calls
   --warmup 5          calls before them
@@ -89,8 +91,8 @@ inline Flags parse(int count, char** words) {
     }
   }
   if (f.help) return f;
-  if (f.op.empty()) refuse("name what to time: attention, select or gather.");
-  one_of("the operator", f.op, {"attention", "select", "gather"});
+  if (f.op.empty()) refuse("name what to time: attention, select, gather, assign or write.");
+  one_of("the operator", f.op, kOperators);
   one_of("--dtype", f.dtype, {"fp16", "bf16", "fp32"});
   one_of("--path", f.path, {"auto", "volta", "generic"});
   one_of("--hr-rows", f.hr_rows, {"last", "all"});
@@ -104,8 +106,10 @@ inline Flags parse(int count, char** words) {
   at_least("--head-dim", f.head_dim, 1), at_least("--hr-side", f.hr_side, 1), at_least("--pool", f.pool, 0);
   at_least("--lr-side", f.lr_side, f.op == "select" ? 1 : 0), at_least("--iterations", f.iterations, 1), at_least("--warmup", f.warmup, 0);
   if (f.heads % f.kv_heads) refuse("--heads must be a multiple of --kv-heads.");
-  if (f.op == "gather" && f.selected > f.hr_side * f.hr_side) refuse("--selected is more than the hr-side x hr-side tokens.");
-  if (f.op == "gather" && f.selected == 0) refuse("--selected must be at least 1 for gather.");
+  const bool moves_tokens = f.op == "gather" || f.op == "assign" || f.op == "write";
+  if (moves_tokens && f.selected > f.hr_side * f.hr_side) refuse("--selected is more than the hr-side x hr-side tokens.");
+  if (moves_tokens && f.selected == 0) refuse("--selected must be at least 1 for " + f.op + ".");
+  if (f.op == "write" && f.head_dim % 2) refuse("--head-dim must be even for write.");
   if (f.op == "select" && f.pool > f.lr_side) refuse("--pool must not be more than --lr-side.");
   if (f.op == "attention" && f.lr_side * f.lr_side > f.keys)
     refuse("--lr-side " + std::to_string(f.lr_side) + " takes " + std::to_string(f.lr_side * f.lr_side) + " of the keys and there are " +

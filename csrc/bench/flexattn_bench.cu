@@ -6,9 +6,11 @@
 
 #include "device.h"
 #include "flags.h"
+#include "flexattn/assign_slots.h"
 #include "flexattn/gather_tokens.h"
 #include "flexattn/hierarchical_attention.h"
 #include "flexattn/select_tokens.h"
+#include "flexattn/write_hr_kv.h"
 
 namespace flexattn::bench {
 namespace {
@@ -85,14 +87,53 @@ Result select(const Flags& f) {
   return {static_cast<double>(bytes), 0, timed(f, [&] { cuda::select_tokens(p, nullptr); })};
 }
 
+// Evenly spread over the high-resolution tokens, ascending: [B, M].
+Buffer evenly_chosen(const Flags& f) {
+  std::vector<int32_t> chosen(f.batch * f.selected);
+  for (int64_t i = 0; i < f.batch * f.selected; ++i) chosen[i] = static_cast<int32_t>(i % f.selected * f.hr_side * f.hr_side / f.selected);
+  return on_device(chosen);
+}
+
 Result gather(const Flags& f) {
   const int64_t B = f.batch, T = f.hr_side * f.hr_side, M = f.selected, D = f.heads * f.head_dim;
   const DType dtype = dtype_of(f);
-  std::vector<int32_t> chosen(B * M);
-  for (int64_t i = 0; i < B * M; ++i) chosen[i] = static_cast<int32_t>(i % M * T / M);  // evenly spread, ascending
-  const Buffer tokens = random(B * T * D, dtype, 1), index = on_device(chosen), rows(B * M * D * size_of(dtype));
+  const Buffer tokens = random(B * T * D, dtype, 1), index = evenly_chosen(f), rows(B * M * D * size_of(dtype));
   const GatherTokensParams p{static_cast<int64_t>(size_of(dtype)), B, T, M, D, index.as<int32_t>(), tokens.as(), T * D, D, rows.as()};
   return {2.0 * rows.bytes() + index.bytes(), 0, timed(f, [&] { cuda::gather_tokens(p, nullptr); })};
+}
+
+// After the first call every token has its slot: what a decode step asks whose selection stays.
+Result assign(const Flags& f) {
+  const int64_t B = f.batch, T = f.hr_side * f.hr_side, M = f.selected;
+  const Buffer index = evenly_chosen(f), count = on_device(std::vector<int32_t>(B, static_cast<int32_t>(M)));
+  const Buffer table = on_device(std::vector<int32_t>(B * T, -1)), next_free = on_device(std::vector<int32_t>{0});
+  const Buffer slots(B * M * 4), new_tokens(B * M * 4), new_slots(B * M * 4), new_count(4), overflow(4);
+  const AssignSlotsParams p{B, B, T, M, B * T, index.as<int32_t>(), count.as<int32_t>(), table.as<int32_t>(), T, next_free.as<int32_t>(),
+                            slots.as<int32_t>(), new_tokens.as<int32_t>(), new_slots.as<int32_t>(), new_count.as<int32_t>(),
+                            overflow.as<int32_t>()};
+  const double bytes = 2.0 * index.bytes() + slots.bytes() + new_tokens.bytes() + new_slots.bytes();  // index, and as much of the table
+  return {bytes, 0, timed(f, [&] { cuda::assign_slots(p, nullptr); })};
+}
+
+Result write(const Flags& f) {
+  const int64_t M = f.batch * f.selected, G = f.kv_heads, d = f.head_dim, row = G * d;
+  const DType dtype = dtype_of(f);
+  std::vector<int32_t> places(M);
+  for (int64_t m = 0; m < M; ++m) places[m] = static_cast<int32_t>(m);
+  const Buffer k = random(M * row, dtype, 1), v = random(M * row, dtype, 2), cos = random(M * d, dtype, 3), sin = random(M * d, dtype, 4);
+  const Buffer slots = on_device(places), k_pool(k.bytes()), v_pool(v.bytes());
+  const Strides strides{0, d, row};
+  const WriteHrKvParams p{dtype, dtype, M, G, d, M, slots.as<int32_t>(), k.as(), v.as(), k_pool.as(), v_pool.as(), strides, strides,
+                          strides, strides, cos.as(), sin.as(), d, d};
+  const double bytes = 2.0 * (k.bytes() + v.bytes()) + cos.bytes() + sin.bytes() + slots.bytes();
+  return {bytes, 0, timed(f, [&] { cuda::write_hr_kv(p, nullptr); })};
+}
+
+Result time_of(const Flags& f) {
+  if (f.op == "attention") return attention(f);
+  if (f.op == "select") return select(f);
+  if (f.op == "gather") return gather(f);
+  return f.op == "assign" ? assign(f) : write(f);
 }
 
 void report(const Flags& f, const Result& r, const Peaks& peaks) {
@@ -111,7 +152,7 @@ void report(const Flags& f, const Result& r, const Peaks& peaks) {
   std::printf("op,device,dtype,path,batch,heads,kv_heads,queries,keys,selected,head_dim,hr_rows,lr_side,hr_side,pool,l2,iterations,median_us,"
               "min_us,max_us,gbs,tflops,roofline_fraction\n");
   std::printf("%s,%s,%s,%s,%lld,%lld,%lld,%lld,%lld,%lld,%lld,%s,%lld,%lld,%lld,%s,%lld,%.3f,%.3f,%.3f,%.2f,%.3f,%.4f\n", f.op.c_str(),
-              peaks.device.c_str(), f.op == "select" ? "fp32" : f.dtype.c_str(), f.path.c_str(), (long long)f.batch, (long long)f.heads,
+              peaks.device.c_str(), f.op == "select" ? "fp32" : f.op == "assign" ? "int32" : f.dtype.c_str(), f.path.c_str(), (long long)f.batch, (long long)f.heads,
               (long long)f.kv_heads, (long long)f.queries, (long long)f.keys, (long long)f.selected, (long long)f.head_dim, f.hr_rows.c_str(),
               (long long)f.lr_side, (long long)f.hr_side, (long long)f.pool, l2, (long long)f.iterations, median, r.microseconds.front(),
               r.microseconds.back(), gbs, tflops, roofline);
@@ -131,7 +172,7 @@ int run(const Flags& f) {
   Peaks peaks = peaks_of(device, f.dtype != "fp32");
   if (f.peak_gbs > 0) peaks.gbs = f.peak_gbs, peaks.how += "; given: " + std::to_string(f.peak_gbs) + " GB/s";
   if (f.peak_tflops > 0) peaks.tflops = f.peak_tflops, peaks.how += "; given: " + std::to_string(f.peak_tflops) + " TFLOP/s";
-  report(f, f.op == "attention" ? attention(f) : f.op == "select" ? select(f) : gather(f), peaks);
+  report(f, time_of(f), peaks);
   return 0;
 }
 
