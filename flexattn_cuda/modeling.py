@@ -140,6 +140,9 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if input_ids is None and any(x is not None for x in (pixel_values, pixel_values_hr, image_features)):
             raise ValueError("pictures need input_ids: their places in the prompt are the image tokens")
 
+        if hr_capacity is not None and hr_capacity < 1:
+            raise ValueError(f"hr_capacity is {hr_capacity}; it must be at least 1, or None for pools that grow")
+
         sequence = input_ids if input_ids is not None else inputs_embeds
         device, (batch, queries) = sequence.device, sequence.shape[:2]
         if use_cache is None:
@@ -161,7 +164,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             inputs_embeds = embed(input_ids.masked_fill(is_picture, 0) if self.config.image_token_id >= len(embed.weight) else input_ids)
             given = next((x for x in (pixel_values, pixel_values_hr, image_features) if x is not None), None)
             if given is not None:
-                if batch % rows_per_prompt:
+                if rows_per_prompt < 1 or batch % rows_per_prompt:
                     raise ValueError(f"the batch has {batch} rows, which are not prompts of {rows_per_prompt} rows each")
                 spans = self._picture_spans(is_picture[::rows_per_prompt], given.shape[0])
                 on_demand = tiles_on_demand and hr_capacity is None and not torch.is_grad_enabled()

@@ -244,6 +244,8 @@ def test_gradient_checkpointing_changes_nothing(model):
         ({"pixel_values_hr": small.photos(2)}, "room for 1 pictures, but 2"),
         ({"pixel_values_hr": torch.zeros(1, 3, 40, 40)}, r"pixel_values_hr has shape \[1, 3, 40, 40\]"),
         ({"pixel_values_hr": None}, "no pixel_values"),
+        ({"hr_capacity": 0}, "hr_capacity is 0; it must be at least 1"),
+        ({"rows_per_prompt": 0}, "the batch has 1 rows, which are not prompts of 0 rows each"),
         ({"image_live": torch.zeros(1, 3)}, r"image_live has shape \[1, 3\]"),
         ({"input_ids": small.prompt(4, "picture", 9)[None, 5:]}, "image tokens; every picture takes 36"),
         ({"input_ids": None}, "either input_ids or inputs_embeds"),

@@ -152,7 +152,8 @@ void report(const Flags& f, const Result& r, const Peaks& peaks) {
   std::printf("op,device,dtype,path,batch,heads,kv_heads,queries,keys,selected,head_dim,hr_rows,lr_side,hr_side,pool,l2,iterations,median_us,"
               "min_us,max_us,gbs,tflops,roofline_fraction\n");
   std::printf("%s,%s,%s,%s,%lld,%lld,%lld,%lld,%lld,%lld,%lld,%s,%lld,%lld,%lld,%s,%lld,%.3f,%.3f,%.3f,%.2f,%.3f,%.4f\n", f.op.c_str(),
-              peaks.device.c_str(), f.op == "select" ? "fp32" : f.op == "assign" ? "int32" : f.dtype.c_str(), f.path.c_str(), (long long)f.batch, (long long)f.heads,
+              peaks.device.c_str(), f.op == "select" ? "fp32" : f.op == "assign" ? "int32" : f.dtype.c_str(), f.path.c_str(),
+              (long long)f.batch, (long long)f.heads,
               (long long)f.kv_heads, (long long)f.queries, (long long)f.keys, (long long)f.selected, (long long)f.head_dim, f.hr_rows.c_str(),
               (long long)f.lr_side, (long long)f.hr_side, (long long)f.pool, l2, (long long)f.iterations, median, r.microseconds.front(),
               r.microseconds.back(), gbs, tflops, roofline);

@@ -140,7 +140,8 @@ std::string access_counts() {
     const char* kind = shared ? (access == Access::kRead ? "LDS" : "STS") : (access == Access::kRead ? "LDG" : "STG");
     const auto field = [](const char* label, uint64_t value) { return std::string(", \"") + label + "\": " + std::to_string(value); };
     json += std::string(json.empty() ? "[" : ",\n ") + "{\"launch\": \"" + launch + "\", \"kind\": \"" + kind + "\"" +
-            field("kernel", place(kernel)) + field("blocks", blocks) + field("at", place(at)) + field("width", width) + field("instructions", count.instructions) +
+            field("kernel", place(kernel)) + field("blocks", blocks) + field("at", place(at)) + field("width", width) +
+            field("instructions", count.instructions) +
             field(shared ? "wavefronts" : "sectors", count.units) + field("ideal", count.ideal) + "}";
   }
   return json.empty() ? "[]" : json + "]";
