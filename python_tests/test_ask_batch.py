@@ -215,7 +215,7 @@ def test_a_killed_run_goes_on(folder, asked):
     records = signs() * 4
     questions, output, journal = write(folder / "q.jsonl", records), folder / "a.jsonl", folder / "a.jsonl.partial.0"
     command = [sys.executable, "-m", "flexattn_cuda.cli", "ask-batch", questions, "-o", output, "--batch-size", "1"]
-    run = subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run = subprocess.Popen([*command, "--device", "cpu"], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         while run.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
             time.sleep(0.01)
@@ -360,7 +360,7 @@ def test_two_processes_go_on_where_one_was_ended(checkpoint, folder, monkeypatch
     options = ["--model", checkpoint, "--max-new-tokens", "2", "--batch-size", "2", "--device", "cpu"]
     run = subprocess.run(
         [*launcher, folder / "program.py", "ask-batch", questions, "-o", output, *options],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(Path(batch.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
