@@ -7,7 +7,7 @@ import torch
 from flexattn_cuda import ops
 
 SPARE = 0.25  # of the slots in use, so that a selection that drifts does not copy a pool at every step
-NEW_AT_ONCE = 256  # tokens that a layer may newly select in one step where their number is not read back
+NEW_AT_ONCE = 256  # tokens of a row that a layer may newly select in one step where their number is not read back
 
 
 class PoolOverflow(RuntimeError):
@@ -22,7 +22,8 @@ class HrPool:
     k, v: [capacity, Hkv, d]; None before the first token.
     used: How many slots are taken, as far as the host knows: not those that a step took without reading back.
     fixed: Whether it never grows, so that its addresses stay (CUDA graphs).
-    overflow: [1] int32, how many tokens found no room in a fixed pool. The answer is wrong from then on.
+    overflow: [2] int32, how many tokens found no slot in a fixed pool, and how many were too many at once. The answer is
+        wrong from then on.
     """
 
     def __init__(self, prompts: int, tokens: int, device: torch.device):
@@ -32,7 +33,7 @@ class HrPool:
         self.v: torch.Tensor | None = None
         self.used = 0
         self.fixed = False
-        self.overflow = torch.zeros(1, dtype=torch.int32, device=device)
+        self.overflow = torch.zeros(2, dtype=torch.int32, device=device)
 
     def fix(self, capacity: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Takes all its memory now, and never grows."""

@@ -23,6 +23,7 @@ from flexattn_cuda.vision import cut_into_tiles, encode_pictures, encode_tiles
 
 _PICTURE_ARGUMENTS = ("pixel_values", "pixel_values_hr", "image_features", "hr_features", "image_live")
 _WITH_PICTURES = (*_PICTURE_ARGUMENTS, "rows_per_prompt")
+_OWN_ARGUMENTS = (*_WITH_PICTURES, "prompt_length", "flexattn_trace", "hr_alpha", "hr_cache", "hr_capacity", "tiles_on_demand")
 
 
 class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -156,18 +157,24 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         # After the prompt an image token is one that the model wrote, or a draft copied from the prompt.
         decoding = compiled or (past > 0 and (queries == 1 if prompt_length is None else past >= prompt_length))
 
+        if pictures is not None and not compiled:
+            pictures = pictures.cropped(past_key_values, past)
         spans: list[list[tuple[int, int]]] = []
         if input_ids is not None:
             is_picture = input_ids == self.config.image_token_id
             embed = self.get_input_embeddings()
             # The image token's id may lie outside the vocabulary.
-            inputs_embeds = embed(input_ids.masked_fill(is_picture, 0) if self.config.image_token_id >= len(embed.weight) else input_ids)
+            outside = self.config.image_token_id >= len(embed.weight)
+            inputs_embeds = embed(input_ids.masked_fill(is_picture, 0) if outside else input_ids)
+            if prompt_length is not None:
+                is_picture[:, max(0, prompt_length - past) :] = False  # written by the model, or drafts
             given = next((x for x in (pixel_values, pixel_values_hr, image_features) if x is not None), None)
             if given is not None:
                 if rows_per_prompt < 1 or batch % rows_per_prompt:
                     raise ValueError(f"the batch has {batch} rows, which are not prompts of {rows_per_prompt} rows each")
                 spans = self._picture_spans(is_picture[::rows_per_prompt], given.shape[0])
-                on_demand = tiles_on_demand and hr_capacity is None and not torch.is_grad_enabled()
+                capacity = hr_capacity if pictures is None else pictures.capacity
+                on_demand = tiles_on_demand and capacity is None and not torch.is_grad_enabled()
                 if image_features is None:
                     image_features, hr_features = self.encode(pixel_values, pixel_values_hr, hr=not on_demand)
                 rows = image_features if rows_per_prompt == 1 else _for_each_row(image_features, spans, rows_per_prompt)
@@ -175,8 +182,6 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             elif not decoding and bool(is_picture.any()):
                 raise ValueError("the prompt has image tokens, but no pixel_values came with it")
 
-        if pictures is not None and not compiled:
-            pictures = pictures.cropped(past_key_values, past)
         if (hr_features is not None or pixel_values_hr is not None) and self.config.flexattn is not None:
             places = None if position_ids is None else position_ids[::rows_per_prompt]
             new = self._high_resolution(hr_features, pixel_values_hr, image_live, spans, places, past, inputs_embeds)
@@ -191,7 +196,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             else:
                 if prompt_length is None:
                     prompt_length = past + queries if queries > 1 or past == 0 else pictures.prompt_length
-                pictures.prompt_length = prompt_length
+                pictures.prompt_length, pictures.length = prompt_length, past + queries
                 if past_key_values is not None:
                     pictures.keep_beside(past_key_values)
                 rows = self._rows(labels, past, batch, queries, prompt_length, device)
@@ -287,6 +292,8 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         expected = [count, hr_side**2, inputs_embeds.shape[-1]]
         if features is not None and list(features.shape) != expected:
             raise ValueError(f"hr_features has shape {list(features.shape)}; for these prompts it must be {expected}")
+        if photos is not None and len(photos) != count:
+            raise ValueError(f"pixel_values_hr holds {len(photos)} photos; these prompts have {count}")
         if live is not None and tuple(live.shape) != (count, 4):
             raise ValueError(f"image_live has shape {list(live.shape)}; it must be {[count, 4]}")
 
@@ -309,7 +316,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 if features is not None:
                     state.features[row, slot] = features[picture].detach().to(state.features)
                 else:
-                    tiles = cut_into_tiles(photos[picture], config.zoom)
+                    tiles = cut_into_tiles(photos[picture].clone(), config.zoom)  # the caller may use the tensor again
                     state.waiting |= {(row, slot, tile): pixels for tile, pixels in enumerate(tiles)}
                 state.last_end = max(state.last_end, past + end)
                 state.live[row, slot] = (whole if live is None else live[picture]).to(device, torch.int32)
@@ -333,13 +340,27 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """As in transformers; `flexattn_trace=Trace()` records what every step looked at."""
         prompt = next((x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
         if prompt is not None and prompt.ndim >= 2:
-            kwargs.setdefault("prompt_length", prompt.shape[1])
+            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+            # A conversation may be continued with its new tokens alone; then the mask covers what is in the cache too.
+            new_alone = cache is not None and mask is not None and mask.shape[1] != prompt.shape[1]
+            kwargs.setdefault("prompt_length", prompt.shape[1] + (int(cache.get_seq_length()) if new_alone else 0))
         return super().generate(inputs, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool = False, **kwargs: Any):
+    def _get_candidate_generator(self, *args: Any, assistant_model: Any = None, model_kwargs: dict[str, Any], **kwargs: Any):
+        """Assisted decoding: an assistant of another kind is not told of what it does not know."""
+        if assistant_model is not None and not isinstance(assistant_model, FlexAttnLlavaForConditionalGeneration):
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _OWN_ARGUMENTS}
+        return super()._get_candidate_generator(*args, assistant_model=assistant_model, model_kwargs=model_kwargs, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, is_first_iteration: bool = False, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ):
+        kwargs["inputs_embeds"] = inputs_embeds  # by name: transformers looks for it before it allows prompts of embeddings
         pictures = {name: kwargs.pop(name) for name in _WITH_PICTURES if name in kwargs}
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         # Pictures come in once; afterwards they live in the key/value cache and beside it.
+        cache = kwargs.get("past_key_values")
+        is_first_iteration |= isinstance(cache, DynamicCache) and cache.get_seq_length() == 0  # an assistant's first call
         if is_first_iteration or not kwargs.get("use_cache", True):
             inputs |= pictures
         else:

@@ -35,6 +35,7 @@ class HighResolution:
     pools: by layer, the keys and values that were ever needed there.
     capacity: slots of every pool, if these are fixed.
     last_end: one past the last LR token of any picture.
+    length: positions of the sequence after the latest call, as far as the host knows.
     projected, encoded: how many tokens were projected, all layers together, and how many tiles encoded.
     """
 
@@ -50,6 +51,7 @@ class HighResolution:
     pools: dict[int, HrPool] = field(default_factory=dict)
     capacity: int | None = None
     last_end: int = 0
+    length: int = 0
     projected: int = 0
     encoded: int = 0
 
@@ -77,10 +79,15 @@ class HighResolution:
     def check_overflow(self) -> None:
         """PoolOverflow where a step in a CUDA graph found no room for what it selected. Waits for the device."""
         overflows = [pool.overflow.to(self.features.device) for pool in self.pools.values() if pool.fixed]
-        if overflows and (missing := int(torch.cat(overflows).sum())):
+        if not overflows:
+            return
+        without_slot, not_projected = torch.stack(overflows).sum(0).tolist()
+        if without_slot:
+            raise PoolOverflow(f"{without_slot} selected tokens found no room: hr_capacity={self.capacity} is too small")
+        if not_projected:
             raise PoolOverflow(
-                f"{missing} selected tokens found no room: hr_capacity={self.capacity} is too small, or more than {NEW_AT_ONCE} "
-                "were new to a layer in one step; choose a larger one, or decode without a fixed capacity"
+                f"{not_projected} selected tokens too many were new to a layer in one step, which takes {NEW_AT_ONCE} for each row "
+                "of the batch; decode without hr_capacity"
             )
 
     def joined_with(self, later: HighResolution) -> HighResolution:
@@ -112,6 +119,8 @@ class HighResolution:
         if length == 0:  # it is used again for something else
             delattr(cache, _ATTRIBUTE)
             return None
+        if length < self.length:  # what is asked next stands in place of what was cropped
+            self.prompt_length = min(self.prompt_length, length + 1)
         if self.last_end <= length:
             return self
         gone = self.ranges[..., 1] > length
@@ -141,6 +150,8 @@ class HighResolution:
         wanted = [(number // each // places, number // each % places, number % each) for number in numbers]
         wanted = [tile for tile in wanted if tile in self.waiting]
         side = self.hr_side // self.zoom
+        if wanted and self.features.is_inference() and not torch.is_inference_mode_enabled():
+            self.features = self.features.clone()  # tensors made in inference mode may not be written outside it
         grid = self.features.view(self.prompts, places, self.zoom, side, self.zoom, side, -1)
         for at in range(0, len(wanted), each):  # as many at once as a picture has
             some = wanted[at : at + each]

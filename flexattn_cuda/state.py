@@ -89,7 +89,7 @@ class Call:
     cached: Keep projected keys and values beside the cache; otherwise every layer projects what it attends to, with
         gradients.
     on_device: Read nothing back and keep all shapes, for a decode step in a CUDA graph: pools of fixed size take up to
-        NEW_AT_ONCE new tokens of a layer, and count what does not fit.
+        NEW_AT_ONCE new tokens of a layer for each row, and count what does not fit.
     """
 
     def __init__(
@@ -155,12 +155,13 @@ class Call:
         selected = ops.SelectedTokens(*(part.to(device) for part in self.selected[layer - 1]))
         pool = pictures.pools.get(layer) if self.cached else None
         if pool is None:
-            pool = HrPool(pictures.prompts, pictures.tokens, device)
-            if self.cached:
-                pictures.pools[layer] = pool
-                if pictures.capacity is not None:
+            with torch.inference_mode(False):  # it may be written outside of inference mode later
+                pool = HrPool(pictures.prompts, pictures.tokens, device)
+                if self.cached and pictures.capacity is not None:
                     heads = module.k_proj_hd.out_features // module.head_dim
                     pool.fix(pictures.capacity, heads, module.head_dim, pictures.features.dtype)
+            if self.cached:
+                pictures.pools[layer] = pool
         assigned = pool.assign(selected)
         if self.on_device:
             return self._without_reading_back(module, selected, pool, assigned)
@@ -188,21 +189,26 @@ class Call:
         elif self.rows.listed.shape[1] > 1:
             words = (most + 31) // 32
             arguments["hr_row_bits"] = selected.row_bits[:, :, :words].contiguous()
-        if self.alpha != 1.0:
-            arguments["alpha"] = torch.full((self._batch,), self.alpha, dtype=torch.float32, device=device)
-        return arguments
+        return arguments | self._mixing(device)
 
     def _without_reading_back(
         self, module: nn.Module, selected: ops.SelectedTokens, pool: HrPool, assigned: ops.AssignedSlots
     ) -> dict[str, Any]:
         """The same for one row of each sample, in shapes that do not depend on the selection."""
-        k, v, cos, sin = self._project(module, assigned.new_tokens[:NEW_AT_ONCE], pool.k.device)
-        ops.write_hr_kv(k, v, cos, sin, assigned.new_slots[:NEW_AT_ONCE], pool.k, pool.v)
-        missing = assigned.overflow + (assigned.new_count - NEW_AT_ONCE).clamp(min=0)
+        at_once = NEW_AT_ONCE * self._batch
+        k, v, cos, sin = self._project(module, assigned.new_tokens[:at_once], pool.k.device)
+        ops.write_hr_kv(k, v, cos, sin, assigned.new_slots[:at_once], pool.k, pool.v)
+        missing = torch.cat([assigned.overflow, (assigned.new_count - at_once).clamp(min=0)])
         pool.overflow.add_(missing)
         # What found no slot may not be read; the answer is lost in that case, and whoever asks is told.
-        count = torch.where(missing > 0, 0, selected.count)
-        return dict(k_hr=pool.k, v_hr=pool.v, hr_slots=assigned.slots, hr_count=count)
+        count = torch.where(missing.sum() > 0, 0, selected.count)
+        return dict(k_hr=pool.k, v_hr=pool.v, hr_slots=assigned.slots, hr_count=count) | self._mixing(count.device)
+
+    def _mixing(self, device: torch.device) -> dict[str, Any]:
+        """alpha for every row of the batch, where it is not 1."""
+        if self.alpha == 1.0:
+            return {}
+        return dict(alpha=torch.full((self._batch,), self.alpha, dtype=torch.float32, device=device))
 
     def _project(self, module: nn.Module, tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
         """tokens [n], counted over prompts, -1 for none -> keys, values [n, Hkv, d] and rotary tables [n, d]."""
@@ -214,7 +220,8 @@ class Call:
         )
         k = module.k_proj_hd(rows).unflatten(-1, (-1, module.head_dim))
         v = module.v_proj_hd(rows).unflatten(-1, (-1, module.head_dim))
-        return k, v, cos, sin
+        dtype = pictures.features.dtype  # that of the queries; under autocast the projections give another one
+        return k.to(dtype), v.to(dtype), cos, sin
 
     def _read_back(self, numbers: torch.Tensor, tokens: torch.Tensor) -> list[int]:
         """`numbers` on the host, in the one wait that a layer takes. Tiles that `tokens` lie in are encoded on the way."""
