@@ -401,3 +401,13 @@ def test_photos_and_places_must_agree():
     for photos in (1, 3):
         with pytest.raises(ValueError, match=f"pixel_values_hr holds {photos} photos; these prompts have 2"):
             small.flex()(**two, pixel_values_hr=small.photos(photos))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_an_image_token_that_the_model_writes_is_no_picture(model, use_cache):
+    def write_one(ids, scores):
+        return scores if (ids[0] == small.PICTURE).sum() > small.SIDE**2 else scores.index_fill(1, torch.tensor(small.PICTURE), 1e9)
+
+    ids = model.generate(**photo_question(), max_new_tokens=5, do_sample=False, logits_processor=[write_one], use_cache=use_cache)
+    assert ids.shape[1] == 49 + 5 and ids[0, 49] == small.PICTURE
