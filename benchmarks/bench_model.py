@@ -264,10 +264,6 @@ def measure(backbone: Backbone, chosen: list[System], tokens: int, repetitions: 
             assert logits[system.name].isfinite().all(), f"{system.name} gives numbers that are not finite"
             pictures = HighResolution.beside(caches[system.name])
             system.projected = 0 if pictures is None else pictures.projected
-    for system in chosen:
-        if system.on and not system.transformers:
-            twin = next((s for s in chosen if not s.on and s.share == system.share and not system.churn), None)
-            assert twin is None or twin.projected > system.projected or not system.share
 
 
 @torch.no_grad()

@@ -204,8 +204,8 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             if rows is not None:
                 cached = hr_cache and past_key_values is not None and not torch.is_grad_enabled()
                 layers = self.config.text_config.num_hidden_layers
-                on_device = cached and decoding and queries == 1 and pictures.capacity is not None
-                call = Call(pictures, rows, layers, hr_alpha, flexattn_trace, self._encode_tiles, cached, on_device)
+                reads_back = not (cached and decoding and queries == 1 and pictures.capacity is not None)
+                call = Call(pictures, rows, layers, hr_alpha, flexattn_trace, self._encode_tiles, cached, reads_back)
 
         with profiling.phase("decode" if decoding and queries == 1 else "prefill"):
             return super().forward(

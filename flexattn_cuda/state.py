@@ -88,7 +88,7 @@ class Call:
     encode: [n, 3, s, s] -> [n, side*side, D], for HR tiles that the selection reaches first in this call.
     cached: Keep projected keys and values beside the cache; otherwise every layer projects what it attends to, with
         gradients.
-    on_device: Read nothing back and keep all shapes, for a decode step in a CUDA graph: pools of fixed size take up to
+    reads_back: Otherwise nothing is, and all shapes stay, for a decode step in a CUDA graph: pools of fixed size take up to
         NEW_AT_ONCE new tokens of a layer for each row, and count what does not fit.
     """
 
@@ -101,18 +101,18 @@ class Call:
         trace: Trace | None = None,
         encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
         cached: bool = False,
-        on_device: bool = False,
+        reads_back: bool = True,
     ):
         self.config = pictures.settings
         self.pictures = pictures
         self.rows = rows
         self.alpha = alpha
         self.cached = cached
-        self.on_device = on_device
+        self.reads_back = reads_back
         self.selected: dict[int, ops.SelectedTokens] = {}  # by the layer whose map selected them
         self._encode = encode
         self._batch = (rows.listed if rows.first is None else rows.first).shape[0]
-        self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._places_on: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._last_map = layers - 1 if trace is not None else layers - 2
         self._traced: dict[int, LayerTrace] | None = None
         if trace is not None:
@@ -163,7 +163,7 @@ class Call:
             if self.cached:
                 pictures.pools[layer] = pool
         assigned = pool.assign(selected)
-        if self.on_device:
+        if not self.reads_back:
             return self._without_reading_back(module, selected, pool, assigned)
 
         numbers = torch.cat([selected.count.amax()[None], assigned.new_count, assigned.overflow])
@@ -236,10 +236,10 @@ class Call:
 
     def _places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """ranges and live of the pictures, for every row of the batch, on a layer's device."""
-        if device not in self._on_device:
+        if device not in self._places_on:
             repeats = self._batch // self.pictures.prompts
             ranges, live = self.pictures.ranges.to(device), self.pictures.live.to(device)
             if repeats > 1:
                 ranges, live = ranges.repeat_interleave(repeats, 0), live.repeat_interleave(repeats, 0)
-            self._on_device[device] = ranges, live
-        return self._on_device[device]
+            self._places_on[device] = ranges, live
+        return self._places_on[device]

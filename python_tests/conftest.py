@@ -1,6 +1,7 @@
 """FLEXATTN_BACKEND=races or =sanitizers: CPU tensors go to the CUDA kernels, on the executor of csrc/simt (`make simt`)."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -30,3 +31,20 @@ def threads(request):
     """Two for the operators, whose work is shared out; the models of the tests are so small that a second one only waits."""
     operators = request.module.__name__ in ("test_ops", "test_attention_paths")
     torch.set_num_threads(2 if operators and BACKEND == "cpu" else 1)
+
+
+@pytest.fixture
+def flexattn(monkeypatch, capsys):
+    """flexattn(*arguments) -> (exit code, stdout, stderr)."""
+    from flexattn_cuda import cli
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flexattn", *map(str, arguments)])
+        for stream in (sys.stdout, sys.stderr):
+            monkeypatch.setattr(stream, "reconfigure", lambda **_: None, raising=False)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run

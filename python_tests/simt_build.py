@@ -15,6 +15,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,10 +59,10 @@ def build(kind: str) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, sources()))
-    libraries = cpp_extension.library_paths()
+    folder_of_torch = Path(torch.__file__).parent / "lib"
     subprocess.run(
-        ["g++", "-shared", "-o", str(module), *map(str, objects), *link.split(), *(f"-L{path}" for path in libraries),
-         *(f"-Wl,-rpath,{path}" for path in libraries), "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"],
+        ["g++", "-shared", "-o", str(module), *map(str, objects), *link.split(), f"-L{folder_of_torch}", f"-Wl,-rpath,{folder_of_torch}",
+         "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"],
         check=True,
     )  # fmt: skip
     return module

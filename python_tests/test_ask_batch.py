@@ -17,22 +17,13 @@ import torch
 from PIL import Image
 
 import small_checkpoint
-from flexattn_cuda import answering, ask, batch, cli, load
+from flexattn_cuda import answering, ask, batch, load
 from flexattn_cuda.batch import Totals, answer_file
 from flexattn_cuda.processing import InputError, open_photo
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 SIGNS = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small models gain nothing from threads, and where other programs run they wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -403,22 +394,6 @@ def test_each_of_several_processes_takes_the_gpu_of_its_local_rank(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------- command line
-
-
-@pytest.fixture
-def flexattn(monkeypatch, capsys):
-    """flexattn(*arguments) -> (exit code, stdout, stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flexattn", *map(str, arguments)])
-        for stream in (sys.stdout, sys.stderr):
-            monkeypatch.setattr(stream, "reconfigure", lambda **_: None, raising=False)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
 
 
 @pytest.mark.parametrize(

@@ -33,22 +33,6 @@ def photo(tmp_path):
     return str(tmp_path / "photo.png")
 
 
-@pytest.fixture
-def flexattn(monkeypatch, capsys):
-    """flexattn(*arguments) -> (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flexattn", *map(str, arguments)])
-        for stream in (sys.stdout, sys.stderr):
-            monkeypatch.setattr(stream, "reconfigure", lambda **_: None, raising=False)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
-
-
 # ----------------------------------------------------------------------------------------------------------------- ask
 
 

@@ -38,9 +38,8 @@ def run(model, steps=STEPS, **inputs):
     """-> (tokens, logits, trace, the pictures beside the cache)."""
     trace = Trace()
     output = model.generate(
-        **inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True, flexattn_trace=trace,
-        **({"do_sample": False} | {name: inputs[name] for name in ("do_sample",) if name in inputs}),
-    )  # fmt: skip
+        **inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True, flexattn_trace=trace
+    )
     return output.sequences[:, -steps:], torch.stack(output.logits, 1), trace, HighResolution.beside(output.past_key_values)
 
 
@@ -343,15 +342,20 @@ def test_the_caller_may_use_the_pixels_again(model):
 
 @torch.no_grad()
 def test_a_question_taken_back_is_asked_anew(model):
-    """After the crop one token stands for the whole new question: it sees the photograph."""
+    """After the crop one token stands for the whole new question: it sees the photograph.
+
+    (In the paper's form the rows before it keep what they saw with the old question's selection, so there it is not equal.)
+    """
     ids = photo_question(text=12)
     cache, fresh = (DynamicCache(config=model.config.text_config) for _ in range(2))
     model(**ids, past_key_values=cache)
     cache.crop(-7)
     cut = ids | {"input_ids": torch.cat([ids["input_ids"][:, :-7], torch.tensor([[5]])], 1)}
     expected = model(**cut, past_key_values=fresh).logits[:, -1]
+    trace = Trace()
+    found = model(input_ids=torch.tensor([[5]]), past_key_values=cache, flexattn_trace=trace).logits[:, -1]
+    assert all(layer.mask.any() for layer in trace.steps[0].values())
     if model.config.flexattn.hr_rows == "answer":
-        found = model(input_ids=torch.tensor([[5]]), past_key_values=cache).logits[:, -1]
         assert (found - expected).abs().max() <= 1e-4
 
 
