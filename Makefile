@@ -8,7 +8,8 @@
 # make sm80           that the Ampere kernels are in the machine code: tensor cores, ldmatrix, cp.async, no local memory in the main
 #                     loop. NVCC and HOST_CXX as above, NVCC with cuobjdump beside it
 # make gpu            on a machine with an NVIDIA GPU, with PYTHON's own packages and no network, its steps' limits under eight
-#                     minutes together: builds in place, runs the tests, compute-sanitizer and the benchmarks; results in OUT. GPU_FLAGS=--dry-run prints the commands
+#                     minutes together: builds in place, runs the tests, compute-sanitizer and the benchmarks; results in OUT.
+#                     GPU_FLAGS=--dry-run prints the commands
 # make clean          removes .venv and what was built
 #
 # A second call installs nothing: stamps in .venv tell what is there. Native code is built again when it changes.
