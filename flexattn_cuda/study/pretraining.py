@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
+from flexattn_cuda.study.encoded_scenes import EncodedScenes, Pick
 from flexattn_cuda.study.scenes import COLORS, SHAPES, SIDE, SIZES, TASKS, VEHICLES, Box, Glyph, Painter, Sign
 from flexattn_cuda.vision import encode_pictures
 
@@ -32,7 +33,7 @@ console = Console()
 GLYPHS = tuple("0123456789") + SHAPES
 CLASSES = {"colour": tuple(COLORS), "first glyph": GLYPHS, "second glyph": GLYPHS, "vehicle": VEHICLES}
 """What the heads of the encoder stage tell apart, besides "nothing"."""
-_NOTHING_WEIGHT = (0.5, 0.3, 0.3, 0.3)
+_NOTHING_WEIGHT = (0.3, 0.1, 0.1, 0.15)
 UNSURE = -100  # tokens that show too little of an object to learn from: without a loss
 READABLE_PIXELS = 6.0  # height from which a glyph, and length from which a vehicle is told apart
 
@@ -167,7 +168,7 @@ class EncoderData:
         crowd = (drawn / SIDE / SIZES[size]) ** 2  # of a usual picture's room for objects
         signs: list[Sign] = []
         vehicles: list[Glyph] = []
-        if rng.random() < 0.6:
+        if rng.random() < 0.65:
             picture = painter.background(drawn, drawn, shares)
             for color in rng.choices(list(COLORS), k=min(12, max(2, round(crowd * rng.uniform(15, 45))))):
                 painter.add_sign(picture, color, painter.content(rng.choice(TASKS[:3])), signs, scale)
@@ -201,7 +202,7 @@ class EncoderData:
         rng, low, pairs = self.painter.rng, self.images.lowres_size, []
         for _ in range(count):
             zoom = rng.choices((1, 2, 3, 4), (0.25, 0.15, 0.45, 0.15))[0]
-            size = rng.choices(list(SIZES), (0.7, 0.3))[0]
+            size = rng.choices(list(SIZES), (0.6, 0.4))[0]
             pairs.append(self.whole() if zoom == 1 else self.tile(zoom * low, low, size))
         return _stacked(pairs)
 
@@ -282,3 +283,78 @@ def whiten(model, pixels: torch.Tensor) -> None:
     last = model.model.multi_modal_projector.linear_2
     last.weight.copy_(turn @ last.weight)
     last.bias.copy_(turn @ (last.bias - tokens.mean(0)))
+
+
+# ------------------------------------------------------------------------------------------------------ 3. localise
+
+
+class MapOfLayer:
+    """The attention map of the last rows of one layer, with a gradient, which the operator's map has not."""
+
+    def __init__(self, model, layer: int):
+        self.attention = model.model.language_model.layers[layer].self_attn
+        self.handle = self.attention.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, module, args, keywords) -> None:
+        self.hidden, self.positions = keywords["hidden_states"], keywords["position_embeddings"]
+
+    def __call__(self, inputs: dict[str, torch.Tensor], image_token: int, count: int) -> torch.Tensor:
+        """[n, count, S*S] of the `count` rows before the last: the mean over heads of the probabilities of the picture's tokens."""
+        a, (n, length) = self.attention, self.hidden.shape[:2]
+        rows = torch.arange(length - 1 - count, length - 1)
+        q, k = (p(self.hidden).view(n, length, -1, a.head_dim).transpose(1, 2) for p in (a.q_proj, a.k_proj))
+        q, k = apply_rotary_pos_emb(q, k, *self.positions)
+        logits = q[:, :, rows] @ k.transpose(-1, -2) * a.scaling
+        hidden = (torch.arange(length) > rows[:, None]) | (inputs["attention_mask"] == 0)[:, None, None]
+        maps = logits.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
+        picture = (inputs["input_ids"] == image_token)[:, None].expand_as(maps)
+        return maps[picture].view(n, count, -1)
+
+
+def train_localisation(
+    model, processor, pictures: EncodedScenes, held_out: EncodedScenes, steps: int, seed: int, batch: int = 48
+) -> dict[str, dict[str, float]]:
+    """Stage 3. Returns by task, on held-out pictures, the map's mass on the answer cells and the share of maps whose largest cell is one."""
+    rng, language = random.Random(f"localise {seed}"), model.model.language_model
+    first_layer, layers = model.config.flexattn.first_layer, language.layers
+    parameters = trained(language, lambda name: name.startswith(("embed_tokens", *(f"layers.{i}." for i in range(first_layer)))))
+    map_of = MapOfLayer(model, first_layer - 1)
+
+    def run(source: EncodedScenes, picks: list[Pick]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        inputs = source.batch(picks, processor, None)
+        language(inputs_embeds=embeddings(model, inputs), attention_mask=inputs["attention_mask"], use_cache=False)
+        answers = inputs["labels"] != UNSURE  # a row predicts the label after it
+        count = int(answers.sum(1).max())
+        maps = map_of(inputs, processor.image_token_id, count)
+        return maps, source.answer_cells(picks)[:, None].expand_as(maps).float(), answers[:, -count:]
+
+    def loss_of(_: int) -> torch.Tensor:
+        maps, cells, rows = run(pictures, pictures.sample(rng, batch))
+        return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1))[rows].mean()
+
+    @torch.no_grad()
+    def found() -> dict[str, dict[str, float]]:
+        maps, cells, rows = run(held_out, held_out.asked())
+        mass, largest = (maps * cells).sum(-1), cells.gather(-1, maps.argmax(-1, keepdim=True))[..., 0]
+        result = {}
+        for task in TASKS:
+            of_task = rows & torch.tensor([scene.asked.task == task for scene in held_out.scenes])[:, None]
+            result[task] = {"mass": mass[of_task].mean().item(), "largest": largest[of_task].mean().item()}
+        return result
+
+    def report() -> str:
+        return "held-out mass, largest: " + "; ".join(f"{task} {row['mass']:.2f} {row['largest']:.2f}" for task, row in found().items())
+
+    language.layers = layers[:first_layer]  # the map needs no later one
+    try:
+        train_loop("localise", steps, parameters, 1e-2, loss_of, report)
+        return found()
+    finally:
+        language.layers = layers
+        map_of.handle.remove()
+
+
+def embeddings(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[n, N, D]: the prompts with the image tokens in place."""
+    picture = inputs["input_ids"] == model.config.image_token_id
+    return model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(picture.unsqueeze(-1), inputs["image_features"])

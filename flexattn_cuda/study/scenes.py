@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -87,19 +87,22 @@ class Scene:
     """A picture with everything that can be asked about it.
 
     Attributes:
-        picture: RGB, longer side SIDE.
+        picture: RGB, longer side SIDE; None where only its image tokens are kept.
         size: "small" or "large".
         signs, vehicles: What is drawn, with boxes in pixels of the picture padded to a square.
         asked: The question of the evaluation.
         questions: All, `asked` among them. Uniform over the questions of a task is uniform over its answers.
     """
 
-    picture: Image.Image
+    picture: Image.Image | None
     size: str
     asked: Question
     questions: tuple[Question, ...]
     signs: tuple[Sign, ...] = field(default=())
     vehicles: tuple[Glyph, ...] = field(default=())
+
+    def without_picture(self) -> Scene:
+        return replace(self, picture=None)
 
 
 def find_photographs(folders: Sequence[Path], held_out: bool, longest: int = 1100) -> list[Image.Image]:
@@ -143,6 +146,15 @@ def make_scenes(
     for number in range(first, first + count):
         painter = Painter(photographs, font, random.Random(f"{seed} {number}"))
         yield painter.scene(tasks[number % len(tasks)], sizes[number // len(tasks) % len(sizes)])
+
+
+def vocabulary() -> list[str]:
+    """Texts with every word of the questions and answers."""
+    signs = [Sign(color, tuple(Glyph(name, (0, 0, 1, 1)) for name in names), (0, 0, 1, 1))
+             for color in COLORS for names in (("0", "0"), *zip(SHAPES), (SHAPES[0], SHAPES[1]))]  # fmt: skip
+    fleets = [[Glyph(kind, (0, 0, 1, 1)) for kind in (one, one, other)] for one in VEHICLES for other in VEHICLES if one != other]
+    questions = [*sign_questions(signs), *(question for fleet in fleets for question in vehicle_questions(fleet))]
+    return [text for question in questions for text in (question.text, *question.answer)]
 
 
 class Painter:
