@@ -1,0 +1,121 @@
+"""Scenes as image tokens of the frozen encoder, at every resolution that a system uses, and batches of questions about them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flexattn_cuda.configuration import FlexAttnConfig
+from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
+from flexattn_cuda.study.scenes import SIDE, Box, Question, Scene
+from flexattn_cuda.vision import encode_pictures, encode_tiles
+
+Pick = tuple[int, Question]
+"""A question about the picture with that number."""
+
+
+@dataclass
+class EncodedScenes:
+    """n pictures without their pixels.
+
+    Attributes:
+        low: [n, S*S, D] half, image tokens of the low-resolution pictures.
+        high: By (zoom, highres_size), [n, h*h, D] half.
+        live: [n, 4] int32, as `image_live`.
+        scenes: What was drawn and asked; without `picture`.
+    """
+
+    low: torch.Tensor
+    high: dict[tuple[int, int], torch.Tensor]
+    live: torch.Tensor
+    scenes: list[Scene]
+
+    def asked(self) -> list[Pick]:
+        """Each picture with the question of the evaluation."""
+        return [(number, scene.asked) for number, scene in enumerate(self.scenes)]
+
+    def sample(self, rng: random.Random, count: int) -> list[Pick]:
+        """Questions for training: pictures without repetition, then uniform over their tasks, then over the questions of the task."""
+        picks = []
+        for number in rng.sample(range(len(self.scenes)), count):
+            questions = self.scenes[number].questions
+            task = rng.choice(sorted({question.task for question in questions}))
+            picks.append((number, rng.choice([question for question in questions if question.task == task])))
+        return picks
+
+    def batch(self, picks: Sequence[Pick], processor, settings: FlexAttnConfig | None, answers: bool = True) -> dict[str, torch.Tensor]:
+        """What `forward` takes, padded on the left.
+
+        Args:
+            settings: Of the system: tells which resolution it sees; None for the low resolution alone.
+            answers: With the answers and their labels, for training and for forced answers; without, for `generate`.
+        """
+        tokenizer, image = processor.tokenizer, processor.image_token_id
+        numbers = [number for number, _ in picks]
+        inputs = {"image_features": self.low[numbers].float(), "image_live": self.live[numbers]}
+        room = self.low.shape[1]
+        if settings is not None:
+            inputs["hr_features"] = self.high[settings.zoom, settings.highres_size][numbers].float()
+            room += inputs["hr_features"].shape[1] if settings.system == "hd" else 0
+        rows = []
+        for _, question in picks:
+            ids = tokenizer(processor.prompt(question.text))["input_ids"]
+            at = ids.index(image)
+            answer = [*tokenizer.convert_tokens_to_ids(list(question.answer)), tokenizer.eos_token_id] if answers else []
+            rows.append((ids[:at] + [image] * room + ids[at + 1 :], answer))
+        longest = max(len(ids) + len(answer) for ids, answer in rows)
+        padding = [longest - len(ids) - len(answer) for ids, answer in rows]
+        inputs["input_ids"] = torch.tensor([[tokenizer.pad_token_id] * pad + ids + answer for pad, (ids, answer) in zip(padding, rows)])
+        inputs["attention_mask"] = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
+        if answers:
+            inputs["labels"] = torch.tensor([[-100] * (longest - len(answer)) + answer for _, answer in rows])
+        return inputs
+
+    def answer_cells(self, picks: Sequence[Pick]) -> torch.Tensor:
+        """[n, S*S] bool: LR cells that the answer boxes touch."""
+        side = round(self.low.shape[1] ** 0.5)
+        return torch.stack([cells_of(question.boxes, side) for _, question in picks])
+
+
+def cells_of(boxes: Iterable[Box], side: int, pixels: int = SIDE) -> torch.Tensor:
+    """[side*side] bool: cells of a grid over a square of so many pixels that a box touches."""
+    edge, cell = torch.arange(side) * (pixels / side), pixels / side
+    touched = torch.zeros(side, side, dtype=torch.bool)
+    for x0, y0, x1, y1 in boxes:
+        touched |= ((edge < y1) & (edge + cell > y0))[:, None] & (edge < x1) & (edge + cell > x0)
+    return touched.flatten()
+
+
+@torch.no_grad()
+def encode_scenes(model, processor, scenes: Iterable[Scene], resolutions: Sequence[tuple[int, int]]) -> EncodedScenes:
+    """The image tokens of scenes, by the model's encoder.
+
+    All resolutions share the low-resolution tokens, made by `processor`, so that systems differ in nothing but the high one.
+
+    Args:
+        resolutions: (zoom, highres_size) of the systems; see `resolutions_of`.
+    """
+    images = processor.image_processor
+    makers = {
+        resolution: FlexAttnLlavaImageProcessor(highres_size=resolution[1], lowres_size=images.lowres_size, lr_side=images.lr_side)
+        for resolution in resolutions
+    }
+    low, live, kept = [], [], []
+    high: dict[tuple[int, int], list[torch.Tensor]] = {resolution: [] for resolution in resolutions}
+    for scene in scenes:
+        pixels = images([scene.picture])
+        low.append(encode_pictures(model.model, pixels["pixel_values"])[0].half())
+        live.append(pixels["image_live"][0])
+        for (zoom, size), maker in makers.items():
+            photo = (pixels if size == images.highres_size else maker([scene.picture]))["pixel_values_hr"][0]
+            high[zoom, size].append(encode_tiles(model.model, photo, zoom).half())
+        kept.append(scene.without_picture())
+    return EncodedScenes(torch.stack(low), {key: torch.stack(parts) for key, parts in high.items()}, torch.stack(live), kept)
+
+
+def resolutions_of(settings: Iterable[FlexAttnConfig | None]) -> list[tuple[int, int]]:
+    """(zoom, highres_size) of each that has one, without repetition."""
+    return sorted({(one.zoom, one.highres_size) for one in settings if one is not None})

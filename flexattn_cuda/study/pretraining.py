@@ -1,0 +1,360 @@
+"""What all systems of the study share: the encoder, trained first, and the localisation of what is asked for.
+
+1. encoder      vision tower and projector, on parts of pictures at every resolution that a system uses: linear heads,
+                thrown away, tell from each token the colour of the sign, the glyphs and the vehicle under it.
+2. whiten       the image tokens are turned to uncorrelated channels of variance 1. Then the encoder is frozen.
+3. localise     the layers before `first_layer`, low resolution only: the attention map of the last of them is
+                supervised to lie on the answer boxes.
+
+Nothing here knows a system: each starts from the same weights.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
+from flexattn_cuda.study.encoded_scenes import EncodedScenes, Pick
+from flexattn_cuda.study.scenes import COLORS, SHAPES, SIDE, SIZES, TASKS, VEHICLES, Box, Glyph, Painter, Sign
+from flexattn_cuda.vision import encode_pictures
+
+console = Console()
+GLYPHS = tuple("0123456789") + SHAPES
+CLASSES = {"colour": tuple(COLORS), "first glyph": GLYPHS, "second glyph": GLYPHS, "vehicle": VEHICLES}
+"""What the heads of the encoder stage tell apart, besides "nothing"."""
+_NOTHING_WEIGHT = (0.3, 0.1, 0.1, 0.15)
+UNSURE = -100  # tokens that show too little of an object to learn from: without a loss
+READABLE_PIXELS = 6.0  # height from which a glyph, and length from which a vehicle is told apart
+
+
+def train_loop(
+    name: str,
+    steps: int,
+    parameters: dict[str, nn.Parameter],
+    rate: float,
+    loss_of: Callable[[int], torch.Tensor],
+    report: Callable[[], str] | None = None,
+    every: int = 100,
+) -> None:
+    """Muon at `rate` for the matrices between layers, AdamW for the rest, one-cycle rates.
+
+    Args:
+        loss_of: Gives the loss of a batch; called with the number of the step, from 1.
+        report: Gives a text for the log, `every` so many steps and at the end.
+    """
+    matrices = {n: p for n, p in parameters.items() if p.ndim == 2 and "embed" not in n and "head" not in n}
+    others = [p for n, p in parameters.items() if n not in matrices]
+    optimizers = [
+        torch.optim.Muon(list(matrices.values()), lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98)),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], total_steps=steps, pct_start=0.1, cycle_momentum=False)
+        for o in optimizers
+    ]
+    start, average = time.process_time(), None
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(name, total=steps)
+        for step in range(1, steps + 1):
+            loss = loss_of(step)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            for part in (*optimizers, *schedules):
+                part.step()
+            average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
+            progress.update(task, advance=1, description=f"{name}, loss {average:.3f}")
+            if step % every == 0 or step == steps:
+                seconds = time.process_time() - start
+                console.log(f"{name} {step}/{steps} loss {average:.3f} {report() if report else ''} {seconds:.0f} CPU s")
+
+
+def trained(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, nn.Parameter]:
+    """The parameters with the wanted names; all others are frozen."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(wanted(name))
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ------------------------------------------------------------------------------------------------------- 1. encoder
+
+
+class TokenLabels:
+    """Per token of a square picture the class of what is drawn there; made object by object.
+
+    labels: [side, side] int64 each: a class of CLASSES, "nothing" (the number of classes), or UNSURE.
+    """
+
+    def __init__(self, side: int, patch: int):
+        self.side, self.patch = side, patch
+        self.edge = np.arange(side) * patch
+        self.labels = {name: np.full((side, side), len(classes)) for name, classes in CLASSES.items()}
+        self._most = {name: np.zeros((side, side)) for name in CLASSES}
+
+    def share(self, box: Box) -> np.ndarray:
+        """[side, side] what a token shows of a box, over all that it could show."""
+        x0, y0, x1, y1 = box
+        columns, rows = (
+            np.clip(np.minimum(high, self.edge + self.patch) - np.maximum(low, self.edge), 0, None) for low, high in ((x0, x1), (y0, y1))
+        )
+        return rows[:, None] * columns / min(self.patch**2, (x1 - x0) * (y1 - y0))
+
+    def mark(self, name: str, value: str, box: Box, least: float, none: float, readable: bool = True) -> None:
+        """Tokens that show more than `least` of the box get the class; those between `none` and `least` have no loss.
+
+        Nor has any of an object that cannot be read.
+        """
+        share, most, label = self.share(box), self._most[name], self.labels[name]
+        if not readable:
+            label[(share > none) & (most == 0)] = UNSURE
+            return
+        label[(share > none) & (share <= least) & (most == 0)] = UNSURE
+        label[(share > least) & (share > most)] = CLASSES[name].index(value)
+        np.maximum(most, share, out=most)
+
+    def add_sign(self, sign: Sign) -> None:
+        self.mark("colour", sign.color, sign.box, 0.15, 0.0)
+        for name, glyph in zip(("first glyph", "second glyph"), sign.glyphs):
+            height = glyph.box[3] - glyph.box[1]
+            self.mark(name, glyph.name, glyph.box, 0.3, 0.02, height >= READABLE_PIXELS and self._is_inside(glyph.box))
+
+    def add_vehicle(self, vehicle: Glyph) -> None:
+        length = vehicle.box[2] - vehicle.box[0]
+        self.mark("vehicle", vehicle.name, vehicle.box, 0.3, 0.02, length >= READABLE_PIXELS and self._is_inside(vehicle.box))
+
+    def _is_inside(self, box: Box) -> bool:
+        """Whether more than 60 % of the box are in the picture; at the edge of a tile an object is cut."""
+        x0, y0, x1, y1 = box
+        size = self.side * self.patch
+        seen = max(0, min(x1, size) - max(x0, 0)) * max(0, min(y1, size) - max(y0, 0))
+        return seen > 0.6 * (x1 - x0) * (y1 - y0)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """[side * side] per entry of CLASSES."""
+        return [torch.from_numpy(label.flatten()) for label in self.labels.values()]
+
+
+class EncoderData:
+    """Parts of crowded pictures at the resolution of a tile, and whole low-resolution pictures, with token labels.
+
+    Args:
+        painter: Draws; its generator also chooses the parts.
+        images: Preprocessing of a processor with highres_size.
+        patch: Side in pixels of a token.
+    """
+
+    def __init__(self, painter: Painter, images: FlexAttnLlavaImageProcessor, patch: int):
+        self.painter, self.images, self.patch = painter, images, patch
+
+    def tile(self, resolution: int, side: int, size: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """side x side pixels of a picture whose longer side is scaled to `resolution`."""
+        painter, rng, density = self.painter, self.painter.rng, SIDE / resolution
+        canvas = side + side // 4
+        drawn = round(canvas * density)
+        shares = (0.15, 0.5) if resolution > 200 else (0.3, 0.8)
+        scale = SIZES[size] * SIDE / 288
+        crowd = (drawn / SIDE / SIZES[size]) ** 2  # of a usual picture's room for objects
+        signs: list[Sign] = []
+        vehicles: list[Glyph] = []
+        if rng.random() < 0.65:
+            picture = painter.background(drawn, drawn, shares)
+            for color in rng.choices(list(COLORS), k=min(12, max(2, round(crowd * rng.uniform(15, 45))))):
+                painter.add_sign(picture, color, painter.content(rng.choice(TASKS[:3])), signs, scale)
+        else:
+            picture = painter.ground(drawn, drawn)
+            for kind in rng.choices(VEHICLES, k=min(16, max(2, round(crowd * rng.uniform(20, 80))))):
+                painter.add_vehicle(picture, kind, vehicles, scale)
+        left, top = rng.randint(0, canvas - side), rng.randint(0, canvas - side)
+        part = picture.resize((canvas, canvas), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+        ratio = canvas / drawn
+        labels = TokenLabels(side // self.patch, self.patch)
+        for sign in signs:
+            labels.add_sign(sign.moved(left / ratio, top / ratio, ratio))
+        for vehicle in vehicles:
+            labels.add_vehicle(vehicle.moved(left / ratio, top / ratio, ratio))
+        return self._pixels(part), labels.tensors()
+
+    def whole(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """A picture at low resolution."""
+        rng, low = self.painter.rng, self.images.lowres_size
+        scene = self.painter.scene(rng.choice(TASKS), rng.choice(list(SIZES)))
+        labels = TokenLabels(low // self.patch, self.patch)
+        for sign in scene.signs:
+            labels.add_sign(sign.moved(0, 0, low / SIDE))
+        for vehicle in scene.vehicles:
+            labels.add_vehicle(vehicle.moved(0, 0, low / SIDE))
+        return self.images([scene.picture])["pixel_values"][0], labels.tensors()
+
+    def batch(self, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """[count, 3, lowres, lowres] and per entry of CLASSES [count, tokens]: tiles of zoom 2, 3 and 4, and whole pictures."""
+        rng, low, pairs = self.painter.rng, self.images.lowres_size, []
+        for _ in range(count):
+            zoom = rng.choices((1, 2, 3, 4), (0.25, 0.15, 0.45, 0.15))[0]
+            size = rng.choices(list(SIZES), (0.6, 0.4))[0]
+            pairs.append(self.whole() if zoom == 1 else self.tile(zoom * low, low, size))
+        return _stacked(pairs)
+
+    def hd_batch(self, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Tiles of the picture of 4/3 lowres that LLaVA-HD cuts into 2 x 2: [count, 3, 2/3 lowres, 2/3 lowres]."""
+        low, rng = self.images.lowres_size, self.painter.rng
+        return _stacked([self.tile(low * 4 // 3, low * 2 // 3, rng.choices(list(SIZES), (0.3, 0.7))[0]) for _ in range(count)])
+
+    def _pixels(self, picture: Image.Image) -> torch.Tensor:
+        mean, std = (torch.tensor(x)[:, None, None] for x in (self.images.image_mean, self.images.image_std))
+        return (torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - mean) / std
+
+
+def _stacked(pairs: list[tuple[torch.Tensor, list[torch.Tensor]]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return torch.stack([pixels for pixels, _ in pairs]), [torch.stack(parts) for parts in zip(*(labels for _, labels in pairs))]
+
+
+def train_encoder(
+    model, processor, photographs: list[Image.Image], held_out: list[Image.Image], steps: int, seed: int, font=None, batch: int = 16
+) -> dict[str, dict[str, float]]:
+    """Stage 1. Returns the share of right tokens on held-out photographs, by kind of picture and of class."""
+    config = model.config
+    patch, width = config.vision_config.patch_size, config.text_config.hidden_size
+    data, test = (
+        EncoderData(Painter(photos, font, random.Random(f"encoder {seed} {number}")), processor.image_processor, patch)
+        for number, photos in enumerate((photographs, held_out))
+    )
+    low = processor.image_processor.lowres_size
+    tests = {"low": _stacked([test.whole() for _ in range(96)]), "hd": test.hd_batch(64)}
+    tests |= {f"zoom {zoom} {size}": _stacked([test.tile(zoom * low, low, size) for _ in range(32)]) for zoom in (2, 3, 4) for size in SIZES}
+    heads = nn.ModuleList(nn.Linear(width, len(classes) + 1) for classes in CLASSES.values())
+    weights = [torch.tensor([1.0] * (head.out_features - 1) + [none]) for head, none in zip(heads, _NOTHING_WEIGHT)]
+    parts = {"vision": model.model.vision_tower, "projector": model.model.multi_modal_projector, "heads": heads}
+    for module in parts.values():
+        module.requires_grad_()
+    parameters = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+
+    def loss_of(step: int) -> torch.Tensor:
+        pixels, labels = data.hd_batch(2 * batch) if step % 8 == 0 else data.batch(batch)
+        tokens = encode_pictures(model.model, pixels)
+        return sum(
+            functional.cross_entropy(head(tokens).flatten(0, 1), label.flatten(), weight=weight)
+            for head, label, weight in zip(heads, labels, weights)
+        )
+
+    @torch.no_grad()
+    def accuracies() -> dict[str, dict[str, float]]:
+        right: dict[str, dict[str, float]] = {}
+        for kind, (pixels, labels) in tests.items():
+            tokens, right[kind] = encode_pictures(model.model, pixels), {}
+            for name, head, label in zip(CLASSES, heads, labels):
+                there = (label < head.out_features - 1) & (label != UNSURE)
+                if there.any():
+                    right[kind][name] = (head(tokens).argmax(-1) == label)[there].float().mean().item()
+        return right
+
+    def report() -> str:
+        return "held-out tokens: " + "; ".join(f"{kind} {' '.join(f'{x:.2f}' for x in row.values())}" for kind, row in accuracies().items())
+
+    train_loop("encoder", steps, parameters, 1e-2, loss_of, report, 200)
+    for module in parts.values():
+        module.requires_grad_(False)
+    return accuracies()
+
+
+@torch.no_grad()
+def whiten(model, pixels: torch.Tensor) -> None:
+    """Turns the projector's output so that its channels have mean 0 and variance 1 and are uncorrelated, nearly.
+
+    The glyphs are a small part of the encoder's variance; the language model learns to read them far sooner like this.
+
+    Args:
+        pixels: [n, 3, s, s] float, normalised, as `EncoderData.batch` gives them.
+    """
+    tokens = encode_pictures(model.model, pixels).flatten(0, 1)
+    variance, directions = torch.linalg.eigh(torch.cov(tokens.T))
+    turn = directions @ torch.diag((variance + 0.01 * variance.mean()).rsqrt()) @ directions.T
+    last = model.model.multi_modal_projector.linear_2
+    last.weight.copy_(turn @ last.weight)
+    last.bias.copy_(turn @ (last.bias - tokens.mean(0)))
+
+
+# ------------------------------------------------------------------------------------------------------ 3. localise
+
+
+class MapOfLayer:
+    """The attention map of the last rows of one layer, with a gradient, which the operator's map has not."""
+
+    def __init__(self, model, layer: int):
+        self.attention = model.model.language_model.layers[layer].self_attn
+        self.handle = self.attention.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, module, args, keywords) -> None:
+        self.hidden, self.positions = keywords["hidden_states"], keywords["position_embeddings"]
+
+    def __call__(self, inputs: dict[str, torch.Tensor], image_token: int, count: int) -> torch.Tensor:
+        """[n, count, S*S] of the `count` rows before the last: the mean over heads of the probabilities of the picture's tokens."""
+        a, (n, length) = self.attention, self.hidden.shape[:2]
+        rows = torch.arange(length - 1 - count, length - 1)
+        q, k = (p(self.hidden).view(n, length, -1, a.head_dim).transpose(1, 2) for p in (a.q_proj, a.k_proj))
+        q, k = apply_rotary_pos_emb(q, k, *self.positions)
+        logits = q[:, :, rows] @ k.transpose(-1, -2) * a.scaling
+        hidden = (torch.arange(length) > rows[:, None]) | (inputs["attention_mask"] == 0)[:, None, None]
+        maps = logits.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
+        picture = (inputs["input_ids"] == image_token)[:, None].expand_as(maps)
+        return maps[picture].view(n, count, -1)
+
+
+def train_localisation(
+    model, processor, pictures: EncodedScenes, held_out: EncodedScenes, steps: int, seed: int, batch: int = 48
+) -> dict[str, dict[str, float]]:
+    """Stage 3. Returns by task, on held-out pictures, the map's mass on the answer cells and the share of maps whose largest cell is one."""
+    rng, language = random.Random(f"localise {seed}"), model.model.language_model
+    first_layer, layers = model.config.flexattn.first_layer, language.layers
+    parameters = trained(language, lambda name: name.startswith(("embed_tokens", *(f"layers.{i}." for i in range(first_layer)))))
+    map_of = MapOfLayer(model, first_layer - 1)
+
+    def run(source: EncodedScenes, picks: list[Pick]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        inputs = source.batch(picks, processor, None)
+        language(inputs_embeds=embeddings(model, inputs), attention_mask=inputs["attention_mask"], use_cache=False)
+        answers = inputs["labels"] != UNSURE  # a row predicts the label after it
+        count = int(answers.sum(1).max())
+        maps = map_of(inputs, processor.image_token_id, count)
+        return maps, source.answer_cells(picks)[:, None].expand_as(maps).float(), answers[:, -count:]
+
+    def loss_of(_: int) -> torch.Tensor:
+        maps, cells, rows = run(pictures, pictures.sample(rng, batch))
+        return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1))[rows].mean()
+
+    @torch.no_grad()
+    def found() -> dict[str, dict[str, float]]:
+        maps, cells, rows = run(held_out, held_out.asked())
+        mass, largest = (maps * cells).sum(-1), cells.gather(-1, maps.argmax(-1, keepdim=True))[..., 0]
+        result = {}
+        for task in TASKS:
+            of_task = rows & torch.tensor([scene.asked.task == task for scene in held_out.scenes])[:, None]
+            result[task] = {"mass": mass[of_task].mean().item(), "largest": largest[of_task].mean().item()}
+        return result
+
+    def report() -> str:
+        return "held-out mass, largest: " + "; ".join(f"{task} {row['mass']:.2f} {row['largest']:.2f}" for task, row in found().items())
+
+    language.layers = layers[:first_layer]  # the map needs no later one
+    try:
+        train_loop("localise", steps, parameters, 1e-2, loss_of, report)
+        return found()
+    finally:
+        language.layers = layers
+        map_of.handle.remove()
+
+
+def embeddings(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[n, N, D]: the prompts with the image tokens in place."""
+    picture = inputs["input_ids"] == model.config.image_token_id
+    return model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(picture.unsqueeze(-1), inputs["image_features"])
