@@ -211,8 +211,7 @@ def generate_answers(
     limits = [min(max_new_tokens, longest - prompt_length(model, processor, question)) for question in questions]
     prompts = [processor.prompt(question) for question in questions]
     inputs = processor(images=list(photos), text=prompts).to(model.device)
-    end = model.generation_config.eos_token_id
-    ends = [processor.tokenizer.eos_token_id] if end is None else [end] if isinstance(end, int) else list(end)
+    ends = end_ids(model, processor)
     ids = model.generate(
         **inputs,
         max_new_tokens=max(limits),
@@ -229,6 +228,12 @@ def generate_answers(
     # Each row ends at its own end: others of the batch may go on for longer, or have more room left for an answer.
     rows = (row[:limit] for row, limit in zip(ids[:, inputs["input_ids"].shape[1] :].tolist(), limits))
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
+
+
+def end_ids(model: FlexAttnLlavaForConditionalGeneration, processor: FlexAttnLlavaProcessor) -> list[int]:
+    """The token ids that end an answer."""
+    end = model.generation_config.eos_token_id
+    return [processor.tokenizer.eos_token_id] if end is None else [end] if isinstance(end, int) else list(end)
 
 
 def answer_text(processor: FlexAttnLlavaProcessor, tokens: Sequence[int]) -> str:
