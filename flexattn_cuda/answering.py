@@ -19,7 +19,7 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from flexattn_cuda import build, checkpoints, viz
-from flexattn_cuda.configuration import FlexAttnConfig
+from flexattn_cuda.configuration import FlexAttnConfig, settings_of
 from flexattn_cuda.modeling import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.processing import FlexAttnLlavaProcessor, InputError, as_image, open_photo, upright_rgb
 from flexattn_cuda.trace import Trace
@@ -33,6 +33,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     flexattn: FlexAttnConfig | None = None,
+    system: str | None = None,
 ) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
     """A model, ready to answer, and its processor.
 
@@ -41,14 +42,24 @@ def load(
         device: "cpu", "cuda" or "cuda:N"; None or "auto": the GPU where it can be used, else the CPU.
         dtype: "float32", "float16" or "bfloat16"; None: that of the checkpoint.
         flexattn: Settings of the mechanism in place of the checkpoint's.
+        system: One of `configuration.SYSTEMS` in place of the checkpoint's, in its usual settings at the checkpoint's size.
     Raises:
         checkpoints.CheckpointError: There is no such checkpoint, or it cannot be loaded.
         InputError: The device or dtype is unknown, or cannot be used here.
     """
     device, dtype = choose_device(device), choose_dtype(dtype)
     folder = checkpoints.resolve_folder(DEFAULT_MODEL if model is None else model)
+    config = checkpoints.load_config(folder)
+    if system is not None:
+        try:
+            settings = settings_of(system, config.lr_side * config.vision_config.patch_size)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        config.flexattn_config = None if settings is None else settings.to_dict()
     try:
-        loaded = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", flexattn=flexattn)
+        loaded = FlexAttnLlavaForConditionalGeneration.from_pretrained(
+            folder, config=config, dtype=dtype or "auto", flexattn=flexattn
+        )
     except checkpoints.CheckpointError:
         raise
     except (ValueError, RuntimeError) as error:  # what transformers says of parts that do not fit together
@@ -211,8 +222,7 @@ def generate_answers(
     limits = [min(max_new_tokens, longest - prompt_length(model, processor, question)) for question in questions]
     prompts = [processor.prompt(question) for question in questions]
     inputs = processor(images=list(photos), text=prompts).to(model.device)
-    end = model.generation_config.eos_token_id
-    ends = [processor.tokenizer.eos_token_id] if end is None else [end] if isinstance(end, int) else list(end)
+    ends = end_ids(model, processor)
     ids = model.generate(
         **inputs,
         max_new_tokens=max(limits),
@@ -229,6 +239,12 @@ def generate_answers(
     # Each row ends at its own end: others of the batch may go on for longer, or have more room left for an answer.
     rows = (row[:limit] for row, limit in zip(ids[:, inputs["input_ids"].shape[1] :].tolist(), limits))
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
+
+
+def end_ids(model: FlexAttnLlavaForConditionalGeneration, processor: FlexAttnLlavaProcessor) -> list[int]:
+    """The token ids that end an answer."""
+    end = model.generation_config.eos_token_id
+    return [processor.tokenizer.eos_token_id] if end is None else [end] if isinstance(end, int) else list(end)
 
 
 def answer_text(processor: FlexAttnLlavaProcessor, tokens: Sequence[int]) -> str:

@@ -14,29 +14,23 @@ import hashlib
 import json
 import os
 import re
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from torch import distributed
 
 from flexattn_cuda import answering, checkpoints
 from flexattn_cuda.modeling import FlexAttnLlavaForConditionalGeneration
+from flexattn_cuda.processes import Processes
 from flexattn_cuda.processing import FlexAttnLlavaProcessor, InputError, check_question, open_photo
+from flexattn_cuda.report import Report
 
 _JOURNAL = "journal of flexattn ask-batch, 1"
 _CHECKPOINT_FILES = (".json", ".jinja", ".model", ".safetensors", ".bin")
-_SECONDS_BETWEEN_LINES = 30.0
 
-Made = TypeVar("Made")
 Results = dict[int, dict[str, str]]  # by line number, {"answer": text} or {"error": sentence}
 
 
@@ -91,13 +85,14 @@ def answer_file(
         "dtype": str(answering.choose_dtype(dtype) or "auto").removeprefix("torch."),
         "max_new_tokens": max_new_tokens,
     }
-    with _Processes() as processes:
+    with Processes() as processes:
         device = processes.device(device)
         header, lines, results = processes.from_first(lambda: _begin(input, output, model, settings, restart))
         loaded, processor = answering.load(model, device, dtype)
         batches, too_long = processes.from_first(lambda: _plan(loaded, processor, lines, results, batch_size))
         share = batches[processes.rank :: processes.count]
-        report = _Report(sum(map(len, share)), processes.count, progress and processes.rank == 0)
+        what = "questions" if processes.count == 1 else f"questions of the first of {processes.count} processes"
+        report = Report(sum(map(len, share)), what, progress and processes.rank == 0)
         if results:
             report.say(f"{len(results)} questions were answered before, {sum(map(len, batches))} are left")
 
@@ -404,109 +399,3 @@ def _folder_to_disk(folder: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
-
-
-# -------------------------------------------------------------------------------------------------------------- processes
-
-
-class _Processes:
-    """The processes that share the work: those that torchrun or `accelerate launch` started, or this one alone.
-
-    Both launchers tell a process by the same environment variables who it is. What the processes tell each other are a
-    few Python objects, through the CPU.
-    """
-
-    def __init__(self) -> None:
-        self.rank, self._local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
-        self._began_them = False
-        self._group: distributed.ProcessGroup | None = None
-
-    def __enter__(self) -> _Processes:
-        if self.count > 1:
-            self._began_them = not distributed.is_initialized()
-            if self._began_them:
-                distributed.init_process_group("gloo")
-            # The first process to end waits for the last one, which may take as long as it likes.
-            self._group = distributed.new_group(backend="gloo", timeout=timedelta(days=365))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._began_them:
-            distributed.destroy_process_group()
-
-    def device(self, wanted: str | torch.device | None) -> torch.device:
-        """The device meant; among several processes, the GPU of the local rank where none is named by its number."""
-        chosen = answering.choose_device(wanted)
-        if self.count > 1 and chosen.type == "cuda" and chosen.index is None:
-            return answering.choose_device(f"cuda:{self._local_rank}")
-        return chosen
-
-    def from_first(self, make: Callable[[], Made]) -> Made:
-        """What `make` gives in the first process, for all of them; what it refuses, refused in all of them."""
-        if self.count == 1:
-            return make()
-        told: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                told = [make()]
-            except (InputError, checkpoints.CheckpointError) as error:
-                told = [error]
-        distributed.broadcast_object_list(told, src=0, group=self._group)
-        if isinstance(told[0], Exception):
-            raise told[0]
-        return told[0]
-
-    def to_first(self, part: Made) -> list[Made]:
-        """The parts of all processes in the first one, nothing in the others."""
-        if self.count == 1:
-            return [part]
-        parts: list[Any] | None = [None] * self.count if self.rank == 0 else None
-        distributed.gather_object(part, parts, dst=0, group=self._group)
-        return parts or []
-
-
-# ---------------------------------------------------------------------------------------------------------------- report
-
-
-class _Report:
-    """How far this process is: a bar where stderr is a terminal, else a line every so often."""
-
-    def __init__(self, total: int, processes: int, wanted: bool):
-        self._total, self._done = total, 0
-        self._what = "questions" if processes == 1 else f"questions of the first of {processes} processes"
-        self._wanted = wanted
-        console = Console(stderr=True)
-        self._bar: Progress | None = None
-        if wanted and console.is_terminal:
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}")
-            self._bar = Progress(*columns, console=console)
-
-    def __enter__(self) -> _Report:
-        self._began = self._last_line = time.monotonic()
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task(self._what, total=self._total, pace="")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, count: int) -> None:
-        self._done += count
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, pace=self._pace(now))
-        elif now - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            self.say(f"{self._done} of {self._total} {self._what}, {self._pace(now)}")
-
-    def say(self, line: str) -> None:
-        if self._wanted:
-            print(line, file=sys.stderr, flush=True)
-
-    def _pace(self, now: float) -> str:
-        rate = self._done / (now - self._began)
-        left = timedelta(seconds=round((self._total - self._done) / rate))
-        return f"{rate:.3g} a second, {left} left"

@@ -1,4 +1,4 @@
-"""The command line: flexattn ask, ask-batch, demo, info."""
+"""The command line: flexattn ask, ask-batch, train, demo, info."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.table import Table
 
 import flexattn_cuda
 from flexattn_cuda import answering, batch, build, checkpoints, memory
-from flexattn_cuda.configuration import FlexAttnLlavaConfig
+from flexattn_cuda.configuration import SYSTEMS, FlexAttnLlavaConfig
 from flexattn_cuda.processing import InputError, check_question, open_photo
 
 app = typer.Typer(
@@ -182,6 +182,84 @@ def ask_batch(
     """
     batch.answer_file(
         questions, output, model, device, dtype, max_new_tokens, batch_size=batch_size, restart=restart, progress=True
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(metavar="FILE", help="LLaVA-format records: a JSON list, or JSONL.", show_default=False)],
+    images: Annotated[Path, typer.Option(metavar="DIR", help="What the pictures' paths are relative to.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Checkpoints, and the model.", show_default=False)],
+    model: Model = None,
+    system: Annotated[str | None, typer.Option(help=f"Train it as another system: {', '.join(SYSTEMS)}.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes through the data.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Records at a time, in each process.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Such batches in a step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="The greatest.")] = 2e-5,
+    optimizer: Annotated[str, typer.Option(help="adamw, sgd, or another name of transformers.")] = "adamw",
+    schedule: Annotated[str, typer.Option(help="Of the learning rate: cosine, linear, constant, ...")] = "cosine",
+    warmup_steps: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = 0,
+    weight_decay: Annotated[float, typer.Option()] = 0.0,
+    clip: Annotated[float, typer.Option(help="Greatest norm of the gradients, 0 for no limit.")] = 1.0,
+    train: Annotated[str, typer.Option(help="all (but the vision tower), projector, or hr: the HR projections.")] = "all",
+    precision: Annotated[str, typer.Option(help="auto, float32, float64; mixed: float16 (V100), bfloat16.")] = "auto",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more computation.")
+    ] = False,
+    max_length: Annotated[int | None, typer.Option(help="Positions that a record may take.")] = None,
+    broken: Annotated[str, typer.Option(help="What to do where records are broken: skip, or refuse.")] = "skip",
+    check_only: Annotated[bool, typer.Option("--check-only", help="Check the data, and end.")] = False,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    keep: Annotated[int, typer.Option(help="Checkpoints that stay, at least 2.")] = 2,
+    log_every: Annotated[int, typer.Option(help="Steps between entries of the loss.")] = 1,
+    seed: Annotated[int, typer.Option()] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that prepare the records; 0: none beside this one.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard logs into the output.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard what an earlier run has left.")] = False,
+) -> None:
+    """Train a model on LLaVA-format data; called again after an interruption, it goes on.
+
+    On several GPUs: torchrun --nproc-per-node N -m flexattn_cuda.cli train ..., or accelerate launch, whose configuration
+    may ask for FSDP or DeepSpeed.
+    """
+    from flexattn_cuda import training  # transformers' Trainer takes seconds to import, and no other command needs it
+
+    training.train(
+        data,
+        images,
+        output,
+        model,
+        system,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        clip=clip,
+        part=train,
+        precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+        max_length=max_length,
+        broken=broken,
+        check_only=check_only,
+        save_every=save_every,
+        keep=keep,
+        log_every=log_every,
+        seed=seed,
+        workers=workers,
+        device=device,
+        tensorboard=tensorboard,
+        restart=restart,
+        progress=True,
     )
 
 

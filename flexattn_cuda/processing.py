@@ -259,6 +259,11 @@ def check_question(question: str) -> None:
         raise InputError(f"the question contains {IMAGE}, the mark of a picture's place; leave it out")
 
 
+def user_message(question: str, images: int = 1) -> dict[str, Any]:
+    """What a chat template is told of a question about so many pictures."""
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}
+
+
 class FlexAttnLlavaProcessor(ProcessorMixin):
     """Pictures and prompts for `FlexAttnLlavaForConditionalGeneration`.
 
@@ -293,15 +298,20 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         """Image tokens of one picture in the sequence: S*S, with LLaVA-HD S*S + h*h."""
         return self.image_processor.picture_tokens
 
+    @property
+    def pad_id(self) -> int:
+        """The id that stands in the padding, where the attention mask is 0."""
+        pad, unknown = self.tokenizer.pad_token_id, self.tokenizer.unk_token_id
+        return (unknown or 0) if pad is None else pad
+
     def prompt(self, question: str, images: int = 1) -> str:
         """The prompt that asks `question` about `images` pictures, up to where the answer begins."""
         check_question(question)
-        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-        return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self.apply_chat_template([user_message(question, images)], add_generation_prompt=True)
 
     def prompt_length(self, question: str) -> int:
         """Positions that the prompt of `question` about one picture takes in the sequence."""
-        return len(self.expand_image_tokens(self._tokenize(self.prompt(question), add_special_tokens=True)))
+        return len(self.expand_image_tokens(self.tokenize(self.prompt(question), add_special_tokens=True)))
 
     def __call__(
         self,
@@ -340,11 +350,9 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         pictures = flat_list(images)
         self._check_counts(texts, images, len(pictures))
 
-        rows = [self.expand_image_tokens(self._tokenize(one, add_special_tokens)) for one in texts]
+        rows = [self.expand_image_tokens(self.tokenize(one, add_special_tokens)) for one in texts]
         longest = max(len(row) for row in rows) if padding else 0
-        fill = self.tokenizer.pad_token_id
-        if fill is None:
-            fill = self.tokenizer.unk_token_id or 0
+        fill = self.pad_id
         ids, mask = [], []
         for row in rows:
             gap = max(0, longest - len(row))
@@ -380,7 +388,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
             return torch.tensor(expanded, dtype=ids.dtype, device=ids.device)
         return expanded
 
-    def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of one prompt, with one id for each picture."""
         if not self.split_at_images:
             return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 import small_checkpoint
-from flexattn_cuda import answering, ask, batch, load
+from flexattn_cuda import answering, ask, batch, load, report
 from flexattn_cuda.batch import Totals, answer_file
+from flexattn_cuda.processes import Processes
 from flexattn_cuda.processing import InputError, open_photo
 
 ROOT = Path(__file__).parent.parent
@@ -383,14 +384,14 @@ def test_one_process_goes_on_where_several_were_ended(checkpoint, folder, monkey
 def test_each_of_several_processes_takes_the_gpu_of_its_local_rank(monkeypatch):
     reason = "there is no GPU 2"
     monkeypatch.setattr("flexattn_cuda.build.cuda_unavailable_reason", lambda index=None: reason if index == 2 else None)
-    assert batch._Processes().device("auto") == torch.device("cuda")
+    assert Processes().device("auto") == torch.device("cuda")
     for name, value in dict(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8").items():
         monkeypatch.setenv(name, value)
-    devices = [batch._Processes().device(wanted) for wanted in (None, "auto", "cuda", "cuda:0", "cpu")]
+    devices = [Processes().device(wanted) for wanted in (None, "auto", "cuda", "cuda:0", "cpu")]
     assert [str(device) for device in devices] == ["cuda:1", "cuda:1", "cuda:1", "cuda:0", "cpu"]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="there is no GPU 2"):
-        batch._Processes().device("auto")
+        Processes().device("auto")
 
 
 # ----------------------------------------------------------------------------------------------------------- command line
@@ -424,7 +425,7 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(flexattn, folder, monkey
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_command_tells_how_far_it_is(flexattn, checkpoint, folder, monkeypatch, terminal):
-    monkeypatch.setattr(batch, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(report, "SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
     questions, output = write(folder / "q.jsonl", some(3)), folder / "a.jsonl"
     options = ("--model", checkpoint, "--max-new-tokens", 1, "--batch-size", 2)

@@ -322,18 +322,18 @@ def vehicle_questions(vehicles: Sequence[Glyph]) -> Iterator[Question]:
 
 
 def shape_outline(name: str) -> list[tuple[float, float]]:
-    """Corners within [-1, 1] x [-1, 1], y down; all shapes but the star have about the same area."""
+    """Corners within [-1, 1] x [-1, 1], y down; of about the same area."""
     if name == "circle":
-        return _ring(24, 0.82)
+        return _ring(24, 0.74)
     if name == "square":
-        return [(-0.73, -0.73), (0.73, -0.73), (0.73, 0.73), (-0.73, 0.73)]
+        return [(-0.65, -0.65), (0.65, -0.65), (0.65, 0.65), (-0.65, 0.65)]
     if name == "triangle":
-        return [(0, -1), (1, 0.95), (-1, 0.95)]
+        return [(0, -0.95), (0.93, 0.88), (-0.93, 0.88)]
     if name == "cross":
-        arm = 0.36
+        arm = 0.25
         quarter = [(arm, -1), (arm, -arm), (1, -arm)]
         return [corner for turn in range(4) for corner in (_turned(*point, turn) for point in quarter)]
-    inner, outer = 0.46, 1.0
+    inner, outer = 0.56, 1.0
     return [
         (radius * math.sin(k * math.pi / 5), -radius * math.cos(k * math.pi / 5)) for k in range(10) for radius in ((inner if k % 2 else outer),)
     ]
@@ -342,10 +342,10 @@ def shape_outline(name: str) -> list[tuple[float, float]]:
 def vehicle_outline(name: str) -> list[tuple[float, float]]:
     """Corners within the unit circle, of about the same area: a box, a pointed hull, a fuselage with wings."""
     if name == "car":
-        return [(-0.85, -0.45), (0.85, -0.45), (0.85, 0.45), (-0.85, 0.45)]
+        return [(-0.89, -0.45), (0.89, -0.45), (0.89, 0.45), (-0.89, 0.45)]
     if name == "boat":
         return [(-1.0, 0.0), (-0.3, -0.62), (0.3, -0.62), (1.0, 0.0), (0.3, 0.62), (-0.3, 0.62)]
-    half = [(1.0, -0.14), (0.4, -0.2), (0.1, -0.98), (-0.25, -0.98), (-0.2, -0.2), (-0.7, -0.17), (-0.75, -0.55), (-0.98, -0.5)]
+    half = [(1.0, -0.14), (0.4, -0.2), (0.12, -0.97), (-0.24, -0.97), (-0.2, -0.2), (-0.65, -0.17), (-0.7, -0.52), (-0.88, -0.47)]
     return half + [(u, -v) for u, v in reversed(half)]
 
 
