@@ -4,6 +4,9 @@
     flexattn    model_type flexattn_llava      in the checkpoint     in the checkpoint
     llava       model_type llava               absent: see hr_init   in the checkpoint
     released    model_type llava_llama         in the checkpoint     in the checkpoint, or only named by mm_vision_tower
+
+A checkpoint may be loaded as another system than its own (`FlexAttnConfig.system`); what that system has beyond it starts as
+`hr_init` says.
 """
 
 from __future__ import annotations
@@ -143,15 +146,13 @@ def load_weights(
     model._weight_conversions = None
 
     missing = set(info["missing_keys"])
+    projections = {name for name in missing if _is_projection(name) and _is_new(name, config, folder, form)}
     tower = {key for key in missing if key.startswith("model.vision_tower.")}
     if form == "released" and tower:
         _load_vision_tower(model, vision_tower_folder(folder))
         missing -= tower
-    projections = {key for key in missing if ".k_proj_hd." in key or ".v_proj_hd." in key}
-    if form == "llava":
-        if config.flexattn is not None and config.flexattn.hr_init == "copy":
-            _copy_projections(model, projections)
-        missing -= projections
+    _start_projections(model, projections, config)
+    missing -= projections
     if missing:
         named = sorted(missing)
         raise CheckpointError(f"{folder} lacks {len(named)} weights of the model, the first is {named[0]}")
@@ -215,11 +216,34 @@ def _load_vision_tower(model: Any, folder: Path) -> None:
     model.model.vision_tower.load_state_dict(tower.state_dict())
 
 
-def _copy_projections(model: Any, names: set[str]) -> None:
+def _is_projection(name: str) -> bool:
+    return "_proj_hd." in name or ".cross_attn." in name
+
+
+def _is_new(name: str, config: FlexAttnLlavaConfig, folder: Path, form: str) -> bool:
+    """Whether the checkpoint's own system has no such weight."""
+    own = None if form == "llava" else load_config(folder)
+    layer = int(name.split(".layers.")[1].split(".")[0])
+    return own is None or own.system != config.system or layer not in own.hr_layers
+
+
+@torch.no_grad()
+def _start_projections(model: Any, names: set[str], config: FlexAttnLlavaConfig) -> None:
+    """FlexAttention's projections are copies of self-attention's, those of LLaVA-XAttn too, with zeros for its output."""
     weights = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in names:
-            weights[name].copy_(weights[name.replace("_proj_hd.", "_proj.")])
+    for name in names:
+        if name.endswith("cross_attn.o_proj.weight"):
+            weights[name].zero_()
+        elif config.flexattn.hr_init == "copy":
+            source = name.replace("_proj_hd.", "_proj.").replace("cross_attn.norm.", "input_layernorm.").replace("cross_attn.", "self_attn.")
+            weights[name].copy_(_with_heads(weights[source], len(weights[name]), model.config.text_config.num_key_value_heads))
+
+
+def _with_heads(weight: torch.Tensor, rows: int, kv_heads: int) -> torch.Tensor:
+    """Keys or values that several heads share (GQA) are repeated where every head has its own."""
+    if len(weight) == rows:
+        return weight
+    return weight.unflatten(0, (kv_heads, -1)).repeat_interleave(rows // len(weight), 0).flatten(0, 1)
 
 
 def _first_line(error: Exception) -> str:

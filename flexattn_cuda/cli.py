@@ -150,7 +150,7 @@ def _numbers(text: str, option: str) -> list[int] | str | None:
 
 
 def _check_layers(layers: list[int] | str | None, config: FlexAttnLlavaConfig) -> None:
-    if config.flexattn is None:
+    if config.system != "flexattn":
         raise InputError("this model has no FlexAttention, so there is no map to draw; leave --map out")
     first, last = config.flexattn.first_layer - 1, config.text_config.num_hidden_layers - 1
     if isinstance(layers, list) and not all(first <= layer <= last for layer in layers):
@@ -320,7 +320,7 @@ def _memory_report(folder: Path) -> list[str | Table]:
     row(f"per photo: sequence cache, {halves.positions} positions", [one.sequence_cache for one in both])
     form = checkpoints.checkpoint_format(folder)
     report: list[str | Table] = [f"[bold]Memory[/bold] of {escape(str(folder))}, {form} format"]
-    if settings is not None:
+    if config.hr_layers:
         share = f"{halves.selected_share:.0%}"
         row("per photo: HR features", [one.hr_features for one in both])
         row(f"per photo: HR cache, {share} of the HR tokens", [one.hr_cache_selected for one in both])

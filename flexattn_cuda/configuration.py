@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, LlavaConfig
 
 _CHOICES = {
+    "system": ("flexattn", "hd", "xattn"),
     "hr_rows": ("answer", "all"),
     "map_softmax": ("sequence", "all"),
     "strategy": ("attention", "random", "center"),
@@ -21,12 +22,17 @@ _CHOICES = {
 class FlexAttnConfig:
     """Settings of the mechanism. The defaults are the preset `released`; `FlexAttnConfig.paper()` is the paper's.
 
+    The systems that the paper compares with differ in what becomes of the high-resolution (HR) tokens; the fields from
+    `first_layer` on, other than `hr_init`, are FlexAttention's alone.
+
     Attributes:
+        system: "flexattn": selected HR tokens join the keys of the later layers. "hd": all of them follow the picture's
+            LR tokens in the sequence (LLaVA-HD, section 5.1). "xattn": every layer adds cross-attention to all of them
+            (CogAgent's operator, LLaVA-XAttn, section 5.1).
         zoom: The high-resolution photo is cut into zoom x zoom tiles, each encoded like a photo of its own.
         lowres_size: Side in pixels of the photo that becomes the sequence's image tokens.
         highres_size: Side in pixels of the photo that is cut into tiles.
-        first_layer: First layer (counted from 0) that attends to high-resolution (HR) tokens. The layer before it is
-            plain and gives the first attention map. The paper calls it N_SA (section 4.1).
+        first_layer: First layer (counted from 0) that attends to HR tokens. The layer before it is plain and gives the first attention map. The paper calls it N_SA (section 4.1).
         hr_rows: Query rows that see HR keys. "answer": every row that predicts an answer token, each with its own
             selection (released code). "all": every row, prompt rows with the last prompt row's selection (eq. 3-6).
         map_softmax: Keys of the softmax behind the map: the N of the "sequence" (released), or "all" N+M (eq. 7).
@@ -37,9 +43,11 @@ class FlexAttnConfig:
         ratio: Share of the LR cells (or pool cells) that "random" and "center" choose.
         hr_position: How the rotary tables of the LR positions are resized to the HR grid.
         warmup: In training the attention with HR is mixed in with weight alpha = min(1, epochs * warmup); None: 1.
-        hr_init: Where a checkpoint has no HR projections they start as "copy" of k_proj and v_proj, or "random".
+        hr_init: Where a checkpoint has no HR projections they start as "copy" of those of self-attention, or "random".
+            The output projection of "xattn" starts at zero either way, so that training begins at plain LLaVA.
     """
 
+    system: str = "flexattn"
     zoom: int = 3
     lowres_size: int = 336
     highres_size: int = 1008
@@ -83,6 +91,16 @@ class FlexAttnConfig:
         """The mechanism as the paper writes it (section 4): 8 plain layers, all rows, N+M softmax, no pooling."""
         preset = dict(first_layer=8, hr_rows="all", map_softmax="all", scale=1.0, threshold=0.1875, pool=0, warmup=None)
         return cls(**(preset | changes))
+
+    @classmethod
+    def hd(cls, **changes: Any) -> FlexAttnConfig:
+        """LLaVA-HD 448: the 1024 tokens of four tiles of 224 pixels in the sequence, after the 576 low-resolution ones."""
+        return cls(**(dict(system="hd", zoom=2, highres_size=448) | changes))
+
+    @classmethod
+    def xattn(cls, **changes: Any) -> FlexAttnConfig:
+        """LLaVA-XAttn 1008: cross-attention to all 5184 HR tokens in every layer."""
+        return cls(**(dict(system="xattn") | changes))
 
     @property
     def tile_size(self) -> int:
@@ -135,6 +153,37 @@ class FlexAttnConfig:
         )
 
 
+SYSTEMS = ("llava", "hd", "xattn", "flexattn", "flexattn-paper", "random", "center")
+
+
+def settings_of(system: str, lowres_size: int = 336, zoom: int = 3) -> FlexAttnConfig | None:
+    """The settings of a system of the paper's tables, at any size.
+
+    Args:
+        system: One of SYSTEMS. "llava" is the low resolution alone, "flexattn" the released preset, "random" and "center"
+            that preset with the selection replaced (figure 4).
+        lowres_size: Side of the low-resolution photo in pixels; that of LLaVA-HD's is 4/3 of it, cut into 2 x 2 tiles.
+        zoom: Of the others' high resolution.
+    Returns:
+        None for "llava".
+    """
+    sizes = dict(lowres_size=lowres_size, zoom=zoom, highres_size=zoom * lowres_size)
+    match system:
+        case "llava":
+            return None
+        case "hd":
+            return FlexAttnConfig.hd(lowres_size=lowres_size, highres_size=lowres_size * 4 // 3)
+        case "xattn":
+            return FlexAttnConfig.xattn(**sizes)
+        case "flexattn":
+            return FlexAttnConfig.released(**sizes)
+        case "flexattn-paper":
+            return FlexAttnConfig.paper(**sizes)
+        case "random" | "center":
+            return FlexAttnConfig.released(**sizes, strategy=system)
+    raise ValueError(f"there is no system {system!r}; allowed: {', '.join(SYSTEMS)}")
+
+
 class FlexAttnLlavaConfig(LlavaConfig):
     """transformers' LLaVA configuration plus `flexattn_config`, a dict of `FlexAttnConfig`'s fields.
 
@@ -162,17 +211,33 @@ class FlexAttnLlavaConfig(LlavaConfig):
         return 0 if self.flexattn is None else self.flexattn.tile_size // self.vision_config.patch_size * self.flexattn.zoom
 
     @property
+    def system(self) -> str:
+        """"llava" (plain), "flexattn", "hd" or "xattn"."""
+        return "llava" if self.flexattn is None else self.flexattn.system
+
+    @property
+    def picture_tokens(self) -> int:
+        """Positions of the sequence that a picture with both resolutions takes: S*S, with LLaVA-HD S*S + h*h."""
+        return self.lr_side**2 + (self.hr_side**2 if self.system == "hd" else 0)
+
+    @property
     def hr_layers(self) -> range:
-        """Layers that attend to HR tokens and own k_proj_hd and v_proj_hd."""
+        """Layers with projections for HR tokens: FlexAttention's k_proj_hd and v_proj_hd, LLaVA-XAttn's cross_attn."""
         layers = self.text_config.num_hidden_layers
-        return range(layers, layers) if self.flexattn is None else range(self.flexattn.first_layer, layers)
+        match self.system:
+            case "flexattn":
+                return range(self.flexattn.first_layer, layers)
+            case "xattn":
+                return range(layers)
+        return range(0)
 
     def check(self) -> None:
         """Raises ValueError, in one sentence, where the parts do not fit together."""
         if self.flexattn is None:
             return
         layers, native = self.text_config.num_hidden_layers, self.vision_config.image_size
-        if self.flexattn.first_layer >= layers:
+        selects = self.system == "flexattn"
+        if selects and self.flexattn.first_layer >= layers:
             raise ValueError(
                 f"flexattn first_layer is {self.flexattn.first_layer}, but the language model has layers 0 to {layers - 1}; "
                 "choose a layer that exists"
@@ -182,7 +247,11 @@ class FlexAttnLlavaConfig(LlavaConfig):
                 raise ValueError(
                     f"flexattn {name} is {size} pixels; the vision tower takes {self.vision_config.patch_size} to {native}"
                 )
-        if self.flexattn.pool > self.lr_side:
+        if self.system == "xattn" and self.text_config.model_type != "llama":
+            raise ValueError(
+                f"flexattn system 'xattn' adds cross-attention to the layers of a LLaMA, not of a {self.text_config.model_type!r}"
+            )
+        if selects and self.flexattn.pool > self.lr_side:
             raise ValueError(f"flexattn pool is {self.flexattn.pool}, larger than the LR grid's side {self.lr_side}")
 
 

@@ -75,16 +75,18 @@ def estimate(
 
     text = config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    pair = 2 * (text.num_key_value_heads or text.num_attention_heads) * head_dim * size  # key and value, one layer
-    positions, hr_tokens = config.lr_side**2 + text_positions, config.hr_side**2
+    kv_heads = text.num_key_value_heads or text.num_attention_heads
+    pair = 2 * head_dim * size  # key and value, one head of one layer
+    positions, hr_tokens = config.picture_tokens + text_positions, config.hr_side**2 if config.hr_layers else 0
     share = expected_share(config) if selected_share is None else selected_share
-    hr_cache = pair * len(config.hr_layers) * hr_tokens
+    hr_heads = text.num_attention_heads if config.system == "xattn" else kv_heads  # cross-attention does not share keys
+    hr_cache = pair * hr_heads * len(config.hr_layers) * hr_tokens
     return MemoryEstimate(
         weights={name: amount for name, amount in weights.items() if amount},
         positions=positions,
         selected_share=share,
-        sequence_cache=pair * text.num_hidden_layers * positions,
-        hr_features=hr_tokens * (text.hidden_size + 2 * head_dim) * size,
+        sequence_cache=pair * kv_heads * text.num_hidden_layers * positions,
+        hr_features=hr_tokens * (text.hidden_size + (2 * head_dim if config.system == "flexattn" else 0)) * size,
         hr_cache_all=hr_cache,
         hr_cache_selected=round(hr_cache * share),
     )
@@ -93,15 +95,15 @@ def estimate(
 def expected_share(config: FlexAttnLlavaConfig) -> float:
     """Share of the HR tokens that one row selects, as far as the settings tell it."""
     settings = config.flexattn
-    if settings is None:
-        return 0.0
+    if config.system != "flexattn":
+        return float(config.system == "xattn")
     if settings.strategy != "attention":
         return settings.ratio
     return POOLED_SHARE if settings.pool else PLAIN_SHARE
 
 
 def _part(parameter: str) -> str:
-    if "_proj_hd." in parameter:
+    if "_proj_hd." in parameter or ".cross_attn." in parameter:
         return "HR projections"
     if "vision_tower" in parameter:
         return "vision tower"

@@ -1,7 +1,9 @@
 """LLaVA with FlexAttention, on transformers' own LLaVA: nothing of its modelling code is repeated here.
 
 What is added: two projections on the existing attention modules of the layers that attend to high-resolution (HR)
-tokens, an attention function (attention.py), and one state object per forward call (state.py).
+tokens, an attention function (attention.py), and one state object per forward call (state.py). The systems that the paper
+compares with are the same class: LLaVA-HD is a longer picture in the sequence, LLaVA-XAttn has layers of its own
+(cross_attention.py).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from transformers import AutoModelForImageTextToText, Cache, DynamicCache, Llava
 
 from flexattn_cuda import attention, checkpoints, profiling
 from flexattn_cuda.configuration import FlexAttnConfig, FlexAttnLlavaConfig
+from flexattn_cuda.cross_attention import CrossAttentionLayer, HrTokens
 from flexattn_cuda.pictures import HighResolution
 from flexattn_cuda.rotary import hr_rotary_tables
 from flexattn_cuda.state import Call, Rows
@@ -27,22 +30,28 @@ _OWN_ARGUMENTS = (*_WITH_PICTURES, "prompt_length", "flexattn_trace", "hr_alpha"
 
 
 class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """LLaVA whose later layers also attend to selected tokens of the high-resolution photo.
+    """LLaVA whose later layers also attend to selected tokens of the high-resolution photo, or one of the systems that
+    FlexAttention is compared with (`FlexAttnConfig.system`).
 
     Without HR pixels, or with `flexattn_config=None`, it computes what transformers' LLaVA computes.
     """
 
     config_class = FlexAttnLlavaConfig
     config: FlexAttnLlavaConfig
-    # The released format has HR projections in every layer; those before first_layer are never used.
-    _keys_to_ignore_on_load_unexpected = [r"self_attn\.[kv]_proj_hd\."]
+    _no_split_modules = [*(LlavaForConditionalGeneration._no_split_modules or []), CrossAttentionLayer.__name__]
+    # The released format has HR projections in every layer, and those of another system are never used.
+    _keys_to_ignore_on_load_unexpected = [r"self_attn\.[kv]_proj_hd\.", r"\.cross_attn\."]
 
     def __init__(self, config: FlexAttnLlavaConfig):
         config.check()
         super().__init__(config)
-        self.model.language_model.set_attn_implementation(attention.NAME)
+        language_model = self.model.language_model
+        language_model.set_attn_implementation(attention.NAME)
         for layer in config.hr_layers:
-            module = self.model.language_model.layers[layer].self_attn
+            if config.system == "xattn":
+                language_model.layers[layer] = CrossAttentionLayer(language_model.config, layer)
+                continue
+            module = language_model.layers[layer].self_attn
             for name in ("k_proj", "v_proj"):
                 plain = getattr(module, name)
                 setattr(module, f"{name}_hd", nn.Linear(plain.in_features, plain.out_features, plain.bias is not None))
@@ -108,7 +117,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """One forward call; what transformers' LLaVA documents is as there.
 
         Args:
-            input_ids: [B, N]; every picture stands as S*S ids `config.image_token_id` in a row.
+            input_ids: [B, N]; every picture stands as S*S ids `config.image_token_id` in a row, with LLaVA-HD as S*S + h*h.
             pixel_values: [n, 3, lowres, lowres] normalised photos in the order of the prompt; made from
                 `pixel_values_hr` when absent.
             pixel_values_hr: [n, 3, highres, highres] the same photos; without them no row sees HR tokens.
@@ -125,7 +134,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 gradients are recorded, every call projects what it attends to. The answers are the same, but for rounding.
             tiles_on_demand: Encode a tile of `pixel_values_hr` when the selection first reaches into it; otherwise, and
                 where gradients are recorded, all of them at once. The answers are the same, but for rounding.
-            hr_capacity: For CUDA graphs and compiled decoding (a static cache): slots of each layer's pool of HR keys, shared
+            hr_capacity: FlexAttention only, for CUDA graphs and compiled decoding (a static cache): slots of each layer's pool of HR keys, shared
                 by the batch, given with the pictures. Pools then never grow, all tiles are encoded at once, and a decode
                 step reads nothing back; it may newly select 256 tokens of a layer for each row. `hr_cache.PoolOverflow` tells
                 that a selection did not fit.
@@ -173,39 +182,50 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             if given is not None:
                 if rows_per_prompt < 1 or batch % rows_per_prompt:
                     raise ValueError(f"the batch has {batch} rows, which are not prompts of {rows_per_prompt} rows each")
-                spans = self._picture_spans(is_picture[::rows_per_prompt], given.shape[0])
+                has_hr = pixel_values_hr is not None or hr_features is not None
+                tokens = self.config.picture_tokens if has_hr else self.config.lr_side**2
+                spans = self._picture_spans(is_picture[::rows_per_prompt], given.shape[0], tokens)
                 capacity = hr_capacity if pictures is None else pictures.capacity
-                on_demand = tiles_on_demand and capacity is None and not torch.is_grad_enabled()
+                on_demand = tiles_on_demand and self.config.system == "flexattn" and capacity is None and not torch.is_grad_enabled()
                 if image_features is None:
                     image_features, hr_features = self.encode(pixel_values, pixel_values_hr, hr=not on_demand)
-                rows = image_features if rows_per_prompt == 1 else _for_each_row(image_features, spans, rows_per_prompt)
+                rows = image_features
+                if self.config.system == "hd" and has_hr:
+                    rows = torch.cat([rows, hr_features.to(rows)], dim=1)
+                if rows_per_prompt > 1:
+                    rows = _for_each_row(rows, spans, rows_per_prompt)
                 inputs_embeds = inputs_embeds.masked_scatter(is_picture.unsqueeze(-1), rows.to(inputs_embeds))
             elif not decoding and bool(is_picture.any()):
                 raise ValueError("the prompt has image tokens, but no pixel_values came with it")
 
-        if (hr_features is not None or pixel_values_hr is not None) and self.config.flexattn is not None:
+        if (hr_features is not None or pixel_values_hr is not None) and self.config.hr_layers:
             places = None if position_ids is None else position_ids[::rows_per_prompt]
             new = self._high_resolution(hr_features, pixel_values_hr, image_live, spans, places, past, inputs_embeds)
             new.capacity = hr_capacity
             pictures = new if pictures is None else pictures.joined_with(new)
-        call = None
+        call = hr_tokens = None
         if pictures is not None:
             if batch % pictures.prompts:
                 raise ValueError(f"this call has {batch} rows, but the cache holds pictures of {pictures.prompts} prompts")
-            if compiled:
-                rows = Rows.of_a_token(batch, device)
-            else:
+            if not compiled:
                 if prompt_length is None:
                     prompt_length = past + queries if queries > 1 or past == 0 else pictures.prompt_length
                 pictures.prompt_length, pictures.length = prompt_length, past + queries
                 if past_key_values is not None:
                     pictures.keep_beside(past_key_values)
-                rows = self._rows(labels, past, batch, queries, prompt_length, device)
-            if rows is not None:
-                cached = hr_cache and past_key_values is not None and not torch.is_grad_enabled()
-                layers = self.config.text_config.num_hidden_layers
-                reads_back = not (cached and decoding and queries == 1 and pictures.capacity is not None)
-                call = Call(pictures, rows, layers, hr_alpha, flexattn_trace, self._encode_tiles, cached, reads_back)
+            cached = hr_cache and past_key_values is not None and not torch.is_grad_enabled()
+            if self.config.system == "xattn":
+                hr_tokens = HrTokens(pictures, cached)
+            else:
+                rows = (
+                    Rows.of_a_token(batch, device)
+                    if compiled
+                    else self._rows(labels, past, batch, queries, prompt_length, device)
+                )
+                if rows is not None:
+                    layers = self.config.text_config.num_hidden_layers
+                    reads_back = not (cached and decoding and queries == 1 and pictures.capacity is not None)
+                    call = Call(pictures, rows, layers, hr_alpha, flexattn_trace, self._encode_tiles, cached, reads_back)
 
         with profiling.phase("decode" if decoding and queries == 1 else "prefill"):
             return super().forward(
@@ -217,6 +237,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
                 flexattn=call,
+                hr_tokens=hr_tokens,
                 **kwargs,
             )
 
@@ -225,8 +246,9 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Image tokens of n photos: low-resolution [n, S*S, D] and, where HR pixels are given, HR [n, h*h, D].
 
-        No gradient flows through the HR tokens, as in the released code. Arguments as in `forward`; hr: whether to encode
-        the HR pixels too, or only to make `pixel_values` of them where these are absent.
+        No gradient flows through the HR tokens, as in the released code, but through those in the sequence of LLaVA-HD.
+        Arguments as in `forward`; hr: whether to encode the HR pixels too, or only to make `pixel_values` of them where
+        these are absent.
         """
         config, hr_features = self.config.flexattn, None
         if pixel_values_hr is not None and config is not None:
@@ -234,7 +256,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             if list(pixel_values_hr.shape[1:]) != expected or pixel_values_hr.ndim != 4:
                 raise ValueError(f"pixel_values_hr has shape {list(pixel_values_hr.shape)}; it must be [n, {str(expected)[1:]}")
             if hr:
-                with torch.no_grad():
+                with torch.set_grad_enabled(torch.is_grad_enabled() and config.system == "hd"):
                     hr_features = torch.stack([encode_tiles(self.model, photo, config.zoom) for photo in pixel_values_hr])
         size = self.config.vision_config.image_size if config is None else config.lowres_size
         if pixel_values is None:
@@ -258,17 +280,15 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def _encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
         return encode_pictures(self.model, tiles)
 
-    def _picture_spans(self, is_picture: torch.Tensor, count: int) -> list[list[tuple[int, int]]]:
-        """Per row of the batch, where each picture's LR tokens begin and end."""
-        tokens = self.config.lr_side**2
+    def _picture_spans(self, is_picture: torch.Tensor, count: int, tokens: int) -> list[list[tuple[int, int]]]:
+        """Per row of the batch, where each picture's `tokens` begin and end."""
         spans: list[list[tuple[int, int]]] = []
         for row in is_picture.cpu():
             at = row.nonzero().flatten()
             begins = at[:: tokens]
             if len(at) % tokens or any(int(at[i * tokens + tokens - 1]) - int(b) != tokens - 1 for i, b in enumerate(begins)):
                 raise ValueError(
-                    f"a row of the prompt has {len(at)} image tokens; every picture takes {tokens} "
-                    f"({self.config.lr_side} x {self.config.lr_side}) of them, without a gap"
+                    f"a row of the prompt has {len(at)} image tokens; every picture takes {tokens} of them, without a gap"
                 )
             spans.append([(int(begin), int(begin) + tokens) for begin in begins])
         places = sum(len(row) for row in spans)
@@ -301,12 +321,13 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         device, dtype = inputs_embeds.device, inputs_embeds.dtype
         batch, pictures = len(spans), max(1, max(len(row) for row in spans))
         head_dim = self.model.language_model.layers[0].self_attn.head_dim
+        rotated = hr_side**2 if config.system == "flexattn" else 0  # cross-attention has no positions
         state = HighResolution(
             settings=config,
             lr_side=side,
             features=torch.zeros(batch, pictures, hr_side**2, inputs_embeds.shape[-1], device=device, dtype=dtype),
-            cos=torch.zeros(batch, pictures, hr_side**2, head_dim, device=device, dtype=dtype),
-            sin=torch.zeros(batch, pictures, hr_side**2, head_dim, device=device, dtype=dtype),
+            cos=torch.zeros(batch, pictures, rotated, head_dim, device=device, dtype=dtype),
+            sin=torch.zeros(batch, pictures, rotated, head_dim, device=device, dtype=dtype),
             ranges=torch.zeros(batch, pictures, 2, dtype=torch.int32, device=device),
             live=torch.zeros(batch, pictures, 4, dtype=torch.int32, device=device),
         )
@@ -322,6 +343,9 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 state.last_end = max(state.last_end, past + end)
                 state.live[row, slot] = (whole if live is None else live[picture]).to(device, torch.int32)
                 state.ranges[row, slot] = torch.tensor([past + begin, past + end], dtype=torch.int32)
+                picture += 1
+                if not rotated:
+                    continue
                 positions = (
                     torch.arange(past + begin, past + end, device=device)
                     if position_ids is None
@@ -331,7 +355,6 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 state.cos[row, slot], state.sin[row, slot] = hr_rotary_tables(
                     tuple(table[0] for table in tables), hr_side, config.hr_position
                 )
-                picture += 1
         state.features, state.cos, state.sin = (t.flatten(1, 2) for t in (state.features, state.cos, state.sin))
         return state
 

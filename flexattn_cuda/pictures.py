@@ -33,6 +33,7 @@ class HighResolution:
     prompt_length: positions of the sequence up to the end of the latest prompt; the rows from its last one on see HR.
     waiting: pixels of the tiles that have not been encoded yet, [3, s, s] each.
     pools: by layer, the keys and values that were ever needed there.
+    crossed: by layer, the keys and values of LLaVA-XAttn, [G, H, I*h*h, d] each.
     capacity: slots of every pool, if these are fixed.
     last_end: one past the last LR token of any picture.
     length: positions of the sequence after the latest call, as far as the host knows.
@@ -49,6 +50,7 @@ class HighResolution:
     prompt_length: int = 0
     waiting: dict[Tile, torch.Tensor] = field(default_factory=dict)
     pools: dict[int, HrPool] = field(default_factory=dict)
+    crossed: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     capacity: int | None = None
     last_end: int = 0
     length: int = 0
@@ -108,6 +110,7 @@ class HighResolution:
             },
             waiting=self.waiting | {(g, places + i, t): pixels for (g, i, t), pixels in later.waiting.items()},
             pools=self.pools,
+            crossed=self.crossed,
             capacity=self.capacity,
             last_end=max(self.last_end, later.last_end),
             projected=self.projected + later.projected,

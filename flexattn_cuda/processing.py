@@ -2,7 +2,7 @@
 
 photo ─ upright RGB ─ padded to a square ─ highres_size² (bicubic) ─ mean, std ─► pixel_values_hr
                                            └─ lowres_size² (antialiased bilinear) ─► pixel_values
-text  ─ tokenizer ─ every <image> becomes S*S image token ids ─► input_ids, attention_mask
+text  ─ tokenizer ─ every <image> becomes S*S image token ids (LLaVA-HD: S*S + h*h) ─► input_ids, attention_mask
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ class FlexAttnLlavaImageProcessor(ImageProcessingMixin):
         lowres_size, highres_size: Sides in pixels of the two versions; highres_size None (plain LLaVA) makes the
             low-resolution one from the photo itself.
         lr_side: Side S of the grid of low-resolution image tokens.
+        picture_tokens: Positions of the sequence that a picture takes; S*S when None.
         image_mean, image_std: Of the vision tower, for values in 0..1. The mean, rounded down to 8 bits, also is the
             colour of the padding.
     """
@@ -149,6 +150,7 @@ class FlexAttnLlavaImageProcessor(ImageProcessingMixin):
         lowres_size: int = 336,
         highres_size: int | None = 1008,
         lr_side: int = 24,
+        picture_tokens: int | None = None,
         image_mean: Sequence[float] = CLIP_MEAN,
         image_std: Sequence[float] = CLIP_STD,
         **kwargs: Any,
@@ -157,6 +159,7 @@ class FlexAttnLlavaImageProcessor(ImageProcessingMixin):
         self.lowres_size = lowres_size
         self.highres_size = highres_size
         self.lr_side = lr_side
+        self.picture_tokens = picture_tokens or lr_side**2
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
 
@@ -222,12 +225,12 @@ def flat_list(images: Any) -> list[Any]:
 
 
 def _sizes(config: FlexAttnLlavaConfig) -> dict[str, int | None]:
-    if config.flexattn is None:
-        return {"lowres_size": config.vision_config.image_size, "highres_size": None, "lr_side": config.lr_side}
+    settings = config.flexattn
     return {
-        "lowres_size": config.flexattn.lowres_size,
-        "highres_size": config.flexattn.highres_size,
+        "lowres_size": config.vision_config.image_size if settings is None else settings.lowres_size,
+        "highres_size": None if settings is None else settings.highres_size,
         "lr_side": config.lr_side,
+        "picture_tokens": config.picture_tokens,
     }
 
 
@@ -287,8 +290,8 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
 
     @property
     def image_tokens(self) -> int:
-        """Image tokens of one picture in the sequence, S*S."""
-        return self.image_processor.lr_side**2
+        """Image tokens of one picture in the sequence: S*S, with LLaVA-HD S*S + h*h."""
+        return self.image_processor.picture_tokens
 
     def prompt(self, question: str, images: int = 1) -> str:
         """The prompt that asks `question` about `images` pictures, up to where the answer begins."""
@@ -356,7 +359,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         return features
 
     def expand_image_tokens(self, ids: Sequence[int] | torch.Tensor) -> Any:
-        """Ids [N] of one prompt with S*S image token ids for every picture.
+        """Ids [N] of one prompt with `image_tokens` ids for every picture.
 
         Args:
             ids: A picture stands as -200 (released format) or as one "<image>" id; one that is expanded stays as it is.

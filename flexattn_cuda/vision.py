@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import torch
-from torch import nn
 from transformers import LlavaModel
 
 from flexattn_cuda import profiling
 
-# Older transformers exchange the tower's forward functions while they record its hidden states.
+# The tower's picture size is set for a call, and older transformers exchange its forward functions while they record its
+# hidden states.
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -25,10 +26,9 @@ def encode_pictures(model: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
     Returns:
         [n, (s / patch)**2, D], row-major, top-left first.
     """
-    sized = _with_picture_size(model, pixels.shape[-1])
-    with _ONE_AT_A_TIME:
-        features = sized.get_image_features(
-            pixel_values=pixels.to(sized.dtype),
+    with _ONE_AT_A_TIME, _picture_size(model, pixels.shape[-1]):
+        features = model.get_image_features(
+            pixel_values=pixels.to(model.dtype),
             vision_feature_layer=model.config.vision_feature_layer,
             vision_feature_select_strategy=model.config.vision_feature_select_strategy,
             return_dict=True,
@@ -56,31 +56,19 @@ def encode_tiles(model: LlavaModel, photo: torch.Tensor, zoom: int) -> torch.Ten
     return tokens.reshape(zoom, zoom, side, side, -1).transpose(1, 2).reshape(zoom * zoom * side * side, -1)
 
 
-def _with_picture_size(model: LlavaModel, size: int) -> LlavaModel:
-    """`model`, or a view on the same weights whose tower takes smaller pictures.
-
-    A picture smaller than the tower's native one uses the top-left corner of its position table.
-    """
-    path, embeddings = next(
-        (name, module) for name, module in model.named_modules() if isinstance(getattr(module, "position_ids", None), torch.Tensor)
-    )
-    if size == embeddings.image_size:
-        return model
-    native, side = embeddings.image_size // embeddings.patch_size, size // embeddings.patch_size
-    corner = torch.arange(native * native, device=embeddings.position_ids.device).view(native, native)[:side, :side]
-    ids = torch.cat([embeddings.position_ids.new_zeros(1), 1 + corner.flatten()])
-
-    view = root = _shallow_copy(model)
-    for name in path.split("."):
-        view._modules[name] = _shallow_copy(view._modules[name])
-        view = view._modules[name]
-    view.image_size = size
-    view._buffers["position_ids"] = ids[None]
-    return root
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    """A module of its own that shares every weight, so that changing a child or a buffer leaves the original alone."""
-    twin = copy.copy(module)
-    twin._modules, twin._buffers = dict(module._modules), dict(module._buffers)
-    return twin
+@contextlib.contextmanager
+def _picture_size(model: LlavaModel, size: int) -> Iterator[None]:
+    """Within, the tower takes pictures of this size: smaller than its own, they use the top-left corner of its positions."""
+    embeddings = next(module for module in model.modules() if isinstance(getattr(module, "position_ids", None), torch.Tensor))
+    own, ids = embeddings.image_size, embeddings.position_ids
+    if size == own:
+        yield
+        return
+    native, side = own // embeddings.patch_size, size // embeddings.patch_size
+    corner = torch.arange(native * native, device=ids.device).view(native, native)[:side, :side]
+    embeddings.image_size = size
+    embeddings.position_ids = torch.cat([ids.new_zeros(1), 1 + corner.flatten()])[None]
+    try:
+        yield
+    finally:
+        embeddings.image_size, embeddings.position_ids = own, ids
