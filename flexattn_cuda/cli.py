@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -261,6 +262,33 @@ def train(
         restart=restart,
         progress=True,
     )
+
+
+# --------------------------------------------------------------------------------------------------------------- study
+
+
+@app.command()
+def study(
+    photographs: Annotated[
+        list[Path], typer.Option(metavar="DIR", help="A folder of JPEG photographs, the backgrounds; may be repeated.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Models and results.", show_default=False)],
+    preset: Annotated[str, typer.Option(help="small, or tiny: minutes, to see that it runs.")] = "small",
+    seeds: Annotated[str, typer.Option(help="Numbers, such as 0,1,2.")] = "0,1,2",
+    systems: Annotated[str, typer.Option(help="all, or names, such as llava,flexattn.")] = "all",
+    jobs: Annotated[int | None, typer.Option(help="Processes at a time, of one thread each; by default one for each core.")] = None,
+) -> None:
+    """Train the paper's systems on generated pictures, compare them, and write the tables; called again, it goes on."""
+    from flexattn_cuda.study import run
+
+    try:
+        numbers = [int(part) for part in seeds.split(",")]
+    except ValueError:
+        raise InputError(f"--seeds is {seeds!r}; it takes numbers, such as 0,1,2") from None
+    chosen = run.SYSTEMS if systems == "all" else systems.split(",")
+    command = " ".join(["flexattn", *map(shlex.quote, sys.argv[1:])])
+    report = run.study(output, photographs, preset, numbers, chosen, jobs, command=command, progress=True)
+    print(report)
 
 
 # ---------------------------------------------------------------------------------------------------------------- demo

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from flexattn_cuda.study.encoded_scenes import Pick
 from flexattn_cuda.training import FlexAttnTrainer, last_complete_checkpoint
@@ -55,6 +56,7 @@ def fine_tune(
         disable_tqdm=True,
     )
     trainer = FlexAttnTrainer(model, arguments, train_dataset=picks, data_collator=collate, callbacks=[_Told(tell)])
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if folder.exists() else None)
     model.eval()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -1,0 +1,112 @@
+"""The study from its start to its report, with so little training that nothing is learned."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flexattn_cuda import answering
+from flexattn_cuda.processing import InputError
+from flexattn_cuda.study import run
+from test_study_scenes import photograph
+
+SYSTEMS = "llava,flexattn,hd,xattn"
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    for number in range(8):
+        photograph(number).save(folder / f"{number}.jpg")
+    return folder
+
+
+def started(photographs, output):
+    """The command in a group of processes of its own."""
+    command = [sys.executable, "-m", "flexattn_cuda.cli", "study", "--photographs", photographs, "--output", output, "--preset", "tiny",
+               "--seeds", "0", "--systems", SYSTEMS, "--jobs", "1"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def finished(photographs, tmp_path_factory):
+    """A study that was killed once, when a system had been finished and another begun."""
+    output = tmp_path_factory.mktemp("study")
+    first = started(photographs, output)
+    while not (output / "seed-0" / "flexattn.checkpoints").exists():
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    kept = (output / "seed-0" / "llava.json").stat().st_mtime_ns, (output / "seed-0" / "start").stat().st_mtime_ns
+    second = started(photographs, output)
+    out, err = second.communicate()
+    assert second.returncode == 0, err
+    assert kept == ((output / "seed-0" / "llava.json").stat().st_mtime_ns, (output / "seed-0" / "start").stat().st_mtime_ns)
+    assert out.strip() == str(output / "results" / "report.html")
+    return output
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_system_answers_the_same_questions(finished):
+    answers = rows(finished / "results" / "answers.csv")
+    asked = {system: [(row["number"], row["question"], row["expected"]) for row in answers if row["system"] == system] for system in SYSTEMS.split(",")}
+    assert all(asked[system] == asked["llava"] and len(asked[system]) == run.PRESETS["tiny"].questions for system in asked)
+    assert all(int(row["right"]) == (row["answer"] == row["expected"]) for row in answers)
+
+
+def test_what_was_interrupted_ends_as_if_it_had_not_been(finished, photographs, tmp_path):
+    """The start of the killed study, and one that ran through, give the same model."""
+    folder = tmp_path / "seed-0"
+    folder.mkdir()
+    for name in ("pictures.pt", "questions.pt", "start"):
+        (folder / name).symlink_to(finished / "seed-0" / name)
+    run.run_system(folder, 0, "flexattn", run.PRESETS["tiny"], lambda text: None)
+    once, killed = (json.loads((place / "flexattn.json").read_text()) for place in (folder, finished / "seed-0"))
+    assert len(once["losses"]) == run.PRESETS["tiny"].steps
+    for name in ("losses", "answers", "maps", "selected"):
+        assert once[name] == killed[name], name
+
+
+def test_trained_systems_answer_like_any_other_model(finished):
+    for system in SYSTEMS.split(","):
+        model, processor = answering.load(finished / "seed-0" / system, "cpu")
+        assert model.config.system == system
+        answering.ask(model, processor, photograph(0), "Is there a boat?", 3)
+
+
+def test_another_preset_is_refused(finished, photographs):
+    with pytest.raises(InputError, match="begun with another preset or other photographs"):
+        run.study(finished, [photographs], "small")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"preset": "large"}, "the preset is 'large'; allowed: tiny, small"),
+        ({"systems": ["flex"]}, "there is no system 'flex' in the study; allowed: llava, "),
+        ({"seeds": []}, "a study needs a seed"),
+        ({"jobs": 0}, "the number of jobs is 0"),
+    ],
+)
+def test_bad_input(options, message, photographs, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run.study(tmp_path / "out", [photographs], **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_photographs(tmp_path):
+    with pytest.raises(InputError, match="found 0 photographs"):
+        run.study(tmp_path / "out", [tmp_path])
