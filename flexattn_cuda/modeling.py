@@ -38,6 +38,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     config_class = FlexAttnLlavaConfig
     config: FlexAttnLlavaConfig
+    call_class: type[Call] = Call  # replaced where nothing can be read back, in flops.py
     _no_split_modules = [*(LlavaForConditionalGeneration._no_split_modules or []), CrossAttentionLayer.__name__]
     # The released format has HR projections in every layer, and those of another system are never used.
     _keys_to_ignore_on_load_unexpected = [r"self_attn\.[kv]_proj_hd\.", r"\.cross_attn\."]
@@ -225,7 +226,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 if rows is not None:
                     layers = self.config.text_config.num_hidden_layers
                     reads_back = not (cached and decoding and queries == 1 and pictures.capacity is not None)
-                    call = Call(pictures, rows, layers, hr_alpha, flexattn_trace, self._encode_tiles, cached, reads_back)
+                    call = self.call_class(pictures, rows, layers, hr_alpha, flexattn_trace, self._encode_tiles, cached, reads_back)
 
         with profiling.phase("decode" if decoding and queries == 1 else "prefill"):
             return super().forward(

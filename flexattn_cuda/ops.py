@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 try:
     from flexattn_cuda import _C  # (loading it registers the operators)
@@ -233,6 +234,26 @@ def hierarchical_attention(
             map_ranges, map_size, map_over_all, scale,
         )
     )  # fmt: skip
+
+
+@register_flop_formula(torch.ops.flexattn_cuda.hierarchical_attention)
+def attention_flops(q, k, v, kv_start, kv_len, key_mask, k_hr, v_hr, hr_slots, hr_count, hr_from, hr_rows, *_, **__) -> int:
+    """For torch's FlopCounterMode, from shapes alone: 2 for each multiply-add of scores and outputs.
+
+    As torch counts its own attention, causality saves nothing: N x Nk for the sequence. HR keys are counted for the rows
+    that see them: R x M with `hr_rows`, N x M with `hr_from`.
+    """
+    B, H, N, d = q
+    pairs = N * k[2]
+    if hr_slots is not None:
+        pairs += (N if hr_rows is None else hr_rows[1]) * hr_slots[1]
+    return 4 * B * H * pairs * d
+
+
+@register_flop_formula(torch.ops.flexattn_cuda.hierarchical_attention_backward)
+def attention_backward_flops(grad_out, *inputs, **_) -> int:
+    """As torch counts its fused attention: five products where the forward pass has two."""
+    return attention_flops(*inputs) * 5 // 2
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,227 @@
+"""What the prefill of a prompt costs: floating-point operations, counted by torch while the model's own class runs.
+
+The model has its real shapes on meta tensors, so nothing is allocated, and every figure is FlopCounterMode's: 2 for each
+multiply-add of matrix products and convolutions. Attention over N keys counts as N x N, whatever causality saves.
+Two ways of running are counted, see `count`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from flexattn_cuda.configuration import SYSTEMS, FlexAttnConfig, FlexAttnLlavaConfig, settings_of
+from flexattn_cuda.modeling import FlexAttnLlavaForConditionalGeneration
+from flexattn_cuda.processing import InputError
+from flexattn_cuda.state import Call
+
+# A part is what runs in modules of these names and in no other named here inside them.
+_MODULES = {
+    "vision": r"model\.vision_tower",
+    "projector": r"model\.multi_modal_projector",
+    "language model": r"model\.language_model|model\.language_model\..*_attn\.[qkvo]_proj",
+    "HR projection": r".*\.[kv]_proj_hd|.*\.cross_attn\.[kv]_proj",
+    "attention": r"model\.language_model\..*\.(self|cross)_attn",
+    "head": r"lm_head",
+}
+PARTS = tuple(_MODULES)
+
+SHAPES = {
+    "7b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, intermediate_size=11008),
+    "13b": dict(hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40, intermediate_size=13824),
+}
+COMPARED = ("llava", "hd", "xattn", "flexattn")  # Table 5 of the paper, and LLaVA itself
+SHARE = 2250 / 5184  # of the HR tokens: what the published FLOPs fit
+PAPER = 17.1  # TFLOPs of FlexAttention in Tables 1 and 5
+
+
+def llava_shape(name: str) -> FlexAttnLlavaConfig:
+    """LLaVA-1.5 of the size "7b" or "13b" with CLIP-L/14 at 336 pixels, as in llava-hf/llava-1.5-7b-hf."""
+    if name not in SHAPES:
+        raise InputError(f"there is no shape {name!r}; allowed: {', '.join(SHAPES)}")
+    tower = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14,
+        projection_dim=768,
+    )  # fmt: skip
+    return FlexAttnLlavaConfig(
+        vision_config=tower, text_config=LlamaConfig(**SHAPES[name], vocab_size=32064), image_token_index=32000
+    )
+
+
+def as_system(config: FlexAttnLlavaConfig, system: str, zoom: int | None = None) -> FlexAttnLlavaConfig:
+    """The same language model and vision tower as one of `configuration.SYSTEMS`.
+
+    Args:
+        config: Of any system; "flexattn", "random" and "center" keep its settings where it is a FlexAttention.
+        zoom: Of the high resolution; by default the model's own, or 3. LLaVA-HD has 448 pixels for 336, whatever the zoom.
+    Raises:
+        InputError: There is no such system, or it does not fit the model.
+    """
+    if system not in SYSTEMS:
+        raise InputError(f"there is no system {system!r}; allowed: {', '.join(SYSTEMS)}")
+    own = config.flexattn if config.system == "flexattn" else None
+    zoom = zoom or (own.zoom if own else 3)
+    if zoom < 1:
+        raise InputError(f"the zoom is {zoom}; it must be at least 1")
+    size = config.vision_config.image_size if config.flexattn is None else config.flexattn.lowres_size
+    settings = settings_of(system, size, zoom)
+    if own and system in ("flexattn", "random", "center"):
+        strategy = own.strategy if system == "flexattn" else system
+        settings = dataclasses.replace(own, zoom=zoom, highres_size=zoom * own.tile_size, strategy=strategy)
+    return _with_settings(config, settings)
+
+
+def _with_settings(config: FlexAttnLlavaConfig, settings: FlexAttnConfig | None) -> FlexAttnLlavaConfig:
+    changed = FlexAttnLlavaConfig.from_dict(config.to_dict())
+    changed.flexattn_config = None if settings is None else settings.to_dict()
+    try:
+        changed.check()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return changed
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of each of `PARTS`: `published` and `here` as in `count`."""
+
+    published: dict[str, int]
+    here: dict[str, int]
+
+    @property
+    def published_tflops(self) -> float:
+        return sum(self.published.values()) / 1e12
+
+    @property
+    def here_tflops(self) -> float:
+        return sum(self.here.values()) / 1e12
+
+
+def cost(config: FlexAttnLlavaConfig, text_tokens: int = 80, selected: int | None = None, tiles: int | None = None) -> Cost:
+    """The cost of a prompt with one picture, of the mechanism as published and as run here. Arguments as in `count`."""
+    return Cost(*(count(config, text_tokens, selected, tiles, published) for published in (True, False)))
+
+
+def count(
+    config: FlexAttnLlavaConfig, text_tokens: int, selected: int | None = None, tiles: int | None = None, published: bool = False
+) -> dict[str, int]:
+    """FLOPs of the prefill of one prompt with one picture.
+
+    Args:
+        config: Of the model, of any system.
+        text_tokens: Tokens of the prompt besides the picture's.
+        selected: M, HR tokens that the map of each layer selects; by default SHARE of them. FlexAttention only.
+        tiles: K, tiles in which any layer selects a token; by default all. FlexAttention only.
+        published: As the released eager code runs: all tiles are encoded, HR scores are computed for every row, also where
+            a row does not use them, and logits for all rows. Otherwise as here: tiles are encoded on demand, only rows
+            that see HR tokens meet them, and logits are those of the last row. Either way M tokens are projected in
+            each layer; the released code does it again at every token of the answer, which is not counted.
+    Returns:
+        FLOPs by part, in the order of PARTS.
+    Raises:
+        InputError: A number is out of range.
+    """
+    selected, tiles = _checked(config, text_tokens, selected, tiles)
+    if published and config.system == "flexattn":
+        config = _with_settings(config, dataclasses.replace(config.flexattn, hr_rows="all"))
+    with torch.device("meta"):
+        model = FlexAttnLlavaForConditionalGeneration(config).eval()
+    model.call_class = _told(selected, tiles)
+    with torch.no_grad(), counted(model) as flops:
+        model(
+            **prompt(config, text_tokens, "meta"), tiles_on_demand=not published, logits_to_keep=0 if published else 1
+        )
+    return flops
+
+
+def prompt(config: FlexAttnLlavaConfig, text_tokens: int, device: str) -> dict[str, torch.Tensor]:
+    """Arguments of the model for a picture between text; pixels are not filled in. The ids are real, as the model reads them."""
+    text = int(config.image_token_id == 0)
+    ids = torch.full((1, text_tokens + config.picture_tokens), text)
+    ids[0, 1 : 1 + config.picture_tokens] = config.image_token_id
+    settings = config.flexattn
+    size = config.vision_config.image_size if settings is None else settings.lowres_size
+    inputs = {"input_ids": ids, "pixel_values": torch.empty(1, 3, size, size, device=device)}
+    if settings is not None:
+        inputs["pixel_values_hr"] = torch.empty(1, 3, settings.highres_size, settings.highres_size, device=device)
+    return inputs
+
+
+def _checked(config: FlexAttnLlavaConfig, text_tokens: int, selected: int | None, tiles: int | None) -> tuple[int, int]:
+    if text_tokens < 1:
+        raise InputError(f"a prompt of {text_tokens} text tokens; it must have at least 1")
+    if config.system != "flexattn":
+        return 0, 0
+    tokens, all_tiles = config.hr_side**2, config.flexattn.zoom**2
+    selected = round(SHARE * tokens) if selected is None else selected
+    tiles = all_tiles if tiles is None else tiles
+    if not 0 <= selected <= tokens:
+        raise InputError(f"{selected} selected tokens of a picture that has {tokens} ({config.hr_side} x {config.hr_side})")
+    if not 0 <= tiles <= all_tiles:
+        raise InputError(f"{tiles} tiles of a picture that has {all_tiles}")
+    if selected > tiles * (tokens // all_tiles):
+        raise InputError(f"{selected} selected tokens do not fit into {tiles} tiles of {tokens // all_tiles} tokens each")
+    return selected, tiles
+
+
+def _told(selected: int, tiles: int) -> type[Call]:
+    class Told(Call):
+        """Is told how much was selected: on meta tensors there is nothing to read."""
+
+        def _read_back(self, numbers: torch.Tensor, tokens: torch.Tensor) -> list[int]:
+            self.pictures.encode_tiles(range(tiles), self._encode)
+            return [selected, selected, 0]
+
+    return Told
+
+
+@contextlib.contextmanager
+def counted(model: nn.Module) -> Iterator[dict[str, int]]:
+    """FLOPs by part of what the model does inside, complete at the end: each counts for the innermost module that has a part."""
+    spent, running, seen = dict.fromkeys(PARTS, 0), ["language model"], 0
+    counter = FlopCounterMode(display=False)
+
+    def credit() -> None:
+        nonlocal seen
+        total = counter.get_total_flops()
+        spent[running[-1]] += total - seen
+        seen = total
+
+    def enter(part: str):
+        def hook(*_) -> None:
+            credit()
+            running.append(part)
+
+        return hook
+
+    def leave(*_) -> None:
+        credit()
+        running.pop()
+
+    hooks = []
+    for name, module in model.named_modules():
+        part = next((part for part, pattern in _MODULES.items() if re.fullmatch(pattern, name)), None)
+        if part is not None:
+            hooks += [module.register_forward_pre_hook(enter(part)), module.register_forward_hook(leave)]
+    try:
+        with counter:
+            yield spent
+            credit()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def selected_for(config: FlexAttnLlavaConfig, tflops: float, text_tokens: int) -> int:
+    """The M at which FlexAttention as published costs so much; it may lie outside 0 .. h*h. The cost is linear in M."""
+    some = 1000 if config.hr_side**2 >= 1000 else config.hr_side**2
+    none, more = (sum(count(config, text_tokens, M, published=True).values()) for M in (0, some))
+    return round((tflops * 1e12 - none) / (more - none) * some)
