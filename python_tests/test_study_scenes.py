@@ -79,8 +79,7 @@ def test_a_sign_has_its_colour_and_light_glyphs_where_the_boxes_say(scenes):
     for scene in scenes:
         pad = [(SIDE - part) // 2 for part in scene.picture.size]
         for sign in scene.signs:
-            border = 3 if scene.size == "small" else 6
-            plain = scene.picture.getpixel((int(sign.box[0]) - pad[0] + border, int(sign.box[1]) - pad[1] + border))
+            plain = scene.picture.getpixel((int(sign.box[0]) - pad[0] + 3, int(sign.box[1]) - pad[1] + 3))
             nearest = min(COLORS, key=lambda name: sum(abs(a - b) for a, b in zip(COLORS[name], plain)))
             assert nearest == sign.color
             for glyph in sign.glyphs:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def train_loop(
         torch.optim.AdamW(others, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
     schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], total_steps=steps, pct_start=0.1, cycle_momentum=False)
+        torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], total_steps=steps, pct_start=max(0.1, 2 / steps), cycle_momentum=False)
         for o in optimizers
     ]
     start, average = time.process_time(), None
@@ -94,14 +94,14 @@ def trained(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, nn.Par
 class TokenLabels:
     """Per token of a square picture the class of what is drawn there; made object by object.
 
-    labels: [side, side] int64 each: a class of CLASSES, "nothing" (the number of classes), or UNSURE.
+    labels: By name [side, side] int64: a class, "nothing" (the number of classes), or UNSURE.
     """
 
-    def __init__(self, side: int, patch: int):
-        self.side, self.patch = side, patch
+    def __init__(self, side: int, patch: int, classes: dict[str, Sequence[str]] = CLASSES):
+        self.side, self.patch, self.classes = side, patch, classes
         self.edge = np.arange(side) * patch
-        self.labels = {name: np.full((side, side), len(classes)) for name, classes in CLASSES.items()}
-        self._most = {name: np.zeros((side, side)) for name in CLASSES}
+        self.labels = {name: np.full((side, side), len(values)) for name, values in classes.items()}
+        self._most = {name: np.zeros((side, side)) for name in classes}
 
     def share(self, box: Box) -> np.ndarray:
         """[side, side] what a token shows of a box, over all that it could show."""
@@ -121,7 +121,7 @@ class TokenLabels:
             label[(share > none) & (most == 0)] = UNSURE
             return
         label[(share > none) & (share <= least) & (most == 0)] = UNSURE
-        label[(share > least) & (share > most)] = CLASSES[name].index(value)
+        label[(share > least) & (share > most)] = list(self.classes[name]).index(value)
         np.maximum(most, share, out=most)
 
     def add_sign(self, sign: Sign) -> None:
@@ -142,7 +142,7 @@ class TokenLabels:
         return seen > 0.6 * (x1 - x0) * (y1 - y0)
 
     def tensors(self) -> list[torch.Tensor]:
-        """[side * side] per entry of CLASSES."""
+        """[side * side] per name."""
         return [torch.from_numpy(label.flatten()) for label in self.labels.values()]
 
 
@@ -171,7 +171,7 @@ class EncoderData:
         if rng.random() < 0.65:
             picture = painter.background(drawn, drawn, shares)
             for color in rng.choices(list(COLORS), k=min(12, max(2, round(crowd * rng.uniform(15, 45))))):
-                painter.add_sign(picture, color, painter.content(rng.choice(TASKS[:3])), signs, scale)
+                painter.add_sign(picture, color, lambda: painter.content(rng.choice(TASKS[:3])), signs, scale)
         else:
             picture = painter.ground(drawn, drawn)
             for kind in rng.choices(VEHICLES, k=min(16, max(2, round(crowd * rng.uniform(20, 80))))):
