@@ -43,7 +43,6 @@ from flexattn_cuda.vision import encode_pictures
 
 SIZES = ModelSizes()
 LOW, ZOOM, S, FIRST_LAYER, LAYERS = SIZES.lowres, 3, SIZES.lr_side, SIZES.first_layer, SIZES.layers
-console = Console()
 
 
 # ------------------------------------------------------------------------------------------------------- 1. encoder

@@ -31,9 +31,9 @@ from flexattn_cuda.vision import encode_pictures
 
 console = Console()
 GLYPHS = tuple("0123456789") + SHAPES
-CLASSES = {"colour": tuple(COLORS), "first glyph": GLYPHS, "second glyph": GLYPHS, "vehicle": VEHICLES}
+CLASSES = {"colour": tuple(COLORS), "glyph": GLYPHS, "place": ("first", "second"), "vehicle": VEHICLES}
 """What the heads of the encoder stage tell apart, besides "nothing"."""
-_NOTHING_WEIGHT = (0.3, 0.1, 0.1, 0.15)
+_NOTHING_WEIGHT = (0.3, 0.1, 0.1, 0.15)  # most tokens show nothing
 UNSURE = -100  # tokens that show too little of an object to learn from: without a loss
 READABLE_PIXELS = 6.0  # height from which a glyph, and length from which a vehicle is told apart
 
@@ -126,9 +126,10 @@ class TokenLabels:
 
     def add_sign(self, sign: Sign) -> None:
         self.mark("colour", sign.color, sign.box, 0.15, 0.0)
-        for name, glyph in zip(("first glyph", "second glyph"), sign.glyphs):
-            height = glyph.box[3] - glyph.box[1]
-            self.mark(name, glyph.name, glyph.box, 0.3, 0.02, height >= READABLE_PIXELS and self._is_inside(glyph.box))
+        for place, glyph in zip(self.classes["place"], sign.glyphs):
+            readable = glyph.box[3] - glyph.box[1] >= READABLE_PIXELS and self._is_inside(glyph.box)
+            self.mark("glyph", glyph.name, glyph.box, 0.3, 0.02, readable)
+            self.mark("place", place, glyph.box, 0.3, 0.02, readable and len(sign.glyphs) > 1)
 
     def add_vehicle(self, vehicle: Glyph) -> None:
         length = vehicle.box[2] - vehicle.box[0]
