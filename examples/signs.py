@@ -27,7 +27,9 @@ def digits_of(sign: Sign) -> str:
 class Painter(scenes.Painter):
     """Draws pictures; everything random comes from `rng`."""
 
-    def picture(self, side: int = SIDE, scale: float = 1.0, signs: int | None = None, shape=None, crowd=False) -> tuple[Image.Image, list[Sign]]:
+    def picture(
+        self, side: int = SIDE, scale: float = 1.0, signs: int | None = None, shape=None, crowd=False
+    ) -> tuple[Image.Image, list[Sign]]:
         """A picture whose longer side has `side` pixels, with 3 or 4 signs `scale` times their usual size.
 
         Each sign has a colour of its own, unless it is a `crowd`.

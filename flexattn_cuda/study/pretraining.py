@@ -11,6 +11,7 @@ Nothing here knows a system: each starts from the same weights.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -59,8 +60,9 @@ def train_loop(
         torch.optim.Muon(list(matrices.values()), lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
+    rising = max(0.1, 2 / steps)
     schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], total_steps=steps, pct_start=max(0.1, 2 / steps), cycle_momentum=False)
+        torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], total_steps=steps, pct_start=rising, cycle_momentum=False)
         for o in optimizers
     ]
     start, average = time.process_time(), None
@@ -233,7 +235,8 @@ def train_encoder(
     )
     low = processor.image_processor.lowres_size
     tests = {"low": _stacked([test.whole() for _ in range(96)]), "hd": test.hd_batch(64)}
-    tests |= {f"zoom {zoom} {size}": _stacked([test.tile(zoom * low, low, size) for _ in range(32)]) for zoom in (2, 3, 4) for size in SIZES}
+    for zoom, size in itertools.product((2, 3, 4), SIZES):
+        tests[f"zoom {zoom} {size}"] = _stacked([test.tile(zoom * low, low, size) for _ in range(32)])
     heads = nn.ModuleList(nn.Linear(width, len(classes) + 1) for classes in CLASSES.values())
     weights = [torch.tensor([1.0] * (head.out_features - 1) + [none]) for head, none in zip(heads, _NOTHING_WEIGHT)]
     parts = {"vision": model.model.vision_tower, "projector": model.model.multi_modal_projector, "heads": heads}
@@ -315,7 +318,7 @@ class MapOfLayer:
 def train_localisation(
     model, processor, pictures: EncodedScenes, held_out: EncodedScenes, steps: int, seed: int, batch: int = 48
 ) -> dict[str, dict[str, float]]:
-    """Stage 3. Returns by task, on held-out pictures, the map's mass on the answer cells and the share of maps whose largest cell is one."""
+    """Stage 3. Returns by task, on held-out pictures, the map's mass on the answer cells and how often its largest cell is one of them."""
     rng, language = random.Random(f"localise {seed}"), model.model.language_model
     first_layer, layers = model.config.flexattn.first_layer, language.layers
     parameters = trained(language, lambda name: name.startswith(("embed_tokens", *(f"layers.{i}." for i in range(first_layer)))))

@@ -281,10 +281,8 @@ class Painter:
         light = self.rng.randint(225, 250)
         cover = Image.new("L", (side * _OVERSAMPLING,) * 2)
         half = length * _OVERSAMPLING / 2
-        turned = [
-            (cover.width / 2 + half * (u * math.cos(angle) - v * math.sin(angle)), cover.width / 2 + half * (u * math.sin(angle) + v * math.cos(angle)))
-            for u, v in vehicle_outline(kind)
-        ]
+        cos, sin, middle = half * math.cos(angle), half * math.sin(angle), cover.width / 2
+        turned = [(middle + u * cos - v * sin, middle + u * sin + v * cos) for u, v in vehicle_outline(kind)]
         ImageDraw.Draw(cover).polygon(turned, fill=255)
         picture.paste((light, light, light), at, cover.resize((side, side), Image.Resampling.BOX))
         drawn.append(Glyph(kind, (*at, at[0] + side, at[1] + side)))
@@ -333,10 +331,8 @@ def shape_outline(name: str) -> list[tuple[float, float]]:
         arm = 0.25
         quarter = [(arm, -1), (arm, -arm), (1, -arm)]
         return [corner for turn in range(4) for corner in (_turned(*point, turn) for point in quarter)]
-    inner, outer = 0.56, 1.0
-    return [
-        (radius * math.sin(k * math.pi / 5), -radius * math.cos(k * math.pi / 5)) for k in range(10) for radius in ((inner if k % 2 else outer),)
-    ]
+    corners = [(k * math.pi / 5, 0.56 if k % 2 else 1.0) for k in range(10)]
+    return [(radius * math.sin(angle), -radius * math.cos(angle)) for angle, radius in corners]
 
 
 def vehicle_outline(name: str) -> list[tuple[float, float]]:
