@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 
 from PIL import Image
-from signs import SIDE, Painter
+from signs import SIDE, Painter, digits_of
 
 HERE = Path(__file__).parent
 PIXELS = 1008  # of the longer side
@@ -42,7 +42,7 @@ def main() -> None:
         picture.save(HERE / file, quality=92)
         sign = signs[0]
         questions.append(
-            {"file": file, "question": painter.question(sign.color), "answer": sign.digits, "box": list(sign.box)}
+            {"file": file, "question": painter.question(sign.color), "answer": digits_of(sign), "box": list(sign.box)}
         )
     write_questions(HERE, questions)
 
@@ -55,7 +55,7 @@ def main() -> None:
         picture, signs = painter.picture()
         sign = painter.rng.choice(signs)
         picture.save(tests / f"{number:02d}.jpg", quality=95)
-        questions.append({"file": f"{number:02d}.jpg", "question": painter.question(sign.color), "answer": sign.digits, "box": sign.box})
+        questions.append({"file": f"{number:02d}.jpg", "question": painter.question(sign.color), "answer": digits_of(sign), "box": sign.box})
     write_questions(tests, questions)
 
 

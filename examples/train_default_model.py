@@ -28,153 +28,38 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import Progress
-from signs import COLORS, QUESTIONS, SIDE, Painter, Sign, find_photographs
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
+from signs import QUESTIONS, SIDE, Painter, digits_of
 from torch import nn
 from torch.nn import functional
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaConfig, FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor, Trace
+from flexattn_cuda import Trace
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
+from flexattn_cuda.study.encoded_scenes import cells_of
+from flexattn_cuda.study.pretraining import UNSURE, MapOfLayer, TokenLabels, console, embeddings, train_loop, trained, whiten
+from flexattn_cuda.study.scenes import COLORS, Sign, find_photographs
+from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
 from flexattn_cuda.vision import encode_pictures
 
-PATCH, LOW, ZOOM, FIRST_LAYER, LAYERS, WIDTH, VISION_WIDTH = 8, 96, 3, 2, 4, 64, 96
-S = LOW // PATCH
-NO_COLOR, NO_DIGIT = len(COLORS), 10
-TEMPLATE = "{{ '<image>' }}{% for part in messages[0]['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-console = Console()
-
-
-def build_processor(folder: Path | None = None) -> FlexAttnLlavaProcessor:
-    """A tokenizer of the words of the questions, and the released preprocessing."""
-    words = sorted({word.strip("?").lower() for question in QUESTIONS for word in question.split()} - {"{}"})
-    special = ["<pad>", "<s>", "</s>", "<image>", "<unk>"]
-    vocabulary = {token: i for i, token in enumerate(special + words + sorted(COLORS) + list("0123456789"))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z0-9<>/ ]"), " ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(True)])
-    tokenizer.add_special_tokens(special)
-    tokenizer.decoder = decoders.Fuse()  # the digits of an answer follow each other
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
-    image_processor = FlexAttnLlavaImageProcessor(highres_size=LOW * ZOOM, lowres_size=LOW, lr_side=S)
-    return FlexAttnLlavaProcessor(image_processor, fast, chat_template=TEMPLATE)
-
-
-def build_model(processor: FlexAttnLlavaProcessor) -> FlexAttnLlavaForConditionalGeneration:
-    flexattn = FlexAttnConfig(zoom=ZOOM, lowres_size=LOW, highres_size=LOW * ZOOM, first_layer=FIRST_LAYER, pool=0, warmup=None)
-    tokenizer = processor.tokenizer
-    config = FlexAttnLlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=VISION_WIDTH, intermediate_size=3 * VISION_WIDTH, num_hidden_layers=3, num_attention_heads=4, image_size=LOW,
-            patch_size=PATCH, projection_dim=16,
-        ).to_dict(),
-        text_config=LlamaConfig(
-            hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
-            num_key_value_heads=4, vocab_size=len(tokenizer), max_position_embeddings=512, rms_norm_eps=1e-5,
-            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        ).to_dict(),
-        image_token_index=processor.image_token_id,
-        image_seq_length=S * S,
-        vision_feature_layer=-1,
-        flexattn_config=flexattn.to_dict(),
-    )  # fmt: skip
-    model = FlexAttnLlavaForConditionalGeneration(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 2 and ("vision" in name or "projector" in name) and "embedding" not in name:
-                nn.init.xavier_uniform_(weight)
-            elif "patch_embedding" in name:
-                nn.init.normal_(weight, std=(3 * PATCH**2) ** -0.5)
-            elif "position_embedding" in name:
-                weight.copy_(sinusoids())
-            elif weight.ndim == 2 and "language_model" in name:
-                nn.init.normal_(weight, std=0.3 if "embed_tokens" in name else 0.06)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.eval()
-
-
-def sinusoids() -> torch.Tensor:
-    """[1 + S*S, VISION_WIDTH]: positions to start from, waves over the columns and the rows; zeros for the class token."""
-    quarter = VISION_WIDTH // 4
-    angles = torch.arange(S)[:, None] * (math.pi / 2) * S ** -(torch.arange(quarter) / quarter)
-    waves = 0.7 * torch.cat([angles.sin(), angles.cos()], 1)
-    grid = torch.cat([waves[None].expand(S, S, -1), waves[:, None].expand(S, S, -1)], -1)
-    return torch.cat([torch.zeros(1, VISION_WIDTH), grid.flatten(0, 1)])
-
-
-def train_loop(name: str, steps: int, parameters: dict[str, nn.Parameter], rate: float, loss_of, report=None, every: int = 100) -> None:
-    """Muon at `rate` for the matrices between layers, AdamW for the rest, one-cycle rates.
-
-    `loss_of(step)` gives the loss of a batch, `report()` a text for the log.
-    """
-    matrices = {n: p for n, p in parameters.items() if p.ndim == 2 and "embed" not in n and "head" not in n}
-    others = [p for n, p in parameters.items() if n not in matrices]
-    optimizers = [
-        torch.optim.Muon(list(matrices.values()), lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98)),
-    ]
-    schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], total_steps=steps, pct_start=0.1, cycle_momentum=False)
-        for o in optimizers
-    ]
-    start, average = time.process_time(), None
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(name, total=steps)
-        for step in range(1, steps + 1):
-            loss = loss_of(step)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            for part in (*optimizers, *schedules):
-                part.step()
-            average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
-            progress.update(task, advance=1, description=f"{name}, loss {average:.3f}")
-            if step % every == 0 or step == steps:
-                seconds = time.process_time() - start
-                console.log(f"{name} {step}/{steps} loss {average:.3f} {report() if report else ''} {seconds:.0f} CPU s")
+SIZES = ModelSizes()
+LOW, ZOOM, S, FIRST_LAYER, LAYERS = SIZES.lowres, 3, SIZES.lr_side, SIZES.first_layer, SIZES.layers
 
 
 # ------------------------------------------------------------------------------------------------------- 1. encoder
 
 
-UNSURE = -100  # tokens that show too little of a sign or digit to learn from: without a loss
+CLASSES = {"colour": tuple(COLORS), "first digit": tuple("0123456789"), "second digit": tuple("0123456789")}
 
 
 def token_labels(signs: list[Sign], with_digits: bool) -> list[torch.Tensor]:
     """Per token of a LOW x LOW picture: colour of the sign, first digit, second digit, each [S*S]."""
-    color, digits = np.full((S, S), NO_COLOR), np.full((2, S, S), NO_DIGIT)
-    most_color, most_digit = np.zeros((S, S)), np.zeros((2, S, S))
-    edge, names = np.arange(S) * PATCH, list(COLORS)
-
-    def overlap(low: float, high: float) -> np.ndarray:
-        return np.clip(np.minimum(high, edge + PATCH) - np.maximum(low, edge), 0, None)
-
-    def mark(label: np.ndarray, most: np.ndarray, value: int, share: np.ndarray, least: float, none: float) -> None:
-        label[(share > none) & (share <= least) & (most == 0)] = UNSURE
-        label[(share > least) & (share > most)] = value
-        np.maximum(most, share, out=most)
-
+    labels = TokenLabels(S, SIZES.patch, CLASSES)
     for sign in signs:
-        x0, y0, x1, y1 = sign.box
-        share = overlap(y0, y1)[:, None] * overlap(x0, x1) / min(PATCH**2, (x1 - x0) * (y1 - y0))
-        mark(color, most_color, names.index(sign.color), share, 0.15, 0.0)
-        if not with_digits:
-            continue
-        x, y, width, height = (x0 + x1) / 2, (y0 + y1) / 2, 0.68 * sign.size, 0.73 * sign.size  # of a digit in DejaVu Sans Bold
-        for k, left in enumerate((x - width, x)):
-            share = overlap(y - height / 2, y + height / 2)[:, None] * overlap(left, left + width) / (height * width)
-            mark(digits[k], most_digit[k], int(sign.digits[k]), share, 0.3, 0.02)
-    return [torch.from_numpy(label.flatten()) for label in (color, *digits)]
+        labels.mark("colour", sign.color, sign.box, 0.15, 0.0)
+        if with_digits:
+            for name, glyph in zip(("first digit", "second digit"), sign.glyphs):
+                labels.mark(name, glyph.name, glyph.box, 0.3, 0.02)
+    return labels.tensors()
 
 
 class EncoderData:
@@ -188,12 +73,12 @@ class EncoderData:
         picture, signs = self.painter.picture(LOW + margin, signs=rng.randint(2, 9), shape=(1, 1), crowd=True)
         left, top = rng.randint(0, margin), rng.randint(0, margin)
         crop = picture.crop((left, top, left + LOW, top + LOW))
-        return self._pixels(crop), token_labels([sign.shifted(left, top) for sign in signs], True)
+        return self._pixels(crop), token_labels([sign.moved(left, top) for sign in signs], True)
 
     def small(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         picture, signs = self.painter.picture(SIDE, shape=(1, 1))
         pixels = functional.interpolate(self._pixels(picture)[None], size=LOW, mode="bilinear", antialias=True)[0]
-        return pixels, token_labels([sign.shifted(0, 0, 1 / ZOOM) for sign in signs], False)
+        return pixels, token_labels([sign.moved(0, 0, 1 / ZOOM) for sign in signs], False)
 
     def batch(self, size: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         pairs = [self.small() if self.painter.rng.random() < 0.2 else self.tile() for _ in range(size)]
@@ -206,7 +91,7 @@ class EncoderData:
 
 def train_encoder(model, painter: Painter, held: Painter, processor, steps: int) -> None:
     data, test = EncoderData(painter, processor.image_processor), EncoderData(held, processor.image_processor).batch(96)
-    heads = nn.ModuleList(nn.Linear(WIDTH, classes) for classes in (NO_COLOR + 1, NO_DIGIT + 1, NO_DIGIT + 1))
+    heads = nn.ModuleList(nn.Linear(SIZES.width, len(classes) + 1) for classes in CLASSES.values())
     weights = [torch.tensor([1.0] * (head.out_features - 1) + [none]) for head, none in zip(heads, (0.5, 0.3, 0.3))]
     parts = {"vision": model.model.vision_tower, "projector": model.model.multi_modal_projector, "heads": heads}
     parameters = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
@@ -230,20 +115,6 @@ def train_encoder(model, painter: Painter, held: Painter, processor, steps: int)
     train_loop("encoder", steps, parameters, 1e-2, loss_of, report, 200)
 
 
-@torch.no_grad()
-def whiten(model, pixels: torch.Tensor) -> None:
-    """Turns the projector's output so that its channels have mean 0 and variance 1 and are uncorrelated, nearly.
-
-    The digits are a small part of the encoder's variance; the language model learns to read them far sooner like this.
-    """
-    tokens = encode_pictures(model.model, pixels).flatten(0, 1)
-    variance, directions = torch.linalg.eigh(torch.cov(tokens.T))
-    turn = directions @ torch.diag((variance + 0.01 * variance.mean()).rsqrt()) @ directions.T
-    last = model.model.multi_modal_projector.linear_2
-    last.weight.copy_(turn @ last.weight)
-    last.bias.copy_(turn @ (last.bias - tokens.mean(0)))
-
-
 # ------------------------------------------------------------------------------------------- features of the pictures
 
 
@@ -261,7 +132,7 @@ class Pictures:
                 low.append(lr.half()), high.append(hr.half()), live.append(pixels["image_live"])
                 for picture, signs in drawn:  # signs in pixels of the padded square
                     pad = ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2)
-                    self.signs.append([sign.shifted(-pad[0], -pad[1]) for sign in signs])
+                    self.signs.append([sign.moved(-pad[0], -pad[1]) for sign in signs])
         self.low, self.high, self.live = torch.cat(low), torch.cat(high), torch.cat(live)
 
     def batch(self, rng: random.Random, processor, indices: list[int], hr: bool = True) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -271,9 +142,9 @@ class Pictures:
             sign = rng.choice(self.signs[index])
             question = rng.choice(QUESTIONS).format(sign.color)
             ids = prompt_ids(processor, question)
-            answer = processor.tokenizer.convert_tokens_to_ids(list(sign.digits)) + [processor.tokenizer.eos_token_id]
+            answer = processor.tokenizer.convert_tokens_to_ids(list(digits_of(sign))) + [processor.tokenizer.eos_token_id]
             rows.append((ids + answer, len(ids)))
-            cells.append(cells_of(sign))
+            cells.append(cells_of([sign.box], S, SIDE))
         longest = max(len(ids) for ids, _ in rows)
         pad = processor.tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids, _ in rows])
@@ -298,40 +169,7 @@ def prompt_ids(processor, question: str) -> list[int]:
     return ids[:at] + [processor.image_token_id] * (S * S) + ids[at + 1 :]
 
 
-def cells_of(sign: Sign) -> torch.Tensor:
-    """[S*S] bool: LR cells that the sign touches."""
-    side = SIDE / S
-    x0, y0, x1, y1 = sign.box
-    line = torch.arange(S)
-    rows = (line * side < y1) & ((line + 1) * side > y0)
-    columns = (line * side < x1) & ((line + 1) * side > x0)
-    return (rows[:, None] & columns).flatten()
-
-
 # ------------------------------------------------------------------------------------------------------ 2. localise
-
-
-class MapOfLayer:
-    """The attention map of the answer rows of one layer, with a gradient, which the operator's map has not."""
-
-    def __init__(self, model, layer: int):
-        self.attention = model.model.language_model.layers[layer].self_attn
-        self.handle = self.attention.register_forward_pre_hook(self._keep, with_kwargs=True)
-
-    def _keep(self, module, args, keywords) -> None:
-        self.hidden, self.positions = keywords["hidden_states"], keywords["position_embeddings"]
-
-    def __call__(self, inputs: dict[str, torch.Tensor], image_token: int) -> torch.Tensor:
-        """[n, 3, S*S] mean over heads of the probabilities of the picture's tokens."""
-        a, (n, length) = self.attention, self.hidden.shape[:2]
-        q, k = (p(self.hidden).view(n, length, -1, a.head_dim).transpose(1, 2) for p in (a.q_proj, a.k_proj))
-        q, k = apply_rotary_pos_emb(q, k, *self.positions)
-        rows = torch.arange(length - 4, length - 1)
-        logits = q[:, :, rows] @ k.transpose(-1, -2) * a.scaling
-        hidden = (torch.arange(length) > rows[:, None]) | (inputs["attention_mask"] == 0)[:, None, None]
-        maps = logits.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
-        picture = (inputs["input_ids"] == image_token)[:, None].expand_as(maps)
-        return maps[picture].view(n, len(rows), S * S)
 
 
 def train_localisation(model, pictures: Pictures, held: Pictures, processor, steps: int, seed: int) -> None:
@@ -342,7 +180,7 @@ def train_localisation(model, pictures: Pictures, held: Pictures, processor, ste
     def run(source: Pictures, indices: list[int], rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, cells = source.batch(rng, processor, indices, hr=False)
         language(inputs_embeds=embeddings(model, inputs), attention_mask=inputs["attention_mask"], use_cache=False)
-        return map_of(inputs, processor.image_token_id), cells[:, None].float()
+        return map_of(inputs, processor.image_token_id, 3), cells[:, None].float()
 
     def loss_of(_: int) -> torch.Tensor:
         maps, cells = run(pictures, rng.sample(range(len(pictures.signs)), 48), rng)
@@ -357,19 +195,6 @@ def train_localisation(model, pictures: Pictures, held: Pictures, processor, ste
 
     train_loop("localise", steps, parameters, 1e-2, loss_of, report)
     map_of.handle.remove()
-
-
-def trained(model: nn.Module, wanted) -> dict[str, nn.Parameter]:
-    """The parameters with the wanted names; all others are frozen."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(wanted(name))
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def embeddings(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    picture = inputs["input_ids"] == model.config.image_token_id
-    text = model.get_input_embeddings()(inputs["input_ids"])
-    return text.masked_scatter(picture.unsqueeze(-1), inputs["image_features"])
 
 
 # -------------------------------------------------------------------------------------------------------- 3. answer
@@ -433,8 +258,8 @@ def evaluate(model, processor, questions: list[tuple], system: str, share: float
             output = model.generate(**inputs, max_new_tokens=3, do_sample=False)
             answer = processor.tokenizer.convert_ids_to_tokens(output[0, inputs["input_ids"].shape[1] :])
             given = [token for token in answer if token.isdigit()]
-            exact += given == list(sign.digits)
-            digits += sum(one == other for one, other in zip(given, sign.digits))
+            exact += given == list(digits_of(sign))
+            digits += sum(one == other for one, other in zip(given, digits_of(sign)))
     model.config.flexattn_config = model.config.flexattn_config | {"strategy": "attention", "ratio": 0.1}
     n = len(questions)
     row = {"system": system, "pictures": n}
@@ -463,8 +288,8 @@ def main() -> None:
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
-    processor = build_processor()
-    model = build_model(processor)
+    processor = build_processor([*(question.format("") for question in QUESTIONS), *COLORS], SIZES.flexattn(), SIZES)
+    model = build_model(processor, SIZES.flexattn(), SIZES)
 
     def painter(held_out: bool, seed: int) -> Painter:
         return Painter(find_photographs(options.photographs, held_out), options.font, random.Random(seed))

@@ -79,8 +79,7 @@ def test_a_sign_has_its_colour_and_light_glyphs_where_the_boxes_say(scenes):
     for scene in scenes:
         pad = [(SIDE - part) // 2 for part in scene.picture.size]
         for sign in scene.signs:
-            border = 3 if scene.size == "small" else 6
-            plain = scene.picture.getpixel((int(sign.box[0]) - pad[0] + border, int(sign.box[1]) - pad[1] + border))
+            plain = scene.picture.getpixel((int(sign.box[0]) - pad[0] + 3, int(sign.box[1]) - pad[1] + 3))
             nearest = min(COLORS, key=lambda name: sum(abs(a - b) for a, b in zip(COLORS[name], plain)))
             assert nearest == sign.color
             for glyph in sign.glyphs:
@@ -133,7 +132,8 @@ def test_answers_are_balanced(photographs):
     painter = Painter(photographs, None, random.Random(3))
     painter.background = lambda width, height, shares: Image.new("RGB", (width, height))
     drawn = {task: [painter.scene(task, "small") for _ in range(300)] for task in TASKS}
-    for task, answers in (("attribute", SHAPES), ("spatial", ("left", "right")), ("presence", ("yes", "no")), ("comparison", ("yes", "no"))):
+    possible = {"attribute": SHAPES, "spatial": ("left", "right"), "presence": ("yes", "no"), "comparison": ("yes", "no")}
+    for task, answers in possible.items():
         for chosen in (
             [scene.asked for scene in drawn[task]],
             [random.Random(number).choice([q for q in scene.questions if q.task == task]) for number, scene in enumerate(drawn[task])],
@@ -151,8 +151,8 @@ def test_how_many_vehicles_there_are_tells_nothing_about_the_answer():
     """Every fleet asks about each kind alike: renaming the kinds turns one answer into the other."""
     box = (0.0, 0.0, 1.0, 1.0)
     for fleet in (["car", "car", "boat"], ["plane"] * 3 + ["car"] * 2):
-        answers = Counter(question.answer for question in vehicle_questions([Glyph(kind, box) for kind in fleet]) if question.task == "comparison")
-        assert answers == {("yes",): 1, ("no",): 1}
+        questions = vehicle_questions([Glyph(kind, box) for kind in fleet])
+        assert Counter(question.answer for question in questions if question.task == "comparison") == {("yes",): 1, ("no",): 1}
 
 
 def test_a_sign_with_two_shapes_is_asked_about_in_both_orders():

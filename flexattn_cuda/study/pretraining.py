@@ -11,9 +11,10 @@ Nothing here knows a system: each starts from the same weights.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -31,9 +32,9 @@ from flexattn_cuda.vision import encode_pictures
 
 console = Console()
 GLYPHS = tuple("0123456789") + SHAPES
-CLASSES = {"colour": tuple(COLORS), "first glyph": GLYPHS, "second glyph": GLYPHS, "vehicle": VEHICLES}
+CLASSES = {"colour": tuple(COLORS), "glyph": GLYPHS, "place": ("first", "second"), "vehicle": VEHICLES}
 """What the heads of the encoder stage tell apart, besides "nothing"."""
-_NOTHING_WEIGHT = (0.3, 0.1, 0.1, 0.15)
+_NOTHING_WEIGHT = (0.3, 0.1, 0.1, 0.15)  # most tokens show nothing
 UNSURE = -100  # tokens that show too little of an object to learn from: without a loss
 READABLE_PIXELS = 6.0  # height from which a glyph, and length from which a vehicle is told apart
 
@@ -59,8 +60,9 @@ def train_loop(
         torch.optim.Muon(list(matrices.values()), lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
+    rising = max(0.1, 2 / steps)
     schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], total_steps=steps, pct_start=0.1, cycle_momentum=False)
+        torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], total_steps=steps, pct_start=rising, cycle_momentum=False)
         for o in optimizers
     ]
     start, average = time.process_time(), None
@@ -94,14 +96,14 @@ def trained(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, nn.Par
 class TokenLabels:
     """Per token of a square picture the class of what is drawn there; made object by object.
 
-    labels: [side, side] int64 each: a class of CLASSES, "nothing" (the number of classes), or UNSURE.
+    labels: By name [side, side] int64: a class, "nothing" (the number of classes), or UNSURE.
     """
 
-    def __init__(self, side: int, patch: int):
-        self.side, self.patch = side, patch
+    def __init__(self, side: int, patch: int, classes: dict[str, Sequence[str]] = CLASSES):
+        self.side, self.patch, self.classes = side, patch, classes
         self.edge = np.arange(side) * patch
-        self.labels = {name: np.full((side, side), len(classes)) for name, classes in CLASSES.items()}
-        self._most = {name: np.zeros((side, side)) for name in CLASSES}
+        self.labels = {name: np.full((side, side), len(values)) for name, values in classes.items()}
+        self._most = {name: np.zeros((side, side)) for name in classes}
 
     def share(self, box: Box) -> np.ndarray:
         """[side, side] what a token shows of a box, over all that it could show."""
@@ -121,14 +123,15 @@ class TokenLabels:
             label[(share > none) & (most == 0)] = UNSURE
             return
         label[(share > none) & (share <= least) & (most == 0)] = UNSURE
-        label[(share > least) & (share > most)] = CLASSES[name].index(value)
+        label[(share > least) & (share > most)] = list(self.classes[name]).index(value)
         np.maximum(most, share, out=most)
 
     def add_sign(self, sign: Sign) -> None:
         self.mark("colour", sign.color, sign.box, 0.15, 0.0)
-        for name, glyph in zip(("first glyph", "second glyph"), sign.glyphs):
-            height = glyph.box[3] - glyph.box[1]
-            self.mark(name, glyph.name, glyph.box, 0.3, 0.02, height >= READABLE_PIXELS and self._is_inside(glyph.box))
+        for place, glyph in zip(self.classes["place"], sign.glyphs):
+            readable = glyph.box[3] - glyph.box[1] >= READABLE_PIXELS and self._is_inside(glyph.box)
+            self.mark("glyph", glyph.name, glyph.box, 0.3, 0.02, readable)
+            self.mark("place", place, glyph.box, 0.3, 0.02, readable and len(sign.glyphs) > 1)
 
     def add_vehicle(self, vehicle: Glyph) -> None:
         length = vehicle.box[2] - vehicle.box[0]
@@ -142,7 +145,7 @@ class TokenLabels:
         return seen > 0.6 * (x1 - x0) * (y1 - y0)
 
     def tensors(self) -> list[torch.Tensor]:
-        """[side * side] per entry of CLASSES."""
+        """[side * side] per name."""
         return [torch.from_numpy(label.flatten()) for label in self.labels.values()]
 
 
@@ -171,7 +174,7 @@ class EncoderData:
         if rng.random() < 0.65:
             picture = painter.background(drawn, drawn, shares)
             for color in rng.choices(list(COLORS), k=min(12, max(2, round(crowd * rng.uniform(15, 45))))):
-                painter.add_sign(picture, color, painter.content(rng.choice(TASKS[:3])), signs, scale)
+                painter.add_sign(picture, color, lambda: painter.content(rng.choice(TASKS[:3])), signs, scale)
         else:
             picture = painter.ground(drawn, drawn)
             for kind in rng.choices(VEHICLES, k=min(16, max(2, round(crowd * rng.uniform(20, 80))))):
@@ -232,7 +235,8 @@ def train_encoder(
     )
     low = processor.image_processor.lowres_size
     tests = {"low": _stacked([test.whole() for _ in range(96)]), "hd": test.hd_batch(64)}
-    tests |= {f"zoom {zoom} {size}": _stacked([test.tile(zoom * low, low, size) for _ in range(32)]) for zoom in (2, 3, 4) for size in SIZES}
+    for zoom, size in itertools.product((2, 3, 4), SIZES):
+        tests[f"zoom {zoom} {size}"] = _stacked([test.tile(zoom * low, low, size) for _ in range(32)])
     heads = nn.ModuleList(nn.Linear(width, len(classes) + 1) for classes in CLASSES.values())
     weights = [torch.tensor([1.0] * (head.out_features - 1) + [none]) for head, none in zip(heads, _NOTHING_WEIGHT)]
     parts = {"vision": model.model.vision_tower, "projector": model.model.multi_modal_projector, "heads": heads}
@@ -314,7 +318,7 @@ class MapOfLayer:
 def train_localisation(
     model, processor, pictures: EncodedScenes, held_out: EncodedScenes, steps: int, seed: int, batch: int = 48
 ) -> dict[str, dict[str, float]]:
-    """Stage 3. Returns by task, on held-out pictures, the map's mass on the answer cells and the share of maps whose largest cell is one."""
+    """Stage 3. Returns by task, on held-out pictures, the map's mass on the answer cells and how often its largest cell is one of them."""
     rng, language = random.Random(f"localise {seed}"), model.model.language_model
     first_layer, layers = model.config.flexattn.first_layer, language.layers
     parameters = trained(language, lambda name: name.startswith(("embed_tokens", *(f"layers.{i}." for i in range(first_layer)))))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -177,9 +177,9 @@ class Painter:
                 self.add_vehicle(picture, kind, vehicles, scale)
         else:
             picture = self.background(width, height, (0.45, 1.0))
-            contents = [self.content(task)] + [self.content(rng.choice(TASKS[:3])) for _ in range(rng.choice((2, 3)))]
-            for color, content in zip(rng.sample(list(COLORS), len(contents)), contents):
-                self.add_sign(picture, color, content, signs, scale)
+            asked_for = [task] + [rng.choice(TASKS[:3]) for _ in range(rng.choice((2, 3)))]
+            for color, other in zip(rng.sample(list(COLORS), len(asked_for)), asked_for):
+                self.add_sign(picture, color, lambda: self.content(other), signs, scale)
         margin = ((width - SIDE) // 2, (height - SIDE) // 2)
         signs, vehicles = (tuple(part.moved(*margin) for part in parts) for parts in (signs, vehicles))
         questions = (*sign_questions(signs), *vehicle_questions(vehicles))
@@ -230,8 +230,8 @@ class Painter:
         )
         return (left, top) if clear else None
 
-    def add_sign(self, picture: Image.Image, color: str, content: Sequence[str], drawn: list[Sign], scale: float) -> None:
-        """Somewhere uniformly, but not over another sign; not at all where no room is found."""
+    def add_sign(self, picture: Image.Image, color: str, content: Callable[[], Sequence[str]], drawn: list[Sign], scale: float) -> None:
+        """Somewhere uniformly, but not over another sign; not at all where no room is found. `content` is drawn last."""
         for _ in range(50):
             size = self.rng.uniform(*FONT_PIXELS) * scale
             width, height = (round(size * part + self.rng.uniform(4, 8) * scale) for part in (1.95, 1.25))
@@ -240,7 +240,7 @@ class Painter:
                 break
         else:
             return
-        plate, glyphs = self.sign(color, content, width, height, size)
+        plate, glyphs = self.sign(color, content(), width, height, size)
         picture.paste(plate, at)
         drawn.append(Sign(color, tuple(glyph.moved(-at[0], -at[1]) for glyph in glyphs), (*at, at[0] + width, at[1] + height)))
 
@@ -250,7 +250,7 @@ class Painter:
         fill = tuple(int(min(255, max(0, part + self.rng.uniform(-14, 14)))) for part in COLORS[color])
         plate = Image.new("RGB", (width * factor, height * factor), fill)
         draw = ImageDraw.Draw(plate)
-        draw.rectangle((0, 0, plate.width - 1, plate.height - 1), outline=_BORDER, width=max(2, round(size / 14)) * factor)
+        draw.rectangle((0, 0, plate.width - 1, plate.height - 1), outline=_BORDER, width=2 * factor)
         if content[0].isdigit():
             text, font = "".join(content), self._font(round(size * factor))
             left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
@@ -281,10 +281,8 @@ class Painter:
         light = self.rng.randint(225, 250)
         cover = Image.new("L", (side * _OVERSAMPLING,) * 2)
         half = length * _OVERSAMPLING / 2
-        turned = [
-            (cover.width / 2 + half * (u * math.cos(angle) - v * math.sin(angle)), cover.width / 2 + half * (u * math.sin(angle) + v * math.cos(angle)))
-            for u, v in vehicle_outline(kind)
-        ]
+        cos, sin, middle = half * math.cos(angle), half * math.sin(angle), cover.width / 2
+        turned = [(middle + u * cos - v * sin, middle + u * sin + v * cos) for u, v in vehicle_outline(kind)]
         ImageDraw.Draw(cover).polygon(turned, fill=255)
         picture.paste((light, light, light), at, cover.resize((side, side), Image.Resampling.BOX))
         drawn.append(Glyph(kind, (*at, at[0] + side, at[1] + side)))
@@ -333,10 +331,8 @@ def shape_outline(name: str) -> list[tuple[float, float]]:
         arm = 0.25
         quarter = [(arm, -1), (arm, -arm), (1, -arm)]
         return [corner for turn in range(4) for corner in (_turned(*point, turn) for point in quarter)]
-    inner, outer = 0.56, 1.0
-    return [
-        (radius * math.sin(k * math.pi / 5), -radius * math.cos(k * math.pi / 5)) for k in range(10) for radius in ((inner if k % 2 else outer),)
-    ]
+    corners = [(k * math.pi / 5, 0.56 if k % 2 else 1.0) for k in range(10)]
+    return [(radius * math.sin(angle), -radius * math.cos(angle)) for angle, radius in corners]
 
 
 def vehicle_outline(name: str) -> list[tuple[float, float]]:

@@ -49,8 +49,8 @@ class ModelSizes:
     def flexattn(self, **changes: Any) -> FlexAttnConfig:
         """FlexAttention at zoom 3 for these sizes; no pooling, as the grid of LR cells is small already."""
         zoom = changes.get("zoom", 3)
-        preset = dict(zoom=zoom, lowres_size=self.lowres, highres_size=self.lowres * zoom, first_layer=self.first_layer, pool=0, warmup=None)
-        return FlexAttnConfig(**(preset | changes))
+        pictures = dict(zoom=zoom, lowres_size=self.lowres, highres_size=self.lowres * zoom)
+        return FlexAttnConfig(**(pictures | dict(first_layer=self.first_layer, pool=0, warmup=None) | changes))
 
 
 def build_processor(texts: Iterable[str], flexattn: FlexAttnConfig | None, sizes: ModelSizes = ModelSizes()) -> FlexAttnLlavaProcessor:

@@ -1,0 +1,156 @@
+"""The shared stages of the study: token labels, encoded scenes, batches, and the map that is supervised."""
+
+import copy
+import random
+
+import pytest
+import torch
+from test_study_scenes import photograph
+
+from flexattn_cuda import Trace
+from flexattn_cuda.configuration import FlexAttnConfig, settings_of
+from flexattn_cuda.study import pretraining
+from flexattn_cuda.study.encoded_scenes import cells_of, encode_scenes, resolutions_of
+from flexattn_cuda.study.pretraining import CLASSES, UNSURE, EncoderData, MapOfLayer, TokenLabels, embeddings, train_localisation, whiten
+from flexattn_cuda.study.scenes import Glyph, Painter, Sign, make_scenes, vocabulary
+from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
+from flexattn_cuda.vision import encode_pictures
+
+SIZES = ModelSizes(vision_layers=1, layers=3)
+
+
+@pytest.fixture(scope="module")
+def built():
+    torch.manual_seed(0)
+    settings = SIZES.flexattn()
+    processor = build_processor(vocabulary(), settings, SIZES)
+    return build_model(processor, settings, SIZES), processor
+
+
+@pytest.fixture(scope="module")
+def encoded(built):
+    model, processor = built
+    resolutions = resolutions_of([None, SIZES.flexattn(), settings_of("hd", SIZES.lowres)])
+    return encode_scenes(model, processor, make_scenes([photograph(0)], 10, seed=0), resolutions)
+
+
+def test_a_token_has_the_class_of_what_covers_it():
+    labels = TokenLabels(4, 8, CLASSES)
+    labels.add_sign(Sign("green", (Glyph("7", (8, 8, 16, 16)), Glyph("star", (16, 8, 24, 16))), (6, 6, 26, 18)))
+    names = {name: [*classes, None] for name, classes in CLASSES.items()}
+    value = {name: labels.labels[name][1, 1:3] for name in CLASSES}
+    assert [names["glyph"][v] for v in value["glyph"]] == ["7", "star"]
+    assert [names["place"][v] for v in value["place"]] == ["first", "second"]
+    assert [names["colour"][v] for v in value["colour"]] == ["green"] * 2
+    assert labels.labels["colour"][0, 0] == UNSURE  # a corner of 4 pixels
+    assert labels.labels["glyph"][0, 0] == len(CLASSES["glyph"])
+    assert (labels.labels["vehicle"] == len(CLASSES["vehicle"])).all()
+
+
+@pytest.mark.parametrize("box", [(8, 8, 12, 12), (28, 8, 37, 17)], ids=["too small", "cut by the edge"])
+def test_what_cannot_be_read_has_no_label(box):
+    labels = TokenLabels(4, 8, CLASSES)
+    labels.add_sign(Sign("red", (Glyph("star", box),), (4, 4, 32, 20)))
+    glyphs = labels.labels["glyph"]
+    assert (glyphs == UNSURE).any()
+    assert set(glyphs.flatten()) == {UNSURE, len(CLASSES["glyph"])}
+
+
+def test_cells_of_boxes_are_those_that_they_touch():
+    touched = cells_of([(10, 0, 30, 10), (390 - 20, 370, 384, 384)], side=12).view(12, 12)
+    assert touched.nonzero().tolist() == [[0, 0], [11, 11]]
+
+
+def test_resolutions_are_listed_once():
+    assert resolutions_of([None, SIZES.flexattn(), SIZES.flexattn(strategy="center"), SIZES.flexattn(zoom=2)]) == [(2, 192), (3, 288)]
+
+
+def test_features_are_those_of_the_model_on_the_picture(built, encoded):
+    model, processor = built
+    scene = next(make_scenes([photograph(0)], 1, seed=0))
+    pixels = processor.image_processor([scene.picture])
+    with torch.no_grad():
+        low, high = model.encode(pixels["pixel_values"], pixels["pixel_values_hr"])
+    assert torch.equal(encoded.low[0], low[0].half())
+    assert torch.equal(encoded.high[3, 288][0], high[0].half())
+    assert encoded.scenes[0] == scene.without_picture()
+
+
+@pytest.mark.parametrize("settings", [None, SIZES.flexattn(), settings_of("hd", SIZES.lowres)], ids=["low", "flexattn", "hd"])
+def test_labels_are_the_answers_at_the_end_of_the_prompt(built, encoded, settings):
+    _, processor = built
+    batch = encoded.batch(encoded.asked(), processor, settings)
+    for row, scene in enumerate(encoded.scenes):
+        words = processor.tokenizer.convert_ids_to_tokens(batch["labels"][row][batch["labels"][row] != -100])
+        assert tuple(words) == (*scene.asked.answer, "</s>")
+    labelled = batch["labels"] != -100
+    assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
+    tokens = 144 + (256 if settings and settings.system == "hd" else 0)
+    assert ((batch["input_ids"] == processor.image_token_id).sum(1) == tokens).all()
+    assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == processor.tokenizer.pad_token_id)
+    prompts = encoded.batch(encoded.asked(), processor, settings, answers=False)
+    assert "labels" not in prompts
+    assert (prompts["input_ids"][:, -1] != processor.tokenizer.eos_token_id).all()
+
+
+def test_training_draws_every_task_of_a_picture_alike(encoded):
+    rng, number = random.Random(0), next(k for k, scene in enumerate(encoded.scenes) if scene.asked.task == "comparison")
+    tasks = [dict(encoded.sample(rng, len(encoded.scenes)))[number].task for _ in range(200)]
+    assert abs(tasks.count("comparison") - 100) < 4 * 50**0.5
+
+
+def test_the_supervised_map_is_the_one_that_selects(built, encoded):
+    """The operator's map, which is the sum over heads, of every answer row."""
+    model, processor = built
+    picks = [pick for pick in encoded.asked() if pick[1].task == "text"]
+    inputs = encoded.batch(picks, processor, SIZES.flexattn())
+    map_of, trace = MapOfLayer(model, SIZES.first_layer - 1), Trace()
+    with torch.no_grad():
+        model(**inputs, use_cache=False, flexattn_trace=trace)
+        maps = map_of(inputs, processor.image_token_id, 3)
+    map_of.handle.remove()
+    recorded = trace.steps[0][SIZES.first_layer - 1].map.view(maps.shape)
+    torch.testing.assert_close(maps * SIZES.heads, recorded, atol=1e-6, rtol=1e-4)
+
+
+def test_localisation_learns_and_leaves_the_later_layers(built, encoded, monkeypatch):
+    model, processor = copy.deepcopy(built[0]), built[1]
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    losses = []
+    loop = pretraining.train_loop
+
+    def recorded(name, steps, parameters, rate, loss_of, report, every=100):
+        loop(name, steps, parameters, rate, lambda step: losses.append(loss_of(step)) or losses[-1], report, every)
+
+    monkeypatch.setattr(pretraining, "train_loop", recorded)
+    found = train_localisation(model, processor, encoded, encoded, steps=12, seed=0, batch=8)
+    assert losses[-1] < losses[0]
+    assert all(0 <= value <= 1 for row in found.values() for value in row.values())
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed and all("embed_tokens" in name or "layers.0." in name or "layers.1." in name for name in changed if "vision" not in name)
+    assert not any("vision" in name or "projector" in name for name in changed)
+    assert len(model.model.language_model.layers) == SIZES.layers
+
+
+def test_whitening_leaves_no_direction_that_varies_much_more_than_another(built):
+    """Variances v along the principal directions become v / (v + 1 % of their mean)."""
+    model, processor = copy.deepcopy(built[0]), built[1]
+    data = EncoderData(Painter([photograph(0)], None, random.Random(0)), processor.image_processor, SIZES.patch)
+    pixels, labels = data.batch(12)
+    assert pixels.shape == (12, 3, 96, 96) and [part.shape for part in labels] == [(12, 144)] * len(CLASSES)
+    small, labels = data.hd_batch(2)
+    assert small.shape == (2, 3, 64, 64) and [part.shape for part in labels] == [(2, 64)] * len(CLASSES)
+
+    def tokens():
+        with torch.no_grad():
+            return encode_pictures(model.model, pixels).flatten(0, 1)
+
+    before = torch.linalg.eigvalsh(torch.cov(tokens().T))
+    whiten(model, pixels)
+    after = torch.linalg.eigvalsh(torch.cov(tokens().T))
+    assert tokens().mean(0).abs().max() < 1e-3
+    torch.testing.assert_close(after, before / (before + 0.01 * before.mean()), atol=1e-3, rtol=1e-2)
+
+
+def test_zoom_sets_the_high_resolution():
+    assert SIZES.flexattn(zoom=4) == FlexAttnConfig(zoom=4, lowres_size=96, highres_size=384, first_layer=2, pool=0, warmup=None)
