@@ -30,7 +30,7 @@ from flexattn_cuda.state import Call
 _MODULES = {
     "vision": r"model\.vision_tower",
     "projector": r"model\.multi_modal_projector",
-    "language model": r"model\.language_model|model\.language_model\..*_attn\.[qkvo]_proj",
+    "language model": r"model\.language_model|model\.language_model\..*\.(self_attn\.[qkvo]|cross_attn\.[qo])_proj",
     "HR projection": r".*\.[kv]_proj_hd|.*\.cross_attn\.[kv]_proj",
     "attention": r"model\.language_model\..*\.(self|cross)_attn",
     "head": r"lm_head",
@@ -74,7 +74,8 @@ def as_system(config: FlexAttnLlavaConfig, system: str, zoom: int | None = None)
     if system not in SYSTEMS:
         raise InputError(f"there is no system {system!r}; allowed: {', '.join(SYSTEMS)}")
     own = config.flexattn if config.system == "flexattn" else None
-    zoom = zoom or (own.zoom if own else 3)
+    if zoom is None:
+        zoom = own.zoom if own else 3
     if zoom < 1:
         raise InputError(f"the zoom is {zoom}; it must be at least 1")
     size = config.vision_config.image_size if config.flexattn is None else config.flexattn.lowres_size
@@ -263,6 +264,7 @@ def plot(points: dict[str, list[tuple[int, Cost]]], path: str | Path) -> None:
     """
     check_plot(path)
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
@@ -270,8 +272,10 @@ def plot(points: dict[str, list[tuple[int, Cost]]], path: str | Path) -> None:
         sides = [side for side, _ in found]
         axes.plot(sides, [one.published_tflops for _, one in found], f"C{number}o--", label=f"{system}, as published")
         axes.plot(sides, [one.here_tflops for _, one in found], f"C{number}o-", label=f"{system}, here")
-    axes.set(xlabel="side of the photo in pixels", ylabel="TFLOPs of a prompt", ylim=(0, None))
+    axes.set(xlabel="side of the photo in pixels", ylabel="TFLOPs of a prompt", yscale="log")
     axes.set_xticks(sorted({side for found in points.values() for side, _ in found}))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.legend(fontsize="small")
     try:
         figure.savefig(path, dpi=150, bbox_inches="tight")
