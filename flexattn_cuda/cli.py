@@ -1,4 +1,4 @@
-"""The command line: flexattn ask, ask-batch, train, demo, info."""
+"""The command line: flexattn ask, ask-batch, demo, info, flops, train, study."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import flexattn_cuda
-from flexattn_cuda import answering, batch, build, checkpoints, memory
+from flexattn_cuda import answering, batch, build, checkpoints, flops as costs, memory
 from flexattn_cuda.configuration import SYSTEMS, FlexAttnLlavaConfig
 from flexattn_cuda.processing import InputError, check_question, open_photo
 
@@ -460,6 +460,94 @@ def _size(amount: int) -> str:
         if amount >= unit:
             return f"{amount / unit:.2f} {name}"
     return f"{amount / 1024:.0f} KiB"
+
+
+# --------------------------------------------------------------------------------------------------------------- flops
+
+
+@app.command()
+def flops(
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id, instead of --shape.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Of LLaVA-1.5: 7b (the default) or 13b.")] = None,
+    systems: Annotated[
+        str, typer.Option(help="llava, hd, xattn, flexattn, flexattn-paper, random or center, comma-separated.")
+    ] = ",".join(costs.COMPARED),
+    text_tokens: Annotated[int, typer.Option(metavar="T", help="Tokens of the prompt besides the picture's.")] = 80,
+    selected: Annotated[
+        int | None, typer.Option(metavar="M", help="HR tokens that a layer selects; by default 43 % (2250 of 5184).")
+    ] = None,
+    tiles: Annotated[
+        int | None, typer.Option(metavar="K", help="Tiles with a selected token; by default all of them.")
+    ] = None,
+    zoom: Annotated[
+        int | None, typer.Option(metavar="Z", help="High resolution in tiles a side; by default the model's own, or 3.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Plot TFLOPs against the resolution, zoom 1 to 4 (matplotlib).")
+    ] = None,
+) -> None:
+    """Count what the prompt of one picture costs in TFLOPs, by system and part; nothing is loaded or computed."""
+    names = list(dict.fromkeys(name.strip() for name in systems.split(",")))
+    if model is not None and shape is not None:
+        raise InputError("--model and --shape exclude each other")
+    if plot is not None:
+        costs.check_plot(plot)
+    shape = shape or "7b"
+    config = costs.llava_shape(shape) if model is None else checkpoints.load_config(checkpoints.resolve_folder(model))
+    configs = {name: costs.as_system(config, name, zoom) for name in names}
+    with Console(stderr=True).status("counting"):
+        found = {name: costs.cost(one, text_tokens, selected, tiles) for name, one in configs.items()}
+    paper = costs.PAPER.get(text_tokens, {}) if model is None and shape == "7b" and zoom in (None, 3) else {}
+    result: dict[str, Any] = {
+        "model": model or shape,
+        "text_tokens": text_tokens,
+        "systems": {
+            name: {
+                "published_tflops": one.published_tflops,
+                "here_tflops": one.here_tflops,
+                "parts": {part: flop / 1e12 for part, flop in one.published.items()},
+                "here_parts": {part: flop / 1e12 for part, flop in one.here.items()},
+            }
+            for name, one in found.items()
+        },
+    }
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+    console.print(_flops_table(found, paper))
+    if "flexattn" in found and "flexattn" in paper:
+        one, budget = configs["flexattn"], paper["flexattn"]
+        implied, tokens = costs.selected_for(one, budget, text_tokens), one.hr_side**2
+        result["implied"] = {"published_tflops": budget, "selected": implied}
+        console.print(f"The paper's {budget} TFLOPs are those of {implied} selected tokens, {implied / tokens:.0%} of {tokens}.")
+    if json_file is not None:
+        try:
+            json_file.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"{json_file} cannot be written: {error.strerror}") from error
+    if plot is not None:
+        one = configs.get("flexattn") or costs.as_system(config, "flexattn", zoom)
+        share = costs.SHARE if selected is None else selected / one.hr_side**2
+        tile_share = 1.0 if tiles is None else tiles / one.flexattn.zoom**2
+        with Console(stderr=True).status("counting for the plot"):
+            points = costs.by_resolution(config, names, range(1, 5), text_tokens, share, tile_share)
+        costs.plot(points, plot)
+        print(f"wrote {plot}", file=sys.stderr)
+
+
+def _flops_table(found: dict[str, costs.Cost], paper: dict[str, float]) -> Table:
+    largest = max(one.published_tflops for one in found.values())
+    unit, name = (1e12, "TFLOPs") if largest >= 1 else (1e9, "GFLOPs")
+    table = Table(box=None, pad_edge=False, title=f"{name} of a prompt with one picture", title_justify="left")
+    table.add_column("system")
+    table.add_column("")
+    for name in (*costs.PARTS, "all", *(["paper"] if paper else [])):
+        table.add_column(name, justify="right")
+    for name, one in found.items():
+        for way, parts in (("as published", one.published), ("here", one.here)):
+            figures = [*parts.values(), sum(parts.values())]
+            said = [str(paper[name])] if way == "as published" and name in paper else []
+            table.add_row(name if way == "as published" else "", way, *(f"{figure / unit:.2f}" for figure in figures), *said)
+    return table
 
 
 if __name__ == "__main__":

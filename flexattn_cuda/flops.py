@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,7 +30,7 @@ from flexattn_cuda.state import Call
 _MODULES = {
     "vision": r"model\.vision_tower",
     "projector": r"model\.multi_modal_projector",
-    "language model": r"model\.language_model|model\.language_model\..*_attn\.[qkvo]_proj",
+    "language model": r"model\.language_model|model\.language_model\..*\.(self_attn\.[qkvo]|cross_attn\.[qo])_proj",
     "HR projection": r".*\.[kv]_proj_hd|.*\.cross_attn\.[kv]_proj",
     "attention": r"model\.language_model\..*\.(self|cross)_attn",
     "head": r"lm_head",
@@ -40,7 +43,10 @@ SHAPES = {
 }
 COMPARED = ("llava", "hd", "xattn", "flexattn")  # Table 5 of the paper, and LLaVA itself
 SHARE = 2250 / 5184  # of the HR tokens: what the published FLOPs fit
-PAPER = 17.1  # TFLOPs of FlexAttention in Tables 1 and 5
+PAPER = {  # TFLOPs in Table 5, by the text tokens that go with the benchmark: MagnifierBench, TextVQA
+    80: {"hd": 24.9, "xattn": 27.1, "flexattn": 17.1},
+    55: {"hd": 24.5, "xattn": 26.7, "flexattn": 17.1},
+}
 
 
 def llava_shape(name: str) -> FlexAttnLlavaConfig:
@@ -68,7 +74,8 @@ def as_system(config: FlexAttnLlavaConfig, system: str, zoom: int | None = None)
     if system not in SYSTEMS:
         raise InputError(f"there is no system {system!r}; allowed: {', '.join(SYSTEMS)}")
     own = config.flexattn if config.system == "flexattn" else None
-    zoom = zoom or (own.zoom if own else 3)
+    if zoom is None:
+        zoom = own.zoom if own else 3
     if zoom < 1:
         raise InputError(f"the zoom is {zoom}; it must be at least 1")
     size = config.vision_config.image_size if config.flexattn is None else config.flexattn.lowres_size
@@ -222,6 +229,68 @@ def counted(model: nn.Module) -> Iterator[dict[str, int]]:
 
 def selected_for(config: FlexAttnLlavaConfig, tflops: float, text_tokens: int) -> int:
     """The M at which FlexAttention as published costs so much; it may lie outside 0 .. h*h. The cost is linear in M."""
-    some = 1000 if config.hr_side**2 >= 1000 else config.hr_side**2
-    none, more = (sum(count(config, text_tokens, M, published=True).values()) for M in (0, some))
-    return round((tflops * 1e12 - none) / (more - none) * some)
+    tokens = config.hr_side**2
+    none, all_of_them = (sum(count(config, text_tokens, M, published=True).values()) for M in (0, tokens))
+    return round((tflops * 1e12 - none) / (all_of_them - none) * tokens)
+
+
+# -------------------------------------------------------------------------------------------------------------- figure
+
+
+def by_resolution(
+    config: FlexAttnLlavaConfig, systems: Sequence[str], zooms: Sequence[int], text_tokens: int, share: float, tile_share: float
+) -> dict[str, list[tuple[int, Cost]]]:
+    """(side of the photo in pixels, cost) of each system at each zoom; LLaVA has its own resolution alone.
+
+    share, tile_share: Of the HR tokens, selected in each layer; and of the tiles, those with a selected token.
+    """
+    points: dict[str, list[tuple[int, Cost]]] = {system: [] for system in systems}
+    for system in systems:
+        for zoom in zooms[:1] if system == "llava" else zooms:
+            one = as_system(config, system, zoom)
+            if system == "hd":
+                one = _with_settings(one, dataclasses.replace(one.flexattn, zoom=zoom, highres_size=zoom * one.flexattn.lowres_size))
+            selected, tiles = round(share * one.hr_side**2), math.ceil(tile_share * zoom**2)
+            side = one.vision_config.image_size if one.flexattn is None else one.flexattn.highres_size
+            points[system].append((side, cost(one, text_tokens, selected, tiles)))
+    return points
+
+
+def plot(points: dict[str, list[tuple[int, Cost]]], path: str | Path) -> None:
+    """TFLOPs against the photo's side (figure 4, right), as published and as run here.
+
+    Raises:
+        InputError: matplotlib is missing, or the file cannot be written.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
+    for number, (system, found) in enumerate(points.items()):
+        sides = [side for side, _ in found]
+        axes.plot(sides, [one.published_tflops for _, one in found], f"C{number}o--", label=f"{system}, as published")
+        axes.plot(sides, [one.here_tflops for _, one in found], f"C{number}o-", label=f"{system}, here")
+    axes.set(xlabel="side of the photo in pixels", ylabel="TFLOPs of a prompt", yscale="log")
+    axes.set_xticks(sorted({side for found in points.values() for side, _ in found}))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.legend(fontsize="small")
+    try:
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+    except OSError as error:
+        raise InputError(f"the plot cannot be written to {path}: {error}") from error
+
+
+def check_plot(path: str | Path) -> None:
+    """What can be known before the costs are counted; InputError as from `plot`."""
+    if find_spec("matplotlib") is None:
+        raise InputError("a plot needs matplotlib: pip install matplotlib")
+    from matplotlib.figure import Figure
+
+    formats = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in formats:
+        raise InputError(f"the plot cannot be written to {path}: its name must end in {', '.join(sorted(formats))}")
+    if not Path(path).absolute().parent.is_dir():
+        raise InputError(f"the plot cannot be written to {path}: there is no such folder")
