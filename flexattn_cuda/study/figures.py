@@ -61,17 +61,18 @@ def draw_strategies(
         axes.set_xticks(at, groups)
         axes.tick_params(axis="x", length=0)
         axes.set(ylabel="right answers on small objects, %", ylim=(0, 100))
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(strategies) + 2, fontsize=9)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
 
 
 def draw_resolutions(
     path: Path, zooms: Sequence[int], accuracies: Mapping[str, Sequence[Accuracy | None]], costs: Mapping[str, Sequence[float]]
 ) -> None:
     """Figure 4, right: accuracy by task, and cost in GFLOPs, against zoom; all lists go by `zooms`."""
-    with _figure(path, 1, 2, figsize=(9.4, 4.0), width_ratios=(3, 2)) as (_, ((left, right),)):
+    with _figure(path, 1, 2, figsize=(9.4, 4.4), width_ratios=(3, 2)) as (figure, ((left, right),)):
         for number, (name, found) in enumerate(accuracies.items()):
             bold = {"color": _INK, "linewidth": 2.6} if name == "all" else {"color": COLORS[number % len(COLORS)], "linewidth": 1.3}
-            left.errorbar(zooms, _percent(found), 100 * np.array([one.deviation if one else np.nan for one in found]), label=name,
+            beside = np.array(zooms) + 0.035 * (number - (len(accuracies) - 1) / 2)  # so that no error bar covers another
+            left.errorbar(beside, _percent(found), 100 * np.array([one.deviation if one else np.nan for one in found]), label=name,
                           marker=MARKERS[number % len(MARKERS)], markersize=5, capsize=2, **bold)  # fmt: skip
         for number, (name, values) in enumerate(costs.items()):
             right.plot(zooms, values, label=name, marker=MARKERS[number], color=COLORS[number], linestyle=("-", "--")[number % 2])
@@ -81,7 +82,8 @@ def draw_resolutions(
         for axes in (left, right):
             axes.set_xticks(zooms, [f"{zoom}×" if zoom > 1 else "1×\n(LLaVA)" for zoom in zooms])
             axes.set_xlabel("side of the picture over the low-resolution one's")
-            axes.legend(fontsize=9, ncols=2 if axes is left else 1)
+        right.legend(fontsize=9)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=len(accuracies), fontsize=9)
 
 
 def draw_maps(path: Path, sizes: Sequence[str], maps: Mapping[str, Mapping[str, np.ndarray]], flat: Mapping[str, float], layers: Sequence[int]) -> None:

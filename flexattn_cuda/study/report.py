@@ -276,7 +276,8 @@ def make_page(results: Results, verdicts: Sequence[Verdict]) -> str:
         results=results, title=title, titles=TITLES, cells=cells, sizes={(row["system"], row["objects"]): row for row in table_4(results)},
         costs=[(system, results.costs[system]) for system in results.there if system in results.costs],
         chance=chances(results), verdicts=verdicts, answer=answer(results, verdicts), missing=results.missing(),
-        training=training(results), maps=map_rows(results), image=lambda name: _data_uri(results.folder / name),
+        training=means(results.systems, ("system",), ("steps", "final_loss", "selected_share", "train_seconds")),
+        maps=means(results.maps, ("system", "size", "layer"), ("mass", "largest", "boxes")), holds=_holds, image=lambda name: _data_uri(results.folder / name),
         described=list(_flat({name: value for name, value in results.study.items() if name != "command"})),
         command=results.study.get("command", ""), questions=len({(row["seed"], row["number"]) for row in results.answers}),
         remarks=remarks.read_text(encoding="utf-8").split("\n\n") if remarks.exists() else [],
@@ -286,70 +287,53 @@ def make_page(results: Results, verdicts: Sequence[Verdict]) -> str:
 def answer(results: Results, verdicts: Sequence[Verdict]) -> list[str]:
     """Three sentences: against the low-resolution model, against the other strategies, against LLaVA-HD and its cost."""
     by_other = {other: [one for one in verdicts if one.other == other] for other, _, _ in EXPECTATIONS}
-    small = {system: accuracy(results.marks(system, objects="small")) for system in ("flexattn", "llava")}
-    if all(small.values()):
-        shares = f"FlexAttention gives {_percent(small['flexattn'].mean)} % right answers about small objects and LLaVA {_percent(small['llava'].mean)} %"
-    else:
-        shares = "FlexAttention and LLaVA have not both answered about small objects"
-    strategies = [f"that it is above the {name} one of as many tokens {_listed(by_other[name])}" for name in ("random", "center")]
-    level = by_other["hd"][-1]
-    if level.found is None:
-        last = "FlexAttention and LLaVA-HD have not both answered yet"
-    else:
-        claim = "holds" if level.holds else "does not hold"
-        last = f"That FlexAttention is at least level with LLaVA-HD on objects of both sizes {claim} ({_with_error(level.found)})"
+    ours, llava = (accuracy(results.marks(system, objects="small")) for system in ("flexattn", "llava"))
+    shares = [f"{name} gives {_percent(one.mean)} % right answers" for name, one in (("FlexAttention", ours), ("LLaVA", llava)) if one]
+    level = by_other["hd"][-1].found
+    hd = f"{_holds(level and level.level)} ({_with_error(level)})" if level else _holds(None)
     return [
-        f"{shares}; that FlexAttention is above {_listed(by_other['llava'])}.",
-        f"Of selection by the attention map, the expectation {'; '.join(strategies)}.",
-        f"{last}; {_cheaper(results)}.",
+        f"About small objects {_and(shares) or 'nobody has answered yet'}; that FlexAttention is above LLaVA {_listed(by_other['llava'])}.",
+        f"That selection by the attention map is above random selection {_listed(by_other['random'])}; that it is above selection of the center "
+        f"{_listed(by_other['center'])}.",
+        f"That FlexAttention is at least level with LLaVA-HD, over all tasks and sizes, {hd}; that it needs fewer FLOPs {_cheaper(results)}.",
     ]
 
 
+def _holds(known: bool | None) -> str:
+    return {True: "holds", False: "does not hold", None: "is not measured yet"}[known]
+
+
 def _listed(verdicts: Sequence[Verdict]) -> str:
-    """Which of them hold: over all tasks, then task by task, with the difference of those that do not."""
-    *tasks, overall = verdicts
-    if overall.found is None:
-        return "is not measured yet"
-    whole = f"{'holds' if overall.holds else 'does not hold'} over all tasks ({_with_error(overall.found)})"
-    holding = [one.task for one in tasks if one.holds]
-    failing = [f"{one.task} ({_with_error(one.found)})" for one in tasks if one.found and not one.holds]
-    parts = [f"holds in {_and(holding)}"] if holding else []
-    parts += [f"does not hold in {_and(failing)}"] if failing else []
-    unknown = [one.task for one in tasks if one.found is None]
-    parts += [f"is not measured in {_and(unknown)}"] if unknown else []
-    return f"{whole}, and task by task it {', and '.join(parts)}"
+    """Which of them hold, over all tasks first, with the differences of that and of those that do not hold."""
+    parts = []
+    for known in (True, False, None):
+        names = [
+            ("all tasks together" if one.task == ALL else one.task) + (f" ({_with_error(one.found)})" if one.found and not (known and one.task != ALL) else "")
+            for one in (verdicts[-1], *verdicts[:-1])
+            if one.holds is known
+        ]
+        parts += [f"{_holds(known)} for {_and(names)}"] if names else []
+    return _and(parts)
 
 
 def _cheaper(results: Results) -> str:
     ours, other = (results.costs.get(system) for system in ("flexattn", "hd"))
     if not ours or not other:
-        return "their costs have not been counted"
+        return _holds(None)
     pairs = [(ours[name], other[name]) for name in _COSTS[:2]]
-    holds = "holds" if all(one < two for one, two in pairs) else "does not hold"
     spent = [f"{_digits(one)} against {_digits(two)} GFLOPs {how}" for (one, two), how in zip(pairs, ("as published", "as run here"))]
-    return f"that it needs fewer FLOPs {holds} ({', '.join(spent)})"
+    return f"{_holds(all(one < two for one, two in pairs))} ({', '.join(spent)})"
 
 
-def training(results: Results) -> list[dict[str, Any]]:
-    """Means over seeds of systems.csv, a dict for each system."""
-    found = []
-    for system in results.there:
-        rows = [row for row in results.systems if row["system"] == system]
-        if rows:
-            means = {name: _mean(row.get(name) for row in rows) for name in ("steps", "final_loss", "selected_share", "train_seconds")}
-            found.append({"system": system, "seeds": len(rows)} | means)
-    return found
-
-
-def map_rows(results: Results) -> list[dict[str, Any]]:
-    """Means over seeds of maps.csv by system, size and layer: the numbers of the supplement's figure 2."""
-    keys = dict.fromkeys((row["system"], row["size"], int(row["layer"])) for row in results.maps)
+def means(rows: Sequence[dict[str, str]], keys: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Means of the columns over rows that have the keys in common (over seeds), with how many there are."""
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return [
-        {"system": system, "size": size, "layer": layer}
-        | {name: _mean(row.get(name) for row in results.maps if (row["system"], row["size"], int(row["layer"])) == (system, size, layer))
-           for name in ("mass", "largest", "boxes")}
-        for system, size, layer in keys
-    ]  # fmt: skip
+        dict(zip(keys, key)) | {"seeds": len(group)} | {name: _mean(row.get(name) for row in group) for name in columns}
+        for key, group in groups.items()
+    ]
 
 
 def _percent(share: float | None) -> str:
@@ -424,7 +408,7 @@ def _number(text: str | None) -> float:
 
 def _mean(texts: Iterable[str | None]) -> float:
     values = [float(text) for text in texts if text]
-    return sum(values) / len(values) if values else math.nan
+    return float(np.mean(values)) if values else math.nan
 
 
 def _data_uri(path: Path) -> str | None:
