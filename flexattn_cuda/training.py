@@ -99,6 +99,14 @@ class FlexAttnTrainer(Trainer):
             inputs = {**inputs, "hr_alpha": self.hr_alpha}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """transformers passes over weights whose names in the file are not those in the model, as LLaVA's are not."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they keep states of their own
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
         self.accelerator.wait_for_everyone()  # every process writes a part of its own
@@ -290,6 +298,7 @@ def train(
         ddp_find_unused_parameters=True,  # a batch without pictures leaves the projections for HR tokens alone
         ddp_backend="gloo" if on_cpu and Processes().count > 1 else None,
         use_cpu=on_cpu,
+        log_level_replica="passive",
         report_to=["tensorboard"] if tensorboard else [],
         disable_tqdm=True,
     )
