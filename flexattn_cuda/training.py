@@ -285,8 +285,6 @@ def train(
         max_grad_norm=clip,
         fp16=precision == "float16",
         bf16=precision == "bfloat16",
-        gradient_checkpointing=gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         save_steps=save_every,
         save_total_limit=keep,
         logging_steps=log_every,
@@ -309,6 +307,8 @@ def train(
             model, "cpu", torch.float64 if precision == "float64" else torch.float32, system=system
         )
         choose_trained(loaded, part)
+        if gradient_checkpointing:
+            loaded.gradient_checkpointing_enable({"use_reentrant": False})
         longest = loaded.config.text_config.max_position_embeddings
         if max_length is not None and max_length > longest:
             raise InputError(f"max length is {max_length}; the model has {longest} positions")
