@@ -91,7 +91,11 @@ def flexattn_attention(
         )
     start, length, holes = attention_mask if attention_mask is not None else (None, None, None)
     device = query.device
-    layer = None if flexattn is None else flexattn.enter(module, device)
+    layer = {} if flexattn is None else flexattn.enter(module, device)
+    if torch.is_autocast_enabled(device.type):  # torch casts for its own attention alone; a rotated query is float32 here
+        dtype = torch.get_autocast_dtype(device.type)
+        query, key, value = (one.to(dtype) for one in (query, key, value))
+        layer |= {name: layer[name].to(dtype) for name in ("k_hr", "v_hr") if name in layer}
     out, _, _, map = ops.hierarchical_attention(
         query,
         key,
@@ -100,7 +104,7 @@ def flexattn_attention(
         kv_len=None if length is None else length.to(device),
         key_mask=None if holes is None else holes.to(device),
         scale=scaling,
-        **({} if layer is None else layer),
+        **layer,
     )
     if flexattn is not None:
         flexattn.leave(module, map)

@@ -99,6 +99,14 @@ class FlexAttnTrainer(Trainer):
             inputs = {**inputs, "hr_alpha": self.hr_alpha}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """transformers passes over weights whose names in the file are not those in the model, as LLaVA's are not."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they keep states of their own
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
         self.accelerator.wait_for_everyone()  # every process writes a part of its own
@@ -277,8 +285,6 @@ def train(
         max_grad_norm=clip,
         fp16=precision == "float16",
         bf16=precision == "bfloat16",
-        gradient_checkpointing=gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         save_steps=save_every,
         save_total_limit=keep,
         logging_steps=log_every,
@@ -290,6 +296,7 @@ def train(
         ddp_find_unused_parameters=True,  # a batch without pictures leaves the projections for HR tokens alone
         ddp_backend="gloo" if on_cpu and Processes().count > 1 else None,
         use_cpu=on_cpu,
+        log_level_replica="passive",
         report_to=["tensorboard"] if tensorboard else [],
         disable_tqdm=True,
     )
@@ -300,6 +307,8 @@ def train(
             model, "cpu", torch.float64 if precision == "float64" else torch.float32, system=system
         )
         choose_trained(loaded, part)
+        if gradient_checkpointing:
+            loaded.gradient_checkpointing_enable({"use_reentrant": False})
         longest = loaded.config.text_config.max_position_embeddings
         if max_length is not None and max_length > longest:
             raise InputError(f"max length is {max_length}; the model has {longest} positions")
