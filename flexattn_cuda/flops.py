@@ -273,7 +273,7 @@ def plot(points: dict[str, list[tuple[int, Cost]]], path: str | Path) -> None:
     """
     check_plot(path)
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
 
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
@@ -284,7 +284,7 @@ def plot(points: dict[str, list[tuple[int, Cost]]], path: str | Path) -> None:
     axes.set(xlabel="side of the photo in pixels", ylabel="TFLOPs of a prompt", yscale="log")
     axes.set_xticks(sorted({side for found in points.values() for side, _ in found}))
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(3, 0.5)))
     axes.legend(fontsize="small")
     try:
         figure.savefig(path, dpi=150, bbox_inches="tight")
