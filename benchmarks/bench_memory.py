@@ -159,6 +159,11 @@ def in_a_process(N: int, M: int, rows: str, heads: int, head_dim: int, what: str
     return json.loads(done.stdout)
 
 
+def worst_error(row: dict, way: str) -> str:
+    errors = [value for column, value in row.items() if column.startswith(f"{way}_error")]
+    return f"{max(errors):.1e}" if errors else "-"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--N", type=int, default=2048, help="queries and sequence keys (default: 2048)")
@@ -187,14 +192,15 @@ def main() -> None:
             errors = in_a_process(*sizes, "gradients")
             row |= {f"{way}_error_{name}": error for way in errors for name, error in errors[way].items()}
         table.append(row | measuring.machine("cpu"))
-    mib = lambda size: f"{size / 2**20:.1f}"  # noqa: E731
-    worst = lambda row, way: max((f"{v:.1e}" for k, v in row.items() if k.startswith(f"{way}_error")), key=float, default="-")  # noqa: E731
+    sizes = f"N={arguments.N}, M={arguments.M}, H={arguments.heads}, d={arguments.head_dim}"
     measuring.print_table(
-        f"forward and backward, float32, N={arguments.N}, M={arguments.M}, H={arguments.heads}, d={arguments.head_dim}: MiB above the inputs",
+        f"forward and backward, float32, {sizes}: MiB above the inputs",
         ["rows that see HR", *WAYS, "ours/eager", "ours/split", "gradient error: ours", "eager float32"],
         [
-            [f"{row['rows']}", *(mib(row[f"{way}_bytes"]) for way in WAYS), *(f"{row[f'ours_over_{way}']:.1%}" for way in WAYS[1:])]
-            + [worst(row, "ours"), worst(row, "eager")]
+            [row["rows"]]
+            + [f"{row[f'{way}_bytes'] / 2**20:.1f}" for way in WAYS]
+            + [f"{row[f'ours_over_{way}']:.1%}" for way in WAYS[1:]]
+            + [worst_error(row, way) for way in WAYS[:2]]
             for row in table
         ],
     )

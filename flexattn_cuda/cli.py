@@ -482,7 +482,12 @@ def flops(
     zoom: Annotated[
         int | None, typer.Option(metavar="Z", help="High resolution in tiles a side; by default the model's own, or 3.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write published_tflops, here_tflops and the parts of each (parts, here_parts) by system."
+        ),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plot TFLOPs against the resolution, zoom 1 to 4 (matplotlib).")
     ] = None,

@@ -142,11 +142,20 @@ def count(
     with torch.device("meta"):
         model = FlexAttnLlavaForConditionalGeneration(config).eval()
     model.call_class = _told(selected, tiles)
-    with torch.no_grad(), counted(model) as flops:
-        model(
-            **prompt(config, text_tokens, "meta"), tiles_on_demand=not published, logits_to_keep=0 if published else 1
-        )
+    with torch.no_grad(), _no_autocast_on_meta(), counted(model) as flops:
+        model(**prompt(config, text_tokens, "meta"), tiles_on_demand=not published, logits_to_keep=0 if published else 1)
     return flops
+
+
+@contextlib.contextmanager
+def _no_autocast_on_meta() -> Iterator[None]:
+    """transformers 5.0 asks whether autocast is on for the device that it runs on, which torch refuses to say of "meta"."""
+    real = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda *device: False if device == ("meta",) else real(*device)
+    try:
+        yield
+    finally:
+        torch.is_autocast_enabled = real
 
 
 def prompt(config: FlexAttnLlavaConfig, text_tokens: int, device: str) -> dict[str, torch.Tensor]:
@@ -264,7 +273,7 @@ def plot(points: dict[str, list[tuple[int, Cost]]], path: str | Path) -> None:
     """
     check_plot(path)
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
 
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
@@ -275,7 +284,7 @@ def plot(points: dict[str, list[tuple[int, Cost]]], path: str | Path) -> None:
     axes.set(xlabel="side of the photo in pixels", ylabel="TFLOPs of a prompt", yscale="log")
     axes.set_xticks(sorted({side for found in points.values() for side, _ in found}))
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(3, 0.5)))
     axes.legend(fontsize="small")
     try:
         figure.savefig(path, dpi=150, bbox_inches="tight")
