@@ -273,7 +273,7 @@ def make_page(results: Results, verdicts: Sequence[Verdict]) -> str:
     remarks = results.folder / "remarks.txt"
     cells = {(row["system"], row["objects"], row["task"]): row for row in table_1_2(results)}
     return environment.get_template("report.html").render(
-        results=results, title=title, titles=TITLES, cells=cells, sizes={(row["system"], row["objects"]): row for row in table_4(results)},
+        results=results, title=title, cells=cells, sizes={(row["system"], row["objects"]): row for row in table_4(results)},
         costs=[(system, results.costs[system]) for system in results.there if system in results.costs],
         chance=chances(results), verdicts=verdicts, answer=answer(results, verdicts), missing=results.missing(),
         training=means(results.systems, ("system",), ("steps", "final_loss", "selected_share", "train_seconds")),
@@ -287,15 +287,17 @@ def make_page(results: Results, verdicts: Sequence[Verdict]) -> str:
 def answer(results: Results, verdicts: Sequence[Verdict]) -> list[str]:
     """Three sentences: against the low-resolution model, against the other strategies, against LLaVA-HD and its cost."""
     by_other = {other: [one for one in verdicts if one.other == other] for other, _, _ in EXPECTATIONS}
-    ours, llava = (accuracy(results.marks(system, objects="small")) for system in ("flexattn", "llava"))
-    shares = [f"{name} gives {_percent(one.mean)} % right answers" for name, one in (("FlexAttention", ours), ("LLaVA", llava)) if one]
-    level = by_other["hd"][-1].found
-    hd = f"{_holds(level and level.level)} ({_with_error(level)})" if level else _holds(None)
+    shares = [
+        f"{name} {_percent(found.mean)} %"
+        for system, name in (("flexattn", "FlexAttention"), ("llava", "LLaVA"))
+        if (found := accuracy(results.marks(system, objects="small")))
+    ]
     return [
-        f"About small objects {_and(shares) or 'nobody has answered yet'}; that FlexAttention is above LLaVA {_listed(by_other['llava'])}.",
-        f"That selection by the attention map is above random selection {_listed(by_other['random'])}; that it is above selection of the center "
+        f"Right answers about small objects: {_and(shares) or 'none yet'}; that FlexAttention is above LLaVA there {_listed(by_other['llava'])}.",
+        f"That selection by the attention map is above random selection there {_listed(by_other['random'])}; that it is above selection of the center "
         f"{_listed(by_other['center'])}.",
-        f"That FlexAttention is at least level with LLaVA-HD, over all tasks and sizes, {hd}; that it needs fewer FLOPs {_cheaper(results)}.",
+        f"That FlexAttention is at least level with LLaVA-HD, over objects of all sizes, {_listed(by_other['hd'])}; "
+        f"that it needs fewer FLOPs {_cheaper(results)}.",
     ]
 
 
@@ -313,7 +315,7 @@ def _listed(verdicts: Sequence[Verdict]) -> str:
             if one.holds is known
         ]
         parts += [f"{_holds(known)} for {_and(names)}"] if names else []
-    return _and(parts)
+    return ", but ".join(parts)
 
 
 def _cheaper(results: Results) -> str:
