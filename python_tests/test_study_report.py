@@ -13,7 +13,8 @@ pytest.importorskip("matplotlib")
 
 from flexattn_cuda.processing import InputError
 from flexattn_cuda.study import figures, statistics
-from flexattn_cuda.study.report import TITLES, write_report
+from flexattn_cuda.study.report import write_report
+from flexattn_cuda.study.results import TITLES
 
 TASKS = ("attribute", "text")
 # Right answers to the 10 questions of a task and a size, by seed; question k is right where k is below the figure.
@@ -47,17 +48,17 @@ def answers(systems=("llava", "hd", "flexattn", "random", "center"), seeds=(0, 1
     return rows
 
 
-@pytest.fixture
-def folder(tmp_path):
-    write_csv(tmp_path / "answers.csv", answers())
-    (tmp_path / "study.json").write_text(json.dumps({"command": "flexattn study <out>", "seeds": [0, 1, 2], "chance": {"attribute": 0.2, "text": 0.01}}))
-    return tmp_path
+def fill(folder, **given):
+    """A study's results; `given` stands in for `answers()`."""
+    write_csv(folder / "answers.csv", answers(**given))
+    (folder / "study.json").write_text(json.dumps({"command": "flexattn study <out>", "seeds": [0, 1, 2], "chance": {"attribute": 0.2, "text": 0.01}}))
+    return folder
 
 
-@pytest.fixture
-def whole(folder):
-    """With every file that a finished study has."""
-    write_csv(folder / "answers.csv", answers(tuple(TITLES)))
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished study, with its report."""
+    folder = fill(tmp_path_factory.mktemp("results"), systems=tuple(TITLES))
     write_csv(folder / "maps.csv", [
         {"seed": seed, "system": system, "layer": layer, "size": size, "mass": 0.1 + 0.2 * seed, "largest": 0.5, "boxes": 0.05}
         for seed in range(3) for system in ("llava", "flexattn") for layer in range(2) for size in ("small", "large")
@@ -74,7 +75,14 @@ def whole(folder):
     (folder / "examples.json").write_text(json.dumps([
         {"file": "examples/1.png", "caption": "a <sign>", "question": "What?", "expected": "4 7", "answers": {"flexattn": "4 7", "llava": "1 1"}}
     ]))  # fmt: skip
+    (folder / "remarks.txt").write_text("Two & two.\n\nMore.")
+    write_report(folder)
     return folder
+
+
+@pytest.fixture
+def page(finished):
+    return (finished / "report.html").read_text()
 
 
 def row_of(rows, **wanted):
@@ -86,9 +94,8 @@ def sentences(page):
     return re.findall(r"<p>(.*?)</p>", re.search(r'id="answer">(.*?)</div>', page, re.S).group(1))
 
 
-def test_accuracies_are_means_over_seeds_with_wilsons_interval_over_questions(folder):
-    write_report(folder)
-    row = row_of(read_csv(folder / "table_1_2.csv"), system="flexattn", objects="small", task="attribute")
+def test_accuracies_are_means_over_seeds_with_wilsons_interval_over_questions(finished):
+    row = row_of(read_csv(finished / "table_1_2.csv"), system="flexattn", objects="small", task="attribute")
     assert float(row["accuracy"]) == pytest.approx((0.9 + 0.8 + 0.9) / 3, rel=1e-5)
     assert float(row["deviation"]) == pytest.approx(math.sqrt(((1 / 30) ** 2 * 2 + (2 / 30) ** 2) / 2), rel=1e-5)
     share, n, z = 26 / 30, 30, 1.96
@@ -98,16 +105,14 @@ def test_accuracies_are_means_over_seeds_with_wilsons_interval_over_questions(fo
     assert (row["questions"], row["seeds"]) == ("30", "3")
 
 
-def test_objects_by_size(folder):
-    write_report(folder)
-    rows = read_csv(folder / "table_4.csv")
+def test_objects_by_size(finished):
+    rows = read_csv(finished / "table_4.csv")
     found = [float(row_of(rows, system="llava", objects=size)["accuracy"]) for size in ("small", "large", "all")]
     assert found == pytest.approx([24 / 60, 0.8, (24 + 48) / 120], rel=1e-5)
 
 
-def test_differences_are_paired_by_question(folder):
-    write_report(folder)
-    row = row_of(read_csv(folder / "differences.csv"), minus="llava", task="attribute")
+def test_differences_are_paired_by_question(finished):
+    row = row_of(read_csv(finished / "differences.csv"), minus="llava", task="attribute")
     # 6, 6 and 5 of 10 questions are won, none is lost.
     assert [float(row[f"seed_{seed}"]) for seed in range(3)] == [0.6, 0.6, 0.5]
     assert float(row["difference"]) == pytest.approx(17 / 30, rel=1e-5)
@@ -116,9 +121,8 @@ def test_differences_are_paired_by_question(folder):
     assert (row["same_sign"], row["over_two_standard_errors"], row["holds"]) == ("yes", "yes", "yes")
 
 
-def test_a_difference_that_does_not_hold_is_reported_as_not_holding(folder):
-    page = write_report(folder).read_text()
-    row = row_of(read_csv(folder / "differences.csv"), minus="llava", task="text")
+def test_a_difference_that_does_not_hold_is_reported_as_not_holding(finished, page):
+    row = row_of(read_csv(finished / "differences.csv"), minus="llava", task="text")
     assert (float(row["difference"]), row["same_sign"], row["over_two_standard_errors"], row["holds"]) == (0, "no", "no", "no")
     first, second, third = sentences(page)
     for sentence in (first, second):
@@ -126,14 +130,14 @@ def test_a_difference_that_does_not_hold_is_reported_as_not_holding(folder):
     assert "LLaVA-HD" in third and "does not hold" not in third
 
 
-def test_a_system_that_is_behind_is_not_level(folder):
+def test_a_system_that_is_behind_is_not_level(tmp_path):
     rows = answers()
     for row in rows:
         if row["system"] == "hd":
             row["right"] = 1
-    write_csv(folder / "answers.csv", rows)
-    page = write_report(folder).read_text()
-    assert row_of(read_csv(folder / "differences.csv"), minus="hd", task="all")["holds"] == "no"
+    write_csv(tmp_path / "answers.csv", rows)
+    page = write_report(tmp_path).read_text()
+    assert row_of(read_csv(tmp_path / "differences.csv"), minus="hd", task="all")["holds"] == "no"
     assert "at least level with LLaVA-HD, over objects of all sizes, does not hold for all tasks together (−" in sentences(page)[2]
 
 
@@ -142,24 +146,24 @@ def test_seeds_that_disagree_do_not_hold():
     one = {seed: dict.fromkeys(range(1000), seed != 2) for seed in range(3)}
     other = {seed: dict.fromkeys(range(1000), seed == 2) for seed in range(3)}
     found = statistics.paired_difference(one, other)
-    assert found.mean == pytest.approx(1 / 3) and found.mean > 2 * found.error_questions
-    assert not found.same_sign and not found.over_two_errors and not found.above
+    assert found.difference == pytest.approx(1 / 3) and found.difference > 2 * found.error_questions
+    assert not found.same_sign and not found.over_two_standard_errors and not found.above
 
 
 def test_questions_that_only_one_system_answered_do_not_count():
     found = statistics.paired_difference({0: {1: True, 2: True, 3: False}, 1: {1: True}}, {0: {1: True, 2: False, 9: True}})
-    assert (found.mean, found.questions, list(found.by_seed)) == (0.5, 2, [0])
+    assert (found.difference, found.questions, list(found.by_seed)) == (0.5, 2, [0])
     assert statistics.paired_difference({0: {1: True}}, {1: {1: True}}) is None
 
 
-def test_costs_and_fewer_flops(whole):
-    page = write_report(whole).read_text()
-    row = row_of(read_csv(whole / "table_1_2.csv"), system="hd", objects="all", task="all")
+def test_costs_and_fewer_flops(finished, page):
+    row = row_of(read_csv(finished / "table_1_2.csv"), system="hd", objects="all", task="all")
     assert (row["study_gflops_published"], row["study_gflops_here"], row["paper_tflops_published"], row["selected_share"]) == ("4", "3", "9", "")
     assert "needs fewer FLOPs holds (3 against 4 GFLOPs as published, 2 against 3 GFLOPs as run here)" in sentences(page)[2]
 
 
-def test_a_study_under_way_tells_what_is_missing(folder):
+def test_a_study_under_way_tells_what_is_missing(tmp_path):
+    folder = fill(tmp_path)
     rows = [row for row in answers(("llava", "flexattn")) if not (row["system"] == "flexattn" and row["seed"] == 2 and row["number"] >= 30)]
     write_csv(folder / "answers.csv", [row for row in rows if (row["system"], row["seed"]) != ("llava", 1)])
     page = write_report(folder).read_text()
@@ -171,8 +175,8 @@ def test_a_study_under_way_tells_what_is_missing(folder):
     assert row_of(read_csv(folder / "differences.csv"), minus="random", task="all")["holds"] == ""
 
 
-def test_a_finished_study_misses_nothing(whole):
-    assert 'id="missing"' not in write_report(whole).read_text()
+def test_a_finished_study_misses_nothing(page):
+    assert 'id="missing"' not in page
 
 
 class Page(HTMLParser):
@@ -193,30 +197,28 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_one_file(whole):
-    (whole / "remarks.txt").write_text("Two & two.\n\nMore.")
-    text = write_report(whole).read_text()
-    page = Page(text)
-    pictures = [attributes for tag, attributes in page.attributes if tag == "img"]
-    assert page.open == [] and len(pictures) == 4
+def test_the_page_is_one_file(page):
+    parsed = Page(page)
+    pictures = [attributes for tag, attributes in parsed.attributes if tag == "img"]
+    assert parsed.open == [] and len(pictures) == 4
     assert all(one["src"].startswith("data:image/png;base64,") and one["alt"] for one in pictures)
-    assert not {"script", "link", "iframe"} & set(page.tags) and "http" not in text and "url(" not in text
-    assert page.tags.count("caption") == page.tags.count("table") == 6
-    assert "a &lt;sign&gt;" in text and "flexattn study &lt;out&gt;" in text and "Two &amp; two." in text
+    assert not {"script", "link", "iframe"} & set(parsed.tags) and "http" not in page and "url(" not in page
+    assert parsed.tags.count("caption") == parsed.tags.count("table") == 6
+    assert "a &lt;sign&gt;" in page and "flexattn study &lt;out&gt;" in page and "Two &amp; two." in page
 
 
-def test_the_report_is_the_same_when_made_again(whole):
-    first = write_report(whole).read_bytes()
-    assert write_report(str(whole)).read_bytes() == first
+def test_the_report_is_the_same_when_made_again(finished, page):
+    assert write_report(str(finished)).read_text() == page
 
 
-def test_without_matplotlib_a_sentence_says_so(folder, monkeypatch):
+def test_without_matplotlib_a_sentence_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="need matplotlib: pip install matplotlib"):
-        write_report(folder)
+        write_report(fill(tmp_path))
 
 
-def test_without_answers_a_sentence_says_so(folder):
+def test_without_answers_a_sentence_says_so(tmp_path):
+    folder = fill(tmp_path)
     (folder / "answers.csv").write_text("")
     with pytest.raises(InputError, match="no answers in .*answers.csv"):
         write_report(folder)
