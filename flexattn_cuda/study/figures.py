@@ -28,9 +28,9 @@ def _figure(path: Path, *shape: int, **options):
     import matplotlib
     from matplotlib.figure import Figure
 
-    look = {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _INK, "axes.titlesize": 11, "axes.titlelocation": "left",
-            "font.size": 10, "text.color": _INK, "legend.frameon": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e4e4e4",
-            "axes.axisbelow": True}  # fmt: skip
+    look = {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _INK, "axes.titlesize": 11,
+            "axes.titlelocation": "left", "font.size": 10, "text.color": _INK, "legend.frameon": False, "axes.grid": True,
+            "axes.grid.axis": "y", "grid.color": "#e4e4e4", "axes.axisbelow": True}  # fmt: skip
     with matplotlib.rc_context(look):
         figure = Figure(layout="constrained", figsize=options.pop("figsize"))
         yield figure, figure.subplots(*shape, squeeze=False, **options)

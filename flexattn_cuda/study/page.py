@@ -53,9 +53,10 @@ def answer(results: Results, verdicts: Sequence[Verdict]) -> list[str]:
         if (found := accuracy(results.marks(system, objects="small")))
     ]
     return [
-        f"Right answers about small objects: {_and(shares) or 'none yet'}; that FlexAttention is above LLaVA there {_listed(by_other['llava'])}.",
-        f"That selection by the attention map is above random selection there {_listed(by_other['random'])}; that it is above selection of the center "
-        f"{_listed(by_other['center'])}.",
+        f"Right answers about small objects: {_and(shares) or 'none yet'}; "
+        f"that FlexAttention is above LLaVA there {_listed(by_other['llava'])}.",
+        f"That selection by the attention map is above random selection there {_listed(by_other['random'])}; "
+        f"that it is above selection of the center {_listed(by_other['center'])}.",
         f"That FlexAttention is at least level with LLaVA-HD, over objects of all sizes, {_listed(by_other['hd'])}; "
         f"that it needs fewer FLOPs {_cheaper(results)}.",
     ]
@@ -114,8 +115,10 @@ def _flat(values: Any, name: str = "") -> Iterable[tuple[str, str]]:
     if isinstance(values, dict):
         for key, value in values.items():
             yield from _flat(value, f"{name}, {key}" if name else str(key))
+    elif isinstance(values, list):
+        yield name, ", ".join(map(str, values))
     else:
-        yield name, ", ".join(map(str, values)) if isinstance(values, list) else f"{values:.4g}" if isinstance(values, float) else str(values)
+        yield name, f"{values:.4g}" if isinstance(values, float) else str(values)
 
 
 def _data_uri(path: Path) -> str | None:

@@ -120,7 +120,7 @@ def draw_figures(results: Results) -> None:
 
     if results.maps:
         sizes = [size for size in results.sizes if any(row["size"] == size for row in results.maps)]
-        maps = {size: {title(system): mass_by_layer(results, system, size) for system in MAPPED} for size in sizes}
+        maps = {size: {title(system): mass for system in MAPPED if len(mass := mass_by_layer(results, system, size))} for size in sizes}
         flat = {row["size"]: row["boxes"] for row in means(results.maps, ("size",), ("boxes",))}
         figures.draw_maps(results.folder / "supplement_figure_2.png", map_layers(results), maps, flat)
 
@@ -130,9 +130,11 @@ def map_layers(results: Results) -> list[int]:
 
 
 def mass_by_layer(results: Results, system: str, size: str) -> np.ndarray:
-    """[seeds, layers] from maps.csv; nan where there is none."""
-    rows = {(int(row["seed"]), int(row["layer"])): float(row["mass"]) for row in results.maps if (row["system"], row["size"]) == (system, size)}
-    return np.array([[rows.get((seed, layer), math.nan) for layer in map_layers(results)] for seed in results.seeds])
+    """[seeds that have maps, layers] from maps.csv."""
+    rows = [row for row in results.maps if (row["system"], row["size"]) == (system, size)]
+    mass = {(row["seed"], int(row["layer"])): float(row["mass"]) for row in rows}
+    seeds = dict.fromkeys(row["seed"] for row in rows)
+    return np.array([[mass.get((seed, layer), math.nan) for layer in map_layers(results)] for seed in seeds])
 
 
 def _share_of(results: Results, system: str) -> str:
