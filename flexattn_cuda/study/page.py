@@ -52,14 +52,19 @@ def answer(results: Results, verdicts: Sequence[Verdict]) -> list[str]:
         for system, name in (("flexattn", "FlexAttention"), ("llava", "LLaVA"))
         if (found := accuracy(results.marks(system, objects="small")))
     ]
-    return [
+    low_resolution = (
         f"Right answers about small objects: {_and(shares) or 'none yet'}; "
-        f"that FlexAttention is above LLaVA there {_listed(by_other['llava'])}.",
+        f"that FlexAttention is above LLaVA there {_listed(by_other['llava'])}."
+    )
+    strategies = (
         f"That selection by the attention map is above random selection there {_listed(by_other['random'])}; "
-        f"that it is above selection of the center {_listed(by_other['center'])}.",
+        f"that it is above selection of the center {_listed(by_other['center'])}."
+    )
+    high_resolution = (
         f"That FlexAttention is at least level with LLaVA-HD, over objects of all sizes, {_listed(by_other['hd'])}; "
-        f"that it needs fewer FLOPs {_cheaper(results)}.",
-    ]
+        f"that it needs fewer FLOPs {_cheaper(results)}."
+    )
+    return [low_resolution, strategies, high_resolution]
 
 
 def _holds(known: bool | None) -> str:
@@ -68,6 +73,8 @@ def _holds(known: bool | None) -> str:
 
 def _listed(verdicts: Sequence[Verdict]) -> str:
     """Which of them hold, over all tasks first, with the differences of that and of those that do not hold."""
+    if verdicts[-1].found is None:
+        return _holds(None)
     parts = []
     for known in (True, False, None):
         names = []

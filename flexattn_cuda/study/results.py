@@ -95,7 +95,7 @@ class Results:
             whole = max((by_seed.get(seed, 0) for by_seed in asked.values()), default=0)
             absent = [title(system) for system in TITLES if not asked.get(system, {}).get(seed)]
             if absent:
-                told.append(f"Seed {seed} has no answers of: {'; '.join(absent)}.")
+                told.append(f"Seed {seed} has no answers of: {'; '.join(absent)}." if whole else f"Seed {seed} has no answers yet.")
             told += [f"Seed {seed}: {title(system)} has answered {by_seed[seed]} of {whole} questions."
                      for system, by_seed in asked.items() if 0 < by_seed.get(seed, 0) < whole]  # fmt: skip
         others = {"maps.csv": self.maps, "costs.csv": self.costs, "systems.csv": self.systems, "study.json": self.study}
