@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 from flexattn_cuda.processing import InputError
 from flexattn_cuda.study import figures, statistics
 from flexattn_cuda.study.report import write_report
-from flexattn_cuda.study.results import TITLES
+from flexattn_cuda.study.results import TITLES, Results
 
 TASKS = ("attribute", "text")
 # Right answers to the 10 questions of a task and a size, by seed; question k is right where k is below the figure.
@@ -179,6 +179,11 @@ def test_a_study_under_way_tells_what_is_missing(tmp_path):
     assert "There is nothing in costs.csv." in told
     assert sentences(page)[1].count("is not measured yet") == 2
     assert row_of(read_csv(folder / "differences.csv"), minus="random", task="all")["holds"] == ""
+
+
+def test_one_seed_is_told(tmp_path):
+    write_csv(tmp_path / "answers.csv", answers(seeds=(0,)))
+    assert "There is one seed only" in Results.read(tmp_path).missing()[0]
 
 
 def test_a_finished_study_misses_nothing(page):

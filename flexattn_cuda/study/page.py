@@ -29,13 +29,14 @@ def make_page(results: Results, verdicts: Sequence[Verdict], by_task: Sequence[d
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"percent": _percent, "points": _points, "digits": _digits}
+    systems = sorted((row for row in results.systems if row["system"] in results.there), key=lambda row: results.there.index(row["system"]))
     remarks = results.folder / "remarks.txt"
     return environment.get_template("report.html").render(
         results=results, title=title, cells={(row["system"], row["objects"], row["task"]): row for row in by_task},
         sizes={(row["system"], row["objects"]): row for row in by_size},
         costs=[(system, results.costs[system]) for system in results.there if system in results.costs],
         chance=results.chance(), verdicts=verdicts, answer=answer(results, verdicts), missing=results.missing(),
-        training=means(results.systems, ("system",), ("steps", "final_loss", "selected_share", "train_seconds")),
+        training=means(systems, ("system",), ("steps", "final_loss", "selected_share", "train_seconds")),
         maps=means(results.maps, ("system", "size", "layer"), ("mass", "largest", "boxes")),
         holds=_holds, image=lambda name: _data_uri(results.folder / name),
         described=list(_flat({name: value for name, value in results.study.items() if name != "command"})),

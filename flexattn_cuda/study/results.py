@@ -89,7 +89,7 @@ class Results:
 
     def missing(self) -> list[str]:
         """A sentence for everything that a whole study has and this one does not."""
-        told = []
+        told = ["There is one seed only: what training leaves to chance is not counted."] if len(self.seeds) == 1 else []
         asked = {system: {seed: len(marks) for seed, marks in self.marks(system).items()} for system in self.there}
         for seed in self.seeds:
             whole = max((by_seed.get(seed, 0) for by_seed in asked.values()), default=0)
