@@ -28,9 +28,9 @@ def _figure(path: Path, *shape: int, **options):
     import matplotlib
     from matplotlib.figure import Figure
 
-    look = {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _INK, "axes.titlesize": 11, "axes.titlelocation": "left",
-            "font.size": 10, "text.color": _INK, "legend.frameon": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e4e4e4",
-            "axes.axisbelow": True}  # fmt: skip
+    look = {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _INK, "axes.titlesize": 11,
+            "axes.titlelocation": "left", "font.size": 10, "text.color": _INK, "legend.frameon": False, "axes.grid": True,
+            "axes.grid.axis": "y", "grid.color": "#e4e4e4", "axes.axisbelow": True}  # fmt: skip
     with matplotlib.rc_context(look):
         figure = Figure(layout="constrained", figsize=options.pop("figsize"))
         yield figure, figure.subplots(*shape, squeeze=False, **options)
@@ -38,7 +38,11 @@ def _figure(path: Path, *shape: int, **options):
 
 
 def draw_strategies(
-    path: Path, groups: Sequence[str], strategies: Mapping[str, Sequence[Accuracy | None]], base: Sequence[Accuracy | None], chance: Sequence[float]
+    path: Path,
+    groups: Sequence[str],
+    strategies: Mapping[str, Sequence[Accuracy | None]],
+    base: Sequence[Accuracy | None],
+    chance: Sequence[float],
 ) -> None:
     """Figure 4, left: bars of each strategy by task, with the standard deviation over seeds.
 
@@ -86,26 +90,25 @@ def draw_resolutions(
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=len(accuracies), fontsize=9)
 
 
-def draw_maps(path: Path, sizes: Sequence[str], maps: Mapping[str, Mapping[str, np.ndarray]], flat: Mapping[str, float], layers: Sequence[int]) -> None:
+def draw_maps(path: Path, layers: Sequence[int], maps: Mapping[str, Mapping[str, np.ndarray]], flat: Mapping[str, float]) -> None:
     """The supplement's figure 2: share of the attention map's mass in the answer boxes by layer.
 
     Args:
-        maps: System -> size -> [seeds, layers]; nan where there is none.
-        flat: Size -> the share that a flat map has there.
         layers: Their numbers, from 0.
+        maps: Size -> system -> [seeds, layers].
+        flat: Size -> the share that a flat map has there.
     """
-    with _figure(path, 1, max(1, len(sizes)), figsize=(8.4, 3.6), sharey=True) as (figure, (panels,)):
-        for axes, size in zip(panels, sizes):
-            for number, (name, by_size) in enumerate(maps.items()):
-                if size in by_size:
-                    style = {"color": COLORS[number], "linestyle": ("-", "--")[number % 2]}
-                    axes.plot(layers, 100 * by_size[size].T, linewidth=0.8, alpha=0.45, **style)
-                    axes.plot(layers, 100 * np.nanmean(by_size[size], 0), linewidth=2.4, marker=MARKERS[number], label=name, **style)
+    with _figure(path, 1, len(maps), figsize=(8.4, 3.6), sharey=True) as (figure, (panels,)):
+        for axes, (size, by_system) in zip(panels, maps.items()):
+            for number, (name, values) in enumerate(by_system.items()):
+                style = {"color": COLORS[number], "linestyle": ("-", "--")[number % 2]}
+                axes.plot(layers, 100 * values.T, linewidth=0.8, alpha=0.45, **style)
+                axes.plot(layers, 100 * values.mean(0), linewidth=2.4, marker=MARKERS[number], label=name, **style)
             axes.axhline(100 * flat[size], color="#777777", linestyle=":", label="flat map")
             axes.set(title=f"{size} objects", xlabel="layer", xticks=layers)
         panels[0].set(ylabel="mass of the map in the answer boxes, %", ylim=(0, None))
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(maps) + 1)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
 
 
 def _percent(found: Sequence[Accuracy | None]) -> np.ndarray:
-    return 100 * np.array([one.mean if one else np.nan for one in found])
+    return 100 * np.array([one.accuracy if one else np.nan for one in found])

@@ -19,14 +19,14 @@ Marks = Mapping[int, Mapping[int, bool]]
 class Accuracy:
     """Shares in [0, 1].
 
-    mean, deviation: Of the seeds' accuracies; the deviation (of a sample) is nan for one seed.
-    low, high: Wilson's 95 % interval over the questions of all seeds.
+    accuracy, deviation: Mean and standard deviation (of a sample) over the seeds; the deviation is nan for one seed.
+    wilson_low, wilson_high: Wilson's 95 % interval over the questions of all seeds.
     """
 
-    mean: float
+    accuracy: float
     deviation: float
-    low: float
-    high: float
+    wilson_low: float
+    wilson_high: float
     questions: int
     seeds: int
 
@@ -35,13 +35,13 @@ class Accuracy:
 class Difference:
     """Of two systems' accuracies, over the questions that both answered.
 
-    by_seed: seed -> mean difference in [-1, 1]; mean: over all paired questions.
+    difference: Mean over all paired questions, in [-1, 1]; by_seed: seed -> its mean.
     error_questions: Standard error of the mean, from the spread of the paired questions.
     error_seeds: The same from the spread of the seeds' means; nan for one seed.
     """
 
+    difference: float
     by_seed: Mapping[int, float]
-    mean: float
     error_questions: float
     error_seeds: float
     questions: int
@@ -56,18 +56,33 @@ class Difference:
         return all(part > 0 for part in self.by_seed.values()) or all(part < 0 for part in self.by_seed.values())
 
     @property
-    def over_two_errors(self) -> bool:
-        return abs(self.mean) > 2 * self.error
+    def over_two_standard_errors(self) -> bool:
+        return abs(self.difference) > 2 * self.error
 
     @property
     def above(self) -> bool:
         """Greater than zero in all seeds, and by more than two standard errors."""
-        return self.mean > 0 and self.same_sign and self.over_two_errors
+        return self.difference > 0 and self.same_sign and self.over_two_standard_errors
 
     @property
     def level(self) -> bool:
         """Not below zero by more than two standard errors."""
-        return self.mean >= 0 or not self.over_two_errors
+        return self.difference >= 0 or not self.over_two_standard_errors
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An expectation and what was found; `found` is None without answers."""
+
+    other: str
+    objects: str
+    task: str
+    expected: str
+    found: Difference | None
+
+    @property
+    def holds(self) -> bool | None:
+        return self.found and getattr(self.found, self.expected)
 
 
 def wilson(right: int, questions: int, z: float = 1.96) -> tuple[float, float]:
@@ -99,7 +114,7 @@ def paired_difference(one: Marks, other: Marks) -> Difference | None:
         return None
     means = {seed: float(part.mean()) for seed, part in pairs.items()}
     return Difference(
-        means, float(values.mean()), _deviation(values) / math.sqrt(len(values)),
+        float(values.mean()), means, _deviation(values) / math.sqrt(len(values)),
         _deviation(list(means.values())) / math.sqrt(len(means)), len(values),
     )  # fmt: skip
 
