@@ -353,7 +353,7 @@ def test_mixed_precision_with_loss_scaling_learns_as_float32():
         model = small.flex(small.PRESETS["released"]).train()
         model.loss_function = answer_loss
         choose_trained(model, "all")
-        optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.05)
+        optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.02)
         scaler = torch.amp.GradScaler("cpu", enabled=half)
         batch = data.Collator(0)(Features(model).items)
         pixels = dict(pixel_values_hr=small.photos(len(batch["input_ids"])))
@@ -370,8 +370,8 @@ def test_mixed_precision_with_loss_scaling_learns_as_float32():
             scaler.step(optimizer)
             scaler.update()
             losses.setdefault(half, []).append(output.loss.item())
-    assert losses[True][-1] < 0.8 * losses[True][0]
-    assert losses[True] == pytest.approx(losses[False], rel=0.02)
+    assert losses[True][-1] < 0.9 * losses[True][0]
+    assert losses[True] == pytest.approx(losses[False], rel=10 * 2**-11)  # ten roundings to float16
 
 
 def test_bfloat16_learns_on_the_cpu(checkpoint, files, tmp_path):
