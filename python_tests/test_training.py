@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from transformers import TrainingArguments
 import small
 import small_checkpoint
 from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, Trace, answering, data
+from flexattn_cuda.processing import InputError
 from flexattn_cuda.training import FlexAttnTrainer, answer_loss, choose_trained, last_complete_checkpoint, train
 from training_data import record, save_preset, write
 
@@ -115,10 +117,19 @@ def test_a_run_that_has_ended_is_not_trained_further(checkpoint, files, tmp_path
 def test_a_run_of_other_settings_is_refused_unless_it_begins_anew(checkpoint, files, tmp_path):
     settings = dict(steps=2, batch_size=4, device="cpu")
     train(*files, tmp_path, checkpoint, **settings, learning_rate=1e-3)
-    with pytest.raises(ValueError, match="was begun with another learning rate, seed; .* --restart"):
+    with pytest.raises(InputError, match="was begun with another learning rate, seed; .* --restart"):
         train(*files, tmp_path, checkpoint, **settings, learning_rate=1e-2, seed=1)
     again = train(*files, tmp_path, checkpoint, **settings, learning_rate=1e-2, seed=1, restart=True)
     assert len(again.losses) == 2
+
+
+def test_two_runs_never_write_one_folder(checkpoint, files, tmp_path):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # as the other run does
+    with pytest.raises(InputError, match=f"another run is writing {tmp_path}"):
+        train(*files, tmp_path, checkpoint, steps=1, device="cpu")
+    os.close(folder)
+    train(*files, tmp_path, checkpoint, steps=1, device="cpu")
 
 
 @pytest.mark.parametrize("preset, batch", [("released", 2), ("paper", 1)])
