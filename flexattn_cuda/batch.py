@@ -9,13 +9,10 @@ A run that was ended, however it ended, goes on from the journals of all process
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from flexattn_cuda import answering, checkpoints
+from flexattn_cuda.files import folder_to_disk, lock, to_disk, told
 from flexattn_cuda.modeling import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.processes import Processes
 from flexattn_cuda.processing import FlexAttnLlavaProcessor, InputError, check_question, open_photo
@@ -242,15 +240,15 @@ def _finish(output: Path, lines: dict[int, _Line], results: Results, processes: 
     """Writes the output, in one step, and removes the journals."""
     errors = 0
     merged = output.with_name(f"{output.name}.partial.merged")
-    with _told(merged), open(merged, "wb") as file:
+    with told(merged), open(merged, "wb") as file:
         for number, line in lines.items():
             result = results[number] if line.error is None else {"error": line.error}
             errors += "error" in result
             file.write(_encoded({"id": line.id, "image": line.image, "question": line.question} | result))
-        _to_disk(file)
-    with _told(output):
+        to_disk(file)
+    with told(output):
         os.replace(merged, output)
-        _folder_to_disk(output.parent)
+        folder_to_disk(output.parent)
         # Another machine's new files may not be listed here yet, but they can be removed by name.
         for path in {*_journal_paths(output), *(_journal_path(output, rank) for rank in range(processes))}:
             path.unlink(missing_ok=True)
@@ -306,12 +304,12 @@ class _Journal:
 
     def __init__(self, path: Path, header: dict[str, Any]):
         self._path = path
-        with _told(path):
+        with told(path):
             self._file = open(path, "ab")
-            _lock(self._file, path)
+            lock(self._file, path)
             if self._file.tell() == 0:
                 self._write(_encoded(header))
-                _folder_to_disk(path.parent)
+                folder_to_disk(path.parent)
 
     def __enter__(self) -> _Journal:
         return self
@@ -320,18 +318,18 @@ class _Journal:
         self._file.close()
 
     def append(self, results: Results) -> None:
-        with _told(self._path):
+        with told(self._path):
             self._write(b"".join(_encoded({"line": number} | result) for number, result in results.items()))
 
     def _write(self, content: bytes) -> None:
         self._file.write(content)
-        _to_disk(self._file)
+        to_disk(self._file)
 
 
 def _read_journal(path: Path, header: dict[str, Any]) -> Results:
     """The results in a journal. What was being written when its process ended is cut off, so that it can be continued."""
     results: Results = {}
-    with _told(path), open(path, "rb+") as file:
+    with told(path), open(path, "rb+") as file:
         first = _header_line(file, path)
         if first and (found := json.loads(first)) != header:
             changed = ", ".join(name for name in header if found.get(name) != header[name])
@@ -348,54 +346,21 @@ def _read_journal(path: Path, header: dict[str, Any]) -> Results:
             results[number] = record
             whole += len(text)
         file.truncate(whole)
-        _to_disk(file)
+        to_disk(file)
     return results
 
 
 def _discard(path: Path) -> None:
-    with _told(path), open(path, "rb") as file:
+    with told(path), open(path, "rb") as file:
         _header_line(file, path)
         path.unlink()
 
 
 def _header_line(file: BinaryIO, path: Path) -> bytes:
     """The first line of a journal, empty where its writing was cut off; InputError where this is something else."""
-    _lock(file, path)
+    lock(file, path)
     first = file.readline()
     mark = _encoded({"format": _JOURNAL}).rstrip(b"}\n")
     if first[: len(mark)] != mark[: len(first)]:
         raise InputError(f"{path} is in the way: it is not a journal of this program; move it elsewhere")
     return first if first.endswith(b"\n") else b""
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Until the file is closed, so that two runs never write one journal. Some file systems have no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"another run is writing {path}; wait for its end, or end it first") from None
-    except OSError:
-        pass
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """What the system says when a file cannot be written, in one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def _to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _folder_to_disk(folder: Path) -> None:
-    """A new name is on the disk only when its folder is."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

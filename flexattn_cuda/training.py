@@ -19,8 +19,8 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from transformers.training_args import OptimizerNames
 
 from flexattn_cuda import answering, data
 from flexattn_cuda.data import IGNORED, Broken
+from flexattn_cuda.files import lock, to_disk, told, write_whole
 from flexattn_cuda.modeling import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.processes import Processes
 from flexattn_cuda.processing import InputError
@@ -119,11 +120,9 @@ def _mark_complete(folder: Path) -> None:
     sizes = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _COMPLETE):
         with open(path, "rb") as file:
-            os.fsync(file.fileno())
+            to_disk(file)
         sizes[str(path.relative_to(folder))] = path.stat().st_size
-    unfinished = folder / f"{_COMPLETE}.new"
-    unfinished.write_text(json.dumps(sizes))
-    os.replace(unfinished, folder / _COMPLETE)
+    write_whole(folder / _COMPLETE, json.dumps(sizes))
 
 
 def _is_complete(folder: Path) -> bool:
@@ -302,7 +301,7 @@ def train(
     )
     arguments.device  # begins them
     arguments._n_gpu = 1  # one process has one GPU: torch's DataParallel would part pictures from their prompts
-    with Processes() as processes:
+    with Processes() as processes, ExitStack() as until_the_end:
         loaded, processor = answering.load(
             model, "cpu", torch.float64 if precision == "float64" else torch.float32, system=system
         )
@@ -315,7 +314,7 @@ def train(
         encode = partial(
             data.encode, processor, max_length=max_length or longest, ends=answering.end_ids(loaded, processor)
         )
-        first, told = processes.rank == 0, progress and processes.rank == 0
+        first, shown = processes.rank == 0, progress and processes.rank == 0
         records = data.read_records(data_file)
         settings = {
             "data": hashlib.blake2b(Path(data_file).read_bytes()).hexdigest(),
@@ -339,7 +338,10 @@ def train(
         }
 
         def begin() -> tuple[list[Broken], Path | None]:
-            found = _checked(records, images, output, encode, told)
+            folder = os.open(output, os.O_RDONLY)
+            until_the_end.callback(os.close, folder)
+            lock(folder, output)
+            found = _checked(records, images, output, encode, shown)
             usable = len(records) - len(found)
             if found and broken == "refuse" and not check_only:
                 raise InputError(
@@ -353,7 +355,7 @@ def train(
         found, resumed = processes.from_first(begin)
         if check_only:
             return Outcome(len(records), found, {})
-        if resumed is not None and told:
+        if resumed is not None and shown:
             print(f"goes on from {resumed}", file=sys.stderr)
         left_out = {one.record for one in found}
         trainer = FlexAttnTrainer(
@@ -369,13 +371,13 @@ def train(
             ),
             data_collator=data.Collator(processor.pad_id),
             processing_class=processor,
-            callbacks=[_LossFile(output / "loss.csv"), _Progress(told)] if first else [],
+            callbacks=[_LossFile(output / "loss.csv"), _Progress(shown)] if first else [],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         trainer.save_model()
-        if told:
+        if shown:
             print(f"wrote {output}", file=sys.stderr)
         return Outcome(len(records), found, {one["step"]: one["loss"] for one in trainer.state.log_history if "loss" in one})
 
@@ -400,16 +402,8 @@ def _known(name: str, names: Any, what: str) -> str:
         raise InputError(f"the {what} is {name!r}; allowed: {', '.join(one.value for one in names)}") from None
 
 
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
-
-
 def _make_folder(output: Path) -> None:
-    with _told(output):
+    with told(output):
         output.mkdir(parents=True, exist_ok=True)
     if not os.access(output, os.W_OK):
         raise InputError(f"{output} cannot be written: permission denied")
@@ -420,7 +414,7 @@ def _checked(records: list[Any], images: str | Path, output: Path, encode: Calla
     if not Path(images).is_dir():
         raise InputError(f"there is no folder {images} of pictures")
     listed = output / "broken.jsonl"
-    with _told(listed):
+    with told(listed):
         found = data.check(records, images, encode, output / "pictures.jsonl", progress)
         listed.write_text("".join(json.dumps(asdict(one)) + "\n" for one in found))
     if progress:
@@ -441,20 +435,17 @@ def _tell_later(listed: Path, broken: Broken) -> None:
 def _earlier_run(output: Path, settings: dict[str, Any], restart: bool) -> Path | None:
     """The checkpoint to go on from. What a run was ended in the middle of is removed."""
     written = output / "run.json"
-    with _told(output):
+    with told(output):
         for folder in _checkpoints(output):
             if restart or not _is_complete(folder):
                 shutil.rmtree(folder)
         if not restart and written.exists():
-            try:
-                before = json.loads(written.read_text())
-            except ValueError:
-                before = {}
+            before = json.loads(written.read_text())
             if changed := [name for name in settings if before.get(name) != settings[name]]:
                 raise InputError(
                     f"the run in {output} was begun with another {', '.join(changed)}; go on with the same, or discard it with --restart"
                 )
-        written.write_text(json.dumps(settings))
+        write_whole(written, json.dumps(settings))
     return last_complete_checkpoint(output)
 
 

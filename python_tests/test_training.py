@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from transformers import TrainingArguments
 import small
 import small_checkpoint
 from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, Trace, answering, data
+from flexattn_cuda.processing import InputError
 from flexattn_cuda.training import FlexAttnTrainer, answer_loss, choose_trained, last_complete_checkpoint, train
 from training_data import record, save_preset, write
 
@@ -115,22 +117,32 @@ def test_a_run_that_has_ended_is_not_trained_further(checkpoint, files, tmp_path
 def test_a_run_of_other_settings_is_refused_unless_it_begins_anew(checkpoint, files, tmp_path):
     settings = dict(steps=2, batch_size=4, device="cpu")
     train(*files, tmp_path, checkpoint, **settings, learning_rate=1e-3)
-    with pytest.raises(ValueError, match="was begun with another learning rate, seed; .* --restart"):
+    with pytest.raises(InputError, match="was begun with another learning rate, seed; .* --restart"):
         train(*files, tmp_path, checkpoint, **settings, learning_rate=1e-2, seed=1)
     again = train(*files, tmp_path, checkpoint, **settings, learning_rate=1e-2, seed=1, restart=True)
     assert len(again.losses) == 2
 
 
-@pytest.mark.parametrize("preset", ["released", "paper"])
-def test_two_processes_train_as_one_with_the_doubled_batch(files, tmp_path, preset):
+def test_two_runs_never_write_one_folder(checkpoint, files, tmp_path):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # as the other run does
+    with pytest.raises(InputError, match=f"another run is writing {tmp_path}"):
+        train(*files, tmp_path, checkpoint, steps=1, device="cpu")
+    os.close(folder)
+    train(*files, tmp_path, checkpoint, steps=1, device="cpu")
+
+
+@pytest.mark.parametrize("preset, batch", [("released", 2), ("paper", 1)])
+def test_two_processes_train_as_one_with_the_doubled_batch(files, tmp_path, preset, batch):
+    """One record at a time: now and then a process has no picture at all."""
     checkpoint = save_preset(tmp_path / "model", preset)
     options = ["--steps", 20, "--optimizer", "sgd", "--schedule", "constant", "--learning-rate", 0.5, "--precision", "float64"]
-    options += ["--data", files[0], "--images", files[1], "--model", checkpoint, "--device", "cpu", "--batch-size", 2]
+    options += ["--data", files[0], "--images", files[1], "--model", checkpoint, "--device", "cpu", "--batch-size", batch]
     ran = subprocess.run(
         command(*options, "--output", tmp_path / "two", processes=2), env=environment(), capture_output=True, text=True, timeout=120
     )
     assert ran.returncode == 0, ran.stderr
-    train(*files, tmp_path / "one", checkpoint, steps=20, batch_size=4, **SGD)
+    train(*files, tmp_path / "one", checkpoint, steps=20, batch_size=2 * batch, **SGD)
     one, two, begun = (weights(folder) for folder in (tmp_path / "one", tmp_path / "two", checkpoint))
     assert furthest(one, two) <= 1e-8
     assert all((one[name] - begun[name]).abs().max() > 1e-4 for name in one if "_proj_hd" in name)
@@ -353,7 +365,7 @@ def test_mixed_precision_with_loss_scaling_learns_as_float32():
         model = small.flex(small.PRESETS["released"]).train()
         model.loss_function = answer_loss
         choose_trained(model, "all")
-        optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.05)
+        optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.02)
         scaler = torch.amp.GradScaler("cpu", enabled=half)
         batch = data.Collator(0)(Features(model).items)
         pixels = dict(pixel_values_hr=small.photos(len(batch["input_ids"])))
@@ -370,8 +382,8 @@ def test_mixed_precision_with_loss_scaling_learns_as_float32():
             scaler.step(optimizer)
             scaler.update()
             losses.setdefault(half, []).append(output.loss.item())
-    assert losses[True][-1] < 0.8 * losses[True][0]
-    assert losses[True] == pytest.approx(losses[False], rel=0.02)
+    assert losses[True][-1] < 0.9 * losses[True][0]
+    assert losses[True] == pytest.approx(losses[False], rel=10 * 2**-11)  # ten roundings to float16
 
 
 def test_bfloat16_learns_on_the_cpu(checkpoint, files, tmp_path):
