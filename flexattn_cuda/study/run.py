@@ -65,7 +65,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(pictures=60, questions=20, encoder_steps=4, localise_steps=3, steps=4, batch=8, rate=1e-2),
-    "small": Preset(pictures=3000, questions=2000, encoder_steps=3000, localise_steps=900, steps=1200, batch=48, rate=1e-2),
+    "small": Preset(pictures=2400, questions=1600, encoder_steps=2200, localise_steps=900, steps=1200, batch=48, rate=1e-2),
 }
 
 
@@ -129,11 +129,11 @@ def make_start(folder: Path, seed: int, preset: Preset, photographs: Sequence[Pa
     resolutions = resolutions_of(settings_for(system, preset.sizes) for system in SYSTEMS)
 
     def encoded(photos: list, count: int, number: int) -> EncodedScenes:
-        return encode_scenes(model, processor, make_scenes(photos, count, 3 * seed + number), resolutions)
+        return encode_scenes(model, processor, make_scenes(photos, count, 10 * seed + number), resolutions)
 
     pictures = stored("pictures.pt", lambda: encoded(train, preset.pictures, 0))
-    checked = stored("checked.pt", lambda: encode_scenes(model, processor, make_scenes(held_out, min(250, preset.questions), 3 * seed + 1), []))
-    stored("questions.pt", lambda: encoded(held_out, preset.questions, 2))
+    stored("questions.pt", lambda: encoded(held_out, preset.questions, 1))
+    checked = encode_scenes(model, processor, make_scenes(held_out, min(250, preset.questions), 10 * seed + 2), [])
     with stage("localise"):
         torch.manual_seed(seed)
         found["localise"] = pretraining.train_localisation(model, processor, pictures, checked, preset.localise_steps, seed)
@@ -437,7 +437,7 @@ def draw_examples(folder: Path, start: Path, seed: int, photographs: Sequence[Pa
     asked = answering.load(start / "flexattn", "cpu") if "flexattn" in given else None
     held_out, listed = find_photographs(photographs, True), []
     for row in wanted:
-        (scene,) = make_scenes(held_out, 1, 3 * seed + 2, first=row["number"])
+        (scene,) = make_scenes(held_out, 1, 10 * seed + 1, first=row["number"])
         picture, file = scene.picture, f"{row['number']:04d}.png"
         if asked is not None:
             answer = answering.ask(*asked, picture, row["question"], 4, trace=True)
