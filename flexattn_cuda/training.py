@@ -227,6 +227,8 @@ def train(
         max_length: Positions that a record may take; the model's limit when None.
         broken: What happens where records are broken: "skip" leaves them out, "refuse" ends the run before its first step.
         save_every: Steps between checkpoints, of which the last `keep` (at least 2: one is always whole) stay.
+        device: "cpu" or "cuda"; None or "auto": the GPU where it can be used, else the CPU.
+        tensorboard: Write TensorBoard logs into output/runs.
         log_every: Steps between entries of the loss; divides save_every.
         workers: Processes that prepare the records; 0: this one.
         restart: Discard what an earlier run has left.
@@ -263,7 +265,10 @@ def train(
         raise InputError("training needs the package accelerate: pip install 'flexattn_cuda[train]'")
     if tensorboard and not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
         raise InputError("TensorBoard logs need the package tensorboard: pip install tensorboard")
-    on_cpu = answering.choose_device(device).type == "cpu"
+    chosen = answering.choose_device(device)
+    if chosen.index is not None:
+        raise InputError(f"the device is {str(device)!r}; allowed: auto, cpu, cuda. CUDA_VISIBLE_DEVICES tells which GPUs are meant")
+    on_cpu = chosen.type == "cpu"
     precision = _choose_precision(precision, on_cpu)
     optimizer = _known(_OPTIMIZERS.get(optimizer, optimizer), OptimizerNames, "optimizer")
     schedule = _known(schedule, SchedulerType, "schedule")
