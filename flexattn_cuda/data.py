@@ -217,7 +217,9 @@ def encode(
     if answers > max_length:
         raise BrokenRecord("answer too long", f"the answers take {answers} tokens; the limit is {max_length}")
     if len(ids) > max_length:
-        raise BrokenRecord("record too long", f"the record takes {len(ids)} positions, {answers} of them answers; the limit is {max_length}")
+        raise BrokenRecord(
+            "record too long", f"the record takes {len(ids)} positions, {answers} of them answers; the limit is {max_length}"
+        )
     return ids, labels
 
 

@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 from torch import nn
 from torch.nn import functional
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 from transformers.training_args import OptimizerNames
@@ -229,6 +229,8 @@ def train(
         save_every: Steps between checkpoints, of which the last `keep` (at least 2: one is always whole) stay.
         log_every: Steps between entries of the loss; divides save_every.
         workers: Processes that prepare the records; 0: this one.
+        device: "cpu" or "cuda"; None or "auto": the GPU where it can be used, else the CPU.
+        tensorboard: Write TensorBoard logs into output/runs.
         restart: Discard what an earlier run has left.
         check_only: End after the check.
         progress: Tell on stderr how far it is.
@@ -263,11 +265,16 @@ def train(
         raise InputError("training needs the package accelerate: pip install 'flexattn_cuda[train]'")
     if tensorboard and not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
         raise InputError("TensorBoard logs need the package tensorboard: pip install tensorboard")
-    on_cpu = answering.choose_device(device).type == "cpu"
+    chosen = answering.choose_device(device)
+    if chosen.index is not None:
+        raise InputError(f"the device is {str(device)!r}; allowed: auto, cpu, cuda. CUDA_VISIBLE_DEVICES tells which GPUs are meant")
+    on_cpu = chosen.type == "cpu"
     precision = _choose_precision(precision, on_cpu)
     optimizer = _known(_OPTIMIZERS.get(optimizer, optimizer), OptimizerNames, "optimizer")
     schedule = _known(schedule, SchedulerType, "schedule")
+    records = data.read_records(data_file)
     _make_folder(output)
+    set_seed(seed)  # for projections that begin at random
 
     # The processes begin here, so that what they share on GPUs goes through NCCL.
     arguments = TrainingArguments(
@@ -302,9 +309,8 @@ def train(
     arguments.device  # begins them
     arguments._n_gpu = 1  # one process has one GPU: torch's DataParallel would part pictures from their prompts
     with Processes() as processes, ExitStack() as until_the_end:
-        loaded, processor = answering.load(
-            model, "cpu", torch.float64 if precision == "float64" else torch.float32, system=system
-        )
+        dtype = None if check_only else torch.float64 if precision == "float64" else torch.float32
+        loaded, processor = answering.load(model, "cpu", dtype, system=system)
         choose_trained(loaded, part)
         if gradient_checkpointing:
             loaded.gradient_checkpointing_enable({"use_reentrant": False})
@@ -315,7 +321,6 @@ def train(
             data.encode, processor, max_length=max_length or longest, ends=answering.end_ids(loaded, processor)
         )
         first, shown = processes.rank == 0, progress and processes.rank == 0
-        records = data.read_records(data_file)
         settings = {
             "data": hashlib.blake2b(Path(data_file).read_bytes()).hexdigest(),
             "model": str(answering.DEFAULT_MODEL if model is None else model),
