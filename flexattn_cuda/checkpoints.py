@@ -235,7 +235,8 @@ def _start_projections(model: Any, names: set[str], config: FlexAttnLlavaConfig)
         if name.endswith("cross_attn.o_proj.weight"):
             weights[name].zero_()
         elif config.flexattn.hr_init == "copy":
-            source = name.replace("_proj_hd.", "_proj.").replace("cross_attn.norm.", "input_layernorm.").replace("cross_attn.", "self_attn.")
+            source = name.replace("_proj_hd.", "_proj.").replace("cross_attn.norm.", "input_layernorm.")
+            source = source.replace("cross_attn.", "self_attn.")
             weights[name].copy_(_with_heads(weights[source], len(weights[name]), model.config.text_config.num_key_value_heads))
 
 

@@ -32,7 +32,8 @@ class FlexAttnConfig:
         zoom: The high-resolution photo is cut into zoom x zoom tiles, each encoded like a photo of its own.
         lowres_size: Side in pixels of the photo that becomes the sequence's image tokens.
         highres_size: Side in pixels of the photo that is cut into tiles.
-        first_layer: First layer (counted from 0) that attends to HR tokens. The layer before it is plain and gives the first attention map. The paper calls it N_SA (section 4.1).
+        first_layer: First layer (counted from 0) that attends to HR tokens. The layer before it is plain and gives the
+            first attention map. The paper calls it N_SA (section 4.1).
         hr_rows: Query rows that see HR keys. "answer": every row that predicts an answer token, each with its own
             selection (released code). "all": every row, prompt rows with the last prompt row's selection (eq. 3-6).
         map_softmax: Keys of the softmax behind the map: the N of the "sequence" (released), or "all" N+M (eq. 7).

@@ -135,10 +135,10 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 gradients are recorded, every call projects what it attends to. The answers are the same, but for rounding.
             tiles_on_demand: Encode a tile of `pixel_values_hr` when the selection first reaches into it; otherwise, and
                 where gradients are recorded, all of them at once. The answers are the same, but for rounding.
-            hr_capacity: FlexAttention only, for CUDA graphs and compiled decoding (a static cache): slots of each layer's pool of HR keys, shared
-                by the batch, given with the pictures. Pools then never grow, all tiles are encoded at once, and a decode
-                step reads nothing back; it may newly select 256 tokens of a layer for each row. `hr_cache.PoolOverflow` tells
-                that a selection did not fit.
+            hr_capacity: FlexAttention only, for CUDA graphs and compiled decoding (a static cache): slots of each layer's pool
+                of HR keys, shared by the batch, given with the pictures. Pools then never grow, all tiles are encoded at
+                once, and a decode step reads nothing back; it may newly select 256 tokens of a layer for each row.
+                `hr_cache.PoolOverflow` tells that a selection did not fit.
             rows_per_prompt: So many rows of the batch that follow each other are beams of one prompt. The pictures come
                 once for each prompt, and its rows share all that is made of them. `generate` sets it.
         """
