@@ -15,6 +15,7 @@ import pytest
 from flexattn_cuda import answering
 from flexattn_cuda.processing import InputError
 from flexattn_cuda.study import run
+from flexattn_cuda.study.finetuning import run_system
 from test_study_scenes import photograph
 
 SYSTEMS = "llava,flexattn,hd,xattn"
@@ -73,7 +74,7 @@ def test_what_was_interrupted_ends_as_if_it_had_not_been(finished, photographs, 
     folder.mkdir()
     for name in ("pictures.pt", "questions.pt", "start"):
         (folder / name).symlink_to(finished / "seed-0" / name)
-    run.run_system(folder, 0, "flexattn", run.PRESETS["tiny"], lambda text: None)
+    run_system(folder, 0, "flexattn", run.PRESETS["tiny"], lambda text: None)
     once, killed = (json.loads((place / "flexattn.json").read_text()) for place in (folder, finished / "seed-0"))
     assert len(once["losses"]) == run.PRESETS["tiny"].steps
     for name in ("losses", "answers", "maps", "selected"):

@@ -1,7 +1,12 @@
-"""Fine-tuning of one system, the same for all, by the trainer of `flexattn train`."""
+"""One system of a seed: fine-tuned by the trainer of `flexattn train`, in the same way for all, and asked all questions."""
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +15,68 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from flexattn_cuda.study.encoded_scenes import Pick
+from flexattn_cuda import checkpoints
+from flexattn_cuda.configuration import FlexAttnConfig
+from flexattn_cuda.modeling import FlexAttnLlavaForConditionalGeneration
+from flexattn_cuda.processing import FlexAttnLlavaProcessor
+from flexattn_cuda.study.encoded_scenes import EncodedScenes, Pick
+from flexattn_cuda.study.evaluation import answers, attention_in_boxes, selection
+from flexattn_cuda.study.presets import Preset, settings_for
 from flexattn_cuda.training import FlexAttnTrainer, last_complete_checkpoint
+
+
+MAPS_OF = ("llava", "flexattn")  # the supplement's figure 2
+
+
+def run_system(folder: Path, seed: int, system: str, preset: Preset, tell: Callable[[str], None]) -> None:
+    """Fine-tunes one system and asks it all questions."""
+    begun = time.process_time()
+    started = json.loads((folder / "start" / "start.json").read_text())
+    settings = settings_for(system, preset.sizes, started["selected"]["share"])
+    torch.manual_seed(seed)
+    model, processor = load(folder / "start", settings)
+    pictures = torch.load(folder / "pictures.pt", weights_only=False, mmap=True)
+    losses = fine_tune(
+        model, Picks(pictures, preset.steps, preset.batch, seed), lambda picks: pictures.batch(picks, processor, settings),
+        folder / f"{system}.checkpoints", preset.batch, preset.rate, seed, tell,
+    )  # fmt: skip
+    del pictures
+    seconds = time.process_time() - begun
+    tell("questions")
+    questions = torch.load(folder / "questions.pt", weights_only=False, mmap=True)
+    torch.manual_seed(seed)
+    rows = answers(model, processor, questions, settings)
+    maps = attention_in_boxes(model, processor, questions, settings) if system in MAPS_OF else []
+    selected = selection(model, processor, questions) if model.config.system == "flexattn" else None
+    model.save_pretrained(folder / system)
+    processor.save_pretrained(folder / system)
+    outcome = {"answers": rows, "maps": maps, "selected": selected, "losses": losses, "seconds": round(seconds, 1)}
+    unfinished = folder / f"{system}.new"
+    unfinished.write_text(json.dumps(outcome))
+    os.replace(unfinished, folder / f"{system}.json")
+    shutil.rmtree(folder / f"{system}.checkpoints", ignore_errors=True)
+
+
+def load(folder: Path, settings: FlexAttnConfig | None) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
+    """A checkpoint as another system; None is plain LLaVA."""
+    config = checkpoints.load_config(folder)
+    config.flexattn_config = None if settings is None else settings.to_dict()
+    model = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder, config=config)
+    return model.eval(), FlexAttnLlavaProcessor.from_pretrained(folder, config=model.config)
+
+
+class Picks(torch.utils.data.Dataset):
+    """The questions of all steps, the same for every system of a seed."""
+
+    def __init__(self, pictures: EncodedScenes, steps: int, batch: int, seed: int):
+        rng = random.Random(f"fine-tune {seed}")
+        self.picks = [pick for _ in range(steps) for pick in pictures.sample(rng, batch)]
+
+    def __len__(self) -> int:
+        return len(self.picks)
+
+    def __getitem__(self, number: int):
+        return self.picks[number]
 
 
 def fine_tune(

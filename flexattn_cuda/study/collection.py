@@ -1,0 +1,114 @@
+"""What is there of all seeds and systems, gathered into the files that the report is made of."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import flexattn_cuda
+from flexattn_cuda import answering, flops
+from flexattn_cuda.study.presets import PRESETS, SYSTEMS, name_and_zoom, settings_for
+from flexattn_cuda.study.scenes import CHANCE, TASKS, find_photographs, make_scenes, vocabulary
+from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
+
+EXAMPLES_PER_TASK = 2
+PROMPT_TOKENS = {"study": 12, "paper": 80}  # text tokens of a prompt for which costs are counted
+
+
+def collect(output: Path, photographs: Sequence[Path], preset: str, command: str) -> Path:
+    """Gathers what is there of all seeds and systems into OUT/results, in the form that `report.write_report` reads."""
+    results = output / "results"
+    results.mkdir(exist_ok=True)
+    seeds = sorted((path for path in output.glob("seed-*") if (path / "start").exists()), key=lambda path: int(path.name[5:]))
+    outcomes = {
+        (int(folder.name[5:]), system): json.loads((folder / f"{system}.json").read_text())
+        for folder in seeds
+        for system in SYSTEMS
+        if (folder / f"{system}.json").exists()
+    }
+    named = [({"seed": seed, "system": system}, outcome) for (seed, system), outcome in outcomes.items()]
+    _write_csv(results / "answers.csv", [who | row for who, outcome in named for row in outcome["answers"]])
+    _write_csv(results / "maps.csv", [who | row for who, outcome in named for row in outcome["maps"]])
+    _write_csv(results / "systems.csv", [
+        who | {"steps": len(outcome["losses"]), "final_loss": _mean(outcome["losses"][-50:]),
+               "selected_share": outcome["selected"] and outcome["selected"]["share"], "train_seconds": outcome["seconds"]}
+        for who, outcome in named
+    ])  # fmt: skip
+    selected: dict[str, list[dict[str, float]]] = {system: [] for _, system in outcomes}
+    for (_, system), outcome in outcomes.items():
+        selected[system] += [outcome["selected"]] if outcome["selected"] else []
+    _write_csv(results / "costs.csv", [
+        costs(system, PRESETS[preset].sizes, _mean(one["share"] for one in own), _mean(one["tiles"] for one in own))
+        for system, own in selected.items()
+    ])  # fmt: skip
+    about = {
+        "command": command,
+        "preset": preset,
+        "seeds": [int(folder.name[5:]) for folder in seeds],
+        "chance": CHANCE,
+        "settings": asdict(PRESETS[preset]),
+        "starts": {folder.name: json.loads((folder / "start" / "start.json").read_text()) for folder in seeds},
+        "versions": {"flexattn_cuda": flexattn_cuda.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    (results / "study.json").write_text(json.dumps(about, indent=1))
+    if seeds:
+        first = about["seeds"][0]
+        given = {system: outcome["answers"] for (seed, system), outcome in outcomes.items() if seed == first}
+        draw_examples(results / "examples", seeds[0], first, photographs, given)
+    return results
+
+
+def costs(system: str, sizes: ModelSizes, share: float | None, tiles: float | None) -> dict[str, Any]:
+    """A row of costs.csv: the prefill of a question, counted at the study's sizes (GFLOPs) and at LLaVA-1.5-7B's (TFLOPs), with
+    the share of HR tokens and the number of tiles that the study's maps select."""
+    processor = build_processor(vocabulary(), None, sizes)
+    small = build_model(processor, settings_for(system, sizes), sizes).config
+    large = flops.as_system(flops.llava_shape("7b"), *name_and_zoom(system))
+    row: dict[str, Any] = {"system": system}
+    for name, config, text, unit in (("study_gflops", small, PROMPT_TOKENS["study"], 1e9), ("paper_tflops", large, PROMPT_TOKENS["paper"], 1e12)):
+        chosen = {} if share is None else {"selected": round(share * config.hr_side**2), "tiles": max(1, round(tiles))}
+        spent = flops.cost(config, text, **chosen)
+        row |= {f"{name}_published": sum(spent.published.values()) / unit, f"{name}_here": sum(spent.here.values()) / unit}
+    return row | {"selected_share": share}
+
+
+def draw_examples(folder: Path, start: Path, seed: int, photographs: Sequence[Path], given: dict[str, list[dict[str, Any]]]) -> None:
+    """The first questions of each task about small objects, with what FlexAttention looked at drawn over the picture."""
+    folder.mkdir(exist_ok=True)
+    answered = {system: {row["number"]: row for row in rows} for system, rows in given.items()}
+    rows = next(iter(answered.values()), {}).values()
+    wanted = [row for task in TASKS for row in [r for r in rows if (r["task"], r["size"]) == (task, "small")][:EXAMPLES_PER_TASK]]
+    asked = answering.load(start / "flexattn", "cpu") if "flexattn" in given else None
+    held_out, listed = find_photographs(photographs, True), []
+    for row in wanted:
+        (scene,) = make_scenes(held_out, 1, 10 * seed + 1, first=row["number"])
+        picture, file = scene.picture, f"{row['number']:04d}.png"
+        if asked is not None:
+            answer = answering.ask(*asked, picture, row["question"], 4, trace=True)
+            picture = answer.draw()
+        picture.save(folder / file)
+        listed.append({
+            "file": f"examples/{file}", "caption": f"{row['task']}, {row['size']} objects", "question": row["question"],
+            "expected": row["expected"], "answers": {system: by[row["number"]]["answer"] for system, by in answered.items()},
+        })  # fmt: skip
+    (folder.parent / "examples.json").write_text(json.dumps(listed, indent=1))
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with open(path, "w", newline="") as file:
+        if rows:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
