@@ -36,7 +36,7 @@ from torch.nn import functional
 from flexattn_cuda import Trace
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
 from flexattn_cuda.study.encoded_scenes import cells_of
-from flexattn_cuda.study.pretraining import UNSURE, MapOfLayer, TokenLabels, console, embeddings, train_loop, trained, whiten
+from flexattn_cuda.study.pretraining import UNSURE, MapOfLayer, TokenLabels, console, train_loop, trained, whiten
 from flexattn_cuda.study.scenes import COLORS, Sign, find_photographs
 from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
 from flexattn_cuda.vision import encode_pictures
@@ -195,6 +195,11 @@ def train_localisation(model, pictures: Pictures, held: Pictures, processor, ste
 
     train_loop("localise", steps, parameters, 1e-2, loss_of, report)
     map_of.handle.remove()
+
+
+def embeddings(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    picture = inputs["input_ids"] == model.config.image_token_id
+    return model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(picture.unsqueeze(-1), inputs["image_features"])
 
 
 # -------------------------------------------------------------------------------------------------------- 3. answer

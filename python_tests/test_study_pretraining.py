@@ -11,7 +11,7 @@ from flexattn_cuda import Trace
 from flexattn_cuda.configuration import FlexAttnConfig, settings_of
 from flexattn_cuda.study import pretraining
 from flexattn_cuda.study.encoded_scenes import cells_of, encode_scenes, resolutions_of
-from flexattn_cuda.study.pretraining import CLASSES, UNSURE, EncoderData, MapOfLayer, TokenLabels, embeddings, train_localisation, whiten
+from flexattn_cuda.study.pretraining import CLASSES, UNSURE, EncoderData, MapOfLayer, TokenLabels, exact_answers, train_low_resolution, whiten
 from flexattn_cuda.study.scenes import Glyph, Painter, Sign, make_scenes, vocabulary
 from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
 from flexattn_cuda.vision import encode_pictures
@@ -113,23 +113,33 @@ def test_the_supervised_map_is_the_one_that_selects(built, encoded):
     torch.testing.assert_close(maps * SIZES.heads, recorded, atol=1e-6, rtol=1e-4)
 
 
-def test_localisation_learns_and_leaves_the_later_layers(built, encoded, monkeypatch):
+def test_the_low_resolution_stage_learns_and_leaves_the_encoder(built, encoded, monkeypatch):
     model, processor = copy.deepcopy(built[0]), built[1]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     losses = []
     loop = pretraining.train_loop
 
-    def recorded(name, steps, parameters, rate, loss_of, report, every=100):
-        loop(name, steps, parameters, rate, lambda step: losses.append(loss_of(step)) or losses[-1], report, every)
+    def recorded(name, steps, parameters, rate, loss_of, report):
+        loop(name, steps, parameters, rate, lambda step: losses.append(loss_of(step)) or losses[-1], report)
 
     monkeypatch.setattr(pretraining, "train_loop", recorded)
-    found = train_localisation(model, processor, encoded, encoded, steps=12, seed=0, batch=8)
+    found = train_low_resolution(model, processor, encoded, encoded, SIZES.first_layer, steps=12, seed=0, batch=4)
     assert losses[-1] < losses[0]
-    assert all(0 <= value <= 1 for row in found.values() for value in row.values())
+    assert all(0 <= value <= 1 for row in found.values() for name, value in row.items())
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
-    assert changed and all("embed_tokens" in name or "layers.0." in name or "layers.1." in name for name in changed if "vision" not in name)
-    assert not any("vision" in name or "projector" in name for name in changed)
-    assert len(model.model.language_model.layers) == SIZES.layers
+    assert changed and all(("language_model" in name or "lm_head" in name) and "_hd" not in name for name in changed)
+
+
+def test_an_answer_is_exact_when_all_its_tokens_are_the_likeliest():
+    labels = torch.tensor([[UNSURE, UNSURE, 1, 2], [UNSURE, UNSURE, 1, 2], [UNSURE, UNSURE, UNSURE, 2]])
+    likeliest = torch.tensor([[0, 1, 2, 0], [0, 1, 1, 0], [0, 0, 2, 0]])
+    logits = torch.nn.functional.one_hot(likeliest, 3).float()
+    assert exact_answers(logits, labels).tolist() == [True, False, True]
+
+
+def test_questions_are_drawn_about_objects_of_the_wanted_size(encoded):
+    picks = encoded.sample(random.Random(0), 5, ("large",))
+    assert [encoded.scenes[number].size for number, _ in picks] == ["large"] * 5
 
 
 def test_whitening_leaves_no_direction_that_varies_much_more_than_another(built):

@@ -10,7 +10,7 @@ import torch
 
 from flexattn_cuda.configuration import FlexAttnConfig
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
-from flexattn_cuda.study.scenes import SIDE, Box, Question, Scene
+from flexattn_cuda.study.scenes import SIDE, SIZES, Box, Question, Scene
 from flexattn_cuda.vision import encode_pictures, encode_tiles
 
 Pick = tuple[int, Question]
@@ -37,10 +37,10 @@ class EncodedScenes:
         """Each picture with the question of the evaluation."""
         return [(number, scene.asked) for number, scene in enumerate(self.scenes)]
 
-    def sample(self, rng: random.Random, count: int) -> list[Pick]:
+    def sample(self, rng: random.Random, count: int, sizes: Sequence[str] = tuple(SIZES)) -> list[Pick]:
         """Questions for training: pictures without repetition, then uniform over their tasks, then over the questions of the task."""
         picks = []
-        for number in rng.sample(range(len(self.scenes)), count):
+        for number in rng.sample([number for number, scene in enumerate(self.scenes) if scene.size in sizes], count):
             questions = self.scenes[number].questions
             task = rng.choice(sorted({question.task for question in questions}))
             picks.append((number, rng.choice([question for question in questions if question.task == task])))

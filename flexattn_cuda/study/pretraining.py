@@ -1,10 +1,10 @@
-"""What all systems of the study share: the encoder, trained first, and the localisation of what is asked for.
+"""What all systems of the study share: the encoder, trained first, and the language model before it sees a high resolution.
 
 1. encoder      vision tower and projector, on parts of pictures at every resolution that a system uses: linear heads,
                 thrown away, tell from each token the colour of the sign, the glyphs and the vehicle under it.
 2. whiten       the image tokens are turned to uncorrelated channels of variance 1. Then the encoder is frozen.
-3. localise     the layers before `first_layer`, low resolution only: the attention map of the last of them is
-                supervised to lie on the answer boxes.
+3. low resolution  the language model learns to answer from low-resolution tokens alone, and the attention map of the
+                layer before `first_layer` is supervised to lie on the answer boxes.
 
 Nothing here knows a system: each starts from the same weights.
 """
@@ -289,7 +289,7 @@ def whiten(model, pixels: torch.Tensor) -> None:
     last.bias.copy_(turn @ (last.bias - tokens.mean(0)))
 
 
-# ------------------------------------------------------------------------------------------------------ 3. localise
+# ------------------------------------------------------------------------------------------------------ 3. low resolution
 
 
 class MapOfLayer:
@@ -315,50 +315,66 @@ class MapOfLayer:
         return maps[picture].view(n, count, -1)
 
 
-def train_localisation(
-    model, processor, pictures: EncodedScenes, held_out: EncodedScenes, steps: int, seed: int, batch: int = 48
+def train_low_resolution(
+    model, processor, pictures: EncodedScenes, held_out: EncodedScenes, first_layer: int, steps: int, seed: int, batch: int = 32
 ) -> dict[str, dict[str, float]]:
-    """Stage 3. Returns by task, on held-out pictures, the map's mass on the answer cells and how often its largest cell is one of them."""
-    rng, language = random.Random(f"localise {seed}"), model.model.language_model
-    first_layer, layers = model.config.flexattn.first_layer, language.layers
-    parameters = trained(language, lambda name: name.startswith(("embed_tokens", *(f"layers.{i}." for i in range(first_layer)))))
+    """Stage 3. The language model learns to answer from the low resolution, and where to look.
+
+    Three of four questions are about large objects, which the low resolution shows. The encoder writes them as it writes
+    small ones at high resolution: what is learned here serves every system, whichever way it brings the tokens in.
+
+    Args:
+        first_layer: The map of the layer before it is supervised to lie on the answer boxes.
+    Returns:
+        By task, on held-out pictures: the map's mass on the answer cells, how often its largest cell is one of them, and
+        the exact answers to questions about small and about large objects.
+    """
+    rng = random.Random(f"low resolution {seed}")
+    parameters = trained(model, lambda name: ("language_model" in name or "lm_head" in name) and "_hd" not in name)
     map_of = MapOfLayer(model, first_layer - 1)
 
-    def run(source: EncodedScenes, picks: list[Pick]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def run(source: EncodedScenes, picks: list[Pick]):
         inputs = source.batch(picks, processor, None)
-        language(inputs_embeds=embeddings(model, inputs), attention_mask=inputs["attention_mask"], use_cache=False)
+        output = model(**inputs, use_cache=False)
         answers = inputs["labels"] != UNSURE  # a row predicts the label after it
         count = int(answers.sum(1).max())
         maps = map_of(inputs, processor.image_token_id, count)
-        return maps, source.answer_cells(picks)[:, None].expand_as(maps).float(), answers[:, -count:]
+        return inputs, output, maps, source.answer_cells(picks)[:, None].expand_as(maps).float(), answers[:, -count:]
 
     def loss_of(_: int) -> torch.Tensor:
-        maps, cells, rows = run(pictures, pictures.sample(rng, batch))
-        return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1))[rows].mean()
+        picks = [*pictures.sample(rng, batch - batch // 4, ("large",)), *pictures.sample(rng, batch // 4, ("small",))]
+        _, output, maps, cells, rows = run(pictures, picks)
+        return output.loss - ((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1))[rows].mean()
 
     @torch.no_grad()
     def found() -> dict[str, dict[str, float]]:
-        maps, cells, rows = run(held_out, held_out.asked())
+        inputs, output, maps, cells, rows = run(held_out, held_out.asked())
         mass, largest = (maps * cells).sum(-1), cells.gather(-1, maps.argmax(-1, keepdim=True))[..., 0]
+        right = exact_answers(output.logits, inputs["labels"])
         result = {}
         for task in TASKS:
-            of_task = rows & torch.tensor([scene.asked.task == task for scene in held_out.scenes])[:, None]
+            here = torch.tensor([scene.asked.task == task for scene in held_out.scenes])
+            of_task = rows & here[:, None]
             result[task] = {"mass": mass[of_task].mean().item(), "largest": largest[of_task].mean().item()}
+            for size in SIZES:
+                of_size = torch.tensor([scene.size == size for scene in held_out.scenes])
+                result[task][size] = right[here & of_size].float().mean().item()
         return result
 
     def report() -> str:
-        return "held-out mass, largest: " + "; ".join(f"{task} {row['mass']:.2f} {row['largest']:.2f}" for task, row in found().items())
+        return "held-out: " + "; ".join(f"{task} " + " ".join(f"{name} {x:.2f}" for name, x in row.items()) for task, row in found().items())
 
-    language.layers = layers[:first_layer]  # the map needs no later one
     try:
-        train_loop("localise", steps, parameters, 1e-2, loss_of, report)
+        train_loop("low resolution", steps, parameters, 1e-2, loss_of, report)
         return found()
     finally:
-        language.layers = layers
         map_of.handle.remove()
 
 
-def embeddings(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[n, N, D]: the prompts with the image tokens in place."""
-    picture = inputs["input_ids"] == model.config.image_token_id
-    return model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(picture.unsqueeze(-1), inputs["image_features"])
+def exact_answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[n] bool: every answer token, the end included, is the likeliest after the true ones before it: the greedy answer is right.
+
+    Args:
+        logits, labels: [n, N, vocabulary] and [n, N] of a batch with answers.
+    """
+    return ((logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == UNSURE)).all(1)
