@@ -31,7 +31,7 @@ def built():
 def encoded(built):
     model, processor = built
     resolutions = resolutions_of([None, SIZES.flexattn(), settings_of("hd", SIZES.lowres)])
-    return encode_scenes(model, processor, make_scenes([photograph(0)], 10, seed=0), resolutions)
+    return encode_scenes(model, processor, make_scenes([photograph(0)], 60, seed=0), resolutions)
 
 
 def test_a_token_has_the_class_of_what_covers_it():
@@ -116,16 +116,16 @@ def test_the_supervised_map_is_the_one_that_selects(built, encoded):
 def test_the_low_resolution_stage_learns_and_leaves_the_encoder(built, encoded, monkeypatch):
     model, processor = copy.deepcopy(built[0]), built[1]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    losses = []
+    losses = {"localise": [], "answer": []}
     loop = pretraining.train_loop
 
     def recorded(name, steps, parameters, rate, loss_of, report):
-        loop(name, steps, parameters, rate, lambda step: losses.append(loss_of(step)) or losses[-1], report)
+        loop(name, steps, parameters, rate, lambda step: losses[name].append(loss_of(step)) or losses[name][-1], report)
 
     monkeypatch.setattr(pretraining, "train_loop", recorded)
-    found = train_low_resolution(model, processor, encoded, encoded, SIZES.first_layer, steps=12, seed=0, batch=4)
-    assert losses[-1] < losses[0]
-    assert all(0 <= value <= 1 for row in found.values() for name, value in row.items())
+    found = train_low_resolution(model, processor, encoded, encoded, SIZES.first_layer, localise_steps=8, answer_steps=5, seed=0)
+    assert all(of_stage[-1] < of_stage[0] for of_stage in losses.values())
+    assert all(0 <= value <= 1 for row in found.values() for value in row.values())
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed and all(("language_model" in name or "lm_head" in name) and "_hd" not in name for name in changed)
 

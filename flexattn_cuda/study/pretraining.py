@@ -3,8 +3,9 @@
 1. encoder      vision tower and projector, on parts of pictures at every resolution that a system uses: linear heads,
                 thrown away, tell from each token the colour of the sign, the glyphs and the vehicle under it.
 2. whiten       the image tokens are turned to uncorrelated channels of variance 1. Then the encoder is frozen.
-3. low resolution  the language model learns to answer from low-resolution tokens alone, and the attention map of the
-                layer before `first_layer` is supervised to lie on the answer boxes.
+3. localise     low resolution only: the attention map of the layer before `first_layer` is supervised to lie on the
+                answer boxes.
+4. answer       low resolution only: the whole language model learns to answer; the map stays supervised.
 
 Nothing here knows a system: each starts from the same weights.
 """
@@ -289,7 +290,7 @@ def whiten(model, pixels: torch.Tensor) -> None:
     last.bias.copy_(turn @ (last.bias - tokens.mean(0)))
 
 
-# ------------------------------------------------------------------------------------------------------ 3. low resolution
+# ------------------------------------------------------------------------------------ 3., 4. low resolution
 
 
 class MapOfLayer:
@@ -316,12 +317,13 @@ class MapOfLayer:
 
 
 def train_low_resolution(
-    model, processor, pictures: EncodedScenes, held_out: EncodedScenes, first_layer: int, steps: int, seed: int, batch: int = 32
+    model, processor, pictures: EncodedScenes, held_out: EncodedScenes, first_layer: int, localise_steps: int, answer_steps: int, seed: int
 ) -> dict[str, dict[str, float]]:
-    """Stage 3. The language model learns to answer from the low resolution, and where to look.
+    """Stages 3 and 4: the language model learns where to look, and to answer from the low resolution.
 
-    Three of four questions are about large objects, which the low resolution shows. The encoder writes them as it writes
-    small ones at high resolution: what is learned here serves every system, whichever way it brings the tokens in.
+    In stage 4 three of four questions are about large objects, which the low resolution shows. The encoder writes them as
+    it writes small ones at high resolution: what is learned here serves every system, whichever way it brings the tokens in.
+    Stage 3 alone comes first, as a map that lies on the sign is what lets the later layers learn to read it.
 
     Args:
         first_layer: The map of the layer before it is supervised to lie on the answer boxes.
@@ -330,7 +332,7 @@ def train_low_resolution(
         the exact answers to questions about small and about large objects.
     """
     rng = random.Random(f"low resolution {seed}")
-    parameters = trained(model, lambda name: ("language_model" in name or "lm_head" in name) and "_hd" not in name)
+    language, layers = model.model.language_model, model.model.language_model.layers
     map_of = MapOfLayer(model, first_layer - 1)
 
     def run(source: EncodedScenes, picks: list[Pick]):
@@ -341,10 +343,15 @@ def train_low_resolution(
         maps = map_of(inputs, processor.image_token_id, count)
         return inputs, output, maps, source.answer_cells(picks)[:, None].expand_as(maps).float(), answers[:, -count:]
 
-    def loss_of(_: int) -> torch.Tensor:
-        picks = [*pictures.sample(rng, batch - batch // 4, ("large",)), *pictures.sample(rng, batch // 4, ("small",))]
-        _, output, maps, cells, rows = run(pictures, picks)
-        return output.loss - ((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1))[rows].mean()
+    def off_boxes(maps: torch.Tensor, cells: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1))[rows].mean()
+
+    def localise_loss(_: int) -> torch.Tensor:
+        return off_boxes(*run(pictures, pictures.sample(rng, 48))[2:])
+
+    def answer_loss(_: int) -> torch.Tensor:
+        _, output, *of_map = run(pictures, [*pictures.sample(rng, 24, ("large",)), *pictures.sample(rng, 8, ("small",))])
+        return output.loss + off_boxes(*of_map)
 
     @torch.no_grad()
     def found() -> dict[str, dict[str, float]]:
@@ -364,10 +371,17 @@ def train_low_resolution(
     def report() -> str:
         return "held-out: " + "; ".join(f"{task} " + " ".join(f"{name} {x:.2f}" for name, x in row.items()) for task, row in found().items())
 
+    early = ("embed_tokens", *(f"layers.{i}." for i in range(first_layer)))
     try:
-        train_loop("low resolution", steps, parameters, 1e-2, loss_of, report)
+        language.layers = layers[:first_layer]  # the map needs no later one
+        trained(model, lambda name: False)
+        train_loop("localise", localise_steps, trained(language, lambda name: name.startswith(early)), 1e-2, localise_loss, report)
+        language.layers = layers
+        parameters = trained(model, lambda name: ("language_model" in name or "lm_head" in name) and "_hd" not in name)
+        train_loop("answer", answer_steps, parameters, 1e-2, answer_loss, report)
         return found()
     finally:
+        language.layers = layers
         map_of.handle.remove()
 
 
