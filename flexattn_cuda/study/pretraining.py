@@ -16,6 +16,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,8 +27,9 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from flexattn_cuda import attention
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
-from flexattn_cuda.study.encoded_scenes import EncodedScenes, Pick
+from flexattn_cuda.study.encoded_scenes import EncodedScenes
 from flexattn_cuda.study.scenes import COLORS, SHAPES, SIDE, SIZES, TASKS, VEHICLES, Box, Glyph, Painter, Sign
 from flexattn_cuda.vision import encode_pictures
 
@@ -294,7 +296,7 @@ def whiten(model, pixels: torch.Tensor) -> None:
 
 
 class MapOfLayer:
-    """The attention map of the last rows of one layer, with a gradient, which the operator's map has not."""
+    """The attention map of one layer, with a gradient, which the operator's map has not."""
 
     def __init__(self, model, layer: int):
         self.attention = model.model.language_model.layers[layer].self_attn
@@ -303,17 +305,12 @@ class MapOfLayer:
     def _keep(self, module, args, keywords) -> None:
         self.hidden, self.positions = keywords["hidden_states"], keywords["position_embeddings"]
 
-    def __call__(self, inputs: dict[str, torch.Tensor], image_token: int, count: int) -> torch.Tensor:
-        """[n, count, S*S] of the `count` rows before the last: the mean over heads of the probabilities of the picture's tokens."""
+    def __call__(self, visible: torch.Tensor) -> torch.Tensor:
+        """The mean over heads of the probabilities of the latest call, [n, N, N], where row i sees key j: `visible`, [n, 1, N, N] bool."""
         a, (n, length) = self.attention, self.hidden.shape[:2]
-        rows = torch.arange(length - 1 - count, length - 1)
         q, k = (p(self.hidden).view(n, length, -1, a.head_dim).transpose(1, 2) for p in (a.q_proj, a.k_proj))
         q, k = apply_rotary_pos_emb(q, k, *self.positions)
-        logits = q[:, :, rows] @ k.transpose(-1, -2) * a.scaling
-        hidden = (torch.arange(length) > rows[:, None]) | (inputs["attention_mask"] == 0)[:, None, None]
-        maps = logits.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
-        picture = (inputs["input_ids"] == image_token)[:, None].expand_as(maps)
-        return maps[picture].view(n, count, -1)
+        return (q @ k.transpose(-1, -2) * a.scaling).masked_fill(~visible, -torch.inf).softmax(-1).mean(1)
 
 
 def train_low_resolution(
@@ -321,11 +318,12 @@ def train_low_resolution(
 ) -> dict[str, dict[str, float]]:
     """Stages 3 and 4: the language model learns where to look, and to answer from the low resolution.
 
-    In stage 4 three of four questions are about large objects, which the low resolution shows. The encoder writes them as
-    it writes small ones at high resolution: what is learned here serves every system, whichever way it brings the tokens in.
-    Stage 3 alone comes first, as a map that lies on the sign is what lets the later layers learn to read it.
+    Answers are learned about large objects, which the low resolution shows. The encoder writes them as it writes small ones
+    at high resolution: what is learned here serves every system, whichever way it brings the tokens in. Stage 3 alone comes
+    first, as a map that lies on the sign is what lets the later layers learn to read it.
 
     Args:
+        model: A plain LLaVA, without high resolution.
         first_layer: The map of the layer before it is supervised to lie on the answer boxes.
     Returns:
         By task, on held-out pictures: the map's mass on the answer cells, how often its largest cell is one of them, and
@@ -334,54 +332,63 @@ def train_low_resolution(
     rng = random.Random(f"low resolution {seed}")
     language, layers = model.model.language_model, model.model.language_model.layers
     map_of = MapOfLayer(model, first_layer - 1)
+    by_size = {size: [number for number, scene in enumerate(pictures.scenes) if scene.size == size] for size in SIZES}
 
-    def run(source: EncodedScenes, picks: list[Pick]):
-        inputs = source.batch(picks, processor, None)
-        output = model(**inputs, use_cache=False)
-        answers = inputs["labels"] != UNSURE  # a row predicts the label after it
-        count = int(answers.sum(1).max())
-        maps = map_of(inputs, processor.image_token_id, count)
-        return inputs, output, maps, source.answer_cells(picks)[:, None].expand_as(maps).float(), answers[:, -count:]
+    def run(source: EncodedScenes, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of every row that predicts an answer token: logits, label, map over the picture, and the cells it should lie on."""
+        packed = source.packed(numbers, processor)
+        picture = packed["input_ids"] == processor.image_token_id
+        embedded = model.get_input_embeddings()(packed["input_ids"]).masked_scatter(picture.unsqueeze(-1), packed["image_features"])
+        hidden = language(
+            inputs_embeds=embedded, attention_mask=packed["visible"], position_ids=packed["position_ids"], use_cache=False
+        ).last_hidden_state
+        rows = packed["cells"].any(-1)
+        maps = map_of(packed["visible"])[rows]
+        begin = int(picture[0].int().argmax())
+        labels = packed["labels"].roll(-1, 1)[rows]  # a row predicts the label after it
+        return model.lm_head(hidden[rows]), labels, maps[:, begin : begin + picture[0].sum()], packed["cells"][rows].float()
 
-    def off_boxes(maps: torch.Tensor, cells: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1))[rows].mean()
+    def off_boxes(maps: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1)).mean()
 
     def localise_loss(_: int) -> torch.Tensor:
-        return off_boxes(*run(pictures, pictures.sample(rng, 48))[2:])
+        return off_boxes(*run(pictures, rng.sample(range(len(pictures.scenes)), 24))[2:])
 
     def answer_loss(_: int) -> torch.Tensor:
-        _, output, *of_map = run(pictures, [*pictures.sample(rng, 24, ("large",)), *pictures.sample(rng, 8, ("small",))])
-        return output.loss + off_boxes(*of_map)
+        logits, labels, maps, cells = run(pictures, rng.sample(by_size["large"], 24))
+        return functional.cross_entropy(logits, labels) + 0.3 * off_boxes(maps, cells)
 
     @torch.no_grad()
     def found() -> dict[str, dict[str, float]]:
-        inputs, output, maps, cells, rows = run(held_out, held_out.asked())
-        mass, largest = (maps * cells).sum(-1), cells.gather(-1, maps.argmax(-1, keepdim=True))[..., 0]
-        right = exact_answers(output.logits, inputs["labels"])
-        result = {}
-        for task in TASKS:
-            here = torch.tensor([scene.asked.task == task for scene in held_out.scenes])
-            of_task = rows & here[:, None]
-            result[task] = {"mass": mass[of_task].mean().item(), "largest": largest[of_task].mean().item()}
-            for size in SIZES:
-                of_size = torch.tensor([scene.size == size for scene in held_out.scenes])
-                result[task][size] = right[here & of_size].float().mean().item()
+        result: dict[str, dict[str, float]] = {}
+        for task, size in itertools.product(TASKS, SIZES):
+            chosen = [k for k, scene in enumerate(held_out.scenes) if (scene.asked.task, scene.size) == (task, size)]
+            asked = replace(held_out, scenes=[replace(scene, questions=(scene.asked,)) for scene in held_out.scenes])
+            logits, labels, maps, cells = run(asked, chosen)
+            right = (logits.argmax(-1) == labels).view(len(chosen), -1).all(1)
+            largest = cells.gather(-1, maps.argmax(-1, keepdim=True))
+            row = {"mass": (maps * cells).sum(-1), "largest": largest, "right": right.float()}
+            result[f"{task} {size}"] = {name: value.mean().item() for name, value in row.items()}
         return result
 
     def report() -> str:
-        return "held-out: " + "; ".join(f"{task} " + " ".join(f"{name} {x:.2f}" for name, x in row.items()) for task, row in found().items())
+        return "held-out mass, largest cell, right: " + "; ".join(
+            f"{kind} " + " ".join(f"{x:.2f}" for x in row.values()) for kind, row in found().items()
+        )
 
     early = ("embed_tokens", *(f"layers.{i}." for i in range(first_layer)))
     try:
+        language.set_attn_implementation("sdpa")  # takes the mask of packed questions
         language.layers = layers[:first_layer]  # the map needs no later one
         trained(model, lambda name: False)
         train_loop("localise", localise_steps, trained(language, lambda name: name.startswith(early)), 1e-2, localise_loss, report)
         language.layers = layers
-        parameters = trained(model, lambda name: ("language_model" in name or "lm_head" in name) and "_hd" not in name)
+        parameters = trained(model, lambda name: "language_model" in name or "lm_head" in name)
         train_loop("answer", answer_steps, parameters, 1e-2, answer_loss, report)
         return found()
     finally:
         language.layers = layers
+        language.set_attn_implementation(attention.NAME)
         map_of.handle.remove()
 
 
