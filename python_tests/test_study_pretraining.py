@@ -11,7 +11,9 @@ from flexattn_cuda import Trace, attention
 from flexattn_cuda.configuration import FlexAttnConfig, settings_of
 from flexattn_cuda.study import pretraining
 from flexattn_cuda.study.encoded_scenes import cells_of, encode_scenes, resolutions_of
-from flexattn_cuda.study.pretraining import CLASSES, UNSURE, EncoderData, MapOfLayer, TokenLabels, exact_answers, train_low_resolution, whiten
+from flexattn_cuda.study.pretraining import (
+    CLASSES, UNSURE, EncoderData, MapOfLayer, TokenLabels, exact_answers, train_encoder, train_low_resolution, whiten,
+)  # fmt: skip
 from flexattn_cuda.study.scenes import Glyph, Painter, Sign, make_scenes, vocabulary
 from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
 from flexattn_cuda.vision import encode_pictures
@@ -194,6 +196,16 @@ def test_whitening_leaves_no_direction_that_varies_much_more_than_another(built)
     after = torch.linalg.eigvalsh(torch.cov(tokens().T))
     assert tokens().mean(0).abs().max() < 1e-3
     torch.testing.assert_close(after, before / (before + 0.01 * before.mean()), atol=1e-3, rtol=1e-2)
+
+
+def test_the_encoder_stage_reports_every_resolution_and_freezes_the_encoder(built):
+    model, processor = copy.deepcopy(built[0]), built[1]
+    before = model.model.multi_modal_projector.linear_1.weight.clone()
+    right = train_encoder(model, processor, [photograph(0)], [photograph(1)], steps=3, batch=2)
+    assert set(right) == {"low", "hd", *(f"zoom {zoom} {size}" for zoom in (2, 3, 4) for size in ("small", "large"))}
+    assert set(right["zoom 3 small"]) == set(CLASSES)
+    assert not torch.equal(model.model.multi_modal_projector.linear_1.weight, before)
+    assert not any(p.requires_grad for p in model.model.vision_tower.parameters())
 
 
 def test_zoom_sets_the_high_resolution():

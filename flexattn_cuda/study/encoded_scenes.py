@@ -94,10 +94,10 @@ class EncodedScenes:
             for k, question in enumerate(self.scenes[number].questions, start=1):
                 text = tokenizer(processor.prompt(question.text))["input_ids"]
                 at = text.index(image)
+                shared = at + area
                 if not ids:
                     ids = text[:at] + [image] * area
-                    part, places, labels = [0] * len(ids), list(range(len(ids))), [-100] * len(ids)
-                    shared = len(ids)
+                    part, places, labels = [0] * shared, list(range(shared)), [-100] * shared
                 answer = [*tokenizer.convert_tokens_to_ids(list(question.answer)), tokenizer.eos_token_id]
                 own = text[at + 1 :] + answer
                 cells += [(len(ids) + len(own) - 1 - back, question.boxes) for back in range(1, len(answer) + 1)]

@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -227,9 +228,22 @@ def _stacked(pairs: list[tuple[torch.Tensor, list[torch.Tensor]]]) -> tuple[torc
 
 
 def train_encoder(
-    model, processor, photographs: list[Image.Image], held_out: list[Image.Image], steps: int, seed: int, font=None, batch: int = 16
+    model,
+    processor,
+    photographs: list[Image.Image],
+    held_out: list[Image.Image],
+    steps: int = 2200,
+    seed: int = 0,
+    font: Path | None = None,
+    batch: int = 16,
 ) -> dict[str, dict[str, float]]:
-    """Stage 1. Returns the share of right tokens on held-out photographs, by kind of picture and of class."""
+    """Stages 1 and 2.
+
+    Args:
+        model, processor: From `build_model` and `build_processor`; the processor with settings of zoom 3.
+    Returns:
+        The share of right tokens on held-out photographs, by kind of picture and of class.
+    """
     config = model.config
     patch, width = config.vision_config.patch_size, config.text_config.hidden_size
     data, test = (
@@ -272,7 +286,9 @@ def train_encoder(
     train_loop("encoder", steps, parameters, 1e-2, loss_of, report, 200)
     for module in parts.values():
         module.requires_grad_(False)
-    return accuracies()
+    right = accuracies()
+    whiten(model, data.batch(8 * batch)[0])
+    return right
 
 
 @torch.no_grad()
@@ -314,7 +330,14 @@ class MapOfLayer:
 
 
 def train_low_resolution(
-    model, processor, pictures: EncodedScenes, held_out: EncodedScenes, first_layer: int, localise_steps: int, answer_steps: int, seed: int
+    model,
+    processor,
+    pictures: EncodedScenes,
+    held_out: EncodedScenes,
+    first_layer: int,
+    localise_steps: int = 300,
+    answer_steps: int = 900,
+    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Stages 3 and 4: the language model learns where to look, and to answer from the low resolution.
 
