@@ -214,7 +214,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 if past_key_values is not None:
                     pictures.keep_beside(past_key_values)
             cached = hr_cache and past_key_values is not None and not torch.is_grad_enabled()
-            if self.config.system == "xattn":
+            if pictures.settings.system == "xattn":
                 hr_tokens = HrTokens(pictures, cached)
             else:
                 rows = (

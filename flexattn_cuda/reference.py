@@ -177,3 +177,58 @@ def hierarchical_attention(
     lse_seq = logits.logsumexp(-1)
     lse = torch.cat([logits, hr_logits], -1).logsumexp(-1)
     return Attention(out.transpose(1, 2), lse, lse_seq, map)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def llama(
+    weights: dict[str, torch.Tensor],
+    x: torch.Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    eps: float,
+    theta: float,
+    hr_tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The language model of LLaVA-HD and LLaVA-XAttn (section 5.1) over one sequence, whole.
+
+    Args:
+        weights: Of `FlexAttnLlavaForConditionalGeneration.state_dict()`.
+        x: [N, D] embeddings of the prompt. LLaVA: S*S image tokens stand in them; LLaVA-HD: these, then the h*h HR tokens.
+        heads, kv_heads, eps, theta: Of the text configuration; theta is the base of the rotary frequencies.
+        hr_tokens: [T, D], what every row of LLaVA-XAttn also attends to.
+    Returns:
+        [N, V] logits.
+    """
+    N = len(x)
+    d = weights["model.language_model.layers.0.self_attn.q_proj.weight"].shape[0] // heads
+    angles = torch.arange(N).to(x)[:, None] * theta ** -(torch.arange(0, d, 2).to(x) / d)
+    cos, sin = (table.repeat(1, 2) for table in (angles.cos(), angles.sin()))
+
+    def project(x: torch.Tensor, name: str) -> torch.Tensor:  # -> [heads, N, d]
+        return (x @ weights[name].T).unflatten(-1, (-1, d)).transpose(0, 1)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        k, v = (part.repeat_interleave(len(q) // len(part), 0) for part in (k, v))
+        logits = (q @ k.transpose(-1, -2) * d**-0.5).masked_fill(~seen, -torch.inf)
+        return (softmax(logits) @ v).transpose(0, 1).flatten(1)
+
+    causal = torch.ones(N, N, dtype=torch.bool, device=x.device).tril()
+    layers = sum(name.endswith("self_attn.q_proj.weight") and ".language_model." in name for name in weights)
+    for layer in range(layers):
+        at = f"model.language_model.layers.{layer}."
+        normed = rms_norm(x, weights[f"{at}input_layernorm.weight"], eps)
+        q, k, v = (project(normed, f"{at}self_attn.{name}_proj.weight") for name in "qkv")
+        x = x + attend(rotate(q, cos, sin), rotate(k, cos, sin), v, causal) @ weights[f"{at}self_attn.o_proj.weight"].T
+        if hr_tokens is not None:
+            q = project(rms_norm(x, weights[f"{at}cross_attn.norm.weight"], eps), f"{at}cross_attn.q_proj.weight")
+            k, v = (project(hr_tokens, f"{at}cross_attn.{name}_proj.weight") for name in "kv")
+            everything = torch.ones(N, len(hr_tokens), dtype=torch.bool, device=x.device)
+            x = x + attend(q, k, v, everything) @ weights[f"{at}cross_attn.o_proj.weight"].T
+        normed = rms_norm(x, weights[f"{at}post_attention_layernorm.weight"], eps)
+        gate, up = (normed @ weights[f"{at}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        x = x + (functional.silu(gate) * up) @ weights[f"{at}mlp.down_proj.weight"].T
+    return rms_norm(x, weights["model.language_model.norm.weight"], eps) @ weights["lm_head.weight"].T
