@@ -55,7 +55,8 @@ def main() -> None:
         picture, signs = painter.picture()
         sign = painter.rng.choice(signs)
         picture.save(tests / f"{number:02d}.jpg", quality=95)
-        questions.append({"file": f"{number:02d}.jpg", "question": painter.question(sign.color), "answer": digits_of(sign), "box": sign.box})
+        question, answer = painter.question(sign.color), digits_of(sign)
+        questions.append({"file": f"{number:02d}.jpg", "question": question, "answer": answer, "box": sign.box})
     write_questions(tests, questions)
 
 

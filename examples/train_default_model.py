@@ -36,7 +36,7 @@ from torch.nn import functional
 from flexattn_cuda import Trace
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
 from flexattn_cuda.study.encoded_scenes import cells_of
-from flexattn_cuda.study.pretraining import UNSURE, MapOfLayer, TokenLabels, console, embeddings, train_loop, trained, whiten
+from flexattn_cuda.study.pretraining import UNSURE, MapOfLayer, TokenLabels, console, train_loop, trained, whiten
 from flexattn_cuda.study.scenes import COLORS, Sign, find_photographs
 from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
 from flexattn_cuda.vision import encode_pictures
@@ -180,7 +180,11 @@ def train_localisation(model, pictures: Pictures, held: Pictures, processor, ste
     def run(source: Pictures, indices: list[int], rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, cells = source.batch(rng, processor, indices, hr=False)
         language(inputs_embeds=embeddings(model, inputs), attention_mask=inputs["attention_mask"], use_cache=False)
-        return map_of(inputs, processor.image_token_id, 3), cells[:, None].float()
+        length = inputs["input_ids"].shape[1]
+        visible = torch.ones(length, length, dtype=torch.bool).tril() & (inputs["attention_mask"] == 1)[:, None, None]
+        maps = map_of(visible | torch.eye(length, dtype=torch.bool))[:, -4:-1]  # rows of the padding see themselves
+        picture = (inputs["input_ids"] == processor.image_token_id)[:, None].expand_as(maps)
+        return maps[picture].view(len(maps), 3, S * S), cells[:, None].float()
 
     def loss_of(_: int) -> torch.Tensor:
         maps, cells = run(pictures, rng.sample(range(len(pictures.signs)), 48), rng)
@@ -195,6 +199,11 @@ def train_localisation(model, pictures: Pictures, held: Pictures, processor, ste
 
     train_loop("localise", steps, parameters, 1e-2, loss_of, report)
     map_of.handle.remove()
+
+
+def embeddings(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    picture = inputs["input_ids"] == model.config.image_token_id
+    return model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(picture.unsqueeze(-1), inputs["image_features"])
 
 
 # -------------------------------------------------------------------------------------------------------- 3. answer

@@ -7,11 +7,13 @@ import pytest
 import torch
 from test_study_scenes import photograph
 
-from flexattn_cuda import Trace
+from flexattn_cuda import Trace, attention
 from flexattn_cuda.configuration import FlexAttnConfig, settings_of
 from flexattn_cuda.study import pretraining
 from flexattn_cuda.study.encoded_scenes import cells_of, encode_scenes, resolutions_of
-from flexattn_cuda.study.pretraining import CLASSES, UNSURE, EncoderData, MapOfLayer, TokenLabels, embeddings, train_localisation, whiten
+from flexattn_cuda.study.pretraining import (
+    CLASSES, UNSURE, EncoderData, MapOfLayer, TokenLabels, exact_answers, train_encoder, train_low_resolution, whiten,
+)  # fmt: skip
 from flexattn_cuda.study.scenes import Glyph, Painter, Sign, make_scenes, vocabulary
 from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
 from flexattn_cuda.vision import encode_pictures
@@ -31,7 +33,7 @@ def built():
 def encoded(built):
     model, processor = built
     resolutions = resolutions_of([None, SIZES.flexattn(), settings_of("hd", SIZES.lowres)])
-    return encode_scenes(model, processor, make_scenes([photograph(0)], 10, seed=0), resolutions)
+    return encode_scenes(model, processor, make_scenes([photograph(0)], 60, seed=0), resolutions)
 
 
 def test_a_token_has_the_class_of_what_covers_it():
@@ -99,37 +101,81 @@ def test_training_draws_every_task_of_a_picture_alike(encoded):
     assert abs(tasks.count("comparison") - 100) < 4 * 50**0.5
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """A LLaVA without high resolution."""
+    torch.manual_seed(0)
+    return build_model(build_processor(vocabulary(), None, SIZES), None, SIZES)
+
+
+def test_packed_questions_are_answered_as_alone(plain, built, encoded):
+    processor = built[1]
+    numbers = [0, 3, 5]
+    packed = encoded.packed(numbers, processor)
+    picture = packed["input_ids"] == processor.image_token_id
+    embedded = plain.get_input_embeddings()(packed["input_ids"]).masked_scatter(picture.unsqueeze(-1), packed["image_features"])
+    language = plain.model.language_model
+    with torch.no_grad():
+        language.set_attn_implementation("sdpa")
+        hidden = language(inputs_embeds=embedded, attention_mask=packed["visible"], position_ids=packed["position_ids"]).last_hidden_state
+        language.set_attn_implementation(attention.NAME)
+        for row, number in enumerate(numbers):
+            picks = [(number, question) for question in encoded.scenes[number].questions]
+            alone = encoded.batch(picks, processor, None)
+            predicting = alone["labels"].roll(-1, 1) != UNSURE
+            expected = plain(**alone, use_cache=False).logits[predicting]
+            rows = packed["cells"][row].any(-1)
+            torch.testing.assert_close(plain.lm_head(hidden[row, rows]), expected, atol=1e-5, rtol=1e-4)
+            assert torch.equal(packed["labels"][row].roll(-1)[rows], alone["labels"][alone["labels"] != UNSURE])
+            cells = encoded.answer_cells(picks).repeat_interleave(predicting.sum(1), 0)
+            assert torch.equal(packed["cells"][row][rows], cells)
+
+
 def test_the_supervised_map_is_the_one_that_selects(built, encoded):
     """The operator's map, which is the sum over heads, of every answer row."""
     model, processor = built
     picks = [pick for pick in encoded.asked() if pick[1].task == "text"]
     inputs = encoded.batch(picks, processor, SIZES.flexattn())
     map_of, trace = MapOfLayer(model, SIZES.first_layer - 1), Trace()
+    assert inputs["attention_mask"].all()  # questions of one length: nothing is padded
     with torch.no_grad():
         model(**inputs, use_cache=False, flexattn_trace=trace)
-        maps = map_of(inputs, processor.image_token_id, 3)
+        maps = map_of(torch.ones(inputs["input_ids"].shape[1:] * 2, dtype=torch.bool).tril())
     map_of.handle.remove()
-    recorded = trace.steps[0][SIZES.first_layer - 1].map.view(maps.shape)
-    torch.testing.assert_close(maps * SIZES.heads, recorded, atol=1e-6, rtol=1e-4)
+    begin = inputs["input_ids"][0].tolist().index(processor.image_token_id)
+    recorded = trace.steps[0][SIZES.first_layer - 1].map[:, :, 0]
+    torch.testing.assert_close(maps[:, -4:-1, begin : begin + 144] * SIZES.heads, recorded, atol=1e-6, rtol=1e-4)
 
 
-def test_localisation_learns_and_leaves_the_later_layers(built, encoded, monkeypatch):
-    model, processor = copy.deepcopy(built[0]), built[1]
+def test_the_low_resolution_stage_learns_and_leaves_the_encoder(plain, built, encoded, monkeypatch):
+    model, processor = copy.deepcopy(plain), built[1]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    losses = []
+    losses = {"localise": [], "answer": []}
     loop = pretraining.train_loop
 
-    def recorded(name, steps, parameters, rate, loss_of, report, every=100):
-        loop(name, steps, parameters, rate, lambda step: losses.append(loss_of(step)) or losses[-1], report, every)
+    def recorded(name, steps, parameters, rate, loss_of, report):
+        loop(name, steps, parameters, rate, lambda step: losses[name].append(loss_of(step)) or losses[name][-1], report)
 
     monkeypatch.setattr(pretraining, "train_loop", recorded)
-    found = train_localisation(model, processor, encoded, encoded, steps=12, seed=0, batch=8)
-    assert losses[-1] < losses[0]
+    found = train_low_resolution(model, processor, encoded, encoded, SIZES.first_layer, localise_steps=6, answer_steps=4, seed=0)
+    assert all(of_stage[-1] < of_stage[0] for of_stage in losses.values())
     assert all(0 <= value <= 1 for row in found.values() for value in row.values())
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
-    assert changed and all("embed_tokens" in name or "layers.0." in name or "layers.1." in name for name in changed if "vision" not in name)
-    assert not any("vision" in name or "projector" in name for name in changed)
+    assert changed and all("language_model" in name or "lm_head" in name for name in changed)
     assert len(model.model.language_model.layers) == SIZES.layers
+    assert model.model.language_model.config._attn_implementation == attention.NAME
+
+
+def test_an_answer_is_exact_when_all_its_tokens_are_the_likeliest():
+    labels = torch.tensor([[UNSURE, UNSURE, 1, 2], [UNSURE, UNSURE, 1, 2], [UNSURE, UNSURE, UNSURE, 2]])
+    likeliest = torch.tensor([[0, 1, 2, 0], [0, 1, 1, 0], [0, 0, 2, 0]])
+    logits = torch.nn.functional.one_hot(likeliest, 3).float()
+    assert exact_answers(logits, labels).tolist() == [True, False, True]
+
+
+def test_questions_are_drawn_about_objects_of_the_wanted_size(encoded):
+    picks = encoded.sample(random.Random(0), 5, ("large",))
+    assert [encoded.scenes[number].size for number, _ in picks] == ["large"] * 5
 
 
 def test_whitening_leaves_no_direction_that_varies_much_more_than_another(built):
@@ -150,6 +196,16 @@ def test_whitening_leaves_no_direction_that_varies_much_more_than_another(built)
     after = torch.linalg.eigvalsh(torch.cov(tokens().T))
     assert tokens().mean(0).abs().max() < 1e-3
     torch.testing.assert_close(after, before / (before + 0.01 * before.mean()), atol=1e-3, rtol=1e-2)
+
+
+def test_the_encoder_stage_reports_every_resolution_and_freezes_the_encoder(built):
+    model, processor = copy.deepcopy(built[0]), built[1]
+    before = model.model.multi_modal_projector.linear_1.weight.clone()
+    right = train_encoder(model, processor, [photograph(0)], [photograph(1)], steps=3, batch=2)
+    assert set(right) == {"low", "hd", *(f"zoom {zoom} {size}" for zoom in (2, 3, 4) for size in ("small", "large"))}
+    assert set(right["zoom 3 small"]) == set(CLASSES)
+    assert not torch.equal(model.model.multi_modal_projector.linear_1.weight, before)
+    assert not any(p.requires_grad for p in model.model.vision_tower.parameters())
 
 
 def test_zoom_sets_the_high_resolution():

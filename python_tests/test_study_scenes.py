@@ -92,7 +92,6 @@ def test_a_sign_has_its_colour_and_light_glyphs_where_the_boxes_say(scenes):
 
 def test_answers_follow_from_what_is_drawn(scenes):
     for scene in scenes:
-        boxes = {sign.color: sign.box for sign in scene.signs}
         for question in scene.questions:
             words = question.text.lower().strip("?").split()
             if question.task in ("presence", "comparison"):
@@ -105,7 +104,8 @@ def test_answers_follow_from_what_is_drawn(scenes):
                 assert question.answer == ("yes" if right else "no",)
             else:
                 (sign,) = (sign for sign in scene.signs if sign.color in words)
-                assert question.boxes == (boxes[sign.color],)
+                (answer,), glyphs = question.boxes, np.array([glyph.box for glyph in sign.glyphs])
+                assert answer == (*glyphs[:, :2].min(0), *glyphs[:, 2:].max(0))
                 names = tuple(glyph.name for glyph in sign.glyphs)
                 if question.task == "spatial":
                     assert question.answer == ("left" if names.index(words[2]) == 0 else "right",)

@@ -10,7 +10,7 @@ import torch
 
 from flexattn_cuda.configuration import FlexAttnConfig
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
-from flexattn_cuda.study.scenes import SIDE, Box, Question, Scene
+from flexattn_cuda.study.scenes import SIDE, SIZES, Box, Question, Scene
 from flexattn_cuda.vision import encode_pictures, encode_tiles
 
 Pick = tuple[int, Question]
@@ -37,10 +37,10 @@ class EncodedScenes:
         """Each picture with the question of the evaluation."""
         return [(number, scene.asked) for number, scene in enumerate(self.scenes)]
 
-    def sample(self, rng: random.Random, count: int) -> list[Pick]:
+    def sample(self, rng: random.Random, count: int, sizes: Sequence[str] = tuple(SIZES)) -> list[Pick]:
         """Questions for training: pictures without repetition, then uniform over their tasks, then over the questions of the task."""
         picks = []
-        for number in rng.sample(range(len(self.scenes)), count):
+        for number in rng.sample([number for number, scene in enumerate(self.scenes) if scene.size in sizes], count):
             questions = self.scenes[number].questions
             task = rng.choice(sorted({question.task for question in questions}))
             picks.append((number, rng.choice([question for question in questions if question.task == task])))
@@ -73,6 +73,57 @@ class EncodedScenes:
         if answers:
             inputs["labels"] = torch.tensor([[-100] * (longest - len(answer)) + answer for _, answer in rows])
         return inputs
+
+    def packed(self, numbers: Sequence[int], processor) -> dict[str, torch.Tensor]:
+        """Whole pictures with all their questions, for the low resolution: each question sees the picture and itself alone.
+
+        A picture is far longer than a question, so this costs a fraction of one row per question and computes the same.
+
+        Returns:
+            input_ids, position_ids, labels: [n, N], padded on the right; every question has the positions it has alone.
+            visible: [n, 1, N, N] bool, row i sees key j.
+            image_features: [n, S*S, D].
+            cells: [n, N, S*S] bool: in the rows that predict an answer token, LR cells that the answer boxes touch.
+        """
+        tokenizer, image = processor.tokenizer, processor.image_token_id
+        area = self.low.shape[1]
+        side = round(area**0.5)
+        rows = []
+        for number in numbers:
+            ids, part, places, labels, cells = [], [], [], [], []
+            for k, question in enumerate(self.scenes[number].questions, start=1):
+                text = tokenizer(processor.prompt(question.text))["input_ids"]
+                at = text.index(image)
+                shared = at + area
+                if not ids:
+                    ids = text[:at] + [image] * area
+                    part, places, labels = [0] * shared, list(range(shared)), [-100] * shared
+                answer = [*tokenizer.convert_tokens_to_ids(list(question.answer)), tokenizer.eos_token_id]
+                own = text[at + 1 :] + answer
+                cells += [(len(ids) + len(own) - 1 - back, question.boxes) for back in range(1, len(answer) + 1)]
+                labels += [-100] * (len(own) - len(answer)) + answer
+                places += range(shared, shared + len(own))
+                part += [k] * len(own)
+                ids += own
+            rows.append((ids, places, labels, part, cells))
+        longest = max(len(row[0]) for row in rows)
+
+        def padded(column: int, value: int) -> torch.Tensor:
+            return torch.tensor([row[column] + [value] * (longest - len(row[column])) for row in rows])
+
+        parts, causal = padded(3, -1), torch.ones(longest, longest, dtype=torch.bool).tril()
+        marked = torch.zeros(len(rows), longest, area, dtype=torch.bool)
+        for mark, row in zip(marked, rows):
+            for at, boxes in row[4]:
+                mark[at] = cells_of(boxes, side)
+        return {
+            "input_ids": padded(0, tokenizer.pad_token_id),
+            "position_ids": padded(1, 0),
+            "labels": padded(2, -100),
+            "visible": (causal & ((parts[:, None] == 0) | (parts[:, None] == parts[:, :, None])))[:, None],
+            "image_features": self.low[list(numbers)].float(),
+            "cells": marked,
+        }
 
     def answer_cells(self, picks: Sequence[Pick]) -> torch.Tensor:
         """[n, S*S] bool: LR cells that the answer boxes touch."""

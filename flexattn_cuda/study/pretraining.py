@@ -1,10 +1,11 @@
-"""What all systems of the study share: the encoder, trained first, and the localisation of what is asked for.
+"""What all systems of the study share: the encoder, trained first, and the language model before it sees a high resolution.
 
 1. encoder      vision tower and projector, on parts of pictures at every resolution that a system uses: linear heads,
                 thrown away, tell from each token the colour of the sign, the glyphs and the vehicle under it.
 2. whiten       the image tokens are turned to uncorrelated channels of variance 1. Then the encoder is frozen.
-3. localise     the layers before `first_layer`, low resolution only: the attention map of the last of them is
-                supervised to lie on the answer boxes.
+3. localise     low resolution only: the attention map of the layer before `first_layer` is supervised to lie on the
+                answer boxes.
+4. answer       low resolution only: the whole language model learns to answer; the map stays supervised.
 
 Nothing here knows a system: each starts from the same weights.
 """
@@ -15,6 +16,8 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,8 +28,9 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from flexattn_cuda import attention
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
-from flexattn_cuda.study.encoded_scenes import EncodedScenes, Pick
+from flexattn_cuda.study.encoded_scenes import EncodedScenes
 from flexattn_cuda.study.scenes import COLORS, SHAPES, SIDE, SIZES, TASKS, VEHICLES, Box, Glyph, Painter, Sign
 from flexattn_cuda.vision import encode_pictures
 
@@ -224,9 +228,22 @@ def _stacked(pairs: list[tuple[torch.Tensor, list[torch.Tensor]]]) -> tuple[torc
 
 
 def train_encoder(
-    model, processor, photographs: list[Image.Image], held_out: list[Image.Image], steps: int, seed: int, font=None, batch: int = 16
+    model,
+    processor,
+    photographs: list[Image.Image],
+    held_out: list[Image.Image],
+    steps: int = 2200,
+    seed: int = 0,
+    font: Path | None = None,
+    batch: int = 16,
 ) -> dict[str, dict[str, float]]:
-    """Stage 1. Returns the share of right tokens on held-out photographs, by kind of picture and of class."""
+    """Stages 1 and 2.
+
+    Args:
+        model, processor: From `build_model` and `build_processor`; the processor with settings of zoom 3.
+    Returns:
+        The share of right tokens on held-out photographs, by kind of picture and of class.
+    """
     config = model.config
     patch, width = config.vision_config.patch_size, config.text_config.hidden_size
     data, test = (
@@ -269,7 +286,9 @@ def train_encoder(
     train_loop("encoder", steps, parameters, 1e-2, loss_of, report, 200)
     for module in parts.values():
         module.requires_grad_(False)
-    return accuracies()
+    right = accuracies()
+    whiten(model, data.batch(8 * batch)[0])
+    return right
 
 
 @torch.no_grad()
@@ -289,11 +308,11 @@ def whiten(model, pixels: torch.Tensor) -> None:
     last.bias.copy_(turn @ (last.bias - tokens.mean(0)))
 
 
-# ------------------------------------------------------------------------------------------------------ 3. localise
+# ------------------------------------------------------------------------------------ 3., 4. low resolution
 
 
 class MapOfLayer:
-    """The attention map of the last rows of one layer, with a gradient, which the operator's map has not."""
+    """The attention map of one layer, with a gradient, which the operator's map has not."""
 
     def __init__(self, model, layer: int):
         self.attention = model.model.language_model.layers[layer].self_attn
@@ -302,63 +321,104 @@ class MapOfLayer:
     def _keep(self, module, args, keywords) -> None:
         self.hidden, self.positions = keywords["hidden_states"], keywords["position_embeddings"]
 
-    def __call__(self, inputs: dict[str, torch.Tensor], image_token: int, count: int) -> torch.Tensor:
-        """[n, count, S*S] of the `count` rows before the last: the mean over heads of the probabilities of the picture's tokens."""
+    def __call__(self, visible: torch.Tensor) -> torch.Tensor:
+        """The mean over heads of the probabilities of the latest call, [n, N, N], where row i sees key j: `visible`, [n, 1, N, N] bool."""
         a, (n, length) = self.attention, self.hidden.shape[:2]
-        rows = torch.arange(length - 1 - count, length - 1)
         q, k = (p(self.hidden).view(n, length, -1, a.head_dim).transpose(1, 2) for p in (a.q_proj, a.k_proj))
         q, k = apply_rotary_pos_emb(q, k, *self.positions)
-        logits = q[:, :, rows] @ k.transpose(-1, -2) * a.scaling
-        hidden = (torch.arange(length) > rows[:, None]) | (inputs["attention_mask"] == 0)[:, None, None]
-        maps = logits.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
-        picture = (inputs["input_ids"] == image_token)[:, None].expand_as(maps)
-        return maps[picture].view(n, count, -1)
+        return (q @ k.transpose(-1, -2) * a.scaling).masked_fill(~visible, -torch.inf).softmax(-1).mean(1)
 
 
-def train_localisation(
-    model, processor, pictures: EncodedScenes, held_out: EncodedScenes, steps: int, seed: int, batch: int = 48
+def train_low_resolution(
+    model,
+    processor,
+    pictures: EncodedScenes,
+    held_out: EncodedScenes,
+    first_layer: int,
+    localise_steps: int = 300,
+    answer_steps: int = 900,
+    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Stage 3. Returns by task, on held-out pictures, the map's mass on the answer cells and how often its largest cell is one of them."""
-    rng, language = random.Random(f"localise {seed}"), model.model.language_model
-    first_layer, layers = model.config.flexattn.first_layer, language.layers
-    parameters = trained(language, lambda name: name.startswith(("embed_tokens", *(f"layers.{i}." for i in range(first_layer)))))
+    """Stages 3 and 4: the language model learns where to look, and to answer from the low resolution.
+
+    Answers are learned about large objects, which the low resolution shows. The encoder writes them as it writes small ones
+    at high resolution: what is learned here serves every system, whichever way it brings the tokens in. Stage 3 alone comes
+    first, as a map that lies on the sign is what lets the later layers learn to read it.
+
+    Args:
+        model: A plain LLaVA, without high resolution.
+        first_layer: The map of the layer before it is supervised to lie on the answer boxes.
+    Returns:
+        By task, on held-out pictures: the map's mass on the answer cells, how often its largest cell is one of them, and
+        the exact answers to questions about small and about large objects.
+    """
+    rng = random.Random(f"low resolution {seed}")
+    language, layers = model.model.language_model, model.model.language_model.layers
     map_of = MapOfLayer(model, first_layer - 1)
+    by_size = {size: [number for number, scene in enumerate(pictures.scenes) if scene.size == size] for size in SIZES}
 
-    def run(source: EncodedScenes, picks: list[Pick]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        inputs = source.batch(picks, processor, None)
-        language(inputs_embeds=embeddings(model, inputs), attention_mask=inputs["attention_mask"], use_cache=False)
-        answers = inputs["labels"] != UNSURE  # a row predicts the label after it
-        count = int(answers.sum(1).max())
-        maps = map_of(inputs, processor.image_token_id, count)
-        return maps, source.answer_cells(picks)[:, None].expand_as(maps).float(), answers[:, -count:]
+    def run(source: EncodedScenes, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of every row that predicts an answer token: logits, label, map over the picture, and the cells it should lie on."""
+        packed = source.packed(numbers, processor)
+        picture = packed["input_ids"] == processor.image_token_id
+        embedded = model.get_input_embeddings()(packed["input_ids"]).masked_scatter(picture.unsqueeze(-1), packed["image_features"])
+        hidden = language(
+            inputs_embeds=embedded, attention_mask=packed["visible"], position_ids=packed["position_ids"], use_cache=False
+        ).last_hidden_state
+        rows = packed["cells"].any(-1)
+        maps = map_of(packed["visible"])[rows]
+        begin = int(picture[0].int().argmax())
+        labels = packed["labels"].roll(-1, 1)[rows]  # a row predicts the label after it
+        return model.lm_head(hidden[rows]), labels, maps[:, begin : begin + picture[0].sum()], packed["cells"][rows].float()
 
-    def loss_of(_: int) -> torch.Tensor:
-        maps, cells, rows = run(pictures, pictures.sample(rng, batch))
-        return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1))[rows].mean()
+    def off_boxes(maps: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1)).mean()
+
+    def localise_loss(_: int) -> torch.Tensor:
+        return off_boxes(*run(pictures, rng.sample(range(len(pictures.scenes)), 24))[2:])
+
+    def answer_loss(_: int) -> torch.Tensor:
+        logits, labels, maps, cells = run(pictures, rng.sample(by_size["large"], 24))
+        return functional.cross_entropy(logits, labels) + 0.3 * off_boxes(maps, cells)
 
     @torch.no_grad()
     def found() -> dict[str, dict[str, float]]:
-        maps, cells, rows = run(held_out, held_out.asked())
-        mass, largest = (maps * cells).sum(-1), cells.gather(-1, maps.argmax(-1, keepdim=True))[..., 0]
-        result = {}
-        for task in TASKS:
-            of_task = rows & torch.tensor([scene.asked.task == task for scene in held_out.scenes])[:, None]
-            result[task] = {"mass": mass[of_task].mean().item(), "largest": largest[of_task].mean().item()}
+        result: dict[str, dict[str, float]] = {}
+        for task, size in itertools.product(TASKS, SIZES):
+            chosen = [k for k, scene in enumerate(held_out.scenes) if (scene.asked.task, scene.size) == (task, size)]
+            asked = replace(held_out, scenes=[replace(scene, questions=(scene.asked,)) for scene in held_out.scenes])
+            logits, labels, maps, cells = run(asked, chosen)
+            right = (logits.argmax(-1) == labels).view(len(chosen), -1).all(1)
+            largest = cells.gather(-1, maps.argmax(-1, keepdim=True))
+            row = {"mass": (maps * cells).sum(-1), "largest": largest, "right": right.float()}
+            result[f"{task} {size}"] = {name: value.mean().item() for name, value in row.items()}
         return result
 
     def report() -> str:
-        return "held-out mass, largest: " + "; ".join(f"{task} {row['mass']:.2f} {row['largest']:.2f}" for task, row in found().items())
+        return "held-out mass, largest cell, right: " + "; ".join(
+            f"{kind} " + " ".join(f"{x:.2f}" for x in row.values()) for kind, row in found().items()
+        )
 
-    language.layers = layers[:first_layer]  # the map needs no later one
+    early = ("embed_tokens", *(f"layers.{i}." for i in range(first_layer)))
     try:
-        train_loop("localise", steps, parameters, 1e-2, loss_of, report)
+        language.set_attn_implementation("sdpa")  # takes the mask of packed questions
+        language.layers = layers[:first_layer]  # the map needs no later one
+        trained(model, lambda name: False)
+        train_loop("localise", localise_steps, trained(language, lambda name: name.startswith(early)), 1e-2, localise_loss, report)
+        language.layers = layers
+        parameters = trained(model, lambda name: "language_model" in name or "lm_head" in name)
+        train_loop("answer", answer_steps, parameters, 1e-2, answer_loss, report)
         return found()
     finally:
         language.layers = layers
+        language.set_attn_implementation(attention.NAME)
         map_of.handle.remove()
 
 
-def embeddings(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[n, N, D]: the prompts with the image tokens in place."""
-    picture = inputs["input_ids"] == model.config.image_token_id
-    return model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(picture.unsqueeze(-1), inputs["image_features"])
+def exact_answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[n] bool: every answer token, the end included, is the likeliest after the true ones before it: the greedy answer is right.
+
+    Args:
+        logits, labels: [n, N, vocabulary] and [n, N] of a batch with answers.
+    """
+    return ((logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == UNSURE)).all(1)

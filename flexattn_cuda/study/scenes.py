@@ -295,8 +295,10 @@ class Painter:
 
 
 def sign_questions(signs: Sequence[Sign]) -> Iterator[Question]:
+    """The answer box is what is on the sign, not the plate, most of which is plain."""
     for sign in signs:
-        names, boxes = [glyph.name for glyph in sign.glyphs], (sign.box,)
+        names, corners = [glyph.name for glyph in sign.glyphs], list(zip(*(glyph.box for glyph in sign.glyphs)))
+        boxes = ((min(corners[0]), min(corners[1]), max(corners[2]), max(corners[3])),)
         if names[0].isdigit():
             yield Question("text", f"What number is on the {sign.color} sign?", tuple(names), boxes)
         elif len(names) == 1:
