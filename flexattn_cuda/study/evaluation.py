@@ -60,14 +60,15 @@ def attention_in_boxes(
         some = picks[begin : begin + batch]
         inputs = questions.batch(some, processor, settings)
         model(**inputs, use_cache=False)
-        answered = (inputs["labels"] != -100).sum(1)
+        ids, rows = inputs["input_ids"], torch.arange(len(some))
+        first = (inputs["labels"] != -100).int().argmax(1) - 1
+        visible = torch.ones(*2 * [ids.shape[1]], dtype=torch.bool).tril() & (inputs["attention_mask"] == 1)[:, None, None]
         cells = questions.answer_cells(some).float()
         for layer, map_of in zip(layers, maps_of):
-            maps = map_of(inputs, processor.image_token_id, int(answered.max()))
-            first = maps[torch.arange(len(some)), maps.shape[1] - answered]
-            first = first / first.sum(-1, keepdim=True)
-            largest = cells.gather(-1, first.argmax(-1, keepdim=True))[:, 0]
-            for row, values in enumerate(torch.stack([(first * cells).sum(-1), largest, cells.mean(-1)], 1)):
+            maps = map_of(visible)[rows, first][ids == processor.image_token_id].view(len(some), -1)
+            maps = maps / maps.sum(-1, keepdim=True)
+            largest = cells.gather(-1, maps.argmax(-1, keepdim=True))[:, 0]
+            for row, values in zip(rows.tolist(), torch.stack([(maps * cells).sum(-1), largest, cells.mean(-1)], 1)):
                 sums.setdefault((layer, questions.scenes[some[row][0]].size), []).append(values)
     for map_of in maps_of:
         map_of.handle.remove()

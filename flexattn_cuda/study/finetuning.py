@@ -15,13 +15,10 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from flexattn_cuda import checkpoints
-from flexattn_cuda.configuration import FlexAttnConfig
-from flexattn_cuda.modeling import FlexAttnLlavaForConditionalGeneration
-from flexattn_cuda.processing import FlexAttnLlavaProcessor
 from flexattn_cuda.study.encoded_scenes import EncodedScenes, Pick
 from flexattn_cuda.study.evaluation import answers, attention_in_boxes, selection
 from flexattn_cuda.study.presets import Preset, settings_for
+from flexattn_cuda.study.start import load
 from flexattn_cuda.training import FlexAttnTrainer, last_complete_checkpoint
 
 
@@ -55,14 +52,6 @@ def run_system(folder: Path, seed: int, system: str, preset: Preset, tell: Calla
     unfinished.write_text(json.dumps(outcome))
     os.replace(unfinished, folder / f"{system}.json")
     shutil.rmtree(folder / f"{system}.checkpoints", ignore_errors=True)
-
-
-def load(folder: Path, settings: FlexAttnConfig | None) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
-    """A checkpoint as another system; None is plain LLaVA."""
-    config = checkpoints.load_config(folder)
-    config.flexattn_config = None if settings is None else settings.to_dict()
-    model = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder, config=config)
-    return model.eval(), FlexAttnLlavaProcessor.from_pretrained(folder, config=model.config)
 
 
 class Picks(torch.utils.data.Dataset):

@@ -20,6 +20,7 @@ class Preset:
     questions: int
     encoder_steps: int
     localise_steps: int
+    answer_steps: int
     steps: int
     batch: int
     rate: float
@@ -27,8 +28,8 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(pictures=60, questions=20, encoder_steps=4, localise_steps=3, steps=4, batch=8, rate=1e-2),
-    "small": Preset(pictures=2400, questions=1600, encoder_steps=2200, localise_steps=900, steps=1200, batch=48, rate=1e-2),
+    "tiny": Preset(pictures=60, questions=20, encoder_steps=4, localise_steps=3, answer_steps=3, steps=4, batch=8, rate=1e-2),
+    "small": Preset(pictures=2400, questions=1600, encoder_steps=2200, localise_steps=150, answer_steps=1500, steps=700, batch=48, rate=1e-2),
 }
 
 

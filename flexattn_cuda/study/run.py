@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from flexattn_cuda.processing import InputError
 from flexattn_cuda.report import Report
+from flexattn_cuda.study import pretraining
 from flexattn_cuda.study.collection import collect
 from flexattn_cuda.study.figures import require_matplotlib
 from flexattn_cuda.study.finetuning import run_system
@@ -93,7 +95,7 @@ def _run(
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, Report(len(seeds) * (1 + len(systems)), "units", progress) as report:
         said = manager.Queue()
-        with ProcessPoolExecutor(jobs or len(os.sched_getaffinity(0)), context, initializer=_one_thread) as pool:
+        with ProcessPoolExecutor(jobs or len(os.sched_getaffinity(0)), context, initializer=_begin_process) as pool:
             running: dict[Future, tuple[int, str]] = {}
 
             def submit(seed: int, unit: str) -> None:
@@ -118,8 +120,11 @@ def _run(
                             submit(seed, system)
 
 
-def _one_thread() -> None:
+def _begin_process() -> None:
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    pretraining.console.quiet = True  # what it tells goes through the queue
 
 
 def _unit(folder: Path, seed: int, unit: str, photographs: list[Path], preset: str, said: Any) -> None:

@@ -4,76 +4,82 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flexattn_cuda import checkpoints
+from flexattn_cuda.configuration import FlexAttnConfig
+from flexattn_cuda.modeling import FlexAttnLlavaForConditionalGeneration
+from flexattn_cuda.processing import FlexAttnLlavaProcessor
 from flexattn_cuda.study import pretraining
 from flexattn_cuda.study.encoded_scenes import EncodedScenes, encode_scenes, resolutions_of
 from flexattn_cuda.study.evaluation import selection
 from flexattn_cuda.study.presets import SYSTEMS, Preset, settings_for
-from flexattn_cuda.study.pretraining import EncoderData
-from flexattn_cuda.study.scenes import Painter, find_photographs, make_scenes, vocabulary
+from flexattn_cuda.study.scenes import find_photographs, make_scenes, vocabulary
 from flexattn_cuda.study.small_model import build_model, build_processor
 
 
 def make_start(folder: Path, seed: int, preset: Preset, photographs: Sequence[Path], tell: Callable[[str], None]) -> None:
-    """Trains what the systems of a seed share, and encodes its pictures at every resolution."""
-    train, held_out = (find_photographs(photographs, part) for part in (False, True))
-    flexattn = settings_for("flexattn", preset.sizes)
-    torch.manual_seed(seed)
-    processor = build_processor(vocabulary(), flexattn, preset.sizes)
-    model = build_model(processor, flexattn, preset.sizes)
-    found: dict[str, Any] = {"seconds": {}}
+    """Trains what the systems of a seed share, and encodes its pictures at every resolution.
 
-    @contextmanager
-    def stage(name: str) -> Iterator[None]:
-        begun = time.process_time()
-        tell(name)
-        yield
-        found["seconds"][name] = round(time.process_time() - begun, 1)
+    Written into `folder`: encoder.pt, pictures.pt (to train on), questions.pt (to ask), and last the folder start, a checkpoint
+    of plain LLaVA with start.json: CPU seconds and held-out figures of the stages, and what the first map selects.
+    """
+    train, held_out = (find_photographs(photographs, part) for part in (False, True))
+    torch.manual_seed(seed)
+    processor = build_processor(vocabulary(), settings_for("flexattn", preset.sizes), preset.sizes)
+    model = build_model(processor, None, preset.sizes)
 
     def stored(name: str, make: Callable[[], Any]) -> Any:
-        path = folder / name
+        path = folder / f"{name}.pt"
         if not path.exists():
-            with stage(name.partition(".")[0]):
-                made = make()
-                torch.save(made, path.with_suffix(".new"))
+            tell(name)
+            torch.save(make(), path.with_suffix(".new"))
             os.replace(path.with_suffix(".new"), path)
         return torch.load(path, weights_only=False, mmap=True)
 
     def encoder() -> dict[str, Any]:
+        begun = time.process_time()
         accuracy = pretraining.train_encoder(model, processor, train, held_out, preset.encoder_steps, seed)
-        data = EncoderData(Painter(train, None, random.Random(f"whiten {seed}")), processor.image_processor, preset.sizes.patch)
-        pretraining.whiten(model, data.batch(128)[0])
-        return {"weights": model.state_dict(), "accuracy": accuracy}
+        return {"weights": model.state_dict(), "accuracy": accuracy, "seconds": time.process_time() - begun}
 
-    kept = stored("encoder.pt", encoder)
-    model.load_state_dict(kept["weights"])
-    found["encoder"] = kept["accuracy"]
-    resolutions = resolutions_of(settings_for(system, preset.sizes) for system in SYSTEMS)
-
-    def encoded(photos: list, count: int, number: int) -> EncodedScenes:
+    def encoded(photos: list, count: int, number: int, resolutions: Sequence[tuple[int, int]]) -> EncodedScenes:
         return encode_scenes(model, processor, make_scenes(photos, count, 10 * seed + number), resolutions)
 
-    pictures = stored("pictures.pt", lambda: encoded(train, preset.pictures, 0))
-    stored("questions.pt", lambda: encoded(held_out, preset.questions, 1))
-    checked = encode_scenes(model, processor, make_scenes(held_out, min(250, preset.questions), 10 * seed + 2), [])
-    with stage("localise"):
-        torch.manual_seed(seed)
-        found["localise"] = pretraining.train_localisation(model, processor, pictures, checked, preset.localise_steps, seed)
-        found["selected"] = selection(model, processor, pictures)
-    # Plain LLaVA: what a system has beyond it starts as its configuration says.
+    kept = stored("encoder", encoder)
+    model.load_state_dict(kept["weights"])
+    resolutions = resolutions_of(settings_for(system, preset.sizes) for system in SYSTEMS)
+    pictures = stored("pictures", lambda: encoded(train, preset.pictures, 0, resolutions))
+    stored("questions", lambda: encoded(held_out, preset.questions, 1, resolutions))
+
+    tell("low resolution")
+    begun = time.process_time()
+    torch.manual_seed(seed)
+    checked = encoded(held_out, min(250, preset.questions), 2, [])
+    first_layer, steps = preset.sizes.first_layer, (preset.localise_steps, preset.answer_steps)
+    low = pretraining.train_low_resolution(model, processor, pictures, checked, first_layer, *steps, seed)
+    found = {
+        "encoder": {"seconds": round(kept["seconds"]), "accuracy": kept["accuracy"]},
+        "low resolution": {"seconds": round(time.process_time() - begun), "held out": low},
+    }
     unfinished = folder / "start.new"
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.config.flexattn_config = None
-    model.save_pretrained(unfinished, state_dict={name: weight for name, weight in model.state_dict().items() if "_proj_hd." not in name})
+    model.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
+    settings = settings_for("flexattn", preset.sizes)
+    found["selected"] = selection(*load(unfinished, settings), pictures)
     (unfinished / "start.json").write_text(json.dumps(found))
     os.replace(unfinished, folder / "start")
+
+
+def load(folder: Path, settings: FlexAttnConfig | None) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
+    """A checkpoint as another system; None is plain LLaVA."""
+    config = checkpoints.load_config(folder)
+    config.flexattn_config = None if settings is None else settings.to_dict()
+    model = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder, config=config)
+    return model.eval(), FlexAttnLlavaProcessor.from_pretrained(folder, config=config)
