@@ -101,6 +101,23 @@ def test_training_draws_every_task_of_a_picture_alike(encoded):
     assert abs(tasks.count("comparison") - 100) < 4 * 50**0.5
 
 
+@pytest.mark.parametrize("system", ["llava", "hd", "xattn"])
+def test_pictures_and_their_features_are_answered_alike(system):
+    """Within the rounding of the features to half: 2^-11 of values of a few units, through a few layers."""
+    settings = settings_of(system, SIZES.lowres)
+    processor = build_processor(vocabulary(), settings, SIZES)
+    torch.manual_seed(0)
+    model = build_model(processor, settings, SIZES)
+    high = [(settings.zoom, settings.highres_size)] if settings else []
+    own = encode_scenes(model, processor, make_scenes([photograph(0)], 1, seed=0), high)
+    scene = next(make_scenes([photograph(0)], 1, seed=0))
+    inputs = processor(images=scene.picture, text=processor.prompt(scene.asked.text))
+    features = own.batch(own.asked(), processor, settings, answers=False)
+    assert torch.equal(features["input_ids"], inputs["input_ids"])
+    with torch.no_grad():
+        torch.testing.assert_close(model(**features).logits, model(**inputs).logits, atol=2e-2, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def plain():
     """A LLaVA without high resolution."""

@@ -131,7 +131,7 @@ def test_answers_are_balanced(photographs):
     """Within four standard errors of uniform, in what is asked and in all questions of the training."""
     painter = Painter(photographs, None, random.Random(3))
     painter.background = lambda width, height, shares: Image.new("RGB", (width, height))
-    drawn = {task: [painter.scene(task, "small") for _ in range(300)] for task in TASKS}
+    drawn = {task: [painter.scene(task, "small", turn) for turn in range(300)] for task in TASKS}
     possible = {"attribute": SHAPES, "spatial": ("left", "right"), "presence": ("yes", "no"), "comparison": ("yes", "no")}
     for task, answers in possible.items():
         for chosen in (
@@ -145,6 +145,12 @@ def test_answers_are_balanced(photographs):
     digits = Counter(digit for scene in drawn["text"] for digit in scene.asked.answer)
     assert set(digits) == set("0123456789")
     assert max(abs(count - 60) for count in digits.values()) < 4 * (600 * 0.1 * 0.9) ** 0.5
+
+
+def test_two_answers_are_asked_for_equally_often(scenes):
+    for task, size in ((task, size) for task in TASKS for size in SIZES if CHANCE[task] == 1 / 2):
+        counts = Counter(scene.asked.answer for scene in scenes if (scene.asked.task, scene.size) == (task, size))
+        assert sorted(counts.values()) == [15, 15]
 
 
 def test_how_many_vehicles_there_are_tells_nothing_about_the_answer():

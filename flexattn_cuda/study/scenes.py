@@ -136,7 +136,8 @@ def make_scenes(
     font: Path | None = None,
     first: int = 0,
 ) -> Iterator[Scene]:
-    """Scenes `first` to `first + count` of a seed: the tasks in turn, the sizes in turn after each round of tasks.
+    """Scenes `first` to `first + count` of a seed: the tasks in turn, the sizes in turn after each round of tasks, and the
+    two answers of a task that has two in turn after each round of sizes.
 
     Every scene depends on the seed and its number alone.
 
@@ -145,7 +146,9 @@ def make_scenes(
     """
     for number in range(first, first + count):
         painter = Painter(photographs, font, random.Random(f"{seed} {number}"))
-        yield painter.scene(tasks[number % len(tasks)], sizes[number // len(tasks) % len(sizes)])
+        rounds, task = divmod(number, len(tasks))
+        turn, size = divmod(rounds, len(sizes))
+        yield painter.scene(tasks[task], sizes[size], turn)
 
 
 def vocabulary() -> list[str]:
@@ -164,8 +167,8 @@ class Painter:
         self.photographs, self.rng = photographs, rng
         self._font_file, self._fonts = font, {}
 
-    def scene(self, task: str, size: str) -> Scene:
-        """A picture for a question of the task."""
+    def scene(self, task: str, size: str, turn: int = 0) -> Scene:
+        """A picture for a question of the task; where a picture has questions with two answers, `turn` chooses one of these."""
         rng = self.rng
         aspect = rng.choice(ASPECTS)
         width, height = (round(SIDE * part) for part in aspect)
@@ -183,7 +186,11 @@ class Painter:
         margin = ((width - SIDE) // 2, (height - SIDE) // 2)
         signs, vehicles = (tuple(part.moved(*margin) for part in parts) for parts in (signs, vehicles))
         questions = (*sign_questions(signs), *vehicle_questions(vehicles))
-        asked = rng.choice([question for question in questions if question.task == task])
+        of_task = [question for question in questions if question.task == task]
+        if CHANCE[task] == 1 / 2:
+            answers = sorted({question.answer for question in of_task})
+            of_task = [question for question in of_task if question.answer == answers[turn % len(answers)]]
+        asked = rng.choice(of_task)
         return Scene(picture, size, asked, questions, signs, vehicles)
 
     def content(self, task: str) -> tuple[str, ...]:

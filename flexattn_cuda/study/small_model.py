@@ -71,8 +71,11 @@ def build_processor(texts: Iterable[str], flexattn: FlexAttnConfig | None, sizes
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"},
     )  # fmt: skip
-    highres = None if flexattn is None else flexattn.highres_size
-    image_processor = FlexAttnLlavaImageProcessor(highres_size=highres, lowres_size=sizes.lowres, lr_side=sizes.lr_side)
+    in_sequence = (flexattn.highres_size // sizes.patch) ** 2 if flexattn is not None and flexattn.system == "hd" else 0
+    image_processor = FlexAttnLlavaImageProcessor(
+        highres_size=None if flexattn is None else flexattn.highres_size, lowres_size=sizes.lowres, lr_side=sizes.lr_side,
+        picture_tokens=sizes.lr_side**2 + in_sequence,
+    )  # fmt: skip
     return FlexAttnLlavaProcessor(image_processor, fast, chat_template=TEMPLATE)
 
 
