@@ -144,8 +144,8 @@ def test_packed_questions_are_answered_as_alone(plain, built, encoded):
             rows = packed["cells"][row].any(-1)
             torch.testing.assert_close(plain.lm_head(hidden[row, rows]), expected, atol=1e-5, rtol=1e-4)
             assert torch.equal(packed["labels"][row].roll(-1)[rows], alone["labels"][alone["labels"] != UNSURE])
-            cells = encoded.answer_cells(picks).repeat_interleave(predicting.sum(1), 0)
-            assert torch.equal(packed["cells"][row][rows], cells)
+            looks = [boxes for _, question in picks for boxes in (*question.looks, question.boxes)]
+            assert torch.equal(packed["cells"][row][rows], torch.stack([cells_of(boxes, SIZES.lr_side) for boxes in looks]))
 
 
 def test_the_supervised_map_is_the_one_that_selects(built, encoded):

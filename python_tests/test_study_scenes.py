@@ -95,7 +95,7 @@ def test_answers_follow_from_what_is_drawn(scenes):
         for question in scene.questions:
             words = question.text.lower().strip("?").split()
             if question.task in ("presence", "comparison"):
-                assert question.boxes == tuple(vehicle.box for vehicle in scene.vehicles)
+                assert question.looks == (tuple(vehicle.box for vehicle in scene.vehicles),)
                 counts = Counter(vehicle.name for vehicle in scene.vehicles)
                 if question.task == "presence":
                     right = counts[words[-1]] > 0
@@ -104,12 +104,13 @@ def test_answers_follow_from_what_is_drawn(scenes):
                 assert question.answer == ("yes" if right else "no",)
             else:
                 (sign,) = (sign for sign in scene.signs if sign.color in words)
-                (answer,), glyphs = question.boxes, np.array([glyph.box for glyph in sign.glyphs])
-                assert answer == (*glyphs[:, :2].min(0), *glyphs[:, 2:].max(0))
-                names = tuple(glyph.name for glyph in sign.glyphs)
+                names, looks = tuple(glyph.name for glyph in sign.glyphs), tuple((glyph.box,) for glyph in sign.glyphs)
                 if question.task == "spatial":
-                    assert question.answer == ("left" if names.index(words[2]) == 0 else "right",)
+                    subject = names.index(words[2])
+                    assert question.answer == (("left", "right")[subject],) and question.looks == (looks[subject],)
+                    assert names[1 - subject] == words[8]
                 else:
+                    assert question.looks == looks
                     assert question.answer == names and len(names) == (2 if question.task == "text" else 1)
 
 

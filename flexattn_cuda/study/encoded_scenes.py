@@ -100,7 +100,8 @@ class EncodedScenes:
                     part, places, labels = [0] * shared, list(range(shared)), [-100] * shared
                 answer = [*tokenizer.convert_tokens_to_ids(list(question.answer)), tokenizer.eos_token_id]
                 own = text[at + 1 :] + answer
-                cells += [(len(ids) + len(own) - 1 - back, question.boxes) for back in range(1, len(answer) + 1)]
+                looks = (*question.looks, question.boxes)  # the end of an answer looks at all of it
+                cells += [(len(ids) + len(own) - len(answer) - 1 + token, boxes) for token, boxes in enumerate(looks)]
                 labels += [-100] * (len(own) - len(answer)) + answer
                 places += range(shared, shared + len(own))
                 part += [k] * len(own)

@@ -38,6 +38,7 @@ console = Console()
 GLYPHS = tuple("0123456789") + SHAPES
 CLASSES = {"colour": tuple(COLORS), "glyph": GLYPHS, "place": ("first", "second"), "vehicle": VEHICLES}
 """What the heads of the encoder stage tell apart, besides "nothing"."""
+_ON_SIGNS = TASKS[:3]  # two digits are the hardest to read, and twice as often there
 _NOTHING_WEIGHT = (0.3, 0.1, 0.1, 0.15)  # most tokens show nothing
 UNSURE = -100  # tokens that show too little of an object to learn from: without a loss
 READABLE_PIXELS = 6.0  # height from which a glyph, and length from which a vehicle is told apart
@@ -178,7 +179,7 @@ class EncoderData:
         if rng.random() < 0.65:
             picture = painter.background(drawn, drawn, shares)
             for color in rng.choices(list(COLORS), k=min(12, max(2, round(crowd * rng.uniform(15, 45))))):
-                painter.add_sign(picture, color, lambda: painter.content(rng.choice(TASKS[:3])), signs, scale)
+                painter.add_sign(picture, color, lambda: painter.content(rng.choices(_ON_SIGNS, (1, 1, 2))[0]), signs, scale)
         else:
             picture = painter.ground(drawn, drawn)
             for kind in rng.choices(VEHICLES, k=min(16, max(2, round(crowd * rng.uniform(20, 80))))):
@@ -354,7 +355,7 @@ def train_low_resolution(
     """
     rng = random.Random(f"low resolution {seed}")
     language, layers = model.model.language_model, model.model.language_model.layers
-    map_of = MapOfLayer(model, first_layer - 1)
+    maps_of = [MapOfLayer(model, layer) for layer in range(first_layer - 1, len(layers))]
     by_size = {size: [number for number, scene in enumerate(pictures.scenes) if scene.size == size] for size in SIZES}
 
     def run(source: EncodedScenes, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -366,13 +367,13 @@ def train_low_resolution(
             inputs_embeds=embedded, attention_mask=packed["visible"], position_ids=packed["position_ids"], use_cache=False
         ).last_hidden_state
         rows = packed["cells"].any(-1)
-        maps = map_of(packed["visible"])[rows]
         begin = int(picture[0].int().argmax())
+        maps = [map_of(packed["visible"])[rows][:, begin : begin + picture[0].sum()] for map_of in maps_of[: len(language.layers) - first_layer + 1]]
         labels = packed["labels"].roll(-1, 1)[rows]  # a row predicts the label after it
-        return model.lm_head(hidden[rows]), labels, maps[:, begin : begin + picture[0].sum()], packed["cells"][rows].float()
+        return model.lm_head(hidden[rows]), labels, torch.stack(maps), packed["cells"][rows].float()
 
     def off_boxes(maps: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-        return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1)).mean()
+        return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1)).mean(-1).sum()
 
     def localise_loss(_: int) -> torch.Tensor:
         return off_boxes(*run(pictures, rng.sample(range(len(pictures.scenes)), 24))[2:])
@@ -389,6 +390,7 @@ def train_low_resolution(
             asked = replace(held_out, scenes=[replace(scene, questions=(scene.asked,)) for scene in held_out.scenes])
             logits, labels, maps, cells = run(asked, chosen)
             right = (logits.argmax(-1) == labels).view(len(chosen), -1).all(1)
+            maps = maps[0]
             largest = cells.gather(-1, maps.argmax(-1, keepdim=True))
             row = {"mass": (maps * cells).sum(-1), "largest": largest, "right": right.float()}
             result[f"{task} {size}"] = {name: value.mean().item() for name, value in row.items()}
@@ -412,7 +414,8 @@ def train_low_resolution(
     finally:
         language.layers = layers
         language.set_attn_implementation(attention.NAME)
-        map_of.handle.remove()
+        for map_of in maps_of:
+            map_of.handle.remove()
 
 
 def exact_answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -74,12 +74,22 @@ class Sign:
 
 @dataclass(frozen=True)
 class Question:
-    """task: One of TASKS. answer: Its words, one token each. boxes: What has to be looked at, in pixels of the padded square."""
+    """
+    Attributes:
+        task: One of TASKS.
+        answer: Its words, one token each.
+        looks: For each of them, the boxes that have to be looked at, in pixels of the padded square.
+    """
 
     task: str
     text: str
     answer: tuple[str, ...]
-    boxes: tuple[Box, ...]
+    looks: tuple[tuple[Box, ...], ...]
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        """All that has to be looked at."""
+        return tuple(dict.fromkeys(box for boxes in self.looks for box in boxes))
 
 
 @dataclass(frozen=True)
@@ -302,17 +312,16 @@ class Painter:
 
 
 def sign_questions(signs: Sequence[Sign]) -> Iterator[Question]:
-    """The answer box is what is on the sign, not the plate, most of which is plain."""
+    """The boxes are those of what is on a sign, not of the plate, most of which is plain."""
     for sign in signs:
-        names, corners = [glyph.name for glyph in sign.glyphs], list(zip(*(glyph.box for glyph in sign.glyphs)))
-        boxes = ((min(corners[0]), min(corners[1]), max(corners[2]), max(corners[3])),)
+        names, looks = tuple(glyph.name for glyph in sign.glyphs), tuple((glyph.box,) for glyph in sign.glyphs)
         if names[0].isdigit():
-            yield Question("text", f"What number is on the {sign.color} sign?", tuple(names), boxes)
+            yield Question("text", f"What number is on the {sign.color} sign?", names, looks)
         elif len(names) == 1:
-            yield Question("attribute", f"What shape is on the {sign.color} sign?", tuple(names), boxes)
+            yield Question("attribute", f"What shape is on the {sign.color} sign?", names, looks)
         else:
-            for (one, other), answer in ((names, "left"), (names[::-1], "right")):
-                yield Question("spatial", f"Is the {one} left or right of the {other} on the {sign.color} sign?", (answer,), boxes)
+            for name, other, look, answer in zip(names, names[::-1], looks, ("left", "right")):
+                yield Question("spatial", f"Is the {name} left or right of the {other} on the {sign.color} sign?", (answer,), (look,))
 
 
 def vehicle_questions(vehicles: Sequence[Glyph]) -> Iterator[Question]:
@@ -321,11 +330,11 @@ def vehicle_questions(vehicles: Sequence[Glyph]) -> Iterator[Question]:
     boxes = tuple(vehicle.box for vehicle in vehicles)
     counts = {kind: sum(vehicle.name == kind for vehicle in vehicles) for kind in VEHICLES}
     for kind, count in counts.items():
-        yield Question("presence", f"Is there a {kind}?", ("yes" if count else "no",), boxes)
+        yield Question("presence", f"Is there a {kind}?", ("yes" if count else "no",), (boxes,))
     for one, other in ((one, other) for one in VEHICLES for other in VEHICLES):
         if counts[one] and counts[other] and counts[one] != counts[other]:
             answer = "yes" if counts[one] > counts[other] else "no"
-            yield Question("comparison", f"Are there more {one}s than {other}s?", (answer,), boxes)
+            yield Question("comparison", f"Are there more {one}s than {other}s?", (answer,), (boxes,))
 
 
 def shape_outline(name: str) -> list[tuple[float, float]]:
