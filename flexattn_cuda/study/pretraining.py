@@ -38,7 +38,6 @@ console = Console()
 GLYPHS = tuple("0123456789") + SHAPES
 CLASSES = {"colour": tuple(COLORS), "glyph": GLYPHS, "place": ("first", "second"), "vehicle": VEHICLES}
 """What the heads of the encoder stage tell apart, besides "nothing"."""
-_ON_SIGNS = TASKS[:3]  # two digits are the hardest to read, and twice as often there
 _NOTHING_WEIGHT = (0.3, 0.1, 0.1, 0.15)  # most tokens show nothing
 UNSURE = -100  # tokens that show too little of an object to learn from: without a loss
 READABLE_PIXELS = 6.0  # height from which a glyph, and length from which a vehicle is told apart
@@ -179,7 +178,7 @@ class EncoderData:
         if rng.random() < 0.65:
             picture = painter.background(drawn, drawn, shares)
             for color in rng.choices(list(COLORS), k=min(12, max(2, round(crowd * rng.uniform(15, 45))))):
-                painter.add_sign(picture, color, lambda: painter.content(rng.choices(_ON_SIGNS, (1, 1, 2))[0]), signs, scale)
+                painter.add_sign(picture, color, self._on_a_sign, signs, scale)
         else:
             picture = painter.ground(drawn, drawn)
             for kind in rng.choices(VEHICLES, k=min(16, max(2, round(crowd * rng.uniform(20, 80))))):
@@ -193,6 +192,11 @@ class EncoderData:
         for vehicle in vehicles:
             labels.add_vehicle(vehicle.moved(left / ratio, top / ratio, ratio))
         return self._pixels(part), labels.tensors()
+
+    def _on_a_sign(self) -> tuple[str, ...]:
+        """Digits, which are the hardest to read, twice as often."""
+        rng = self.painter.rng
+        return self.painter.content(rng.choices(TASKS[:3], (1, 1, 2))[0], rng.randrange(2))
 
     def whole(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """A picture at low resolution."""

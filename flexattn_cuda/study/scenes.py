@@ -5,7 +5,7 @@ be seen there, as in V* Bench: a sign by its colour, the objects of an aerial sc
 
     task        question                                                answer          in the spirit of
     attribute   What shape is on the red sign?                          star            V* Bench, attribute
-    spatial     Is the star left or right of the circle on the red sign? left            V* Bench, spatial relation
+    spatial     Is the circle left or right of the star on the red sign? left            V* Bench, spatial relation
     text        What number is on the red sign?                         4 7             TextVQA, MagnifierBench
     presence    Is there a boat?                                        yes             RSVQA-HRBEN, presence
     comparison  Are there more boats than cars?                         no              RSVQA-HRBEN, comparison
@@ -164,7 +164,7 @@ def make_scenes(
 def vocabulary() -> list[str]:
     """Texts with every word of the questions and answers."""
     signs = [Sign(color, tuple(Glyph(name, (0, 0, 1, 1)) for name in names), (0, 0, 1, 1))
-             for color in COLORS for names in (("0", "0"), *zip(SHAPES), (SHAPES[0], SHAPES[1]))]  # fmt: skip
+             for color in COLORS for names in (("0", "0"), *zip(SHAPES), ("circle", "star"), ("star", "circle"))]  # fmt: skip
     fleets = [[Glyph(kind, (0, 0, 1, 1)) for kind in (one, one, other)] for one in VEHICLES for other in VEHICLES if one != other]
     questions = [*sign_questions(signs), *(question for fleet in fleets for question in vehicle_questions(fleet))]
     return [text for question in questions for text in (question.text, *question.answer)]
@@ -191,8 +191,9 @@ class Painter:
         else:
             picture = self.background(width, height, (0.45, 1.0))
             asked_for = [task] + [rng.choice(TASKS[:3]) for _ in range(rng.choice((2, 3)))]
-            for color, other in zip(rng.sample(list(COLORS), len(asked_for)), asked_for):
-                self.add_sign(picture, color, lambda: self.content(other), signs, scale)
+            turns = [turn] + [rng.randrange(2) for _ in asked_for[1:]]
+            for color, *content in zip(rng.sample(list(COLORS), len(asked_for)), asked_for, turns):
+                self.add_sign(picture, color, lambda: self.content(*content), signs, scale)
         margin = ((width - SIDE) // 2, (height - SIDE) // 2)
         signs, vehicles = (tuple(part.moved(*margin) for part in parts) for parts in (signs, vehicles))
         questions = (*sign_questions(signs), *vehicle_questions(vehicles))
@@ -203,11 +204,14 @@ class Painter:
         asked = rng.choice(of_task)
         return Scene(picture, size, asked, questions, signs, vehicles)
 
-    def content(self, task: str) -> tuple[str, ...]:
-        """What is on a sign that a question of the task can be asked about."""
+    def content(self, task: str, turn: int) -> tuple[str, ...]:
+        """What is on a sign that a question of the task can be asked about. Of two shapes one is a circle, by turns the left one."""
         if task == "text":
             return tuple(self.rng.choices("0123456789", k=2))
-        return tuple(self.rng.sample(SHAPES, 2 if task == "spatial" else 1))
+        if task == "attribute":
+            return (self.rng.choice(SHAPES),)
+        other = self.rng.choice([shape for shape in SHAPES if shape != "circle"])
+        return ("circle", other) if turn % 2 == 0 else (other, "circle")
 
     def _fleet(self, task: str) -> list[str]:
         """Vehicles of one or two kinds, equally often, so that each kind is there in half of the pictures.
@@ -320,8 +324,9 @@ def sign_questions(signs: Sequence[Sign]) -> Iterator[Question]:
         elif len(names) == 1:
             yield Question("attribute", f"What shape is on the {sign.color} sign?", names, looks)
         else:
-            for name, other, look, answer in zip(names, names[::-1], looks, ("left", "right")):
-                yield Question("spatial", f"Is the {name} left or right of the {other} on the {sign.color} sign?", (answer,), (look,))
+            circle = names.index("circle")
+            text = f"Is the circle left or right of the {names[1 - circle]} on the {sign.color} sign?"
+            yield Question("spatial", text, (("left", "right")[circle],), (looks[circle],))
 
 
 def vehicle_questions(vehicles: Sequence[Glyph]) -> Iterator[Question]:
