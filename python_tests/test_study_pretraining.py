@@ -12,7 +12,7 @@ from flexattn_cuda.configuration import FlexAttnConfig, settings_of
 from flexattn_cuda.study import pretraining
 from flexattn_cuda.study.encoded_scenes import cells_of, encode_scenes, resolutions_of
 from flexattn_cuda.study.pretraining import (
-    CLASSES, UNSURE, EncoderData, MapOfLayer, TokenLabels, exact_answers, train_encoder, train_low_resolution, whiten,
+    CLASSES, UNSURE, EncoderData, MapOfLayer, TokenLabels, train_encoder, train_low_resolution, whiten,
 )  # fmt: skip
 from flexattn_cuda.study.scenes import Glyph, Painter, Sign, make_scenes, vocabulary
 from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
@@ -181,13 +181,6 @@ def test_the_low_resolution_stage_learns_and_leaves_the_encoder(plain, built, en
     assert changed and all("language_model" in name or "lm_head" in name for name in changed)
     assert len(model.model.language_model.layers) == SIZES.layers
     assert model.model.language_model.config._attn_implementation == attention.NAME
-
-
-def test_an_answer_is_exact_when_all_its_tokens_are_the_likeliest():
-    labels = torch.tensor([[UNSURE, UNSURE, 1, 2], [UNSURE, UNSURE, 1, 2], [UNSURE, UNSURE, UNSURE, 2]])
-    likeliest = torch.tensor([[0, 1, 2, 0], [0, 1, 1, 0], [0, 0, 2, 0]])
-    logits = torch.nn.functional.one_hot(likeliest, 3).float()
-    assert exact_answers(logits, labels).tolist() == [True, False, True]
 
 
 def test_questions_are_drawn_about_objects_of_the_wanted_size(encoded):

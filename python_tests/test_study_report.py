@@ -65,7 +65,7 @@ def finished(tmp_path_factory):
         for seed in range(3) for system in ("llava", "flexattn") for layer in range(2) for size in ("small", "large")
     ])  # fmt: skip
     write_csv(folder / "costs.csv", [
-        {"system": system, "study_gflops_published": 2 + k, "study_gflops_here": 1 + k, "paper_tflops_published": 9, "paper_tflops_here": 8,
+        {"system": system, "study_gflops_published": 5 - k, "study_gflops_here": 1 + k, "paper_tflops_published": 9 + k, "paper_tflops_here": 8 + k,
          "selected_share": 0.1 if system == "flexattn" else ""} for k, system in enumerate(("llava", "flexattn", "hd"))
     ])  # fmt: skip
     write_csv(folder / "systems.csv", [
@@ -163,8 +163,9 @@ def test_questions_that_only_one_system_answered_do_not_count():
 def test_costs_and_fewer_flops(finished, page):
     row = row_of(read_csv(finished / "table_1_2.csv"), system="hd", objects="all", task="all")
     columns = ("study_gflops_published", "study_gflops_here", "paper_tflops_published", "selected_share")
-    assert [row[name] for name in columns] == ["4", "3", "9", ""]
-    assert "needs fewer FLOPs holds (3 against 4 GFLOPs as published, 2 against 3 GFLOPs as run here)" in sentences(page)[2]
+    assert [row[name] for name in columns] == ["3", "3", "11", ""]
+    spent = "4 against 3 GFLOPs in the study, as published, 2 against 3 GFLOPs in the study, as run here"
+    assert f"needs fewer FLOPs holds ({spent}, 10 against 11 TFLOPs at 7B, as published, 9 against 10 TFLOPs" in sentences(page)[2]
 
 
 def test_a_study_under_way_tells_what_is_missing(tmp_path):

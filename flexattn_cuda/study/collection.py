@@ -19,7 +19,7 @@ from flexattn_cuda.study.scenes import CHANCE, TASKS, find_photographs, make_sce
 from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
 
 EXAMPLES_PER_TASK = 2
-PROMPT_TOKENS = {"study": 12, "paper": 80}  # text tokens of a prompt for which costs are counted
+PROMPT_TOKENS = {"study_gflops": 12, "paper_tflops": 80}  # text tokens of a prompt for which costs are counted
 
 
 def collect(output: Path, photographs: Sequence[Path], preset: str, command: str) -> Path:
@@ -72,9 +72,9 @@ def costs(system: str, sizes: ModelSizes, share: float | None, tiles: float | No
     small = build_model(processor, settings_for(system, sizes), sizes).config
     large = flops.as_system(flops.llava_shape("7b"), *name_and_zoom(system))
     row: dict[str, Any] = {"system": system}
-    for name, config, text, unit in (("study_gflops", small, PROMPT_TOKENS["study"], 1e9), ("paper_tflops", large, PROMPT_TOKENS["paper"], 1e12)):
+    for name, config, unit in (("study_gflops", small, 1e9), ("paper_tflops", large, 1e12)):
         chosen = {} if share is None else {"selected": round(share * config.hr_side**2), "tiles": max(1, round(tiles))}
-        spent = flops.cost(config, text, **chosen)
+        spent = flops.cost(config, PROMPT_TOKENS[name], **chosen)
         row |= {f"{name}_published": sum(spent.published.values()) / unit, f"{name}_here": sum(spent.here.values()) / unit}
     return row | {"selected_share": share}
 

@@ -89,12 +89,14 @@ def _listed(verdicts: Sequence[Verdict]) -> str:
 
 
 def _cheaper(results: Results) -> str:
+    """As run here, at the study's sizes and at 7B; as published at 7B. The study's small tiles outweigh its language model."""
     ours, other = (results.costs.get(system) for system in ("flexattn", "hd"))
     if not ours or not other:
         return _holds(None)
-    pairs = [(ours[name], other[name]) for name in COSTS[:2]]
-    spent = [f"{_digits(one)} against {_digits(two)} GFLOPs {how}" for (one, two), how in zip(pairs, ("as published", "as run here"))]
-    return f"{_holds(all(one < two for one, two in pairs))} ({', '.join(spent)})"
+    kinds = [f"{unit}, {how}" for unit in ("GFLOPs in the study", "TFLOPs at 7B") for how in ("as published", "as run here")]
+    pairs = [(ours[name], other[name]) for name in COSTS[:4]]
+    spent = [f"{_digits(one)} against {_digits(two)} {kind}" for (one, two), kind in zip(pairs, kinds)]
+    return f"{_holds(all(one < two for one, two in pairs[1:]))} ({', '.join(spent)})"
 
 
 def _percent(share: float | None) -> str:

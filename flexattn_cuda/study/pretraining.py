@@ -5,7 +5,8 @@
 2. whiten       the image tokens are turned to uncorrelated channels of variance 1. Then the encoder is frozen.
 3. localise     low resolution only: the attention map of the layer before `first_layer` is supervised to lie on the
                 answer boxes.
-4. answer       low resolution only: the whole language model learns to answer; the map stays supervised.
+4. answer       low resolution only: the whole language model learns to answer about large objects; the maps of that layer
+                and of all later ones are supervised.
 
 Nothing here knows a system: each starts from the same weights.
 """
@@ -352,10 +353,11 @@ def train_low_resolution(
 
     Args:
         model: A plain LLaVA, without high resolution.
-        first_layer: The map of the layer before it is supervised to lie on the answer boxes.
+        first_layer: The maps of the layer before it and, in stage 4, of all later ones are supervised to lie on what the
+            question's `looks` say of each answer token.
     Returns:
-        By task, on held-out pictures: the map's mass on the answer cells, how often its largest cell is one of them, and
-        the exact answers to questions about small and about large objects.
+        By task and size, on held-out pictures: the first map's mass on the answer cells, how often its largest cell is one of
+        them, and the share of exact answers.
     """
     rng = random.Random(f"low resolution {seed}")
     language, layers = model.model.language_model, model.model.language_model.layers
@@ -363,16 +365,16 @@ def train_low_resolution(
     by_size = {size: [number for number, scene in enumerate(pictures.scenes) if scene.size == size] for size in SIZES}
 
     def run(source: EncodedScenes, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of every row that predicts an answer token: logits, label, map over the picture, and the cells it should lie on."""
+        """Of every row that predicts an answer token: logits, label, maps of the layers over the picture, and where they should lie."""
         packed = source.packed(numbers, processor)
         picture = packed["input_ids"] == processor.image_token_id
         embedded = model.get_input_embeddings()(packed["input_ids"]).masked_scatter(picture.unsqueeze(-1), packed["image_features"])
         hidden = language(
             inputs_embeds=embedded, attention_mask=packed["visible"], position_ids=packed["position_ids"], use_cache=False
         ).last_hidden_state
-        rows = packed["cells"].any(-1)
-        begin = int(picture[0].int().argmax())
-        maps = [map_of(packed["visible"])[rows][:, begin : begin + picture[0].sum()] for map_of in maps_of[: len(language.layers) - first_layer + 1]]
+        rows, begin, area = packed["cells"].any(-1), int(picture[0].int().argmax()), packed["cells"].shape[-1]
+        mapped = maps_of[: len(language.layers) - (first_layer - 1)]  # those of the layers that have run
+        maps = [map_of(packed["visible"])[rows][:, begin : begin + area] for map_of in mapped]
         labels = packed["labels"].roll(-1, 1)[rows]  # a row predicts the label after it
         return model.lm_head(hidden[rows]), labels, torch.stack(maps), packed["cells"][rows].float()
 
@@ -420,12 +422,3 @@ def train_low_resolution(
         language.set_attn_implementation(attention.NAME)
         for map_of in maps_of:
             map_of.handle.remove()
-
-
-def exact_answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """[n] bool: every answer token, the end included, is the likeliest after the true ones before it: the greedy answer is right.
-
-    Args:
-        logits, labels: [n, N, vocabulary] and [n, N] of a batch with answers.
-    """
-    return ((logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == UNSURE)).all(1)
