@@ -19,7 +19,7 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from flexattn_cuda import build, checkpoints, viz
-from flexattn_cuda.configuration import FlexAttnConfig, settings_of
+from flexattn_cuda.configuration import FlexAttnConfig, as_system
 from flexattn_cuda.modeling import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.processing import FlexAttnLlavaProcessor, InputError, as_image, open_photo, upright_rgb
 from flexattn_cuda.trace import Trace
@@ -42,7 +42,7 @@ def load(
         device: "cpu", "cuda" or "cuda:N"; None or "auto": the GPU where it can be used, else the CPU.
         dtype: "float32", "float16" or "bfloat16"; None: that of the checkpoint.
         flexattn: Settings of the mechanism in place of the checkpoint's.
-        system: One of `configuration.SYSTEMS` in place of the checkpoint's, in its usual settings at the checkpoint's size.
+        system: One of `configuration.SYSTEMS` in place of the checkpoint's, as `configuration.as_system` makes it.
     Raises:
         checkpoints.CheckpointError: There is no such checkpoint, or it cannot be loaded.
         InputError: The device or dtype is unknown, or cannot be used here.
@@ -52,10 +52,9 @@ def load(
     config = checkpoints.load_config(folder)
     if system is not None:
         try:
-            settings = settings_of(system, config.lr_side * config.vision_config.patch_size)
+            config = as_system(config, system)
         except ValueError as error:
             raise InputError(str(error)) from None
-        config.flexattn_config = None if settings is None else settings.to_dict()
     try:
         loaded = FlexAttnLlavaForConditionalGeneration.from_pretrained(
             folder, config=config, dtype=dtype or "auto", flexattn=flexattn

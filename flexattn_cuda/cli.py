@@ -530,9 +530,9 @@ def flops(
         except OSError as error:
             raise InputError(f"{json_file} cannot be written: {error.strerror}") from error
     if plot is not None:
-        one = configs.get("flexattn") or costs.as_system(config, "flexattn", zoom)
-        share = costs.SHARE if selected is None else selected / one.hr_side**2
-        tile_share = 1.0 if tiles is None else tiles / one.flexattn.zoom**2
+        one = next((one for one in configs.values() if one.system == "flexattn"), None)  # the others select nothing
+        share = costs.SHARE if selected is None or one is None else selected / one.hr_side**2
+        tile_share = 1.0 if tiles is None or one is None else tiles / one.flexattn.zoom**2
         with Console(stderr=True).status("counting for the plot"):
             points = costs.by_resolution(config, names, range(1, 5), text_tokens, share, tile_share)
         costs.plot(points, plot)

@@ -173,7 +173,7 @@ def settings_of(system: str, lowres_size: int = 336, zoom: int = 3) -> FlexAttnC
         case "llava":
             return None
         case "hd":
-            return FlexAttnConfig.hd(lowres_size=lowres_size, highres_size=lowres_size * 4 // 3)
+            return FlexAttnConfig.hd(lowres_size=lowres_size, highres_size=2 * (lowres_size * 2 // 3))
         case "xattn":
             return FlexAttnConfig.xattn(**sizes)
         case "flexattn":
@@ -248,12 +248,51 @@ class FlexAttnLlavaConfig(LlavaConfig):
                 raise ValueError(
                     f"flexattn {name} is {size} pixels; the vision tower takes {self.vision_config.patch_size} to {native}"
                 )
+        if self.flexattn.tile_size % self.vision_config.patch_size:
+            raise ValueError(
+                f"flexattn tiles have {self.flexattn.tile_size} pixels a side, which are no whole patches of {self.vision_config.patch_size}"
+            )
         if self.system == "xattn" and self.text_config.model_type != "llama":
             raise ValueError(
                 f"flexattn system 'xattn' adds cross-attention to the layers of a LLaMA, not of a {self.text_config.model_type!r}"
             )
         if selects and self.flexattn.pool > self.lr_side:
             raise ValueError(f"flexattn pool is {self.flexattn.pool}, larger than the LR grid's side {self.lr_side}")
+
+
+def as_system(config: FlexAttnLlavaConfig, system: str, zoom: int | None = None) -> FlexAttnLlavaConfig:
+    """The same language model and vision tower as one of SYSTEMS.
+
+    Settings that the model has of its own stay, but for what makes the system: its name, sizes and strategy. "flexattn-paper"
+    is the paper's preset throughout.
+
+    Args:
+        zoom: Of the high resolution; by default the model's own, or 3. LLaVA-HD has 448 pixels for 336, whatever the zoom.
+    Raises:
+        ValueError: There is no such system, or it does not fit the model.
+    """
+    own, patch = config.flexattn, config.vision_config.patch_size
+    whole_tiles = own is not None and own.system != "hd"
+    if zoom is None:
+        zoom = own.zoom if whole_tiles else 3
+    if zoom < 1:
+        raise ValueError(f"the zoom is {zoom}; it must be at least 1")
+    settings = settings_of(system, config.vision_config.image_size if own is None else own.lowres_size, zoom)
+    if settings is not None and settings.system == "hd":  # tiles of whole patches
+        settings = dataclasses.replace(settings, highres_size=2 * (settings.tile_size // patch * patch))
+    if settings is not None and own is not None and system != "flexattn-paper":
+        highres_size = settings.highres_size if settings.system == "hd" or not whole_tiles else zoom * own.tile_size
+        settings = dataclasses.replace(
+            own,
+            system=settings.system,
+            zoom=settings.zoom,
+            highres_size=highres_size,
+            strategy=settings.strategy,
+        )
+    changed = FlexAttnLlavaConfig.from_dict(config.to_dict())
+    changed.flexattn_config = None if settings is None else settings.to_dict()
+    changed.check()
+    return changed
 
 
 AutoConfig.register(FlexAttnLlavaConfig.model_type, FlexAttnLlavaConfig)

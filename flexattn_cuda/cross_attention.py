@@ -1,5 +1,8 @@
 """LLaVA-XAttn: CogAgent's operator on LLaVA (section 5.1 of the paper). Every layer adds cross-attention, from its hidden
 states to all high-resolution (HR) tokens of the row's pictures, between self-attention and the MLP.
+
+A call's rows see every picture that came with it or before. So where a conversation brings a picture in a later turn, training on
+it in one call shows that picture to the turns before too, which they do not see when they are generated.
 """
 
 from __future__ import annotations
@@ -34,9 +37,13 @@ class CrossAttention(nn.Module):
         k, v = tokens.keys_and_values(self)
         (B, N, _), G = hidden.shape, k.shape[0]
         q = self.q_proj(self.norm(hidden)).view(G, B // G * N, -1, self.head_dim).transpose(1, 2)  # beams share the keys
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=tokens.mask)
-        if tokens.present is not None:
-            out = out * tokens.present.any(-1)[:, None, None, None]
+        if tokens.present is None:
+            out = functional.scaled_dot_product_attention(q, k, v)
+        else:
+            present = tokens.present.to(hidden.device)
+            some = present.any(-1, keepdim=True)
+            # A softmax over nothing is not a number: such a row sees everything, and its output is dropped.
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=(present | ~some)[:, None, None]) * some[..., None, None]
         return self.o_proj(out.transpose(1, 2).reshape(B, N, -1))
 
 
@@ -58,7 +65,7 @@ class CrossAttentionLayer(LlamaDecoderLayer):
 class HrTokens:
     """What the layers of one forward call attend to.
 
-    present: [G, I*h*h] bool, False where a prompt has fewer pictures than others; None where it cannot be.
+    present: [G, I*h*h] bool, False where a prompt lacks a picture that others have; None where it cannot be.
     cached: Keep keys and values beside the cache; otherwise they are projected anew, with gradients.
     """
 
@@ -66,17 +73,14 @@ class HrTokens:
         self.pictures = pictures
         self.cached = cached
         self.present: torch.Tensor | None = None
-        self.mask: torch.Tensor | None = None
-        if pictures.ranges.shape[:2] != (1, 1):
+        if pictures.ranges.shape[:2] != (1, 1) or pictures.last_end == 0:  # the only one may have been cropped out of the cache
             there = pictures.ranges[..., 1] > pictures.ranges[..., 0]
             self.present = there.repeat_interleave(pictures.hr_side**2, dim=1)
-            # A softmax over nothing is not a number: such a row sees everything, and its output is dropped.
-            self.mask = (self.present | ~self.present.any(-1, keepdim=True))[:, None, None]
 
     def keys_and_values(self, module: CrossAttention) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [G, H, I*h*h, d] for one layer; each token is projected once in a conversation."""
         kept = self.pictures.crossed.get(module.layer) if self.cached else None
-        new = self.pictures.features[:, 0 if kept is None else kept[0].shape[2] :]
+        new = self.pictures.features[:, 0 if kept is None else kept[0].shape[2] :].to(module.k_proj.weight.device)
         if new.shape[1]:
             k, v = (p(new).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for p in (module.k_proj, module.v_proj))
             kept = (k, v) if kept is None else (torch.cat([kept[0], k], 2), torch.cat([kept[1], v], 2))

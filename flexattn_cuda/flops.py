@@ -21,7 +21,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from flexattn_cuda.configuration import SYSTEMS, FlexAttnConfig, FlexAttnLlavaConfig, settings_of
+from flexattn_cuda import configuration
+from flexattn_cuda.configuration import FlexAttnConfig, FlexAttnLlavaConfig
 from flexattn_cuda.modeling import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.processing import InputError
 from flexattn_cuda.state import Call
@@ -63,36 +64,17 @@ def llava_shape(name: str) -> FlexAttnLlavaConfig:
 
 
 def as_system(config: FlexAttnLlavaConfig, system: str, zoom: int | None = None) -> FlexAttnLlavaConfig:
-    """The same language model and vision tower as one of `configuration.SYSTEMS`.
-
-    Args:
-        config: Of any system; "flexattn", "random" and "center" keep its settings where it is a FlexAttention.
-        zoom: Of the high resolution; by default the model's own, or 3. LLaVA-HD has 448 pixels for 336, whatever the zoom.
-    Raises:
-        InputError: There is no such system, or it does not fit the model.
-    """
-    if system not in SYSTEMS:
-        raise InputError(f"there is no system {system!r}; allowed: {', '.join(SYSTEMS)}")
-    own = config.flexattn if config.system == "flexattn" else None
-    if zoom is None:
-        zoom = own.zoom if own else 3
-    if zoom < 1:
-        raise InputError(f"the zoom is {zoom}; it must be at least 1")
-    size = config.vision_config.image_size if config.flexattn is None else config.flexattn.lowres_size
-    settings = settings_of(system, size, zoom)
-    if own and system in ("flexattn", "random", "center"):
-        strategy = own.strategy if system == "flexattn" else system
-        settings = dataclasses.replace(own, zoom=zoom, highres_size=zoom * own.tile_size, strategy=strategy)
-    return _with_settings(config, settings)
-
-
-def _with_settings(config: FlexAttnLlavaConfig, settings: FlexAttnConfig | None) -> FlexAttnLlavaConfig:
-    changed = FlexAttnLlavaConfig.from_dict(config.to_dict())
-    changed.flexattn_config = None if settings is None else settings.to_dict()
+    """`configuration.as_system`, with an InputError."""
     try:
-        changed.check()
+        return configuration.as_system(config, system, zoom)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def _with_settings(config: FlexAttnLlavaConfig, settings: FlexAttnConfig) -> FlexAttnLlavaConfig:
+    changed = FlexAttnLlavaConfig.from_dict(config.to_dict())
+    changed.flexattn_config = settings.to_dict()
+    changed.check()
     return changed
 
 

@@ -191,6 +191,8 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 if image_features is None:
                     image_features, hr_features = self.encode(pixel_values, pixel_values_hr, hr=not on_demand)
                 rows = image_features
+                if has_hr and self.config.flexattn is not None:
+                    self._check_pictures(len(rows), rows.shape[-1], hr_features, pixel_values_hr, image_live)
                 if self.config.system == "hd" and has_hr:
                     rows = torch.cat([rows, hr_features.to(rows)], dim=1)
                 if rows_per_prompt > 1:
@@ -297,6 +299,18 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             raise ValueError(f"the prompts have room for {places} pictures, but {count} came with them")
         return spans
 
+    def _check_pictures(
+        self, count: int, width: int, features: torch.Tensor | None, photos: torch.Tensor | None, live: torch.Tensor | None
+    ) -> None:
+        """ValueError where what came with `count` pictures is not of as many."""
+        expected = [count, self.config.hr_side**2, width]
+        if features is not None and list(features.shape) != expected:
+            raise ValueError(f"hr_features has shape {list(features.shape)}; for these prompts it must be {expected}")
+        if photos is not None and len(photos) != count:
+            raise ValueError(f"pixel_values_hr holds {len(photos)} photos; these prompts have {count}")
+        if live is not None and tuple(live.shape) != (count, 4):
+            raise ValueError(f"image_live has shape {list(live.shape)}; it must be {[count, 4]}")
+
     @profiling.in_phase("lay_out_hr_tokens")
     def _high_resolution(
         self,
@@ -310,15 +324,6 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> HighResolution:
         """Lays the pictures' HR tokens out, prompt by prompt: their features, or the photos whose tiles wait to be encoded."""
         config, side, hr_side = self.config.flexattn, self.config.lr_side, self.config.hr_side
-        count = sum(len(row) for row in spans)
-        expected = [count, hr_side**2, inputs_embeds.shape[-1]]
-        if features is not None and list(features.shape) != expected:
-            raise ValueError(f"hr_features has shape {list(features.shape)}; for these prompts it must be {expected}")
-        if photos is not None and len(photos) != count:
-            raise ValueError(f"pixel_values_hr holds {len(photos)} photos; these prompts have {count}")
-        if live is not None and tuple(live.shape) != (count, 4):
-            raise ValueError(f"image_live has shape {list(live.shape)}; it must be {[count, 4]}")
-
         device, dtype = inputs_embeds.device, inputs_embeds.dtype
         batch, pictures = len(spans), max(1, max(len(row) for row in spans))
         head_dim = self.model.language_model.layers[0].self_attn.head_dim

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
 import torch
-from transformers import DynamicCache, MistralConfig
+from transformers import CLIPVisionConfig, DynamicCache, MistralConfig
 
 import small
 import small_checkpoint
 from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaConfig, FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor, Trace
-from flexattn_cuda import memory, reference
-from flexattn_cuda.configuration import SYSTEMS, settings_of
+from flexattn_cuda import cross_attention, memory, reference
+from flexattn_cuda.configuration import SYSTEMS, as_system, settings_of
+from flexattn_cuda.pictures import HighResolution
 
 LOW = small.SIDE * small.PATCH
 HD, XATTN = settings_of("hd", LOW), settings_of("xattn", LOW)
@@ -137,6 +139,48 @@ def test_a_conversation_goes_on_with_another_picture(settings):
         assert (turn - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
+@torch.no_grad()
+def test_a_picture_that_was_cropped_out_of_the_cache_is_not_seen():
+    model = small.flex(XATTN).double()
+    pixels, text = photos(model, 1), prompt(model, 4, seed=8)[None]
+    cache = DynamicCache(config=model.config.text_config)
+    model(input_ids=prompt(model, 3, "picture", 5)[None], pixel_values_hr=pixels, past_key_values=cache)
+    cache.crop(-(model.config.picture_tokens + 5))  # to the three positions before the picture
+    alone = copy.deepcopy(cache)
+    del alone.flexattn  # the same positions, with no picture beside them
+    seen = model(input_ids=text, past_key_values=cache).logits
+    expected = model(input_ids=text, past_key_values=alone).logits
+    assert (seen - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@torch.no_grad()
+@BOTH
+def test_features_of_another_size_or_number_are_refused(settings):
+    model = small.flex(settings)
+    ids, low, tokens = prompt(model, 3, "picture", 5)[None], torch.zeros(1, small.SIDE**2, 32), model.config.hr_side**2
+    for features in (torch.zeros(1, 2 * tokens, 32), torch.zeros(2, tokens, 32)):
+        with pytest.raises(ValueError, match=f"for these prompts it must be .1, {tokens}, 32"):
+            model(input_ids=ids, image_features=low, hr_features=features)
+    with pytest.raises(ValueError, match="image_live has shape .7, 4.; it must be .1, 4."):
+        model(input_ids=ids, image_features=low, hr_features=torch.zeros(1, tokens, 32), image_live=torch.zeros(7, 4))
+
+
+def test_cross_attention_on_another_device_than_the_pictures():
+    """Meta stands in for a second GPU: whatever is computed there must have been brought there."""
+    module = cross_attention.CrossAttention(small.flex(XATTN).config.text_config, 0).to("meta")
+    pictures = pictures_of(2)
+    out = module(torch.zeros(2, 5, 32, device="meta"), cross_attention.HrTokens(pictures, cached=True))
+    assert out.shape == (2, 5, 32) and out.device.type == "meta"
+
+
+def pictures_of(prompts: int) -> HighResolution:
+    """Pictures of so many prompts, the last of which has none."""
+    side = (small.SIDE * small.ZOOM) ** 2
+    ranges = torch.tensor([[[1, 37]]] * (prompts - 1) + [[[0, 0]]], dtype=torch.int32)
+    empty = torch.zeros(prompts, 0, 8)
+    return HighResolution(XATTN, small.SIDE, torch.zeros(prompts, side, 32), empty, empty, ranges, torch.zeros(prompts, 1, 4), last_end=37)
+
+
 @BOTH
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_the_definition(settings, checkpointing):
@@ -226,6 +270,26 @@ def test_the_paper_s_sizes():
         config.check()
     with pytest.raises(ValueError, match="no system 'hdx'; allowed: llava, hd, xattn"):
         settings_of("hdx")
+
+
+@pytest.mark.parametrize("start", [small.settings(threshold=70.0), HD, XATTN], ids=["flexattn", "hd", "xattn"])
+def test_as_another_system_and_back_a_model_keeps_its_own_settings(start):
+    config = small.flex(dataclasses.replace(start, first_layer=2, pool=3)).config
+    for name in (name for name in SYSTEMS if name not in ("llava", "flexattn-paper")):
+        other = as_system(config, name)
+        expected = settings_of(name, LOW)
+        assert (other.system, other.flexattn.highres_size, other.flexattn.strategy) == (expected.system, expected.highres_size, expected.strategy)
+        assert (other.flexattn.first_layer, other.flexattn.pool, other.flexattn.threshold) == (2, 3, start.threshold)
+        assert as_system(other, config.system).flexattn == config.flexattn
+    assert as_system(config, "llava").flexattn is None
+
+
+def test_tiles_are_whole_patches():
+    plain = FlexAttnLlavaConfig(vision_config=CLIPVisionConfig(image_size=224, patch_size=14).to_dict())
+    assert as_system(plain, "hd").flexattn.tile_size == 140  # 2/3 of 224 pixels, down to ten patches
+    plain.flexattn_config = FlexAttnConfig.hd(lowres_size=224, highres_size=298).to_dict()
+    with pytest.raises(ValueError, match="tiles have 149 pixels a side, which are no whole patches of 14"):
+        plain.check()
 
 
 def test_xattn_is_for_llama_only():
