@@ -14,6 +14,7 @@ import csv
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -82,7 +83,8 @@ class FlexAttnTrainer(Trainer):
     A batch is what the model's `forward` takes, with labels: pixels, or `image_features` and `hr_features` that were encoded
     before. In training the attention to HR tokens is mixed in with `FlexAttnConfig.alpha` of the epochs done. The loss is the
     mean over the answer tokens of all processes and of all batches that a step accumulates. A checkpoint in which
-    `last_complete_checkpoint` finds everything is whole, whenever the run was ended.
+    `last_complete_checkpoint` finds everything is whole, whenever the run was ended. InputError where a logged loss is not a
+    finite number, and every checkpoint is preceded by an entry of the loss.
     """
 
     def __init__(self, model: FlexAttnLlavaForConditionalGeneration, args: TrainingArguments, **kwargs: Any):
@@ -99,6 +101,21 @@ class FlexAttnTrainer(Trainer):
         if model.training:
             inputs = {**inputs, "hr_alpha": self.hr_alpha}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs, *args, **kwargs)
+        # Such gradients spoil the weights that are saved; only the loss scaling of float16 leaves their step out.
+        told = ("loss",) if self.args.fp16 else ("loss", "grad_norm")
+        if any(not math.isfinite(logs.get(name, 0.0)) for name in told):
+            whole = last_complete_checkpoint(self.args.output_dir)
+            raise InputError(
+                f"the loss of step {self.state.global_step} or its gradient is not a number; nothing of it was saved, "
+                + (f"the last complete checkpoint is {whole}" if whole else "and there is no checkpoint before it")
+            )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.control.should_log |= self.control.should_save  # the last step need not be one of those that are logged
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """transformers passes over weights whose names in the file are not those in the model, as LLaVA's are not."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+import math
 import os
 import random
 import signal
@@ -23,7 +24,7 @@ from transformers import TrainingArguments
 
 import small
 import small_checkpoint
-from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, Trace, answering, data
+from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, Trace, answering, data, training
 from flexattn_cuda.processing import InputError
 from flexattn_cuda.training import FlexAttnTrainer, answer_loss, choose_trained, last_complete_checkpoint, train
 from training_data import record, save_preset, write
@@ -121,6 +122,26 @@ def test_a_run_of_other_settings_is_refused_unless_it_begins_anew(checkpoint, fi
         train(*files, tmp_path, checkpoint, **settings, learning_rate=1e-2, seed=1)
     again = train(*files, tmp_path, checkpoint, **settings, learning_rate=1e-2, seed=1, restart=True)
     assert len(again.losses) == 2
+
+
+@pytest.mark.parametrize("log_every, step, whole", [(1, 3, "the last complete checkpoint is .*checkpoint-2$"), (4, 3, "no checkpoint")])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(
+    checkpoint, files, tmp_path, monkeypatch, log_every, step, whole, what
+):
+    losses = []
+
+    def third_is_wrong(*arguments, **options):
+        loss = answer_loss(*arguments, **options)
+        losses.append(loss.item())
+        if len(losses) == 3 and what == "gradient":
+            loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss * math.nan if len(losses) == 3 and what == "loss" else loss
+
+    monkeypatch.setattr(training, "answer_loss", third_is_wrong)
+    with pytest.raises(InputError, match=f"the loss of step {step} or its gradient is not a number; .*{whole}"):
+        train(*files, tmp_path, checkpoint, steps=3, save_every=log_every, log_every=log_every, device="cpu")
+    assert not (tmp_path / "checkpoint-3").exists() and not (tmp_path / "model.safetensors").exists()
 
 
 def test_two_runs_never_write_one_folder(checkpoint, files, tmp_path):
