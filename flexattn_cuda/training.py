@@ -340,6 +340,7 @@ def train(
         first, shown = processes.rank == 0, progress and processes.rank == 0
         settings = {
             "data": hashlib.blake2b(Path(data_file).read_bytes()).hexdigest(),
+            "folder of pictures": str(Path(images).resolve()),
             "model": str(answering.DEFAULT_MODEL if model is None else model),
             "system": system,
             "processes": processes.count,
@@ -372,6 +373,7 @@ def train(
                 )
             if not usable and not check_only:
                 raise InputError(f"{data_file} has no record that can be trained on; {output / 'broken.jsonl'} says why")
+            settings["set of broken records"] = [one.record for one in found]
             return found, None if check_only else _earlier_run(output, settings, restart)
 
         found, resumed = processes.from_first(begin)
@@ -454,6 +456,16 @@ def _tell_later(listed: Path, broken: Broken) -> None:
         file.write(json.dumps(asdict(broken)) + "\n")
 
 
+def _settings_of(written: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(written.read_text())
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f"{written} does not hold the settings of a run; remove it, or discard the run with --restart")
+    return settings
+
+
 def _earlier_run(output: Path, settings: dict[str, Any], restart: bool) -> Path | None:
     """The checkpoint to go on from. What a run was ended in the middle of is removed."""
     written = output / "run.json"
@@ -462,7 +474,7 @@ def _earlier_run(output: Path, settings: dict[str, Any], restart: bool) -> Path 
             if restart or not _is_complete(folder):
                 shutil.rmtree(folder)
         if not restart and written.exists():
-            before = json.loads(written.read_text())
+            before = _settings_of(written)
             if changed := [name for name in settings if before.get(name) != settings[name]]:
                 raise InputError(
                     f"the run in {output} was begun with another {', '.join(changed)}; go on with the same, or discard it with --restart"

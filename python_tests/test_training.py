@@ -124,6 +124,33 @@ def test_a_run_of_other_settings_is_refused_unless_it_begins_anew(checkpoint, fi
     assert len(again.losses) == 2
 
 
+def test_a_run_goes_on_with_the_records_and_pictures_it_was_begun_with(checkpoint, files, tmp_path):
+    settings = dict(model=checkpoint, steps=1, batch_size=4, device="cpu")
+    output = tmp_path / "out"
+    train(*files, output, **settings)
+    moved = files[1].rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="was begun with another folder of pictures; "):
+        train(files[0], moved, output, **settings)
+    files[1].symlink_to(moved)
+    with pytest.raises(InputError, match="was begun with another folder of pictures; "):
+        train(*files, output, **settings)
+    files[1].unlink()
+    moved.rename(files[1])
+    (files[1] / "2.png").rename(tmp_path / "2.png")
+    with pytest.raises(InputError, match="was begun with another set of broken records; "):
+        train(*files, output, **settings)
+    (tmp_path / "2.png").rename(files[1] / "2.png")
+    train(*files, output, **settings)
+
+
+@pytest.mark.parametrize("content", ['{"a": ', "[]", "null", "\udcff"])
+def test_settings_that_no_run_has_written_are_refused(checkpoint, files, tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match="run.json does not hold the settings of a run; .* --restart"):
+        train(*files, tmp_path, checkpoint, steps=1, device="cpu")
+    train(*files, tmp_path, checkpoint, steps=1, device="cpu", restart=True)
+
+
 @pytest.mark.parametrize("log_every, step, whole", [(1, 3, "the last complete checkpoint is .*checkpoint-2$"), (4, 3, "no checkpoint")])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(
