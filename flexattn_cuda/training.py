@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 
 from flexattn_cuda import answering, data
@@ -46,6 +46,7 @@ from flexattn_cuda.report import Report
 
 _COMPLETE = "complete.json"
 _OPTIMIZERS = {"adamw": "adamw_torch"}
+_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "inverse_sqrt")  # need no arguments
 _PRECISIONS = ("auto", "float32", "float16", "bfloat16", "float64")
 _TRAINED: dict[str, Callable[[str], bool]] = {
     "all": lambda name: "vision_tower." not in name,
@@ -236,7 +237,8 @@ def train(
         system: As in `load`.
         epochs: Passes through the data; steps: optimizer steps instead.
         batch_size: Records in a process at a time; accumulate: such batches in a step.
-        optimizer: "adamw", "sgd" or another name of transformers; schedule: "cosine", "linear", "constant", ...
+        optimizer: "adamw", "sgd" or another name of transformers; schedule: "cosine", "linear", "constant", ... of
+            those in transformers that need no arguments.
         clip: Greatest norm of the gradients; 0 for no limit.
         part: What is trained, as in `choose_trained`.
         precision: "float32", "float64", or mixed: "float16" (with loss scaling) or "bfloat16" on float32 weights. "auto": what
@@ -270,10 +272,12 @@ def train(
         ("log every", log_every, 1),
         ("workers", workers, 0),
     ]:
-        if not value >= least:
-            raise InputError(f"{name} is {value}; it must be at least {least}")
-    if not epochs > 0:
-        raise InputError(f"epochs is {epochs}; it must be more than 0")
+        if not least <= value < math.inf:
+            raise InputError(f"{name} is {value}; it must be " + (f"at least {least}" if value < least else "a finite number"))
+    if not 0 < epochs < math.inf:
+        raise InputError(f"epochs is {epochs}; it must be more than 0 and finite")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}; it must be at least 0 and less than 2**32")
     if save_every % log_every:
         raise InputError(f"a checkpoint every {save_every} steps falls between two entries of the loss, every {log_every}")
     if broken not in ("skip", "refuse"):
@@ -287,8 +291,10 @@ def train(
         raise InputError(f"the device is {str(device)!r}; allowed: auto, cpu, cuda. CUDA_VISIBLE_DEVICES tells which GPUs are meant")
     on_cpu = chosen.type == "cpu"
     precision = _choose_precision(precision, on_cpu)
-    optimizer = _known(_OPTIMIZERS.get(optimizer, optimizer), OptimizerNames, "optimizer")
-    schedule = _known(schedule, SchedulerType, "schedule")
+    optimizer = _known(_OPTIMIZERS.get(optimizer, optimizer), [one.value for one in OptimizerNames], "optimizer")
+    schedule = _known(schedule, _SCHEDULES, "schedule")
+    if output.resolve() == Path(answering.DEFAULT_MODEL if model is None else model).resolve():
+        raise InputError(f"the output {output} is the folder of the model; what is trained needs a folder of its own")
     records = data.read_records(data_file)
     _make_folder(output)
     set_seed(seed)  # for projections that begin at random
@@ -329,6 +335,10 @@ def train(
         dtype = None if check_only else torch.float64 if precision == "float64" else torch.float32
         loaded, processor = answering.load(model, "cpu", dtype, system=system)
         choose_trained(loaded, part)
+        try:
+            FlexAttnTrainer.get_optimizer_cls_and_kwargs(arguments, loaded)
+        except (ImportError, ValueError) as error:  # the names include those of packages that may be missing
+            raise InputError(f"the optimizer {optimizer} cannot be used: {' '.join(str(error).split())}") from None
         if gradient_checkpointing:
             loaded.gradient_checkpointing_enable({"use_reentrant": False})
         longest = loaded.config.text_config.max_position_embeddings
@@ -395,7 +405,7 @@ def train(
             ),
             data_collator=data.Collator(processor.pad_id),
             processing_class=processor,
-            callbacks=[_LossFile(output / "loss.csv"), _Progress(shown)] if first else [],
+            callbacks=[_LossFile(output / "loss.csv"), _Progress(shown, until_the_end)] if first else [],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
@@ -419,11 +429,10 @@ def _choose_precision(precision: str, on_cpu: bool) -> str:
     return precision
 
 
-def _known(name: str, names: Any, what: str) -> str:
-    try:
-        return names(name).value
-    except ValueError:
-        raise InputError(f"the {what} is {name!r}; allowed: {', '.join(one.value for one in names)}") from None
+def _known(name: str, names: Sequence[str], what: str) -> str:
+    if name not in names:
+        raise InputError(f"the {what} is {name!r}; allowed: {', '.join(names)}")
+    return name
 
 
 def _make_folder(output: Path) -> None:
@@ -508,15 +517,16 @@ class _LossFile(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    def __init__(self, wanted: bool):
-        self._wanted = wanted
+    """Shows how far the run is, until it ends or, at the latest, `until_the_end` is closed: a bar hides the cursor."""
+
+    def __init__(self, wanted: bool, until_the_end: ExitStack):
+        self._wanted, self._shown = wanted, until_the_end.enter_context(ExitStack())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._report = Report(state.max_steps, "steps", self._wanted, done=state.global_step)
-        self._report.__enter__()
+        self._report = self._shown.enter_context(Report(state.max_steps, "steps", self._wanted, done=state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._report.advance(1)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._report.__exit__()
+        self._shown.close()
