@@ -84,8 +84,8 @@ class FlexAttnTrainer(Trainer):
     A batch is what the model's `forward` takes, with labels: pixels, or `image_features` and `hr_features` that were encoded
     before. In training the attention to HR tokens is mixed in with `FlexAttnConfig.alpha` of the epochs done. The loss is the
     mean over the answer tokens of all processes and of all batches that a step accumulates. A checkpoint in which
-    `last_complete_checkpoint` finds everything is whole, whenever the run was ended. InputError where a logged loss is not a
-    finite number, and every checkpoint is preceded by an entry of the loss.
+    `last_complete_checkpoint` finds everything is whole, whenever the run was ended. Every checkpoint is preceded by an entry
+    of the loss, and InputError is raised where that is not a finite number.
     """
 
     def __init__(self, model: FlexAttnLlavaForConditionalGeneration, args: TrainingArguments, **kwargs: Any):
@@ -255,7 +255,7 @@ def train(
         progress: Tell on stderr how far it is.
     Raises:
         checkpoints.CheckpointError: There is no such checkpoint, or it cannot be loaded.
-        InputError: Something cannot be used, or an earlier run in `output` had other settings.
+        InputError: Something cannot be used, an earlier run in `output` had other settings, or the loss is not a number.
     """
     output = Path(output)
     for name, value, least in [
