@@ -124,6 +124,8 @@ def parse(record: Any) -> Conversation:
     turns = []
     for asked, answered in zip(conversation[::2], conversation[1::2]):
         question, answer = asked["value"].replace(IMAGE, "").strip(), answered["value"].strip()
+        if IMAGE in question:
+            raise BrokenRecord("image tag in an image tag", f"a question without its {IMAGE} tags still contains one")
         if IMAGE in answer:
             raise BrokenRecord("image tag in an answer", f"an answer contains {IMAGE}, the mark of a picture's place")
         if not question or not answer:
@@ -237,7 +239,7 @@ def check(
 
     Args:
         images: The folder that the pictures' paths are relative to.
-        encode: Called with every conversation; a BrokenRecord that it raises is reported.
+        encode: Called with every conversation; a BrokenRecord or InputError that it raises is reported.
         known_pictures: A file in which the verdicts on pictures are kept; one whose size and time of change are still the
             same is not read again.
         progress: Tell on stderr how far it is, and every broken record as soon as it is found.
@@ -258,6 +260,8 @@ def check(
                     users.setdefault(image, []).append(number)
             except BrokenRecord as error:
                 found(number, error)
+            except InputError as error:
+                found(number, BrokenRecord("conversation that cannot be asked", str(error)))
             report.advance(1)
     with Report(len(users), "pictures checked", progress) as report, _Verdicts(known_pictures) as verdicts:
         for image, error in verdicts.on(Path(images), users):

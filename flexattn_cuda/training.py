@@ -14,12 +14,13 @@ import csv
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,7 +33,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 
 from flexattn_cuda import answering, data
@@ -45,6 +46,7 @@ from flexattn_cuda.report import Report
 
 _COMPLETE = "complete.json"
 _OPTIMIZERS = {"adamw": "adamw_torch"}
+_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "inverse_sqrt")  # need no arguments
 _PRECISIONS = ("auto", "float32", "float16", "bfloat16", "float64")
 _TRAINED: dict[str, Callable[[str], bool]] = {
     "all": lambda name: "vision_tower." not in name,
@@ -82,7 +84,8 @@ class FlexAttnTrainer(Trainer):
     A batch is what the model's `forward` takes, with labels: pixels, or `image_features` and `hr_features` that were encoded
     before. In training the attention to HR tokens is mixed in with `FlexAttnConfig.alpha` of the epochs done. The loss is the
     mean over the answer tokens of all processes and of all batches that a step accumulates. A checkpoint in which
-    `last_complete_checkpoint` finds everything is whole, whenever the run was ended.
+    `last_complete_checkpoint` finds everything is whole, whenever the run was ended. Every checkpoint is preceded by an entry
+    of the loss, and InputError is raised where that is not a finite number.
     """
 
     def __init__(self, model: FlexAttnLlavaForConditionalGeneration, args: TrainingArguments, **kwargs: Any):
@@ -99,6 +102,21 @@ class FlexAttnTrainer(Trainer):
         if model.training:
             inputs = {**inputs, "hr_alpha": self.hr_alpha}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs, *args, **kwargs)
+        # Such gradients spoil the weights that are saved; only the loss scaling of float16 leaves their step out.
+        told = ("loss",) if self.args.fp16 else ("loss", "grad_norm")
+        if any(not math.isfinite(logs.get(name, 0.0)) for name in told):
+            whole = last_complete_checkpoint(self.args.output_dir)
+            raise InputError(
+                f"the loss of step {self.state.global_step} or its gradient is not a number; nothing of it was saved, "
+                + (f"the last complete checkpoint is {whole}" if whole else "and there is no checkpoint before it")
+            )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.control.should_log |= self.control.should_save  # the last step need not be one of those that are logged
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """transformers passes over weights whose names in the file are not those in the model, as LLaVA's are not."""
@@ -219,7 +237,8 @@ def train(
         system: As in `load`.
         epochs: Passes through the data; steps: optimizer steps instead.
         batch_size: Records in a process at a time; accumulate: such batches in a step.
-        optimizer: "adamw", "sgd" or another name of transformers; schedule: "cosine", "linear", "constant", ...
+        optimizer: "adamw", "sgd" or another name of transformers; schedule: "cosine", "linear", "constant", ... of
+            those in transformers that need no arguments.
         clip: Greatest norm of the gradients; 0 for no limit.
         part: What is trained, as in `choose_trained`.
         precision: "float32", "float64", or mixed: "float16" (with loss scaling) or "bfloat16" on float32 weights. "auto": what
@@ -236,7 +255,7 @@ def train(
         progress: Tell on stderr how far it is.
     Raises:
         checkpoints.CheckpointError: There is no such checkpoint, or it cannot be loaded.
-        InputError: Something cannot be used, or an earlier run in `output` had other settings.
+        InputError: Something cannot be used, an earlier run in `output` had other settings, or the loss is not a number.
     """
     output = Path(output)
     for name, value, least in [
@@ -253,10 +272,12 @@ def train(
         ("log every", log_every, 1),
         ("workers", workers, 0),
     ]:
-        if not value >= least:
-            raise InputError(f"{name} is {value}; it must be at least {least}")
-    if not epochs > 0:
-        raise InputError(f"epochs is {epochs}; it must be more than 0")
+        if not least <= value < math.inf:
+            raise InputError(f"{name} is {value}; it must be " + (f"at least {least}" if value < least else "a finite number"))
+    if not 0 < epochs < math.inf:
+        raise InputError(f"epochs is {epochs}; it must be more than 0 and finite")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}; it must be at least 0 and less than 2**32")
     if save_every % log_every:
         raise InputError(f"a checkpoint every {save_every} steps falls between two entries of the loss, every {log_every}")
     if broken not in ("skip", "refuse"):
@@ -270,8 +291,10 @@ def train(
         raise InputError(f"the device is {str(device)!r}; allowed: auto, cpu, cuda. CUDA_VISIBLE_DEVICES tells which GPUs are meant")
     on_cpu = chosen.type == "cpu"
     precision = _choose_precision(precision, on_cpu)
-    optimizer = _known(_OPTIMIZERS.get(optimizer, optimizer), OptimizerNames, "optimizer")
-    schedule = _known(schedule, SchedulerType, "schedule")
+    optimizer = _known(_OPTIMIZERS.get(optimizer, optimizer), [one.value for one in OptimizerNames], "optimizer")
+    schedule = _known(schedule, _SCHEDULES, "schedule")
+    if output.resolve() == Path(answering.DEFAULT_MODEL if model is None else model).resolve():
+        raise InputError(f"the output {output} is the folder of the model; what is trained needs a folder of its own")
     records = data.read_records(data_file)
     _make_folder(output)
     set_seed(seed)  # for projections that begin at random
@@ -312,6 +335,10 @@ def train(
         dtype = None if check_only else torch.float64 if precision == "float64" else torch.float32
         loaded, processor = answering.load(model, "cpu", dtype, system=system)
         choose_trained(loaded, part)
+        try:
+            FlexAttnTrainer.get_optimizer_cls_and_kwargs(arguments, loaded)
+        except (ImportError, ValueError) as error:  # the names include those of packages that may be missing
+            raise InputError(f"the optimizer {optimizer} cannot be used: {' '.join(str(error).split())}") from None
         if gradient_checkpointing:
             loaded.gradient_checkpointing_enable({"use_reentrant": False})
         longest = loaded.config.text_config.max_position_embeddings
@@ -323,6 +350,7 @@ def train(
         first, shown = processes.rank == 0, progress and processes.rank == 0
         settings = {
             "data": hashlib.blake2b(Path(data_file).read_bytes()).hexdigest(),
+            "folder of pictures": str(Path(images).resolve()),
             "model": str(answering.DEFAULT_MODEL if model is None else model),
             "system": system,
             "processes": processes.count,
@@ -355,6 +383,7 @@ def train(
                 )
             if not usable and not check_only:
                 raise InputError(f"{data_file} has no record that can be trained on; {output / 'broken.jsonl'} says why")
+            settings["set of broken records"] = [one.record for one in found]
             return found, None if check_only else _earlier_run(output, settings, restart)
 
         found, resumed = processes.from_first(begin)
@@ -376,7 +405,7 @@ def train(
             ),
             data_collator=data.Collator(processor.pad_id),
             processing_class=processor,
-            callbacks=[_LossFile(output / "loss.csv"), _Progress(shown)] if first else [],
+            callbacks=[_LossFile(output / "loss.csv"), _Progress(shown, until_the_end)] if first else [],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
@@ -400,11 +429,10 @@ def _choose_precision(precision: str, on_cpu: bool) -> str:
     return precision
 
 
-def _known(name: str, names: Any, what: str) -> str:
-    try:
-        return names(name).value
-    except ValueError:
-        raise InputError(f"the {what} is {name!r}; allowed: {', '.join(one.value for one in names)}") from None
+def _known(name: str, names: Sequence[str], what: str) -> str:
+    if name not in names:
+        raise InputError(f"the {what} is {name!r}; allowed: {', '.join(names)}")
+    return name
 
 
 def _make_folder(output: Path) -> None:
@@ -437,6 +465,16 @@ def _tell_later(listed: Path, broken: Broken) -> None:
         file.write(json.dumps(asdict(broken)) + "\n")
 
 
+def _settings_of(written: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(written.read_text())
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f"{written} does not hold the settings of a run; remove it, or discard the run with --restart")
+    return settings
+
+
 def _earlier_run(output: Path, settings: dict[str, Any], restart: bool) -> Path | None:
     """The checkpoint to go on from. What a run was ended in the middle of is removed."""
     written = output / "run.json"
@@ -445,7 +483,7 @@ def _earlier_run(output: Path, settings: dict[str, Any], restart: bool) -> Path 
             if restart or not _is_complete(folder):
                 shutil.rmtree(folder)
         if not restart and written.exists():
-            before = json.loads(written.read_text())
+            before = _settings_of(written)
             if changed := [name for name in settings if before.get(name) != settings[name]]:
                 raise InputError(
                     f"the run in {output} was begun with another {', '.join(changed)}; go on with the same, or discard it with --restart"
@@ -479,15 +517,16 @@ class _LossFile(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    def __init__(self, wanted: bool):
-        self._wanted = wanted
+    """Shows how far the run is, until it ends or, at the latest, `until_the_end` is closed: a bar hides the cursor."""
+
+    def __init__(self, wanted: bool, until_the_end: ExitStack):
+        self._wanted, self._shown = wanted, until_the_end.enter_context(ExitStack())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._report = Report(state.max_steps, "steps", self._wanted, done=state.global_step)
-        self._report.__enter__()
+        self._report = self._shown.enter_context(Report(state.max_steps, "steps", self._wanted, done=state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._report.advance(1)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._report.__exit__()
+        self._shown.close()

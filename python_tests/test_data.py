@@ -88,6 +88,7 @@ BROKEN = [
     ("image tag in an answer", record("photo.png", QUESTION, "<image>")),
     ("image tag without an image", record(None, ASKED, "42")),
     ("image tag without an image", record("photo.png", ASKED + "<image>", "42")),
+    ("image tag in an image tag", record(["photo.png"] * 2, "<image>\nWhich <ima<image>ge>?", "42")),
     ("image without an image tag", record("photo.png", QUESTION, "42")),
     ("image without an image tag", record(["photo.png"] * 2, ASKED, "42")),
     ("missing image", record("nowhere.png")),
@@ -122,6 +123,15 @@ def test_every_broken_record_is_named_with_its_number_and_no_other(folder):
     for one, (kind, _) in zip(found, BROKEN):
         assert one.kind == kind, one
         assert "\n" not in str(one) and str(one).startswith(f"record {one.record}: {kind}: ")
+
+
+def test_a_conversation_that_the_processor_refuses_costs_its_record_alone(folder):
+    def encode(conversation):
+        if not conversation.images:
+            raise InputError("there is\nno picture")
+
+    found = data.check([record("photo.png"), record(), record("photo.png")], folder, encode)
+    assert list(map(str, found)) == ["record 1: conversation that cannot be asked: there is no picture"]
 
 
 def test_broken_records_are_told_as_they_are_found(folder, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+import math
 import os
 import random
 import signal
@@ -23,8 +24,9 @@ from transformers import TrainingArguments
 
 import small
 import small_checkpoint
-from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, Trace, answering, data
+from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, Trace, answering, data, training
 from flexattn_cuda.processing import InputError
+from flexattn_cuda.report import Report
 from flexattn_cuda.training import FlexAttnTrainer, answer_loss, choose_trained, last_complete_checkpoint, train
 from training_data import record, save_preset, write
 
@@ -121,6 +123,53 @@ def test_a_run_of_other_settings_is_refused_unless_it_begins_anew(checkpoint, fi
         train(*files, tmp_path, checkpoint, **settings, learning_rate=1e-2, seed=1)
     again = train(*files, tmp_path, checkpoint, **settings, learning_rate=1e-2, seed=1, restart=True)
     assert len(again.losses) == 2
+
+
+def test_a_run_goes_on_with_the_records_and_pictures_it_was_begun_with(checkpoint, files, tmp_path):
+    settings = dict(model=checkpoint, steps=1, batch_size=4, device="cpu")
+    output = tmp_path / "out"
+    train(*files, output, **settings)
+    moved = files[1].rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="was begun with another folder of pictures; "):
+        train(files[0], moved, output, **settings)
+    files[1].symlink_to(moved)
+    with pytest.raises(InputError, match="was begun with another folder of pictures; "):
+        train(*files, output, **settings)
+    files[1].unlink()
+    moved.rename(files[1])
+    (files[1] / "2.png").rename(tmp_path / "2.png")
+    with pytest.raises(InputError, match="was begun with another set of broken records; "):
+        train(*files, output, **settings)
+    (tmp_path / "2.png").rename(files[1] / "2.png")
+    train(*files, output, **settings)
+
+
+@pytest.mark.parametrize("content", ['{"a": ', "[]", "null", "\udcff"])
+def test_settings_that_no_run_has_written_are_refused(checkpoint, files, tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match="run.json does not hold the settings of a run; .* --restart"):
+        train(*files, tmp_path, checkpoint, steps=1, device="cpu")
+    train(*files, tmp_path, checkpoint, steps=1, device="cpu", restart=True)
+
+
+@pytest.mark.parametrize("log_every, step, whole", [(1, 3, "the last complete checkpoint is .*checkpoint-2$"), (4, 3, "no checkpoint")])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(
+    checkpoint, files, tmp_path, monkeypatch, log_every, step, whole, what
+):
+    losses = []
+
+    def third_is_wrong(*arguments, **options):
+        loss = answer_loss(*arguments, **options)
+        losses.append(loss.item())
+        if len(losses) == 3 and what == "gradient":
+            loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss * math.nan if len(losses) == 3 and what == "loss" else loss
+
+    monkeypatch.setattr(training, "answer_loss", third_is_wrong)
+    with pytest.raises(InputError, match=f"the loss of step {step} or its gradient is not a number; .*{whole}"):
+        train(*files, tmp_path, checkpoint, steps=3, save_every=log_every, log_every=log_every, device="cpu")
+    assert not (tmp_path / "checkpoint-3").exists() and not (tmp_path / "model.safetensors").exists()
 
 
 def test_two_runs_never_write_one_folder(checkpoint, files, tmp_path):
@@ -223,12 +272,17 @@ def test_a_picture_that_is_deleted_during_the_run_does_not_end_it(checkpoint, fi
     [
         (["--batch-size", 0], "batch size is 0; it must be at least 1"),
         (["--epochs", 0], "epochs is 0.0; it must be more than 0"),
-        (["--learning-rate", "nan"], "learning rate is nan"),
+        (["--epochs", "inf"], "epochs is inf; it must be more than 0 and finite"),
+        (["--learning-rate", "nan"], "learning rate is nan; it must be a finite number"),
+        (["--learning-rate", "inf"], "learning rate is inf; it must be a finite number"),
+        (["--seed", -1], "seed is -1; it must be at least 0 and less than 2**32"),
+        (["--seed", 99999999999], "seed is 99999999999; it must be at least 0 and less than 2**32"),
         (["--keep", 1], "keep is 1; it must be at least 2"),
         (["--save-every", 5, "--log-every", 2], "falls between two entries of the loss"),
         (["--broken", "ignore"], "allowed: skip, refuse"),
         (["--optimizer", "best"], "the optimizer is 'best'; allowed: "),
         (["--schedule", "best"], "the schedule is 'best'; allowed: linear, "),
+        (["--schedule", "cosine_with_min_lr"], "the schedule is 'cosine_with_min_lr'; allowed: linear, "),
         (["--precision", "int8"], "the precision is 'int8'; allowed: auto, float32"),
         (["--precision", "float16"], "mixed precision in float16 needs a GPU"),
         (["--train", "nothing"], "allowed: all, projector, hr"),
@@ -245,6 +299,51 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(flexattn, checkpoint, fi
     arguments = ["--data", files[0], "--images", files[1], "--model", checkpoint, "--device", "cpu", "--output", tmp_path / "out"]
     code, out, err = flexattn("train", *arguments, *options)
     assert code == 2 and out == "" and says in err.splitlines()[-1]
+
+
+def test_the_model_is_not_written_over(flexattn, checkpoint, files):
+    arguments = ["train", "--data", files[0], "--images", files[1], "--model", checkpoint, "--output", checkpoint / ".." / checkpoint.name]
+    code, _, err = flexattn(*arguments)
+    assert code == 2 and "is the folder of the model" in err.splitlines()[-1] and not (checkpoint / "pictures.jsonl").exists()
+
+
+@pytest.mark.parametrize("schedule", training._SCHEDULES)
+def test_every_schedule_that_is_offered_can_be_used(checkpoint, files, tmp_path, schedule):
+    assert train(*files, tmp_path, checkpoint, steps=1, schedule=schedule, device="cpu").losses.keys() == {1}
+
+
+@pytest.mark.parametrize("missing", [ImportError, ValueError])
+def test_an_optimizer_whose_package_is_missing_is_refused(flexattn, checkpoint, files, tmp_path, monkeypatch, missing):
+    def find(*_):
+        raise missing("install it\nwith pip")
+
+    monkeypatch.setattr(FlexAttnTrainer, "get_optimizer_cls_and_kwargs", find)
+    arguments = ["train", "--data", files[0], "--images", files[1], "--model", checkpoint, "--device", "cpu", "--output", tmp_path / "out"]
+    code, _, err = flexattn(*arguments, "--optimizer", "lion_8bit")
+    assert code == 2 and err.splitlines()[-1] == "flexattn: the optimizer lion_8bit cannot be used: install it with pip"
+
+
+def test_an_interrupted_run_gives_the_terminal_back(checkpoint, files, tmp_path, monkeypatch):
+    shown = []
+
+    class Shown(Report):
+        def __enter__(self):
+            shown.append(self)
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            shown.remove(self)
+            super().__exit__(*error)
+
+    def interrupted(*_, **__):
+        assert shown
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "Report", Shown)
+    monkeypatch.setattr(training, "answer_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(*files, tmp_path, checkpoint, steps=1, device="cpu", progress=True)
+    assert not shown
 
 
 @pytest.mark.parametrize("package", ["accelerate", "tensorboard"])
