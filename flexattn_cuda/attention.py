@@ -92,7 +92,8 @@ def flexattn_attention(
     start, length, holes = attention_mask if attention_mask is not None else (None, None, None)
     device = query.device
     layer = {} if flexattn is None else flexattn.enter(module, device)
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):  # torch casts for its own attention alone; a rotated query is float32 here
+    # torch casts for its own attention alone; a rotated query is float32 here.
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         query, key, value = (one.to(dtype) for one in (query, key, value))
         layer |= {name: layer[name].to(dtype) for name in ("k_hr", "v_hr") if name in layer}

@@ -248,10 +248,9 @@ class FlexAttnLlavaConfig(LlavaConfig):
                 raise ValueError(
                     f"flexattn {name} is {size} pixels; the vision tower takes {self.vision_config.patch_size} to {native}"
                 )
-        if self.flexattn.tile_size % self.vision_config.patch_size:
-            raise ValueError(
-                f"flexattn tiles have {self.flexattn.tile_size} pixels a side, which are no whole patches of {self.vision_config.patch_size}"
-            )
+        tile, patch = self.flexattn.tile_size, self.vision_config.patch_size
+        if tile % patch:
+            raise ValueError(f"flexattn tiles have {tile} pixels a side, which are no whole patches of {patch}")
         if self.system == "xattn" and self.text_config.model_type != "llama":
             raise ValueError(
                 f"flexattn system 'xattn' adds cross-attention to the layers of a LLaMA, not of a {self.text_config.model_type!r}"
