@@ -13,8 +13,10 @@ pytest.importorskip("matplotlib")
 
 from flexattn_cuda.processing import InputError
 from flexattn_cuda.study import figures, statistics
+from flexattn_cuda.study.collection import costs
 from flexattn_cuda.study.report import write_report
 from flexattn_cuda.study.results import TITLES, Results
+from flexattn_cuda.study.small_model import ModelSizes
 
 TASKS = ("attribute", "text")
 # Right answers to the 10 questions of a task and a size, by seed; question k is right where k is below the figure.
@@ -166,6 +168,14 @@ def test_costs_and_fewer_flops(finished, page):
     assert [row[name] for name in columns] == ["3", "3", "11", ""]
     spent = "4 against 3 GFLOPs in the study, as published, 2 against 3 GFLOPs in the study, as run here"
     assert f"needs fewer FLOPs holds ({spent}, 10 against 11 TFLOPs at 7B, as published, 9 against 10 TFLOPs" in sentences(page)[2]
+
+
+@pytest.mark.parametrize("share, tiles", [(0.55, 2.5), (0.26, 1.04)])
+def test_costs_are_counted_whatever_the_maps_select(share, tiles):
+    """At zoom 2: means over questions, each of which selects in no more tiles than hold its tokens."""
+    row = costs("flexattn-zoom2", ModelSizes(), share, tiles)
+    assert row["selected_share"] == share
+    assert 0 < row["study_gflops_here"] < 10 and 0 < row["paper_tflops_here"] < row["paper_tflops_published"]
 
 
 def test_a_study_under_way_tells_what_is_missing(tmp_path):

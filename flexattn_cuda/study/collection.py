@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -67,13 +68,15 @@ def collect(output: Path, photographs: Sequence[Path], preset: str, command: str
 
 def costs(system: str, sizes: ModelSizes, share: float | None, tiles: float | None) -> dict[str, Any]:
     """A row of costs.csv: the prefill of a question, counted at the study's sizes (GFLOPs) and at LLaVA-1.5-7B's (TFLOPs), with
-    the share of HR tokens and the number of tiles that the study's maps select."""
+    the share of HR tokens and the number of tiles that the study's maps select.
+
+    The tiles are rounded up: what is selected fits into the mean number of tiles, and then into these."""
     processor = build_processor(vocabulary(), None, sizes)
     small = build_model(processor, settings_for(system, sizes), sizes).config
     large = flops.as_system(flops.llava_shape("7b"), *name_and_zoom(system))
     row: dict[str, Any] = {"system": system}
     for name, config, unit in (("study_gflops", small, 1e9), ("paper_tflops", large, 1e12)):
-        chosen = {} if share is None else {"selected": round(share * config.hr_side**2), "tiles": max(1, round(tiles))}
+        chosen = {} if share is None else {"selected": round(share * config.hr_side**2), "tiles": max(1, math.ceil(tiles))}
         spent = flops.cost(config, PROMPT_TOKENS[name], **chosen)
         row |= {f"{name}_published": sum(spent.published.values()) / unit, f"{name}_here": sum(spent.here.values()) / unit}
     return row | {"selected_share": share}
