@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,10 +28,11 @@ def collect(output: Path, photographs: Sequence[Path], preset: str, command: str
     """Gathers what is there of all seeds and systems into OUT/results, in the form that `report.write_report` reads."""
     results = output / "results"
     results.mkdir(exist_ok=True)
-    seeds = sorted((path for path in output.glob("seed-*") if (path / "start").exists()), key=lambda path: int(path.name[5:]))
+    named_seed = {path: re.fullmatch(r"seed-(-?\d+)", path.name) for path in output.iterdir()}
+    seeds = dict(sorted((int(match[1]), path) for path, match in named_seed.items() if match and (path / "start").exists()))
     outcomes = {
-        (int(folder.name[5:]), system): json.loads((folder / f"{system}.json").read_text())
-        for folder in seeds
+        (seed, system): json.loads((folder / f"{system}.json").read_text())
+        for seed, folder in seeds.items()
         for system in SYSTEMS
         if (folder / f"{system}.json").exists()
     }
@@ -52,17 +54,17 @@ def collect(output: Path, photographs: Sequence[Path], preset: str, command: str
     about = {
         "command": command,
         "preset": preset,
-        "seeds": [int(folder.name[5:]) for folder in seeds],
+        "seeds": list(seeds),
         "chance": CHANCE,
         "settings": asdict(PRESETS[preset]),
-        "starts": {folder.name: json.loads((folder / "start" / "start.json").read_text()) for folder in seeds},
+        "starts": {folder.name: json.loads((folder / "start" / "start.json").read_text()) for folder in seeds.values()},
         "versions": {"flexattn_cuda": flexattn_cuda.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     (results / "study.json").write_text(json.dumps(about, indent=1))
     if seeds:
         first = about["seeds"][0]
         given = {system: outcome["answers"] for (seed, system), outcome in outcomes.items() if seed == first}
-        draw_examples(results / "examples", seeds[0], first, photographs, given)
+        draw_examples(results / "examples", seeds[first], first, photographs, given)
     return results
 
 

@@ -111,7 +111,10 @@ def fine_tune(
     )
     trainer = FlexAttnTrainer(model, arguments, train_dataset=picks, data_collator=collate, callbacks=[_Told(tell)])
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if folder.exists() else None)
+    checkpoint = last_complete_checkpoint(folder) if folder.exists() else None
+    if checkpoint is not None:
+        tell(f"goes on from {checkpoint.name}")
+    trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
