@@ -20,7 +20,7 @@ from flexattn_cuda.study import run
 from flexattn_cuda.study.finetuning import run_system
 from test_study_scenes import photograph
 
-SYSTEMS = "llava,flexattn,hd,xattn"
+SYSTEMS = "llava,flexattn,hd"
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ def collect(output: Path, photographs: Sequence[Path], preset: str, command: str
     """Gathers what is there of all seeds and systems into OUT/results, in the form that `report.write_report` reads."""
     results = output / "results"
     results.mkdir(exist_ok=True)
-    named_seed = {path: re.fullmatch(r"seed-(-?\d+)", path.name) for path in output.iterdir()}
-    seeds = dict(sorted((int(match[1]), path) for path, match in named_seed.items() if match and (path / "start").exists()))
+    starts = [path.parent for path in output.glob("seed-*/start")]
+    seeds = dict(sorted((int(path.name[5:]), path) for path in starts if re.fullmatch(r"seed--?\d+", path.name)))
     outcomes = {
         (seed, system): json.loads((folder / f"{system}.json").read_text())
         for seed, folder in seeds.items()
