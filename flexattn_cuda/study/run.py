@@ -119,34 +119,33 @@ def _run(
 ) -> None:
     """The units that are not done, starts first, several at a time. What one says is told; one that fails ends the study."""
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, Report(len(seeds) * (1 + len(systems)), "units", progress) as report:
-        said = manager.Queue()
-        with _pool(jobs or len(os.sched_getaffinity(0)), context) as pool:
-            running: dict[Future, tuple[int, str]] = {}
+    said = context.SimpleQueue()
+    with Report(len(seeds) * (1 + len(systems)), "units", progress) as report, _pool(jobs, context, said) as pool:
+        running: dict[Future, tuple[int, str]] = {}
 
-            def submit(seed: int, unit: str) -> None:
-                running[pool.submit(_unit, output / f"seed-{seed}", seed, unit, photographs, preset, said)] = seed, unit
+        def submit(seed: int, unit: str) -> None:
+            running[pool.submit(_unit, output / f"seed-{seed}", seed, unit, photographs, preset)] = seed, unit
 
-            for seed in seeds:
-                submit(seed, "start")
-            while running:
-                done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-                while not said.empty():
-                    report.say(said.get())
-                for future in done:
-                    seed, unit = running.pop(future)
-                    future.result()
-                    report.advance(1)
-                    if unit == "start":
-                        for system in systems:
-                            submit(seed, system)
+        for seed in seeds:
+            submit(seed, "start")
+        while running:
+            done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+            while not said.empty():
+                report.say(said.get())
+            for future in done:
+                seed, unit = running.pop(future)
+                future.result()
+                report.advance(1)
+                if unit == "start":
+                    for system in systems:
+                        submit(seed, system)
 
 
 @contextmanager
-def _pool(jobs: int, context: Any) -> Iterator[ProcessPoolExecutor]:
+def _pool(jobs: int | None, context: Any, said: Any) -> Iterator[ProcessPoolExecutor]:
     """A pool whose processes end at once with an error or Ctrl-C here: what they have begun is taken up again."""
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, context, initializer=_begin_process)
+    pool = ProcessPoolExecutor(jobs or len(os.sched_getaffinity(0)), context, _begin_process, (said,))
     try:
         yield pool
     except BaseException as error:
@@ -159,7 +158,12 @@ def _pool(jobs: int, context: Any) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_process() -> None:
+_said: Any = None  # in a process of the pool: the queue of what it tells
+
+
+def _begin_process(said: Any) -> None:
+    global _said
+    _said = said
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study ends its processes itself
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -167,11 +171,11 @@ def _begin_process() -> None:
     pretraining.console.quiet = True  # what it tells goes through the queue
 
 
-def _unit(folder: Path, seed: int, unit: str, photographs: list[Path], preset: str, said: Any) -> None:
+def _unit(folder: Path, seed: int, unit: str, photographs: list[Path], preset: str) -> None:
     """Does a unit that has not been done; in a process of the pool."""
 
     def tell(text: str) -> None:
-        said.put(f"{folder.name} {unit}: {text}")
+        _said.put(f"{folder.name} {unit}: {text}")
 
     folder.mkdir(exist_ok=True)
     if unit == "start" and not (folder / "start").exists():
