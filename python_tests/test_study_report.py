@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 from flexattn_cuda.processing import InputError
 from flexattn_cuda.study import figures, statistics
 from flexattn_cuda.study.collection import costs
+from flexattn_cuda.study.presets import SYSTEMS
 from flexattn_cuda.study.report import write_report
 from flexattn_cuda.study.results import TITLES, Results
 from flexattn_cuda.study.small_model import ModelSizes
@@ -88,6 +89,10 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def page(finished):
     return (finished / "report.html").read_text()
+
+
+def test_every_system_of_the_study_has_a_title():
+    assert sorted(SYSTEMS) == sorted(TITLES)
 
 
 def row_of(rows, **wanted):
