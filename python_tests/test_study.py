@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ import time
 import pytest
 
 from flexattn_cuda import answering
+from flexattn_cuda.files import lock
 from flexattn_cuda.processing import InputError
 from flexattn_cuda.study import run
 from flexattn_cuda.study.finetuning import run_system
 from test_study_scenes import photograph
 
-SYSTEMS = "llava,flexattn,hd,xattn"
+SYSTEMS = "llava,flexattn,hd"
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +41,24 @@ def started(photographs, output):
 
 @pytest.fixture(scope="module")
 def finished(photographs, tmp_path_factory):
-    """A study that was killed once, when a system had been finished and another begun."""
+    """A study that was interrupted once, in the middle of the second system's fine-tuning."""
     output = tmp_path_factory.mktemp("study")
+    seed = output / "seed-0"
     first = started(photographs, output)
-    while not (output / "seed-0" / "flexattn.checkpoints").exists():
+    while not list(seed.glob("flexattn.checkpoints/checkpoint-*/complete.json")):
         assert first.poll() is None, first.communicate()[1]
-        time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
-    kept = (output / "seed-0" / "llava.json").stat().st_mtime_ns, (output / "seed-0" / "start").stat().st_mtime_ns
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGINT)  # as Ctrl-C does
+    told = first.communicate(timeout=30)[1]
+    assert first.returncode == 130 and "Traceback" not in told, told
+    assert not (seed / "flexattn.json").exists()
+    kept = [(path, path.stat().st_mtime_ns) for path in (seed / "llava.json", seed / "start")]
+    shutil.copytree(seed, output / "seed-0-old")
     second = started(photographs, output)
     out, err = second.communicate()
     assert second.returncode == 0, err
-    assert kept == ((output / "seed-0" / "llava.json").stat().st_mtime_ns, (output / "seed-0" / "start").stat().st_mtime_ns)
+    assert "seed-0 flexattn: goes on from checkpoint-" in err and "llava: " not in err
+    assert kept == [(path, path.stat().st_mtime_ns) for path, _ in kept]
     assert out.strip() == str(output / "results" / "report.html")
     return output
 
@@ -91,6 +98,45 @@ def test_trained_systems_answer_like_any_other_model(finished):
 def test_another_preset_is_refused(finished, photographs):
     with pytest.raises(InputError, match="begun with another preset or other photographs"):
         run.study(finished, [photographs], "small")
+
+
+def test_other_photographs_are_refused_also_from_a_folder_of_the_same_name(finished, photographs, tmp_path):
+    others = tmp_path / photographs.name
+    others.mkdir()
+    for number in range(8):
+        photograph(8 + number).save(others / f"{number}.jpg")
+    with pytest.raises(InputError, match="begun with another preset or other photographs"):
+        run.study(finished, [others], "tiny")
+
+
+def test_a_damaged_photograph_is_refused_before_anything_is_begun(photographs, tmp_path):
+    for number in range(8):
+        shutil.copy(photographs / f"{number}.jpg", tmp_path)
+    (tmp_path / "0.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:300])
+    with pytest.raises(InputError, match="the photograph .*0.jpg is damaged or cannot be read"):
+        run.study(tmp_path / "out", [tmp_path])
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_study_at_a_time_in_a_folder(photographs, tmp_path):
+    other = os.open(tmp_path, os.O_RDONLY)
+    try:
+        lock(other, tmp_path)
+        with pytest.raises(InputError, match="another run is writing"):
+            run.study(tmp_path, [photographs], "tiny")
+    finally:
+        os.close(other)
+
+
+def killed(*_):
+    """A unit whose process the system ends."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_told_in_one_sentence(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_unit", killed)
+    with pytest.raises(InputError, match="a process of the study was killed"):
+        run.study(tmp_path / "out", [photographs], "tiny", seeds=[0], jobs=1)
 
 
 @pytest.mark.parametrize(

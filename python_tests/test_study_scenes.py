@@ -9,8 +9,8 @@ from PIL import Image
 
 from flexattn_cuda.processing import InputError
 from flexattn_cuda.study.scenes import (
-    CHANCE, COLORS, SHAPES, SIDE, SIZES, TASKS, VEHICLES, Glyph, Painter, Sign, find_photographs, make_scenes, shape_outline,
-    sign_questions, vehicle_questions, vehicle_outline, vocabulary,
+    CHANCE, COLORS, SHAPES, SIDE, SIZES, TASKS, VEHICLES, Glyph, Painter, Sign, find_photographs, make_scenes,
+    photograph_files, shape_outline, sign_questions, vehicle_questions, vehicle_outline, vocabulary,
 )  # fmt: skip
 
 
@@ -204,6 +204,19 @@ def test_held_out_photographs_are_others(tmp_path):
     shades = [{photo.getpixel((5, 5))[0] // 14 for photo in find_photographs([tmp_path], held)} for held in (False, True)]
     assert len(shades[0]) == 7 and len(shades[1]) == 2
     assert not shades[0] & shades[1]
+
+
+def test_photographs_of_both_endings_in_any_case_come_by_name(tmp_path):
+    folder = tmp_path / "desktop" / "photos"  # what lies above the given folder does not matter
+    names = ["a.jpg", "b.JPG", "c.jpeg", "d.jpg", "e.JPEG", "f.jpg", "g.Jpg", "h.jpg"]
+    for number, name in enumerate(reversed(names)):
+        path = folder / str(number % 3) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (folder / "abstract").mkdir()
+    for name in ("abstract/i.jpg", "j.png", "k.txt"):
+        (folder / name).touch()
+    assert [path.name for path in photograph_files([folder])] == names
 
 
 def test_too_few_photographs_are_reported(tmp_path):

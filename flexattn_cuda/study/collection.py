@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,10 +28,11 @@ def collect(output: Path, photographs: Sequence[Path], preset: str, command: str
     """Gathers what is there of all seeds and systems into OUT/results, in the form that `report.write_report` reads."""
     results = output / "results"
     results.mkdir(exist_ok=True)
-    seeds = sorted((path for path in output.glob("seed-*") if (path / "start").exists()), key=lambda path: int(path.name[5:]))
+    starts = [path.parent for path in output.glob("seed-*/start")]
+    seeds = dict(sorted((int(path.name[5:]), path) for path in starts if re.fullmatch(r"seed--?\d+", path.name)))
     outcomes = {
-        (int(folder.name[5:]), system): json.loads((folder / f"{system}.json").read_text())
-        for folder in seeds
+        (seed, system): json.loads((folder / f"{system}.json").read_text())
+        for seed, folder in seeds.items()
         for system in SYSTEMS
         if (folder / f"{system}.json").exists()
     }
@@ -51,29 +54,31 @@ def collect(output: Path, photographs: Sequence[Path], preset: str, command: str
     about = {
         "command": command,
         "preset": preset,
-        "seeds": [int(folder.name[5:]) for folder in seeds],
+        "seeds": list(seeds),
         "chance": CHANCE,
         "settings": asdict(PRESETS[preset]),
-        "starts": {folder.name: json.loads((folder / "start" / "start.json").read_text()) for folder in seeds},
+        "starts": {folder.name: json.loads((folder / "start" / "start.json").read_text()) for folder in seeds.values()},
         "versions": {"flexattn_cuda": flexattn_cuda.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     (results / "study.json").write_text(json.dumps(about, indent=1))
     if seeds:
         first = about["seeds"][0]
         given = {system: outcome["answers"] for (seed, system), outcome in outcomes.items() if seed == first}
-        draw_examples(results / "examples", seeds[0], first, photographs, given)
+        draw_examples(results / "examples", seeds[first], first, photographs, given)
     return results
 
 
 def costs(system: str, sizes: ModelSizes, share: float | None, tiles: float | None) -> dict[str, Any]:
     """A row of costs.csv: the prefill of a question, counted at the study's sizes (GFLOPs) and at LLaVA-1.5-7B's (TFLOPs), with
-    the share of HR tokens and the number of tiles that the study's maps select."""
+    the share of HR tokens and the number of tiles that the study's maps select.
+
+    The tiles are rounded up: what is selected fits into the mean number of tiles, and then into these."""
     processor = build_processor(vocabulary(), None, sizes)
     small = build_model(processor, settings_for(system, sizes), sizes).config
     large = flops.as_system(flops.llava_shape("7b"), *name_and_zoom(system))
     row: dict[str, Any] = {"system": system}
     for name, config, unit in (("study_gflops", small, 1e9), ("paper_tflops", large, 1e12)):
-        chosen = {} if share is None else {"selected": round(share * config.hr_side**2), "tiles": max(1, round(tiles))}
+        chosen = {} if share is None else {"selected": round(share * config.hr_side**2), "tiles": max(1, math.ceil(tiles))}
         spent = flops.cost(config, PROMPT_TOKENS[name], **chosen)
         row |= {f"{name}_published": sum(spent.published.values()) / unit, f"{name}_here": sum(spent.here.values()) / unit}
     return row | {"selected_share": share}

@@ -18,11 +18,9 @@ from transformers.trainer_callback import PrinterCallback
 from flexattn_cuda.study.encoded_scenes import EncodedScenes, Pick
 from flexattn_cuda.study.evaluation import answers, attention_in_boxes, selection
 from flexattn_cuda.study.presets import Preset, settings_for
+from flexattn_cuda.study.results import MAPPED
 from flexattn_cuda.study.start import load
 from flexattn_cuda.training import FlexAttnTrainer, last_complete_checkpoint
-
-
-MAPS_OF = ("llava", "flexattn")  # the supplement's figure 2
 
 
 def run_system(folder: Path, seed: int, system: str, preset: Preset, tell: Callable[[str], None]) -> None:
@@ -43,7 +41,7 @@ def run_system(folder: Path, seed: int, system: str, preset: Preset, tell: Calla
     questions = torch.load(folder / "questions.pt", weights_only=False, mmap=True)
     torch.manual_seed(seed)
     rows = answers(model, processor, questions, settings)
-    maps = attention_in_boxes(model, processor, questions, settings) if system in MAPS_OF else []
+    maps = attention_in_boxes(model, processor, questions, settings) if system in MAPPED else []
     selected = selection(model, processor, questions) if model.config.system == "flexattn" else None
     model.save_pretrained(folder / system)
     processor.save_pretrained(folder / system)
@@ -111,7 +109,10 @@ def fine_tune(
     )
     trainer = FlexAttnTrainer(model, arguments, train_dataset=picks, data_collator=collate, callbacks=[_Told(tell)])
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if folder.exists() else None)
+    checkpoint = last_complete_checkpoint(folder) if folder.exists() else None
+    if checkpoint is not None:
+        tell(f"goes on from {checkpoint.name}")
+    trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -76,27 +76,30 @@ def _listed(verdicts: Sequence[Verdict]) -> str:
     """Which of them hold, over all tasks first, with the differences of that and of those that do not hold."""
     if verdicts[-1].found is None:
         return _holds(None)
-    parts = []
-    for known in (True, False, None):
-        names = []
-        for one in (verdicts[-1], *verdicts[:-1]):
-            if one.holds is known:
-                told = one.found and (one.task == ALL or not known)
-                name = "all tasks together" if one.task == ALL else one.task
-                names.append(f"{name} ({_with_error(one.found)})" if told else name)
-        parts += [f"{_holds(known)} for {_and(names)}"] if names else []
-    return ", but ".join(parts)
+    told = []
+    for one in (verdicts[-1], *verdicts[:-1]):
+        name = "all tasks together" if one.task == ALL else one.task
+        told.append((one.holds, f"{name} ({_with_error(one.found)})" if one.found and (one.task == ALL or not one.holds) else name))
+    return _by_outcome(told)
 
 
 def _cheaper(results: Results) -> str:
-    """As run here, at the study's sizes and at 7B; as published at 7B. The study's small tiles outweigh its language model."""
+    """At the study's sizes and at 7B, as published and as run here."""
     ours, other = (results.costs.get(system) for system in ("flexattn", "hd"))
     if not ours or not other:
         return _holds(None)
-    kinds = [f"{unit}, {how}" for unit in ("GFLOPs in the study", "TFLOPs at 7B") for how in ("as published", "as run here")]
-    pairs = [(ours[name], other[name]) for name in COSTS[:4]]
-    spent = [f"{_digits(one)} against {_digits(two)} {kind}" for (one, two), kind in zip(pairs, kinds)]
-    return f"{_holds(all(one < two for one, two in pairs[1:]))} ({', '.join(spent)})"
+    kinds = [f"{unit} {how}" for unit in ("GFLOPs in the study", "TFLOPs at 7B") for how in ("as published", "as run here")]
+    told = []
+    for name, kind in zip(COSTS[:4], kinds, strict=True):
+        one, two = ours[name], other[name]
+        told.append((None if math.isnan(one + two) else one < two, f"{kind} ({_digits(one)} against {_digits(two)})"))
+    return _by_outcome(told)
+
+
+def _by_outcome(told: Sequence[tuple[bool | None, str]]) -> str:
+    """For which things it holds, for which it does not and for which it is not known, of (holds, thing)."""
+    names = {known: [name for one, name in told if one is known] for known in (True, False, None)}
+    return ", but ".join(f"{_holds(known)} for {_and(some)}" for known, some in names.items() if some)
 
 
 def _percent(share: float | None) -> str:

@@ -28,7 +28,7 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(pictures=60, questions=20, encoder_steps=4, localise_steps=3, answer_steps=3, steps=4, batch=8, rate=2e-3),
+    "tiny": Preset(pictures=60, questions=20, encoder_steps=4, localise_steps=3, answer_steps=3, steps=16, batch=4, rate=2e-3),
     "small": Preset(
         pictures=2400, questions=1600, encoder_steps=4500, localise_steps=150, answer_steps=1200, steps=700, batch=32, rate=2e-3
     ),

@@ -23,11 +23,10 @@ import numpy as np
 
 from flexattn_cuda.study import figures
 from flexattn_cuda.study.page import make_page
-from flexattn_cuda.study.results import ALL, COSTS, Results, means, title
+from flexattn_cuda.study.results import ALL, COSTS, MAPPED, Results, means, title
 from flexattn_cuda.study.statistics import Accuracy, Verdict, accuracy, paired_difference
 
 STRATEGIES = {"flexattn": "attention map", "random": "random", "center": "center"}
-MAPPED = ("llava", "flexattn")  # in the figure of the attention maps
 ZOOMS = {1: "llava", 2: "flexattn-zoom2", 3: "flexattn", 4: "flexattn-zoom4"}
 EXPECTATIONS = (("llava", "small", "above"), ("random", "small", "above"), ("center", "small", "above"), ("hd", "all", "level"))
 """What the paper leads one to expect of FlexAttention: against which system, on which objects, and what."""

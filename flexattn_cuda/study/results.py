@@ -37,6 +37,7 @@ TITLES = {
     "flexattn-zoom2": "FlexAttention, zoom 2",
     "flexattn-zoom4": "FlexAttention, zoom 4",
 }
+MAPPED = ("llava", "flexattn")  # whose attention maps are measured, as in the supplement's figure 2
 ALL = "all"  # tasks, or sizes
 COSTS = ("study_gflops_published", "study_gflops_here", "paper_tflops_published", "paper_tflops_here", "selected_share")
 

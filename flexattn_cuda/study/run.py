@@ -11,11 +11,15 @@ A unit of work is a seed's start or one system of a seed. Each runs in one threa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from typing import Any
 import torch
 import transformers
 
+from flexattn_cuda.files import lock, told
 from flexattn_cuda.processing import InputError
 from flexattn_cuda.report import Report
 from flexattn_cuda.study import pretraining
@@ -31,7 +36,7 @@ from flexattn_cuda.study.figures import require_matplotlib
 from flexattn_cuda.study.finetuning import run_system
 from flexattn_cuda.study.presets import PRESETS, SYSTEMS
 from flexattn_cuda.study.report import write_report
-from flexattn_cuda.study.scenes import find_photographs
+from flexattn_cuda.study.scenes import find_photographs, photograph_files
 from flexattn_cuda.study.start import make_start
 
 
@@ -57,7 +62,8 @@ def study(
     Returns:
         The report's path.
     Raises:
-        InputError: Something cannot be used, or an earlier study in `output` had other settings.
+        InputError: Something cannot be used, an earlier study in `output` had other settings, another process is writing there,
+            or a process of the study was killed.
     """
     if preset not in PRESETS:
         raise InputError(f"the preset is {preset!r}; allowed: {', '.join(PRESETS)}")
@@ -68,17 +74,37 @@ def study(
     if jobs is not None and jobs < 1:
         raise InputError(f"the number of jobs is {jobs}; it must be at least 1")
     require_matplotlib()
-    find_photographs(photographs, True)  # before anything is begun
-    _same_settings(output, {"preset": {"name": preset, **asdict(PRESETS[preset])}, "photographs": [Path(one).name for one in photographs]})
-    _run(output, list(photographs), preset, list(dict.fromkeys(seeds)), list(dict.fromkeys(systems)), jobs, progress)
-    results = collect(output, photographs, preset, command)
-    return write_report(results)
+    for held_out in (True, False):
+        find_photographs(photographs, held_out)  # before anything is begun
+    settings = {"preset": {"name": preset, **asdict(PRESETS[preset])}, "photographs": _digest(photographs)}
+    with _locked(output):
+        _same_settings(output, settings)
+        _run(output, list(photographs), preset, list(dict.fromkeys(seeds)), list(dict.fromkeys(systems)), jobs, progress)
+        return write_report(collect(output, photographs, preset, command))
+
+
+def _digest(photographs: Sequence[Path]) -> str:
+    """Of the files' names and sizes in bytes."""
+    files = [(path.name, path.stat().st_size) for path in photograph_files(photographs)]
+    return hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """One study at a time in a folder, which is made."""
+    with told(output):
+        output.mkdir(parents=True, exist_ok=True)
+        folder = os.open(output, os.O_RDONLY)
+    try:
+        lock(folder, output)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _same_settings(output: Path, settings: dict[str, Any]) -> None:
     written = output / "study.json"
     try:
-        output.mkdir(parents=True, exist_ok=True)
         if not written.exists():
             written.write_text(json.dumps(settings))
         before = json.loads(written.read_text())
@@ -93,45 +119,63 @@ def _run(
 ) -> None:
     """The units that are not done, starts first, several at a time. What one says is told; one that fails ends the study."""
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, Report(len(seeds) * (1 + len(systems)), "units", progress) as report:
-        said = manager.Queue()
-        with ProcessPoolExecutor(jobs or len(os.sched_getaffinity(0)), context, initializer=_begin_process) as pool:
-            running: dict[Future, tuple[int, str]] = {}
+    said = context.SimpleQueue()
+    with Report(len(seeds) * (1 + len(systems)), "units", progress) as report, _pool(jobs, context, said) as pool:
+        running: dict[Future, tuple[int, str]] = {}
 
-            def submit(seed: int, unit: str) -> None:
-                running[pool.submit(_unit, output / f"seed-{seed}", seed, unit, photographs, preset, said)] = seed, unit
+        def submit(seed: int, unit: str) -> None:
+            running[pool.submit(_unit, output / f"seed-{seed}", seed, unit, photographs, preset)] = seed, unit
 
-            for seed in seeds:
-                submit(seed, "start")
-            while running:
-                done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-                while not said.empty():
-                    report.say(said.get())
-                for future in done:
-                    seed, unit = running.pop(future)
-                    try:
-                        future.result()
-                    except BaseException:
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        raise
-                    report.advance(1)
-                    if unit == "start":
-                        for system in systems:
-                            submit(seed, system)
+        for seed in seeds:
+            submit(seed, "start")
+        while running:
+            done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+            while not said.empty():
+                report.say(said.get())
+            for future in done:
+                seed, unit = running.pop(future)
+                future.result()
+                report.advance(1)
+                if unit == "start":
+                    for system in systems:
+                        submit(seed, system)
 
 
-def _begin_process() -> None:
+@contextmanager
+def _pool(jobs: int | None, context: Any, said: Any) -> Iterator[ProcessPoolExecutor]:
+    """A pool whose processes end at once with an error or Ctrl-C here: what they have begun is taken up again."""
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(jobs or len(os.sched_getaffinity(0)), context, _begin_process, (said,))
+    try:
+        yield pool
+    except BaseException as error:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise InputError("a process of the study was killed, perhaps for lack of memory; the same command goes on") from None
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_said: Any = None  # in a process of the pool: the queue of what it tells
+
+
+def _begin_process(said: Any) -> None:
+    global _said
+    _said = said
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study ends its processes itself
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     pretraining.console.quiet = True  # what it tells goes through the queue
 
 
-def _unit(folder: Path, seed: int, unit: str, photographs: list[Path], preset: str, said: Any) -> None:
+def _unit(folder: Path, seed: int, unit: str, photographs: list[Path], preset: str) -> None:
     """Does a unit that has not been done; in a process of the pool."""
 
     def tell(text: str) -> None:
-        said.put(f"{folder.name} {unit}: {text}")
+        _said.put(f"{folder.name} {unit}: {text}")
 
     folder.mkdir(exist_ok=True)
     if unit == "start" and not (folder / "start").exists():

@@ -1,7 +1,8 @@
 """High-resolution pictures with questions and known answers: the benchmark that needs no download.
 
-Photographs are the backgrounds. What a question asks for is too fine for the low-resolution picture, but where it is can
-be seen there, as in V* Bench: a sign by its colour, the objects of an aerial scene as blobs.
+Photographs are the backgrounds. What a question about small objects asks for is too fine for the low-resolution picture, but
+where it is can be seen there, as in V* Bench: a sign by its colour, the objects of an aerial scene as blobs. Large objects the
+low-resolution picture shows.
 
     task        question                                                answer          in the spirit of
     attribute   What shape is on the red sign?                          star            V* Bench, attribute
@@ -115,26 +116,44 @@ class Scene:
         return replace(self, picture=None)
 
 
-def find_photographs(folders: Sequence[Path], held_out: bool, longest: int = 1100) -> list[Image.Image]:
-    """Every fourth JPEG of the folders (by name) when `held_out`, else the others, with sides of up to `longest` pixels.
+def photograph_files(folders: Sequence[Path]) -> list[Path]:
+    """The JPEG files in the folders and those inside them, by name.
 
     Raises:
-        InputError: Fewer than 8 photographs.
+        InputError: Fewer than 8 files.
     """
-    paths = sorted((path for folder in folders for path in Path(folder).rglob("*.jpg")), key=lambda path: path.name)
     # Several sizes of one drawing in Debian's mate-backgrounds, not photographs.
-    paths = [path for path in paths if "abstract" not in path.parts and "desktop" not in path.parts]
+    left_out = {"abstract", "desktop"}
+    paths = [
+        path
+        for folder in map(Path, folders)
+        for path in folder.rglob("*")
+        if path.suffix.lower() in (".jpg", ".jpeg") and left_out.isdisjoint(path.relative_to(folder).parts)
+    ]
     if len(paths) < 8:
-        raise InputError(f"found {len(paths)} photographs (*.jpg) in {', '.join(map(str, folders))}; at least 8 are needed")
-    photographs = []
-    for number, path in enumerate(paths):
-        if (number % 4 == 3) == held_out:
-            photograph = Image.open(path)
+        raise InputError(f"found {len(paths)} photographs (*.jpg, *.jpeg) in {', '.join(map(str, folders))}; at least 8 are needed")
+    return sorted(paths, key=lambda path: path.name)
+
+
+def find_photographs(folders: Sequence[Path], held_out: bool, longest: int = 1100) -> list[Image.Image]:
+    """Every fourth of `photograph_files` when `held_out`, else the others, with sides of up to `longest` pixels.
+
+    Raises:
+        InputError: Fewer than 8 photographs, or one that cannot be read.
+    """
+    paths = photograph_files(folders)
+    return [_photograph(path, longest) for number, path in enumerate(paths) if (number % 4 == 3) == held_out]
+
+
+def _photograph(path: Path, longest: int) -> Image.Image:
+    try:
+        with Image.open(path) as photograph:
             photograph.draft("RGB", (longest, longest))
             photograph = photograph.convert("RGB")
-            photograph.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-            photographs.append(photograph)
-    return photographs
+    except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
+        raise InputError(f"the photograph {path} is damaged or cannot be read: {error}") from None
+    photograph.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return photograph
 
 
 def make_scenes(
