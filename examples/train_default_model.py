@@ -21,12 +21,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import random
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.progress import Progress
 from signs import QUESTIONS, SIDE, Painter, digits_of
@@ -36,9 +34,13 @@ from torch.nn import functional
 from flexattn_cuda import Trace
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
 from flexattn_cuda.study.encoded_scenes import cells_of
-from flexattn_cuda.study.pretraining import UNSURE, MapOfLayer, TokenLabels, console, train_loop, trained, whiten
+from flexattn_cuda.study.pretraining import (
+    MapOfLayer, TokenLabels, console, pixels_of, share_right, stacked, token_loss, train_loop, trained, whiten,
+)  # fmt: skip
 from flexattn_cuda.study.scenes import COLORS, Sign, find_photographs
+from flexattn_cuda.study.presets import settings_for
 from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
+from flexattn_cuda.study.statistics import wilson
 from flexattn_cuda.vision import encode_pictures
 
 SIZES = ModelSizes()
@@ -73,20 +75,16 @@ class EncoderData:
         picture, signs = self.painter.picture(LOW + margin, signs=rng.randint(2, 9), shape=(1, 1), crowd=True)
         left, top = rng.randint(0, margin), rng.randint(0, margin)
         crop = picture.crop((left, top, left + LOW, top + LOW))
-        return self._pixels(crop), token_labels([sign.moved(left, top) for sign in signs], True)
+        return pixels_of(crop, self.images), token_labels([sign.moved(left, top) for sign in signs], True)
 
     def small(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         picture, signs = self.painter.picture(SIDE, shape=(1, 1))
-        pixels = functional.interpolate(self._pixels(picture)[None], size=LOW, mode="bilinear", antialias=True)[0]
+        pixels = functional.interpolate(pixels_of(picture, self.images)[None], size=LOW, mode="bilinear", antialias=True)[0]
         return pixels, token_labels([sign.moved(0, 0, 1 / ZOOM) for sign in signs], False)
 
     def batch(self, size: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         pairs = [self.small() if self.painter.rng.random() < 0.2 else self.tile() for _ in range(size)]
-        return torch.stack([pixels for pixels, _ in pairs]), [torch.stack(parts) for parts in zip(*(labels for _, labels in pairs))]
-
-    def _pixels(self, picture) -> torch.Tensor:
-        mean, std = (torch.tensor(x)[:, None, None] for x in (self.images.image_mean, self.images.image_std))
-        return (torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - mean) / std
+        return stacked(pairs)
 
 
 def train_encoder(model, painter: Painter, held: Painter, processor, steps: int) -> None:
@@ -98,18 +96,12 @@ def train_encoder(model, painter: Painter, held: Painter, processor, steps: int)
 
     def loss_of(_: int) -> torch.Tensor:
         pixels, labels = data.batch(16)
-        tokens = encode_pictures(model.model, pixels)
-        return sum(
-            functional.cross_entropy(head(tokens).flatten(0, 1), label.flatten(), weight=weight)
-            for head, label, weight in zip(heads, labels, weights)
-        )
+        return token_loss(encode_pictures(model.model, pixels), labels, heads, weights)
 
     @torch.no_grad()
     def report() -> str:
-        tokens, right = encode_pictures(model.model, test[0]), []
-        for head, label in zip(heads, test[1]):
-            there = (label < head.out_features - 1) & (label != UNSURE)
-            right.append((head(tokens).argmax(-1) == label)[there].float().mean().item())
+        tokens = encode_pictures(model.model, test[0])
+        right = [share_right(tokens, label, head) for label, head in zip(test[1], heads)]
         return "held-out tokens: colour {:.3f}, digits {:.3f} {:.3f}".format(*right)
 
     train_loop("encoder", steps, parameters, 1e-2, loss_of, report, 200)
@@ -245,13 +237,6 @@ def train_answers(model, pictures: Pictures, held: Pictures, processor, system: 
 # ---------------------------------------------------------------------------------------------------- 4. evaluation
 
 
-def wilson(right: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share."""
-    z, p = 1.959964, right / total
-    middle, spread = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    return (middle - spread) / (1 + z * z / total), (middle + spread) / (1 + z * z / total)
-
-
 @torch.no_grad()
 def evaluate(model, processor, questions: list[tuple], system: str, share: float) -> dict[str, float]:
     """Greedy answers of one system to all questions."""
@@ -297,8 +282,8 @@ def main() -> None:
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
-    processor = build_processor([*(question.format("") for question in QUESTIONS), *COLORS], SIZES.flexattn(), SIZES)
-    model = build_model(processor, SIZES.flexattn(), SIZES)
+    processor = build_processor([*(question.format("") for question in QUESTIONS), *COLORS], settings_for("flexattn", SIZES), SIZES)
+    model = build_model(processor, settings_for("flexattn", SIZES), SIZES)
 
     def painter(held_out: bool, seed: int) -> Painter:
         return Painter(find_photographs(options.photographs, held_out), options.font, random.Random(seed))

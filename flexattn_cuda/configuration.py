@@ -200,6 +200,13 @@ class FlexAttnLlavaConfig(LlavaConfig):
         """The mechanism's settings; None for a plain LLaVA."""
         return None if self.flexattn_config is None else FlexAttnConfig.from_dict(self.flexattn_config)
 
+    def with_settings(self, settings: FlexAttnConfig | None) -> FlexAttnLlavaConfig:
+        """A copy with other settings of the mechanism, checked; None for a plain LLaVA."""
+        changed = type(self).from_dict(self.to_dict())
+        changed.flexattn_config = None if settings is None else settings.to_dict()
+        changed.check()
+        return changed
+
     @property
     def lr_side(self) -> int:
         """Side S of the square grid of low-resolution image tokens."""
@@ -288,10 +295,7 @@ def as_system(config: FlexAttnLlavaConfig, system: str, zoom: int | None = None)
             highres_size=highres_size,
             strategy=settings.strategy,
         )
-    changed = FlexAttnLlavaConfig.from_dict(config.to_dict())
-    changed.flexattn_config = None if settings is None else settings.to_dict()
-    changed.check()
-    return changed
+    return config.with_settings(settings)
 
 
 AutoConfig.register(FlexAttnLlavaConfig.model_type, FlexAttnLlavaConfig)

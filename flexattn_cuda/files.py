@@ -24,6 +24,19 @@ def lock(file: BinaryIO | int, path: Path) -> None:
 
 
 @contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder, where it is missing, that is this run's alone meanwhile."""
+    with told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = os.open(folder, os.O_RDONLY)
+    try:
+        lock(opened, folder)
+        yield
+    finally:
+        os.close(opened)
+
+
+@contextmanager
 def told(path: Path) -> Iterator[None]:
     """What the system says when a file cannot be written, in one sentence."""
     try:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from flexattn_cuda import configuration
-from flexattn_cuda.configuration import FlexAttnConfig, FlexAttnLlavaConfig
+from flexattn_cuda.configuration import FlexAttnLlavaConfig
 from flexattn_cuda.modeling import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.processing import InputError
 from flexattn_cuda.state import Call
@@ -71,13 +71,6 @@ def as_system(config: FlexAttnLlavaConfig, system: str, zoom: int | None = None)
         raise InputError(str(error)) from error
 
 
-def _with_settings(config: FlexAttnLlavaConfig, settings: FlexAttnConfig) -> FlexAttnLlavaConfig:
-    changed = FlexAttnLlavaConfig.from_dict(config.to_dict())
-    changed.flexattn_config = settings.to_dict()
-    changed.check()
-    return changed
-
-
 @dataclass(frozen=True)
 class Cost:
     """FLOPs of each of `PARTS`: `published` and `here` as in `count`."""
@@ -120,7 +113,7 @@ def count(
     """
     selected, tiles = _checked(config, text_tokens, selected, tiles)
     if published and config.system == "flexattn":
-        config = _with_settings(config, dataclasses.replace(config.flexattn, hr_rows="all"))
+        config = config.with_settings(dataclasses.replace(config.flexattn, hr_rows="all"))
     with torch.device("meta"):
         model = FlexAttnLlavaForConditionalGeneration(config).eval()
     model.call_class = _told(selected, tiles)
@@ -240,7 +233,7 @@ def by_resolution(
         for zoom in zooms[:1] if system == "llava" else zooms:
             one = as_system(config, system, zoom)
             if system == "hd":
-                one = _with_settings(one, dataclasses.replace(one.flexattn, zoom=zoom, highres_size=zoom * one.flexattn.lowres_size))
+                one = one.with_settings(dataclasses.replace(one.flexattn, zoom=zoom, highres_size=zoom * one.flexattn.lowres_size))
             selected, tiles = round(share * one.hr_side**2), math.ceil(tile_share * zoom**2)
             side = one.vision_config.image_size if one.flexattn is None else one.flexattn.highres_size
             points[system].append((side, cost(one, text_tokens, selected, tiles)))

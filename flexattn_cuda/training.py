@@ -38,7 +38,7 @@ from transformers.training_args import OptimizerNames
 
 from flexattn_cuda import answering, data
 from flexattn_cuda.data import IGNORED, Broken
-from flexattn_cuda.files import lock, to_disk, told, write_whole
+from flexattn_cuda.files import locked_folder, to_disk, told, write_whole
 from flexattn_cuda.modeling import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.processes import Processes
 from flexattn_cuda.processing import InputError
@@ -371,9 +371,7 @@ def train(
         }
 
         def begin() -> tuple[list[Broken], Path | None]:
-            folder = os.open(output, os.O_RDONLY)
-            until_the_end.callback(os.close, folder)
-            lock(folder, output)
+            until_the_end.enter_context(locked_folder(output))
             found = _checked(records, images, output, encode, shown)
             usable = len(records) - len(found)
             if found and broken == "refuse" and not check_only:

@@ -11,6 +11,7 @@ from flexattn_cuda import Trace, attention
 from flexattn_cuda.configuration import FlexAttnConfig, settings_of
 from flexattn_cuda.study import pretraining
 from flexattn_cuda.study.encoded_scenes import cells_of, encode_scenes, resolutions_of
+from flexattn_cuda.study.presets import settings_for
 from flexattn_cuda.study.pretraining import (
     CLASSES, UNSURE, EncoderData, MapOfLayer, TokenLabels, train_encoder, train_low_resolution, whiten,
 )  # fmt: skip
@@ -19,12 +20,13 @@ from flexattn_cuda.study.small_model import ModelSizes, build_model, build_proce
 from flexattn_cuda.vision import encode_pictures
 
 SIZES = ModelSizes(vision_layers=1, layers=3)
+FLEXATTN = settings_for("flexattn", SIZES)
 
 
 @pytest.fixture(scope="module")
 def built():
     torch.manual_seed(0)
-    settings = SIZES.flexattn()
+    settings = FLEXATTN
     processor = build_processor(vocabulary(), settings, SIZES)
     return build_model(processor, settings, SIZES), processor
 
@@ -32,7 +34,7 @@ def built():
 @pytest.fixture(scope="module")
 def encoded(built):
     model, processor = built
-    resolutions = resolutions_of([None, SIZES.flexattn(), settings_of("hd", SIZES.lowres)])
+    resolutions = resolutions_of([None, FLEXATTN, settings_of("hd", SIZES.lowres)])
     return encode_scenes(model, processor, make_scenes([photograph(0)], 60, seed=0), resolutions)
 
 
@@ -64,7 +66,7 @@ def test_cells_of_boxes_are_those_that_they_touch():
 
 
 def test_resolutions_are_listed_once():
-    assert resolutions_of([None, SIZES.flexattn(), SIZES.flexattn(strategy="center"), SIZES.flexattn(zoom=2)]) == [(2, 192), (3, 288)]
+    assert resolutions_of([None, FLEXATTN, settings_for("center", SIZES), settings_for("flexattn-zoom2", SIZES)]) == [(2, 192), (3, 288)]
 
 
 def test_features_are_those_of_the_model_on_the_picture(built, encoded):
@@ -78,7 +80,7 @@ def test_features_are_those_of_the_model_on_the_picture(built, encoded):
     assert encoded.scenes[0] == scene.without_picture()
 
 
-@pytest.mark.parametrize("settings", [None, SIZES.flexattn(), settings_of("hd", SIZES.lowres)], ids=["low", "flexattn", "hd"])
+@pytest.mark.parametrize("settings", [None, FLEXATTN, settings_of("hd", SIZES.lowres)], ids=["low", "flexattn", "hd"])
 def test_labels_are_the_answers_at_the_end_of_the_prompt(built, encoded, settings):
     _, processor = built
     batch = encoded.batch(encoded.asked(), processor, settings)
@@ -152,7 +154,7 @@ def test_the_supervised_map_is_the_one_that_selects(built, encoded):
     """The operator's map, which is the sum over heads, of every answer row."""
     model, processor = built
     picks = [pick for pick in encoded.asked() if pick[1].task == "text"]
-    inputs = encoded.batch(picks, processor, SIZES.flexattn())
+    inputs = encoded.batch(picks, processor, FLEXATTN)
     map_of, trace = MapOfLayer(model, SIZES.first_layer - 1), Trace()
     assert inputs["attention_mask"].all()  # questions of one length: nothing is padded
     with torch.no_grad():
@@ -219,4 +221,4 @@ def test_the_encoder_stage_reports_every_resolution_and_freezes_the_encoder(buil
 
 
 def test_zoom_sets_the_high_resolution():
-    assert SIZES.flexattn(zoom=4) == FlexAttnConfig(zoom=4, lowres_size=96, highres_size=384, first_layer=2, pool=0, warmup=None)
+    assert settings_for("flexattn-zoom4", SIZES) == FlexAttnConfig(zoom=4, lowres_size=96, highres_size=384, first_layer=2, pool=0, warmup=None)

@@ -12,19 +12,17 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 import small
 import small_checkpoint
-from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, Trace, answering, data, training
+from flexattn_cuda import Trace, answering, data, training
 from flexattn_cuda.processing import InputError
 from flexattn_cuda.report import Report
 from flexattn_cuda.training import FlexAttnTrainer, answer_loss, choose_trained, last_complete_checkpoint, train

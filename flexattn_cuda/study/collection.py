@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
@@ -17,6 +16,7 @@ import transformers
 import flexattn_cuda
 from flexattn_cuda import answering, flops
 from flexattn_cuda.study.presets import PRESETS, SYSTEMS, name_and_zoom, settings_for
+from flexattn_cuda.study.results import write_csv
 from flexattn_cuda.study.scenes import CHANCE, TASKS, find_photographs, make_scenes, vocabulary
 from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
 
@@ -37,9 +37,9 @@ def collect(output: Path, photographs: Sequence[Path], preset: str, command: str
         if (folder / f"{system}.json").exists()
     }
     named = [({"seed": seed, "system": system}, outcome) for (seed, system), outcome in outcomes.items()]
-    _write_csv(results / "answers.csv", [who | row for who, outcome in named for row in outcome["answers"]])
-    _write_csv(results / "maps.csv", [who | row for who, outcome in named for row in outcome["maps"]])
-    _write_csv(results / "systems.csv", [
+    write_csv(results / "answers.csv", [who | row for who, outcome in named for row in outcome["answers"]])
+    write_csv(results / "maps.csv", [who | row for who, outcome in named for row in outcome["maps"]])
+    write_csv(results / "systems.csv", [
         who | {"steps": len(outcome["losses"]), "final_loss": _mean(outcome["losses"][-50:]),
                "selected_share": outcome["selected"] and outcome["selected"]["share"], "train_seconds": outcome["seconds"]}
         for who, outcome in named
@@ -47,7 +47,7 @@ def collect(output: Path, photographs: Sequence[Path], preset: str, command: str
     selected: dict[str, list[dict[str, float]]] = {system: [] for _, system in outcomes}
     for (_, system), outcome in outcomes.items():
         selected[system] += [outcome["selected"]] if outcome["selected"] else []
-    _write_csv(results / "costs.csv", [
+    write_csv(results / "costs.csv", [
         costs(system, PRESETS[preset].sizes, _mean(one["share"] for one in own), _mean(one["tiles"] for one in own))
         for system, own in selected.items()
     ])  # fmt: skip
@@ -62,7 +62,7 @@ def collect(output: Path, photographs: Sequence[Path], preset: str, command: str
     }
     (results / "study.json").write_text(json.dumps(about, indent=1))
     if seeds:
-        first = about["seeds"][0]
+        first = next(iter(seeds))
         given = {system: outcome["answers"] for (seed, system), outcome in outcomes.items() if seed == first}
         draw_examples(results / "examples", seeds[first], first, photographs, given)
     return results
@@ -104,14 +104,6 @@ def draw_examples(folder: Path, start: Path, seed: int, photographs: Sequence[Pa
             "expected": row["expected"], "answers": {system: by[row["number"]]["answer"] for system, by in answered.items()},
         })  # fmt: skip
     (folder.parent / "examples.json").write_text(json.dumps(listed, indent=1))
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with open(path, "w", newline="") as file:
-        if rows:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows)
 
 
 def _mean(values: Iterable[float]) -> float | None:

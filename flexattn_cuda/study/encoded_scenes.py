@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from flexattn_cuda.configuration import FlexAttnConfig
+from flexattn_cuda.data import IGNORED
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
 from flexattn_cuda.study.scenes import SIDE, SIZES, Box, Question, Scene
 from flexattn_cuda.vision import encode_pictures, encode_tiles
@@ -64,14 +65,14 @@ class EncodedScenes:
         for _, question in picks:
             ids = tokenizer(processor.prompt(question.text))["input_ids"]
             at = ids.index(image)
-            answer = [*tokenizer.convert_tokens_to_ids(list(question.answer)), tokenizer.eos_token_id] if answers else []
+            answer = _answer_ids(tokenizer, question) if answers else []
             rows.append((ids[:at] + [image] * room + ids[at + 1 :], answer))
         longest = max(len(ids) + len(answer) for ids, answer in rows)
         padding = [longest - len(ids) - len(answer) for ids, answer in rows]
         inputs["input_ids"] = torch.tensor([[tokenizer.pad_token_id] * pad + ids + answer for pad, (ids, answer) in zip(padding, rows)])
         inputs["attention_mask"] = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
         if answers:
-            inputs["labels"] = torch.tensor([[-100] * (longest - len(answer)) + answer for _, answer in rows])
+            inputs["labels"] = torch.tensor([[IGNORED] * (longest - len(answer)) + answer for _, answer in rows])
         return inputs
 
     def packed(self, numbers: Sequence[int], processor) -> dict[str, torch.Tensor]:
@@ -97,12 +98,12 @@ class EncodedScenes:
                 shared = at + area
                 if not ids:
                     ids = text[:at] + [image] * area
-                    part, places, labels = [0] * shared, list(range(shared)), [-100] * shared
-                answer = [*tokenizer.convert_tokens_to_ids(list(question.answer)), tokenizer.eos_token_id]
+                    part, places, labels = [0] * shared, list(range(shared)), [IGNORED] * shared
+                answer = _answer_ids(tokenizer, question)
                 own = text[at + 1 :] + answer
                 looks = (*question.looks, question.boxes)  # the end of an answer looks at all of it
                 cells += [(len(ids) + len(own) - len(answer) - 1 + token, boxes) for token, boxes in enumerate(looks)]
-                labels += [-100] * (len(own) - len(answer)) + answer
+                labels += [IGNORED] * (len(own) - len(answer)) + answer
                 places += range(shared, shared + len(own))
                 part += [k] * len(own)
                 ids += own
@@ -120,7 +121,7 @@ class EncodedScenes:
         return {
             "input_ids": padded(0, tokenizer.pad_token_id),
             "position_ids": padded(1, 0),
-            "labels": padded(2, -100),
+            "labels": padded(2, IGNORED),
             "visible": (causal & ((parts[:, None] == 0) | (parts[:, None] == parts[:, :, None])))[:, None],
             "image_features": self.low[list(numbers)].float(),
             "cells": marked,
@@ -130,6 +131,11 @@ class EncodedScenes:
         """[n, S*S] bool: LR cells that the answer boxes touch."""
         side = round(self.low.shape[1] ** 0.5)
         return torch.stack([cells_of(question.boxes, side) for _, question in picks])
+
+
+def _answer_ids(tokenizer, question: Question) -> list[int]:
+    """A token for each word, and the end."""
+    return [*tokenizer.convert_tokens_to_ids(list(question.answer)), tokenizer.eos_token_id]
 
 
 def cells_of(boxes: Iterable[Box], side: int, pixels: int = SIDE) -> torch.Tensor:

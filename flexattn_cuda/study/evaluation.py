@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flexattn_cuda.configuration import FlexAttnConfig
+from flexattn_cuda.data import IGNORED
 from flexattn_cuda.study.encoded_scenes import EncodedScenes
 from flexattn_cuda.study.pretraining import MapOfLayer
 from flexattn_cuda.trace import Trace
@@ -61,7 +62,7 @@ def attention_in_boxes(
         inputs = questions.batch(some, processor, settings)
         model(**inputs, use_cache=False)
         ids, rows = inputs["input_ids"], torch.arange(len(some))
-        first = (inputs["labels"] != -100).int().argmax(1) - 1
+        first = (inputs["labels"] != IGNORED).int().argmax(1) - 1
         visible = torch.ones(*2 * [ids.shape[1]], dtype=torch.bool).tril() & (inputs["attention_mask"] == 1)[:, None, None]
         cells = questions.answer_cells(some).float()
         for layer, map_of in zip(layers, maps_of):

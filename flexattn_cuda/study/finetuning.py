@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import time
@@ -15,6 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from flexattn_cuda.files import write_whole
 from flexattn_cuda.study.encoded_scenes import EncodedScenes, Pick
 from flexattn_cuda.study.evaluation import answers, attention_in_boxes, selection
 from flexattn_cuda.study.presets import Preset, settings_for
@@ -46,9 +46,7 @@ def run_system(folder: Path, seed: int, system: str, preset: Preset, tell: Calla
     model.save_pretrained(folder / system)
     processor.save_pretrained(folder / system)
     outcome = {"answers": rows, "maps": maps, "selected": selected, "losses": losses, "seconds": round(seconds, 1)}
-    unfinished = folder / f"{system}.new"
-    unfinished.write_text(json.dumps(outcome))
-    os.replace(unfinished, folder / f"{system}.json")
+    write_whole(folder / f"{system}.json", json.dumps(outcome))
     shutil.rmtree(folder / f"{system}.checkpoints", ignore_errors=True)
 
 

@@ -14,6 +14,7 @@ Nothing here knows a system: each starts from the same weights.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from flexattn_cuda import attention
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
 from flexattn_cuda.study.encoded_scenes import EncodedScenes
-from flexattn_cuda.study.scenes import COLORS, SHAPES, SIDE, SIZES, TASKS, VEHICLES, Box, Glyph, Painter, Sign
+from flexattn_cuda.study.scenes import COLORS, REFERENCE_SIDE, SHAPES, SIDE, SIZES, TASKS, VEHICLES, Box, Glyph, Painter, Sign
 from flexattn_cuda.vision import encode_pictures
 
 console = Console()
@@ -40,6 +41,7 @@ GLYPHS = tuple("0123456789") + SHAPES
 CLASSES = {"colour": tuple(COLORS), "glyph": GLYPHS, "place": ("first", "second"), "vehicle": VEHICLES}
 """What the heads of the encoder stage tell apart, besides "nothing"."""
 _NOTHING_WEIGHT = (0.3, 0.1, 0.1, 0.15)  # most tokens show nothing
+_PICTURES_AT_ONCE, _MAP_WEIGHT = 24, 0.3  # of the low-resolution stage: a batch; the maps' loss beside that of the answers
 UNSURE = -100  # tokens that show too little of an object to learn from: without a loss
 READABLE_PIXELS = 6.0  # height from which a glyph, and length from which a vehicle is told apart
 
@@ -172,7 +174,7 @@ class EncoderData:
         canvas = side + side // 4
         drawn = round(canvas * density)
         shares = (0.15, 0.5) if resolution > 200 else (0.3, 0.8)
-        scale = SIZES[size] * SIDE / 288
+        scale = SIZES[size] * SIDE / REFERENCE_SIDE
         crowd = (drawn / SIDE / SIZES[size]) ** 2  # of a usual picture's room for objects
         signs: list[Sign] = []
         vehicles: list[Glyph] = []
@@ -192,7 +194,7 @@ class EncoderData:
             labels.add_sign(sign.moved(left / ratio, top / ratio, ratio))
         for vehicle in vehicles:
             labels.add_vehicle(vehicle.moved(left / ratio, top / ratio, ratio))
-        return self._pixels(part), labels.tensors()
+        return pixels_of(part, self.images), labels.tensors()
 
     def _on_a_sign(self) -> tuple[str, ...]:
         """Digits, which are the hardest to read, twice as often."""
@@ -217,20 +219,39 @@ class EncoderData:
             zoom = rng.choices((1, 2, 3, 4), (0.25, 0.15, 0.45, 0.15))[0]
             size = rng.choices(list(SIZES), (0.6, 0.4))[0]
             pairs.append(self.whole() if zoom == 1 else self.tile(zoom * low, low, size))
-        return _stacked(pairs)
+        return stacked(pairs)
 
     def hd_batch(self, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Tiles of the picture of 4/3 lowres that LLaVA-HD cuts into 2 x 2: [count, 3, 2/3 lowres, 2/3 lowres]."""
         low, rng = self.images.lowres_size, self.painter.rng
-        return _stacked([self.tile(low * 4 // 3, low * 2 // 3, rng.choices(list(SIZES), (0.3, 0.7))[0]) for _ in range(count)])
-
-    def _pixels(self, picture: Image.Image) -> torch.Tensor:
-        mean, std = (torch.tensor(x)[:, None, None] for x in (self.images.image_mean, self.images.image_std))
-        return (torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - mean) / std
+        return stacked([self.tile(low * 4 // 3, low * 2 // 3, rng.choices(list(SIZES), (0.3, 0.7))[0]) for _ in range(count)])
 
 
-def _stacked(pairs: list[tuple[torch.Tensor, list[torch.Tensor]]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def pixels_of(picture: Image.Image, images: FlexAttnLlavaImageProcessor) -> torch.Tensor:
+    """[3, H, W] normalised, at the picture's own size."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (images.image_mean, images.image_std))
+    return (torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - mean) / std
+
+
+def stacked(pairs: list[tuple[torch.Tensor, list[torch.Tensor]]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Pictures with their labels as a batch: [n, 3, s, s], and each kind of label [n, tokens]."""
     return torch.stack([pixels for pixels, _ in pairs]), [torch.stack(parts) for parts in zip(*(labels for _, labels in pairs))]
+
+
+def token_loss(
+    tokens: torch.Tensor, labels: Sequence[torch.Tensor], heads: Sequence[nn.Linear], weights: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Cross-entropy of what each head tells from tokens [n, tokens, D], summed over the heads; weights: Of a head's classes."""
+    return sum(
+        functional.cross_entropy(head(tokens).flatten(0, 1), label.flatten(), weight=weight)
+        for head, label, weight in zip(heads, labels, weights)
+    )
+
+
+def share_right(tokens: torch.Tensor, label: torch.Tensor, head: nn.Linear) -> float:
+    """Of the tokens that show something; nan where none does."""
+    there = (label < head.out_features - 1) & (label != UNSURE)
+    return (head(tokens).argmax(-1) == label)[there].float().mean().item()
 
 
 def train_encoder(
@@ -238,7 +259,7 @@ def train_encoder(
     processor,
     photographs: list[Image.Image],
     held_out: list[Image.Image],
-    steps: int = 2200,
+    steps: int,
     seed: int = 0,
     font: Path | None = None,
     batch: int = 16,
@@ -257,9 +278,9 @@ def train_encoder(
         for number, photos in enumerate((photographs, held_out))
     )
     low = processor.image_processor.lowres_size
-    tests = {"low": _stacked([test.whole() for _ in range(96)]), "hd": test.hd_batch(64)}
+    tests = {"low": stacked([test.whole() for _ in range(96)]), "hd": test.hd_batch(64)}
     for zoom, size in itertools.product((2, 3, 4), SIZES):
-        tests[f"zoom {zoom} {size}"] = _stacked([test.tile(zoom * low, low, size) for _ in range(32)])
+        tests[f"zoom {zoom} {size}"] = stacked([test.tile(zoom * low, low, size) for _ in range(32)])
     heads = nn.ModuleList(nn.Linear(width, len(classes) + 1) for classes in CLASSES.values())
     weights = [torch.tensor([1.0] * (head.out_features - 1) + [none]) for head, none in zip(heads, _NOTHING_WEIGHT)]
     parts = {"vision": model.model.vision_tower, "projector": model.model.multi_modal_projector, "heads": heads}
@@ -269,21 +290,15 @@ def train_encoder(
 
     def loss_of(step: int) -> torch.Tensor:
         pixels, labels = data.hd_batch(2 * batch) if step % 8 == 0 else data.batch(batch)
-        tokens = encode_pictures(model.model, pixels)
-        return sum(
-            functional.cross_entropy(head(tokens).flatten(0, 1), label.flatten(), weight=weight)
-            for head, label, weight in zip(heads, labels, weights)
-        )
+        return token_loss(encode_pictures(model.model, pixels), labels, heads, weights)
 
     @torch.no_grad()
     def accuracies() -> dict[str, dict[str, float]]:
         right: dict[str, dict[str, float]] = {}
         for kind, (pixels, labels) in tests.items():
-            tokens, right[kind] = encode_pictures(model.model, pixels), {}
-            for name, head, label in zip(CLASSES, heads, labels):
-                there = (label < head.out_features - 1) & (label != UNSURE)
-                if there.any():
-                    right[kind][name] = (head(tokens).argmax(-1) == label)[there].float().mean().item()
+            tokens = encode_pictures(model.model, pixels)
+            shares = {name: share_right(tokens, label, head) for name, head, label in zip(CLASSES, heads, labels)}
+            right[kind] = {name: share for name, share in shares.items() if not math.isnan(share)}
         return right
 
     def report() -> str:
@@ -341,8 +356,8 @@ def train_low_resolution(
     pictures: EncodedScenes,
     held_out: EncodedScenes,
     first_layer: int,
-    localise_steps: int = 300,
-    answer_steps: int = 900,
+    localise_steps: int,
+    answer_steps: int,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Stages 3 and 4: the language model learns where to look, and to answer from the low resolution.
@@ -382,18 +397,18 @@ def train_low_resolution(
         return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1)).mean(-1).sum()
 
     def localise_loss(_: int) -> torch.Tensor:
-        return off_boxes(*run(pictures, rng.sample(range(len(pictures.scenes)), 24))[2:])
+        return off_boxes(*run(pictures, rng.sample(range(len(pictures.scenes)), _PICTURES_AT_ONCE))[2:])
 
     def answer_loss(_: int) -> torch.Tensor:
-        logits, labels, maps, cells = run(pictures, rng.sample(by_size["large"], 24))
-        return functional.cross_entropy(logits, labels) + 0.3 * off_boxes(maps, cells)
+        logits, labels, maps, cells = run(pictures, rng.sample(by_size["large"], _PICTURES_AT_ONCE))
+        return functional.cross_entropy(logits, labels) + _MAP_WEIGHT * off_boxes(maps, cells)
 
     @torch.no_grad()
     def found() -> dict[str, dict[str, float]]:
         result: dict[str, dict[str, float]] = {}
+        asked = replace(held_out, scenes=[replace(scene, questions=(scene.asked,)) for scene in held_out.scenes])
         for task, size in itertools.product(TASKS, SIZES):
             chosen = [k for k, scene in enumerate(held_out.scenes) if (scene.asked.task, scene.size) == (task, size)]
-            asked = replace(held_out, scenes=[replace(scene, questions=(scene.asked,)) for scene in held_out.scenes])
             logits, labels, maps, cells = run(asked, chosen)
             right = (logits.argmax(-1) == labels).view(len(chosen), -1).all(1)
             maps = maps[0]

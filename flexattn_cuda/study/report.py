@@ -12,9 +12,7 @@ Written:
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ import numpy as np
 
 from flexattn_cuda.study import figures
 from flexattn_cuda.study.page import make_page
-from flexattn_cuda.study.results import ALL, COSTS, MAPPED, Results, means, title
+from flexattn_cuda.study.results import ALL, COSTS, MAPPED, Results, means, title, write_csv
 from flexattn_cuda.study.statistics import Accuracy, Verdict, accuracy, paired_difference
 
 STRATEGIES = {"flexattn": "attention map", "random": "random", "center": "center"}
@@ -45,9 +43,9 @@ def write_report(folder: Path) -> Path:
     results = Results.read(folder)
     verdicts = judge(results)
     by_task, by_size = table_1_2(results), table_4(results)
-    _write_csv(folder / "table_1_2.csv", by_task)
-    _write_csv(folder / "table_4.csv", by_size)
-    _write_csv(folder / "differences.csv", [difference_row(results, one) for one in verdicts])
+    write_csv(folder / "table_1_2.csv", by_task)
+    write_csv(folder / "table_4.csv", by_size)
+    write_csv(folder / "differences.csv", [difference_row(results, one) for one in verdicts])
     draw_figures(results)
     page = folder / "report.html"
     page.write_text(make_page(results, verdicts, by_task, by_size), encoding="utf-8")
@@ -139,21 +137,3 @@ def mass_by_layer(results: Results, system: str, size: str) -> np.ndarray:
 def _share_of(results: Results, system: str) -> str:
     share = results.costs.get(system, {}).get("selected_share", math.nan)
     return "" if math.isnan(share) else f" ({100 * share:.0f} % of the tokens)"
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.6g}"
-    return value

@@ -125,6 +125,24 @@ def means(rows: Sequence[dict[str, str]], keys: Sequence[str], columns: Sequence
     ]
 
 
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """All columns of any row; six digits, yes and no, and nothing for what is not there. An empty file without rows."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        if columns:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return value
+
+
 def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Rows of a CSV file; none where it is missing or empty."""
     if not path.exists():

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 
-from flexattn_cuda.files import lock, told
+from flexattn_cuda.files import locked_folder
 from flexattn_cuda.processing import InputError
 from flexattn_cuda.report import Report
 from flexattn_cuda.study import pretraining
@@ -77,7 +77,7 @@ def study(
     for held_out in (True, False):
         find_photographs(photographs, held_out)  # before anything is begun
     settings = {"preset": {"name": preset, **asdict(PRESETS[preset])}, "photographs": _digest(photographs)}
-    with _locked(output):
+    with locked_folder(output):
         _same_settings(output, settings)
         _run(output, list(photographs), preset, list(dict.fromkeys(seeds)), list(dict.fromkeys(systems)), jobs, progress)
         return write_report(collect(output, photographs, preset, command))
@@ -87,19 +87,6 @@ def _digest(photographs: Sequence[Path]) -> str:
     """Of the files' names and sizes in bytes."""
     files = [(path.name, path.stat().st_size) for path in photograph_files(photographs)]
     return hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """One study at a time in a folder, which is made."""
-    with told(output):
-        output.mkdir(parents=True, exist_ok=True)
-        folder = os.open(output, os.O_RDONLY)
-    try:
-        lock(folder, output)
-        yield
-    finally:
-        os.close(folder)
 
 
 def _same_settings(output: Path, settings: dict[str, Any]) -> None:

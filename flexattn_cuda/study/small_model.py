@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -45,12 +44,6 @@ class ModelSizes:
     @property
     def lr_side(self) -> int:
         return self.lowres // self.patch
-
-    def flexattn(self, **changes: Any) -> FlexAttnConfig:
-        """FlexAttention at zoom 3 for these sizes; no pooling, as the grid of LR cells is small already."""
-        zoom = changes.get("zoom", 3)
-        pictures = dict(zoom=zoom, lowres_size=self.lowres, highres_size=self.lowres * zoom)
-        return FlexAttnConfig(**(pictures | dict(first_layer=self.first_layer, pool=0, warmup=None) | changes))
 
 
 def build_processor(texts: Iterable[str], flexattn: FlexAttnConfig | None, sizes: ModelSizes = ModelSizes()) -> FlexAttnLlavaProcessor:

@@ -79,7 +79,6 @@ def make_start(folder: Path, seed: int, preset: Preset, photographs: Sequence[Pa
 
 def load(folder: Path, settings: FlexAttnConfig | None) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
     """A checkpoint as another system; None is plain LLaVA."""
-    config = checkpoints.load_config(folder)
-    config.flexattn_config = None if settings is None else settings.to_dict()
+    config = checkpoints.load_config(folder).with_settings(settings)
     model = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder, config=config)
     return model.eval(), FlexAttnLlavaProcessor.from_pretrained(folder, config=config)

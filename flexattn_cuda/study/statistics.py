@@ -85,7 +85,7 @@ class Verdict:
         return self.found and getattr(self.found, self.expected)
 
 
-def wilson(right: int, questions: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(right: int, questions: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's interval of a share (E. B. Wilson, 1927), by default of 95 %."""
     share, extra = right / questions, z * z / questions
     middle = (share + extra / 2) / (1 + extra)
