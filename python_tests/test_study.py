@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -31,9 +32,9 @@ def photographs(tmp_path_factory):
     return folder
 
 
-def started(photographs, output):
+def started(photographs, output, preset="tiny"):
     """The command in a group of processes of its own."""
-    command = [sys.executable, "-m", "flexattn_cuda.cli", "study", "--photographs", photographs, "--output", output, "--preset", "tiny",
+    command = [sys.executable, "-m", "flexattn_cuda.cli", "study", "--photographs", photographs, "--output", output, "--preset", preset,
                "--seeds", "0", "--systems", SYSTEMS, "--jobs", "1"]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
@@ -126,6 +127,18 @@ def test_one_study_at_a_time_in_a_folder(photographs, tmp_path):
             run.study(tmp_path, [photographs], "tiny")
     finally:
         os.close(other)
+
+
+def test_its_processes_end_with_a_study_that_is_killed(photographs, tmp_path):
+    study = started(photographs, tmp_path / "out", "small")
+    try:
+        while "seed-0 start: encoder" not in study.stderr.readline():  # which takes minutes
+            assert study.poll() is None
+        study.kill()
+        study.communicate(timeout=30)  # until none of its processes holds the pipes
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(study.pid, signal.SIGKILL)
 
 
 def killed(*_):

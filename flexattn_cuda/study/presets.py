@@ -30,7 +30,7 @@ class Preset:
 PRESETS = {
     "tiny": Preset(pictures=60, questions=20, encoder_steps=4, localise_steps=3, answer_steps=3, steps=16, batch=4, rate=2e-3),
     "small": Preset(
-        pictures=2400, questions=1600, encoder_steps=4500, localise_steps=150, answer_steps=1200, steps=700, batch=32, rate=2e-3
+        pictures=4800, questions=1600, encoder_steps=4500, localise_steps=150, answer_steps=1500, steps=1000, batch=32, rate=2e-3
     ),
 }
 

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -152,10 +153,17 @@ def _begin_process(said: Any) -> None:
     global _said
     _said = said
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study ends its processes itself
+    threading.Thread(target=_end_with_the_study, daemon=True).start()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     pretraining.console.quiet = True  # what it tells goes through the queue
+
+
+def _end_with_the_study() -> None:
+    """Where it was killed: nothing may go on writing into a folder that another study can lock by now."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _unit(folder: Path, seed: int, unit: str, photographs: list[Path], preset: str) -> None:
