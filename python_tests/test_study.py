@@ -159,6 +159,7 @@ def test_a_killed_process_is_told_in_one_sentence(photographs, tmp_path, monkeyp
         ({"systems": ["flex"]}, "there is no system 'flex' in the study; allowed: llava, "),
         ({"seeds": []}, "a study needs a seed"),
         ({"jobs": 0}, "the number of jobs is 0"),
+        ({"preset": "tiny", "examples": [3, 20]}, "there is no question 20; the preset .tiny. has 20, numbered from 0"),
     ],
 )
 def test_bad_input(options, message, photographs, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +25,12 @@ EXAMPLES_PER_TASK = 2
 PROMPT_TOKENS = {"study_gflops": 12, "paper_tflops": 80}  # text tokens of a prompt for which costs are counted
 
 
-def collect(output: Path, photographs: Sequence[Path], preset: str, command: str) -> Path:
-    """Gathers what is there of all seeds and systems into OUT/results, in the form that `report.write_report` reads."""
+def collect(output: Path, photographs: Sequence[Path], preset: str, command: str, examples: Sequence[int] | None = None) -> Path:
+    """Gathers what is there of all seeds and systems into OUT/results, in the form that `report.write_report` reads.
+
+    Args:
+        examples: Numbers of the questions that the page shows; by default the first of each task about small objects.
+    """
     results = output / "results"
     results.mkdir(exist_ok=True)
     starts = [path.parent for path in output.glob("seed-*/start")]
@@ -64,7 +69,9 @@ def collect(output: Path, photographs: Sequence[Path], preset: str, command: str
     if seeds:
         first = next(iter(seeds))
         given = {system: outcome["answers"] for (seed, system), outcome in outcomes.items() if seed == first}
-        draw_examples(results / "examples", seeds[first], first, photographs, given)
+        if examples is None:
+            examples = first_about_small_objects(next(iter(given.values()), []))
+        draw_examples(results / "examples", seeds[first], first, photographs, given, examples)
     return results
 
 
@@ -84,15 +91,29 @@ def costs(system: str, sizes: ModelSizes, share: float | None, tiles: float | No
     return row | {"selected_share": share}
 
 
-def draw_examples(folder: Path, start: Path, seed: int, photographs: Sequence[Path], given: dict[str, list[dict[str, Any]]]) -> None:
-    """The first questions of each task about small objects, with what FlexAttention looked at drawn over the picture."""
-    folder.mkdir(exist_ok=True)
+def first_about_small_objects(rows: Sequence[dict[str, Any]]) -> list[int]:
+    """Numbers of the first questions of each task; rows: What one system answered."""
+    small = {task: [row["number"] for row in rows if (row["task"], row["size"]) == (task, "small")] for task in TASKS}
+    return [number for task in TASKS for number in small[task][:EXAMPLES_PER_TASK]]
+
+
+def draw_examples(
+    folder: Path, start: Path, seed: int, photographs: Sequence[Path], given: dict[str, list[dict[str, Any]]], numbers: Sequence[int]
+) -> None:
+    """The questions with these numbers, with what FlexAttention looked at drawn over the picture.
+
+    Args:
+        folder: For the pictures; examples.json is written beside it.
+        start: The seed's folder, OUT/seed-N.
+        given: What each system answered.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     answered = {system: {row["number"]: row for row in rows} for system, rows in given.items()}
-    rows = next(iter(answered.values()), {}).values()
-    wanted = [row for task in TASKS for row in [r for r in rows if (r["task"], r["size"]) == (task, "small")][:EXAMPLES_PER_TASK]]
+    rows = next(iter(answered.values()), {})
     asked = answering.load(start / "flexattn", "cpu") if "flexattn" in given else None
     held_out, listed = find_photographs(photographs, True), []
-    for row in wanted:
+    for row in (rows[number] for number in numbers if number in rows):
         (scene,) = make_scenes(held_out, 1, 10 * seed + 1, first=row["number"])
         picture, file = scene.picture, f"{row['number']:04d}.png"
         if asked is not None:

@@ -50,6 +50,7 @@ def study(
     jobs: int | None = None,
     command: str = "",
     progress: bool = False,
+    examples: Sequence[int] | None = None,
 ) -> Path:
     """Runs what is not done yet of all seeds and systems, then writes the report.
 
@@ -60,6 +61,7 @@ def study(
         jobs: Processes at a time; by default as many as there are cores.
         command: How the study was called, for the report.
         progress: Tell on stderr how far it is.
+        examples: Numbers of the questions that the report shows, from 0; by default the first of each task about small objects.
     Returns:
         The report's path.
     Raises:
@@ -74,6 +76,9 @@ def study(
         raise InputError("a study needs a seed and a system at least")
     if jobs is not None and jobs < 1:
         raise InputError(f"the number of jobs is {jobs}; it must be at least 1")
+    for number in examples or ():
+        if not 0 <= number < PRESETS[preset].questions:
+            raise InputError(f"there is no question {number}; the preset {preset!r} has {PRESETS[preset].questions}, numbered from 0")
     require_matplotlib()
     for held_out in (True, False):
         find_photographs(photographs, held_out)  # before anything is begun
@@ -81,7 +86,7 @@ def study(
     with locked_folder(output):
         _same_settings(output, settings)
         _run(output, list(photographs), preset, list(dict.fromkeys(seeds)), list(dict.fromkeys(systems)), jobs, progress)
-        return write_report(collect(output, photographs, preset, command))
+        return write_report(collect(output, photographs, preset, command, examples))
 
 
 def _digest(photographs: Sequence[Path]) -> str:
