@@ -8,8 +8,9 @@ Four stages, each kept in --work and not done again:
                 it and the digit under it (linear heads, thrown away). Its outputs are whitened. Then frozen.
 2. localise     the layers before `first_layer`, low resolution only: the attention map of the layer before
                 `first_layer` is supervised to lie on the sign that is asked for. Then frozen.
-3. answer       the later layers learn to answer, once per system, same start, same steps: "attention" (FlexAttention),
-                "none" (low resolution only), "random" and "center" (the selection replaced, same share of tokens).
+3. answer       the later layers learn to answer, by the trainer of `flexattn train`, once per system, same start, same
+                steps: "attention" (FlexAttention), "none" (low resolution only), "random" and "center" (the selection
+                replaced, same share of tokens).
 4. evaluation   on pictures of held-out photographs, by `generate`, with 95 % Wilson intervals.
 
 The supervision of the map in stage 2 is a device of this small training set, where the language model has seen nothing
@@ -22,29 +23,33 @@ import argparse
 import csv
 import json
 import random
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
 from signs import QUESTIONS, SIDE, Painter, digits_of
 from torch import nn
-from torch.nn import functional
 
-from flexattn_cuda import Trace
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
-from flexattn_cuda.study.encoded_scenes import cells_of
-from flexattn_cuda.study.pretraining import (
-    MapOfLayer, TokenLabels, console, pixels_of, share_right, stacked, token_loss, train_loop, trained, whiten,
-)  # fmt: skip
-from flexattn_cuda.study.scenes import COLORS, Sign, find_photographs
+from flexattn_cuda.study import scenes
+from flexattn_cuda.study.encoded_scenes import EncodedScenes, Pick, encode_scenes, resolutions_of
+from flexattn_cuda.study.evaluation import selection
+from flexattn_cuda.study.finetuning import Picks, fine_tune
 from flexattn_cuda.study.presets import settings_for
+from flexattn_cuda.study.pretraining import (
+    MapOfLayer, MuonAndAdamW, TokenLabels, console, one_cycle, pixels_of, share_right, stacked, token_loss, train_loop, trained, whiten,
+)  # fmt: skip
+from flexattn_cuda.study.scenes import COLORS, Question, Scene, Sign, find_photographs
 from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
 from flexattn_cuda.study.statistics import wilson
 from flexattn_cuda.vision import encode_pictures
 
 SIZES = ModelSizes()
-LOW, ZOOM, S, FIRST_LAYER, LAYERS = SIZES.lowres, 3, SIZES.lr_side, SIZES.first_layer, SIZES.layers
+LOW, ZOOM, S, FIRST_LAYER = SIZES.lowres, 3, SIZES.lr_side, SIZES.first_layer
+BATCH, RATE = 48, 1e-2
 
 
 # ------------------------------------------------------------------------------------------------------- 1. encoder
@@ -79,7 +84,7 @@ class EncoderData:
 
     def small(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         picture, signs = self.painter.picture(SIDE, shape=(1, 1))
-        pixels = functional.interpolate(pixels_of(picture, self.images)[None], size=LOW, mode="bilinear", antialias=True)[0]
+        pixels = nn.functional.interpolate(pixels_of(picture, self.images)[None], size=LOW, mode="bilinear", antialias=True)[0]
         return pixels, token_labels([sign.moved(0, 0, 1 / ZOOM) for sign in signs], False)
 
     def batch(self, size: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -104,133 +109,77 @@ def train_encoder(model, painter: Painter, held: Painter, processor, steps: int)
         right = [share_right(tokens, label, head) for label, head in zip(test[1], heads)]
         return "held-out tokens: colour {:.3f}, digits {:.3f} {:.3f}".format(*right)
 
-    train_loop("encoder", steps, parameters, 1e-2, loss_of, report, 200)
+    train_loop("encoder", steps, parameters, RATE, loss_of, report, 200)
 
 
-# ------------------------------------------------------------------------------------------- features of the pictures
+# ----------------------------------------------------------------------------------------------------------- pictures
 
 
-class Pictures:
-    """Encoded pictures and their signs, from which questions are drawn."""
-
-    def __init__(self, model, processor, painter: Painter, count: int, name: str):
-        low, high, live = [], [], []
-        self.signs: list[list[Sign]] = []
-        with Progress(console=console, transient=True) as progress, torch.no_grad():
-            for _ in progress.track(range(count // 8), description=name):
-                drawn = [painter.picture() for _ in range(8)]
-                pixels = processor.image_processor([picture for picture, _ in drawn])
-                lr, hr = model.encode(pixels["pixel_values"], pixels["pixel_values_hr"])
-                low.append(lr.half()), high.append(hr.half()), live.append(pixels["image_live"])
-                for picture, signs in drawn:  # signs in pixels of the padded square
-                    pad = ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2)
-                    self.signs.append([sign.moved(-pad[0], -pad[1]) for sign in signs])
-        self.low, self.high, self.live = torch.cat(low), torch.cat(high), torch.cat(live)
-
-    def batch(self, rng: random.Random, processor, indices: list[int], hr: bool = True) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Inputs with labels, and the LR cells [n, S*S] of the signs that are asked for."""
-        rows, cells = [], []
-        for index in indices:
-            sign = rng.choice(self.signs[index])
-            question = rng.choice(QUESTIONS).format(sign.color)
-            ids = prompt_ids(processor, question)
-            answer = processor.tokenizer.convert_tokens_to_ids(list(digits_of(sign))) + [processor.tokenizer.eos_token_id]
-            rows.append((ids + answer, len(ids)))
-            cells.append(cells_of([sign.box], S, SIDE))
-        longest = max(len(ids) for ids, _ in rows)
-        pad = processor.tokenizer.pad_token_id
-        input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids, _ in rows])
-        labels = torch.full_like(input_ids, -100)
-        labels[:, -3:] = input_ids[:, -3:]
-        inputs = dict(
-            input_ids=input_ids,
-            attention_mask=(input_ids != pad).long(),
-            labels=labels,
-            image_features=self.low[indices].float(),
-            image_live=self.live[indices],
+def asked_pictures(painter: Painter, count: int) -> Iterator[Scene]:
+    """Pictures with a question of every form about every sign, as the study's scenes."""
+    for _ in range(count):
+        picture, signs = painter.picture()
+        margin = ((picture.width - SIDE) // 2, (picture.height - SIDE) // 2)  # of the padded square
+        signs = [sign.moved(*margin, scenes.SIDE / SIDE) for sign in signs]
+        questions = tuple(
+            Question("text", form.format(sign.color), tuple(digits_of(sign)), 2 * ((sign.box,),)) for sign in signs for form in QUESTIONS
         )
-        if hr:
-            inputs["hr_features"] = self.high[indices].float()
-        return inputs, torch.stack(cells)
-
-
-def prompt_ids(processor, question: str) -> list[int]:
-    """The prompt with S*S image tokens; the picture itself comes as features."""
-    ids = processor.tokenizer(processor.prompt(question))["input_ids"]
-    at = ids.index(processor.image_token_id)
-    return ids[:at] + [processor.image_token_id] * (S * S) + ids[at + 1 :]
+        yield Scene(picture, "small", painter.rng.choice(questions), questions, tuple(signs))
 
 
 # ------------------------------------------------------------------------------------------------------ 2. localise
 
 
-def train_localisation(model, pictures: Pictures, held: Pictures, processor, steps: int, seed: int) -> None:
+def train_localisation(model, pictures: EncodedScenes, held: EncodedScenes, processor, steps: int, seed: int) -> None:
     rng, language = random.Random(seed), model.model.language_model
     parameters = trained(language, lambda name: name.startswith(("embed_tokens", *(f"layers.{i}." for i in range(FIRST_LAYER)))))
     map_of = MapOfLayer(model, FIRST_LAYER - 1)
 
-    def run(source: Pictures, indices: list[int], rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, cells = source.batch(rng, processor, indices, hr=False)
-        language(inputs_embeds=embeddings(model, inputs), attention_mask=inputs["attention_mask"], use_cache=False)
-        length = inputs["input_ids"].shape[1]
+    def run(source: EncodedScenes, picks: list[Pick]) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, cells = source.batch(picks, processor, None), source.answer_cells(picks)
+        ids = inputs["input_ids"]
+        picture = ids == processor.image_token_id
+        embedded = model.get_input_embeddings()(ids).masked_scatter(picture.unsqueeze(-1), inputs["image_features"])
+        language(inputs_embeds=embedded, attention_mask=inputs["attention_mask"], use_cache=False)
+        length = ids.shape[1]
         visible = torch.ones(length, length, dtype=torch.bool).tril() & (inputs["attention_mask"] == 1)[:, None, None]
         maps = map_of(visible | torch.eye(length, dtype=torch.bool))[:, -4:-1]  # rows of the padding see themselves
-        picture = (inputs["input_ids"] == processor.image_token_id)[:, None].expand_as(maps)
-        return maps[picture].view(len(maps), 3, S * S), cells[:, None].float()
+        return maps[picture[:, None].expand_as(maps)].view(len(maps), 3, S * S), cells[:, None].float()
 
     def loss_of(_: int) -> torch.Tensor:
-        maps, cells = run(pictures, rng.sample(range(len(pictures.signs)), 48), rng)
+        maps, cells = run(pictures, pictures.sample(rng, BATCH))
         return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1)).mean()
 
     @torch.no_grad()
     def report() -> str:
-        maps, cells = run(held, list(range(len(held.signs))), random.Random(1))
+        maps, cells = run(held, held.asked())
         mass = (maps * cells).sum(-1).mean().item()
         at = maps.argmax(-1, keepdim=True)
         return f"held-out: mass on the sign {mass:.3f}, largest cell on it {cells.expand_as(maps).gather(-1, at).mean():.3f}"
 
-    train_loop("localise", steps, parameters, 1e-2, loss_of, report)
+    train_loop("localise", steps, parameters, RATE, loss_of, report)
     map_of.handle.remove()
-
-
-def embeddings(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    picture = inputs["input_ids"] == model.config.image_token_id
-    return model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(picture.unsqueeze(-1), inputs["image_features"])
 
 
 # -------------------------------------------------------------------------------------------------------- 3. answer
 
 
-@torch.no_grad()
-def selected_share(model, pictures: Pictures, processor) -> float:
-    """Average share of the HR tokens that the attention map of the layer before `first_layer` selects."""
-    trace = Trace()
-    inputs, _ = pictures.batch(random.Random(2), processor, list(range(256)))
-    model(**inputs, use_cache=False, flexattn_trace=trace)
-    return trace.steps[0][FIRST_LAYER - 1].mask.float().mean().item()
-
-
-def train_answers(model, pictures: Pictures, held: Pictures, processor, system: str, share: float, steps: int, seed: int) -> None:
-    rng, language = random.Random(seed), model.model.language_model
+def train_answers(
+    model, pictures: EncodedScenes, processor, system: str, share: float, steps: int, seed: int, folder: Path
+) -> None:
+    """By the trainer of `flexattn train`, from its latest checkpoint in `folder` where there is one."""
     if system in ("random", "center"):
         model.config.flexattn_config = model.config.flexattn_config | {"strategy": system, "ratio": share}
-    for layer in language.layers[FIRST_LAYER:]:
+    for layer in model.model.language_model.layers[FIRST_LAYER:]:
         for name in ("k_proj", "v_proj"):
             getattr(layer.self_attn, f"{name}_hd").load_state_dict(getattr(layer.self_attn, name).state_dict())
-    late = tuple(f"model.language_model.layers.{i}." for i in range(FIRST_LAYER, LAYERS))
-    parameters = trained(model, lambda name: name.startswith((*late, "model.language_model.norm", "lm_head")))
-
-    def loss_of(_: int) -> torch.Tensor:
-        inputs, _ = pictures.batch(rng, processor, rng.sample(range(len(pictures.signs)), 48), hr=system != "none")
-        return model(**inputs, use_cache=False).loss
-
-    @torch.no_grad()
-    def report() -> str:
-        inputs, _ = held.batch(random.Random(1), processor, list(range(len(held.signs))), hr=system != "none")
-        right = model(**inputs, use_cache=False).logits[:, -4:-2].argmax(-1) == inputs["input_ids"][:, -3:-1]
-        return f"held-out, forced: digits {right.float().mean():.3f}, exact {right.all(-1).float().mean():.3f}"
-
-    train_loop(system, steps, parameters, 1e-2, loss_of, report)
+    settings = None if system == "none" else model.config.flexattn
+    late = tuple(f"model.language_model.layers.{i}." for i in range(FIRST_LAYER, SIZES.layers))
+    optimizer = MuonAndAdamW(trained(model, lambda name: name.startswith((*late, "model.language_model.norm", "lm_head"))), RATE)
+    fine_tune(
+        model, Picks(pictures, steps, BATCH, seed), lambda picks: pictures.batch(picks, processor, settings),
+        folder, BATCH, RATE, seed, lambda text: console.log(f"{system}: {text}"), (optimizer, one_cycle(optimizer, steps)),
+    )  # fmt: skip
     model.config.flexattn_config = model.config.flexattn_config | {"strategy": "attention", "ratio": 0.1}
 
 
@@ -297,17 +246,16 @@ def main() -> None:
 
     stage("encoder", lambda: train_encoder(model, painter(False, 1), painter(True, 2), processor, options.encoder_steps))
     stage("whiten", lambda: whiten(model, EncoderData(painter(False, 8), processor.image_processor).batch(128)[0]))
-    # Checks during training use pictures of held-out photographs, but not those of the evaluation.
+    # The figure of stage 2 is one of held-out photographs, but not of the pictures of the evaluation.
     kept = options.work / "features.pt"
     if not kept.exists():
-        sets = [Pictures(model, processor, painter(held, seed), count, name) for held, seed, count, name in
-                ((False, 3, options.pictures, "encoding"), (True, 4, 256, "encoding held-out"))]  # fmt: skip
-        torch.save([vars(part) for part in sets], kept)
-    pictures, held = (Pictures.__new__(Pictures) for _ in range(2))
-    for part, values in zip((pictures, held), torch.load(kept, weights_only=False)):
-        vars(part).update(values)
+        resolutions = resolutions_of([settings_for("flexattn", SIZES)])
+        sets = [encode_scenes(model, processor, asked_pictures(painter(held, seed), count), resolutions)
+                for held, seed, count in ((False, 3, options.pictures), (True, 4, 256))]  # fmt: skip
+        torch.save(sets, kept)
+    pictures, held = torch.load(kept, weights_only=False, mmap=True)
     stage("localise", lambda: train_localisation(model, pictures, held, processor, options.localise_steps, options.seed + 5))
-    share = selected_share(model, pictures, processor)
+    share = selection(model, processor, pictures)["share"]
     console.log(f"the attention map selects {share:.2%} of the HR tokens; random and center select the same share")
 
     rows, asked = [], painter(True, 6)
@@ -319,7 +267,11 @@ def main() -> None:
     for system in options.systems:
         torch.manual_seed(options.seed)
         model.load_state_dict(torch.load(options.work / "localise.pt"))
-        stage(system, lambda: train_answers(model, pictures, held, processor, system, share, options.answer_steps, options.seed + 7))
+        checkpoints = options.work / f"{system}.checkpoints"
+        stage(system, lambda: train_answers(
+            model, pictures, processor, system, share, options.answer_steps, options.seed + 7, checkpoints
+        ))  # fmt: skip
+        shutil.rmtree(checkpoints, ignore_errors=True)
         for shown in (system, "HR off") if system == "attention" else (system,):
             result = options.work / f"result {shown}.json"
             if not result.exists():

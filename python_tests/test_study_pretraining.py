@@ -222,3 +222,32 @@ def test_the_encoder_stage_reports_every_resolution_and_freezes_the_encoder(buil
 
 def test_zoom_sets_the_high_resolution():
     assert settings_for("flexattn-zoom4", SIZES) == FlexAttnConfig(zoom=4, lowres_size=96, highres_size=384, first_layer=2, pool=0, warmup=None)
+
+
+def test_the_optimizer_goes_on_from_its_state():
+    """Six steps, and three with three more by an optimizer that has the first one's state: the same weights and rates."""
+    torch.manual_seed(0)
+    inputs, start = torch.randn(6, 8, 4), torch.nn.ModuleDict({"between": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 2)})
+
+    def steps(model, optimizer, schedule, batches):
+        for batch in batches:
+            optimizer.zero_grad()
+            model["head"](model["between"](batch).tanh()).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+        return [group["lr"] for group in optimizer.param_groups]
+
+    def made(model):
+        optimizer = pretraining.MuonAndAdamW(dict(model.named_parameters()), 1e-2)
+        return model, optimizer, pretraining.one_cycle(optimizer, 7)
+
+    once, halved = made(copy.deepcopy(start)), made(copy.deepcopy(start))
+    rates = steps(*once, inputs)
+    steps(*halved, inputs[:3])
+    again = made(halved[0])
+    for part, earlier in zip(again[1:], halved[1:]):
+        part.load_state_dict(earlier.state_dict())
+    assert steps(*again, inputs[3:]) == rates and rates[0] < 1e-2 and rates[1] < 2e-3
+    for name, weight in once[0].state_dict().items():
+        assert torch.equal(weight, again[0].state_dict()[name]), name
+        assert not torch.equal(weight, start.state_dict()[name]), name

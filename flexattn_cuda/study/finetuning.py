@@ -31,6 +31,9 @@ def run_system(folder: Path, seed: int, system: str, preset: Preset, tell: Calla
     torch.manual_seed(seed)
     model, processor = load(folder / "start", settings)
     pictures = torch.load(folder / "pictures.pt", weights_only=False, mmap=True)
+    model.requires_grad_(False)
+    model.model.language_model.requires_grad_()
+    model.lm_head.requires_grad_()
     losses = fine_tune(
         model, Picks(pictures, preset.steps, preset.batch, seed), lambda picks: pictures.batch(picks, processor, settings),
         folder / f"{system}.checkpoints", preset.batch, preset.rate, seed, tell,
@@ -73,17 +76,16 @@ def fine_tune(
     rate: float,
     seed: int,
     tell: Callable[[str], None],
+    optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
 ) -> list[float]:
-    """Trains the language model and what the system adds to it; goes on from a checkpoint in `folder`.
+    """Trains the parameters that require a gradient; goes on from a checkpoint in `folder`.
 
     Args:
         picks: All questions of the run, in batches of `batch` one after the other.
+        optimizers: Used instead of AdamW with a cosine schedule at `rate`.
     Returns:
         The loss of each step.
     """
-    model.requires_grad_(False)
-    model.model.language_model.requires_grad_()
-    model.lm_head.requires_grad_()
     steps = len(picks) // batch
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -105,7 +107,7 @@ def fine_tune(
         report_to=[],
         disable_tqdm=True,
     )
-    trainer = FlexAttnTrainer(model, arguments, train_dataset=picks, data_collator=collate, callbacks=[_Told(tell)])
+    trainer = FlexAttnTrainer(model, arguments, train_dataset=picks, data_collator=collate, callbacks=[_Told(tell)], optimizers=optimizers)
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_complete_checkpoint(folder) if folder.exists() else None
     if checkpoint is not None:

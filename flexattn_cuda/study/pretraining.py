@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,45 @@ UNSURE = -100  # tokens that show too little of an object to learn from: without
 READABLE_PIXELS = 6.0  # height from which a glyph, and length from which a vehicle is told apart
 
 
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon at `rate` for the matrices between layers, AdamW at 2e-3 for the rest.
+
+    Args:
+        parameters: By name; embeddings and heads are known by theirs.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], rate: float):
+        matrices = {n: p for n, p in parameters.items() if p.ndim == 2 and "embed" not in n and "head" not in n}
+        others = [p for n, p in parameters.items() if n not in matrices]
+        self.parts = (
+            torch.optim.Muon(list(matrices.values()), lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98)),
+        )
+        super().__init__(self._groups(), {})
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parts' own dicts, so that a schedule of this one changes their rates."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: None = None) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = self._groups()
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
+    """Each group's rate rises to its own in the first tenth of the steps, and falls to nearly nothing."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=max(0.1, 2 / steps), cycle_momentum=False)
+
+
 def train_loop(
     name: str,
     steps: int,
@@ -55,34 +95,24 @@ def train_loop(
     report: Callable[[], str] | None = None,
     every: int = 100,
 ) -> None:
-    """Muon at `rate` for the matrices between layers, AdamW for the rest, one-cycle rates.
+    """`MuonAndAdamW` at one-cycle rates.
 
     Args:
         loss_of: Gives the loss of a batch; called with the number of the step, from 1.
         report: Gives a text for the log, `every` so many steps and at the end.
     """
-    matrices = {n: p for n, p in parameters.items() if p.ndim == 2 and "embed" not in n and "head" not in n}
-    others = [p for n, p in parameters.items() if n not in matrices]
-    optimizers = [
-        torch.optim.Muon(list(matrices.values()), lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98)),
-    ]
-    rising = max(0.1, 2 / steps)
-    schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], total_steps=steps, pct_start=rising, cycle_momentum=False)
-        for o in optimizers
-    ]
+    optimizer = MuonAndAdamW(parameters, rate)
+    schedule = one_cycle(optimizer, steps)
     start, average = time.process_time(), None
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(name, total=steps)
         for step in range(1, steps + 1):
             loss = loss_of(step)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            for part in (*optimizers, *schedules):
-                part.step()
+            optimizer.step()
+            schedule.step()
             average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
             progress.update(task, advance=1, description=f"{name}, loss {average:.3f}")
             if step % every == 0 or step == steps:
