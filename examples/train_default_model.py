@@ -164,9 +164,7 @@ def train_localisation(model, pictures: EncodedScenes, held: EncodedScenes, proc
 # -------------------------------------------------------------------------------------------------------- 3. answer
 
 
-def train_answers(
-    model, pictures: EncodedScenes, processor, system: str, share: float, steps: int, seed: int, folder: Path
-) -> None:
+def train_answers(model, pictures: EncodedScenes, processor, system: str, share: float, steps: int, seed: int, folder: Path) -> None:
     """By the trainer of `flexattn train`, from its latest checkpoint in `folder` where there is one."""
     if system in ("random", "center"):
         model.config.flexattn_config = model.config.flexattn_config | {"strategy": system, "ratio": share}
