@@ -25,7 +25,8 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from rich.progress import Progress
 from signs import QUESTIONS, SIDE, Painter, digits_of
 from torch import nn
 
+from flexattn_cuda.files import write_whole
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
 from flexattn_cuda.study import scenes
 from flexattn_cuda.study.encoded_scenes import EncodedScenes, Pick, encode_scenes, resolutions_of
@@ -44,6 +46,7 @@ from flexattn_cuda.study.pretraining import (
 )  # fmt: skip
 from flexattn_cuda.study.scenes import COLORS, Question, Scene, Sign, find_photographs
 from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
+from flexattn_cuda.study.start import stored
 from flexattn_cuda.study.statistics import wilson
 from flexattn_cuda.vision import encode_pictures
 
@@ -119,8 +122,8 @@ def asked_pictures(painter: Painter, count: int) -> Iterator[Scene]:
     """Pictures with a question of every form about every sign, as the study's scenes."""
     for _ in range(count):
         picture, signs = painter.picture()
-        margin = ((picture.width - SIDE) // 2, (picture.height - SIDE) // 2)  # of the padded square
-        signs = [sign.moved(*margin, scenes.SIDE / SIDE) for sign in signs]
+        to_scene = (*scenes.square_corner(picture), scenes.SIDE / SIDE)  # whose boxes are in pixels of a square of scenes.SIDE
+        signs = [sign.moved(*to_scene) for sign in signs]
         questions = tuple(
             Question("text", form.format(sign.color), tuple(digits_of(sign)), 2 * ((sign.box,),)) for sign in signs for form in QUESTIONS
         )
@@ -164,21 +167,31 @@ def train_localisation(model, pictures: EncodedScenes, held: EncodedScenes, proc
 # -------------------------------------------------------------------------------------------------------- 3. answer
 
 
+@contextmanager
+def selecting(model, system: str, share: float) -> Iterator[None]:
+    """Inside, the tokens are selected as the system selects them."""
+    before = model.config.flexattn_config
+    if system in ("random", "center"):
+        model.config.flexattn_config = before | {"strategy": system, "ratio": share}
+    try:
+        yield
+    finally:
+        model.config.flexattn_config = before
+
+
 def train_answers(model, pictures: EncodedScenes, processor, system: str, share: float, steps: int, seed: int, folder: Path) -> None:
     """By the trainer of `flexattn train`, from its latest checkpoint in `folder` where there is one."""
-    if system in ("random", "center"):
-        model.config.flexattn_config = model.config.flexattn_config | {"strategy": system, "ratio": share}
     for layer in model.model.language_model.layers[FIRST_LAYER:]:
         for name in ("k_proj", "v_proj"):
             getattr(layer.self_attn, f"{name}_hd").load_state_dict(getattr(layer.self_attn, name).state_dict())
-    settings = None if system == "none" else model.config.flexattn
     late = tuple(f"model.language_model.layers.{i}." for i in range(FIRST_LAYER, SIZES.layers))
     optimizer = MuonAndAdamW(trained(model, lambda name: name.startswith((*late, "model.language_model.norm", "lm_head"))), RATE)
-    fine_tune(
-        model, Picks(pictures, steps, BATCH, seed), lambda picks: pictures.batch(picks, processor, settings),
-        folder, BATCH, RATE, seed, lambda text: console.log(f"{system}: {text}"), (optimizer, one_cycle(optimizer, steps)),
-    )  # fmt: skip
-    model.config.flexattn_config = model.config.flexattn_config | {"strategy": "attention", "ratio": 0.1}
+    with selecting(model, system, share):
+        settings = None if system == "none" else model.config.flexattn
+        fine_tune(
+            model, Picks(pictures, steps, BATCH, seed), lambda picks: pictures.batch(picks, processor, settings),
+            folder, BATCH, RATE, seed, lambda text: console.log(f"{system}: {text}"), optimizers=(optimizer, one_cycle(optimizer, steps)),
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- 4. evaluation
@@ -187,11 +200,9 @@ def train_answers(model, pictures: EncodedScenes, processor, system: str, share:
 @torch.no_grad()
 def evaluate(model, processor, questions: list[tuple], system: str, share: float) -> dict[str, float]:
     """Greedy answers of one system to all questions."""
-    if system in ("random", "center"):
-        model.config.flexattn_config = model.config.flexattn_config | {"strategy": system, "ratio": share}
     exact = digits = 0
     torch.manual_seed(0)
-    with Progress(console=console, transient=True) as progress:
+    with selecting(model, system, share), Progress(console=console, transient=True) as progress:
         for picture, sign, question in progress.track(questions, description=f"evaluating {system}"):
             inputs = dict(processor(images=picture, text=processor.prompt(question)))
             if system in ("none", "HR off"):
@@ -201,7 +212,6 @@ def evaluate(model, processor, questions: list[tuple], system: str, share: float
             given = [token for token in answer if token.isdigit()]
             exact += given == list(digits_of(sign))
             digits += sum(one == other for one, other in zip(given, digits_of(sign)))
-    model.config.flexattn_config = model.config.flexattn_config | {"strategy": "attention", "ratio": 0.1}
     n = len(questions)
     row = {"system": system, "pictures": n}
     for name, right, total in (("exact", exact, n), ("digits", digits, 2 * n)):
@@ -235,23 +245,22 @@ def main() -> None:
     def painter(held_out: bool, seed: int) -> Painter:
         return Painter(find_photographs(options.photographs, held_out), options.font, random.Random(seed))
 
-    def stage(name: str, run) -> None:
-        kept = options.work / f"{name}.pt"
-        if not kept.exists():
+    def stage(name: str, run: Callable[[], None]) -> None:
+        def weights() -> dict[str, torch.Tensor]:
             run()
-            torch.save(model.state_dict(), kept)
-        model.load_state_dict(torch.load(kept))
+            return model.state_dict()
+
+        model.load_state_dict(stored(options.work / f"{name}.pt", weights))
+
+    def encoded(held_out: bool, seed: int, count: int) -> EncodedScenes:
+        resolutions = resolutions_of([settings_for("flexattn", SIZES)])
+        return encode_scenes(model, processor, asked_pictures(painter(held_out, seed), count), count, resolutions)
 
     stage("encoder", lambda: train_encoder(model, painter(False, 1), painter(True, 2), processor, options.encoder_steps))
     stage("whiten", lambda: whiten(model, EncoderData(painter(False, 8), processor.image_processor).batch(128)[0]))
     # The figure of stage 2 is one of held-out photographs, but not of the pictures of the evaluation.
-    kept = options.work / "features.pt"
-    if not kept.exists():
-        resolutions = resolutions_of([settings_for("flexattn", SIZES)])
-        sets = [encode_scenes(model, processor, asked_pictures(painter(held, seed), count), resolutions)
-                for held, seed, count in ((False, 3, options.pictures), (True, 4, 256))]  # fmt: skip
-        torch.save(sets, kept)
-    pictures, held = torch.load(kept, weights_only=False, mmap=True)
+    pictures = stored(options.work / "pictures.pt", lambda: encoded(False, 3, options.pictures))
+    held = stored(options.work / "held_out.pt", lambda: encoded(True, 4, 256))
     stage("localise", lambda: train_localisation(model, pictures, held, processor, options.localise_steps, options.seed + 5))
     share = selection(model, processor, pictures)["share"]
     console.log(f"the attention map selects {share:.2%} of the HR tokens; random and center select the same share")
@@ -273,7 +282,7 @@ def main() -> None:
         for shown in (system, "HR off") if system == "attention" else (system,):
             result = options.work / f"result {shown}.json"
             if not result.exists():
-                result.write_text(json.dumps(evaluate(model, processor, questions, shown, share)))
+                write_whole(result, json.dumps(evaluate(model, processor, questions, shown, share)))
             rows.append(json.loads(result.read_text()))
             console.log("{system}: exact {exact:.3f} [{exact_low:.3f}, {exact_high:.3f}], per digit {digits:.3f} "
                         "[{digits_low:.3f}, {digits_high:.3f}] on {pictures} pictures".format(**rows[-1]))  # fmt: skip

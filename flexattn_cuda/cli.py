@@ -277,12 +277,13 @@ def study(
     seeds: Annotated[str, typer.Option(help="Numbers, such as 0,1,2.")] = "0,1,2",
     systems: Annotated[str, typer.Option(help="all, or names, such as llava,flexattn.")] = "all",
     jobs: Annotated[int | None, typer.Option(help="Processes at a time, of one thread each; by default one for each core.")] = None,
-    examples: Annotated[str | None, typer.Option(help="Numbers of the questions that the report shows, such as 1,11.")] = None,
+    examples: Annotated[str | None, typer.Option(help="Questions that the report shows, by their numbers in answers.csv.")] = None,
 ) -> None:
     """Train the paper's systems on generated pictures, compare them, and write the tables; called again, it goes on."""
     from flexattn_cuda.study import run
 
-    numbers, shown = _number_list(seeds, "--seeds"), None if examples is None else _number_list(examples, "--examples")
+    numbers = _number_list(seeds, "--seeds")
+    shown = None if examples is None else _number_list(examples, "--examples")
     chosen = run.SYSTEMS if systems == "all" else systems.split(",")
     command = " ".join(["flexattn", *map(shlex.quote, sys.argv[1:])])
     report = run.study(output, photographs, preset, numbers, chosen, jobs, command, progress=True, examples=shown)

@@ -78,6 +78,12 @@ def answer_loss(
     return total / (wanted.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
+def require_accelerate() -> None:
+    """InputError where it is not installed."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise InputError("training needs the package accelerate: pip install 'flexattn_cuda[train]'")
+
+
 class FlexAttnTrainer(Trainer):
     """transformers' Trainer for `FlexAttnLlavaForConditionalGeneration`.
 
@@ -282,8 +288,7 @@ def train(
         raise InputError(f"a checkpoint every {save_every} steps falls between two entries of the loss, every {log_every}")
     if broken not in ("skip", "refuse"):
         raise InputError(f"what is done with broken records is {broken!r}; allowed: skip, refuse")
-    if importlib.util.find_spec("accelerate") is None:
-        raise InputError("training needs the package accelerate: pip install 'flexattn_cuda[train]'")
+    require_accelerate()
     if tensorboard and not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
         raise InputError("TensorBoard logs need the package tensorboard: pip install tensorboard")
     chosen = answering.choose_device(device)

@@ -17,8 +17,9 @@ import pytest
 from flexattn_cuda import answering
 from flexattn_cuda.files import lock
 from flexattn_cuda.processing import InputError
-from flexattn_cuda.study import run
+from flexattn_cuda.study import collection, run
 from flexattn_cuda.study.finetuning import run_system
+from flexattn_cuda.study.scenes import TASKS
 from test_study_scenes import photograph
 
 SYSTEMS = "llava,flexattn,hd"
@@ -32,10 +33,10 @@ def photographs(tmp_path_factory):
     return folder
 
 
-def started(photographs, output, preset="tiny"):
+def started(photographs, output, *options, preset="tiny"):
     """The command in a group of processes of its own."""
     command = [sys.executable, "-m", "flexattn_cuda.cli", "study", "--photographs", photographs, "--output", output, "--preset", preset,
-               "--seeds", "0", "--systems", SYSTEMS, "--jobs", "1"]  # fmt: skip
+               "--seeds", "0", "--systems", SYSTEMS, "--jobs", "1", *options]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
@@ -55,7 +56,9 @@ def finished(photographs, tmp_path_factory):
     assert not (seed / "flexattn.json").exists()
     kept = [(path, path.stat().st_mtime_ns) for path in (seed / "llava.json", seed / "start")]
     shutil.copytree(seed, output / "seed-0-old")
-    second = started(photographs, output)
+    (output / "results" / "examples").mkdir(parents=True)
+    (output / "results" / "examples" / "0000.png").touch()  # of an earlier report
+    second = started(photographs, output, "--examples", "7,3")
     out, err = second.communicate()
     assert second.returncode == 0, err
     assert "seed-0 flexattn: goes on from checkpoint-" in err and "llava: " not in err
@@ -71,9 +74,25 @@ def rows(path):
 
 def test_every_system_answers_the_same_questions(finished):
     answers = rows(finished / "results" / "answers.csv")
-    asked = {system: [(row["number"], row["question"], row["expected"]) for row in answers if row["system"] == system] for system in SYSTEMS.split(",")}
+    asked = {system: [] for system in SYSTEMS.split(",")}
+    for row in answers:
+        asked[row["system"]].append((row["number"], row["question"], row["expected"]))
     assert all(asked[system] == asked["llava"] and len(asked[system]) == run.PRESETS["tiny"].questions for system in asked)
     assert all(int(row["right"]) == (row["answer"] == row["expected"]) for row in answers)
+
+
+def test_the_report_shows_the_questions_that_were_chosen(finished):
+    results = finished / "results"
+    shown = json.loads((results / "examples.json").read_text())
+    assert [one["file"] for one in shown] == ["examples/0007.png", "examples/0003.png"]
+    assert {path.name for path in (results / "examples").iterdir()} == {"0003.png", "0007.png"}
+    asked = {row["number"]: row["question"] for row in rows(results / "answers.csv")}
+    assert [one["question"] for one in shown] == [asked["7"], asked["3"]]
+
+
+def test_by_default_the_report_shows_the_first_questions_about_small_objects():
+    answers = [{"number": number, "task": TASKS[number % 5], "size": ("small", "large")[number // 5 % 2]} for number in range(40)]
+    assert collection.first_about_small_objects(answers) == [0, 10, 1, 11, 2, 12, 3, 13, 4, 14]
 
 
 def test_what_was_interrupted_ends_as_if_it_had_not_been(finished, photographs, tmp_path):
@@ -130,7 +149,7 @@ def test_one_study_at_a_time_in_a_folder(photographs, tmp_path):
 
 
 def test_its_processes_end_with_a_study_that_is_killed(photographs, tmp_path):
-    study = started(photographs, tmp_path / "out", "small")
+    study = started(photographs, tmp_path / "out", preset="small")
     try:
         while "seed-0 start: encoder" not in study.stderr.readline():  # which takes minutes
             assert study.poll() is None

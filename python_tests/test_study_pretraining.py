@@ -35,7 +35,7 @@ def built():
 def encoded(built):
     model, processor = built
     resolutions = resolutions_of([None, FLEXATTN, settings_of("hd", SIZES.lowres)])
-    return encode_scenes(model, processor, make_scenes([photograph(0)], 60, seed=0), resolutions)
+    return encode_scenes(model, processor, make_scenes([photograph(0)], 60, seed=0), 60, resolutions)
 
 
 def test_a_token_has_the_class_of_what_covers_it():
@@ -111,7 +111,7 @@ def test_pictures_and_their_features_are_answered_alike(system):
     torch.manual_seed(0)
     model = build_model(processor, settings, SIZES)
     high = [(settings.zoom, settings.highres_size)] if settings else []
-    own = encode_scenes(model, processor, make_scenes([photograph(0)], 1, seed=0), high)
+    own = encode_scenes(model, processor, make_scenes([photograph(0)], 1, seed=0), 1, high)
     scene = next(make_scenes([photograph(0)], 1, seed=0))
     inputs = processor(images=scene.picture, text=processor.prompt(scene.asked.text))
     features = own.batch(own.asked(), processor, settings, answers=False)

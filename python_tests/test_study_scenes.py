@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexattn_cuda.processing import InputError
+from flexattn_cuda.processing import InputError, square_resized
 from flexattn_cuda.study.scenes import (
     CHANCE, COLORS, SHAPES, SIDE, SIZES, TASKS, VEHICLES, Glyph, Painter, Sign, find_photographs, make_scenes,
-    photograph_files, shape_outline, sign_questions, vehicle_questions, vehicle_outline, vocabulary,
+    photograph_files, shape_outline, sign_questions, square_corner, vehicle_questions, vehicle_outline, vocabulary,
 )  # fmt: skip
 
 
@@ -54,6 +54,15 @@ def test_boxes_lie_inside_the_picture_within_its_padding(scenes):
         right, bottom = left + scene.picture.width, top + scene.picture.height
         for x0, y0, x1, y1 in (box for question in scene.questions for box in question.boxes):
             assert left <= x0 < x1 <= right and top <= y0 < y1 <= bottom
+
+
+@pytest.mark.parametrize("size", [(257, 384), (384, 193), (256, 384), (384, 384)])
+def test_the_square_begins_where_the_preprocessing_pads(size):
+    """A picture with one white pixel, padded to a square of its own side."""
+    picture = Image.new("RGB", size)
+    picture.putpixel((5, 7), (255, 255, 255))
+    left, top = square_corner(picture)
+    assert square_resized(picture, max(size), (0, 0, 0)).getpixel((5 - left, 7 - top)) == (255, 255, 255)
 
 
 def test_glyphs_lie_on_their_sign_in_reading_order(scenes):

@@ -29,7 +29,7 @@ def collect(output: Path, photographs: Sequence[Path], preset: str, command: str
     """Gathers what is there of all seeds and systems into OUT/results, in the form that `report.write_report` reads.
 
     Args:
-        examples: Numbers of the questions that the page shows; by default the first of each task about small objects.
+        examples: Numbers of the lowest seed's questions that the page shows; by default the first of each task about small objects.
     """
     results = output / "results"
     results.mkdir(exist_ok=True)
@@ -66,11 +66,11 @@ def collect(output: Path, photographs: Sequence[Path], preset: str, command: str
         "versions": {"flexattn_cuda": flexattn_cuda.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     (results / "study.json").write_text(json.dumps(about, indent=1))
-    if seeds:
-        first = next(iter(seeds))
+    if outcomes:
+        first = min(seed for seed, _ in outcomes)
         given = {system: outcome["answers"] for (seed, system), outcome in outcomes.items() if seed == first}
         if examples is None:
-            examples = first_about_small_objects(next(iter(given.values()), []))
+            examples = first_about_small_objects(next(iter(given.values())))
         draw_examples(results / "examples", seeds[first], first, photographs, given, examples)
     return results
 
@@ -93,8 +93,10 @@ def costs(system: str, sizes: ModelSizes, share: float | None, tiles: float | No
 
 def first_about_small_objects(rows: Sequence[dict[str, Any]]) -> list[int]:
     """Numbers of the first questions of each task; rows: What one system answered."""
-    small = {task: [row["number"] for row in rows if (row["task"], row["size"]) == (task, "small")] for task in TASKS}
-    return [number for task in TASKS for number in small[task][:EXAMPLES_PER_TASK]]
+    numbers = []
+    for task in TASKS:
+        numbers += [row["number"] for row in rows if (row["task"], row["size"]) == (task, "small")][:EXAMPLES_PER_TASK]
+    return numbers
 
 
 def draw_examples(
@@ -107,13 +109,14 @@ def draw_examples(
         start: The seed's folder, OUT/seed-N.
         given: What each system answered.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     answered = {system: {row["number"]: row for row in rows} for system, rows in given.items()}
-    rows = next(iter(answered.values()), {})
+    rows = next(iter(answered.values()))
     asked = answering.load(start / "flexattn", "cpu") if "flexattn" in given else None
     held_out, listed = find_photographs(photographs, True), []
-    for row in (rows[number] for number in numbers if number in rows):
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    for row in (rows[number] for number in numbers):
         (scene,) = make_scenes(held_out, 1, 10 * seed + 1, first=row["number"])
         picture, file = scene.picture, f"{row['number']:04d}.png"
         if asked is not None:

@@ -148,12 +148,13 @@ def cells_of(boxes: Iterable[Box], side: int, pixels: int = SIDE) -> torch.Tenso
 
 
 @torch.no_grad()
-def encode_scenes(model, processor, scenes: Iterable[Scene], resolutions: Sequence[tuple[int, int]]) -> EncodedScenes:
+def encode_scenes(model, processor, scenes: Iterable[Scene], count: int, resolutions: Sequence[tuple[int, int]]) -> EncodedScenes:
     """The image tokens of scenes, by the model's encoder.
 
     All resolutions share the low-resolution tokens, made by `processor`, so that systems differ in nothing but the high one.
 
     Args:
+        count: How many scenes there are.
         resolutions: (zoom, highres_size) of the systems; see `resolutions_of`.
     """
     images = processor.image_processor
@@ -161,17 +162,22 @@ def encode_scenes(model, processor, scenes: Iterable[Scene], resolutions: Sequen
         resolution: FlexAttnLlavaImageProcessor(highres_size=resolution[1], lowres_size=images.lowres_size, lr_side=images.lr_side)
         for resolution in resolutions
     }
-    low, live, kept = [], [], []
-    high: dict[tuple[int, int], list[torch.Tensor]] = {resolution: [] for resolution in resolutions}
-    for scene in scenes:
+    patch, width = model.config.vision_config.patch_size, model.config.text_config.hidden_size
+
+    def room(side: int) -> torch.Tensor:
+        return torch.empty(count, (side // patch) ** 2, width, dtype=torch.half)
+
+    low, live, kept = room(images.lowres_size), torch.empty(count, 4, dtype=torch.int32), []
+    high = {(zoom, size): room(size) for zoom, size in resolutions}
+    for number, scene in enumerate(scenes):
         pixels = images([scene.picture])
-        low.append(encode_pictures(model.model, pixels["pixel_values"])[0].half())
-        live.append(pixels["image_live"][0])
+        low[number] = encode_pictures(model.model, pixels["pixel_values"])[0]
+        live[number] = pixels["image_live"][0]
         for (zoom, size), maker in makers.items():
             photo = (pixels if size == images.highres_size else maker([scene.picture]))["pixel_values_hr"][0]
-            high[zoom, size].append(encode_tiles(model.model, photo, zoom).half())
+            high[zoom, size][number] = encode_tiles(model.model, photo, zoom)
         kept.append(scene.without_picture())
-    return EncodedScenes(torch.stack(low), {key: torch.stack(parts) for key, parts in high.items()}, torch.stack(live), kept)
+    return EncodedScenes(low, high, live, kept)
 
 
 def resolutions_of(settings: Iterable[FlexAttnConfig | None]) -> list[tuple[int, int]]:

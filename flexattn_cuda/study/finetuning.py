@@ -18,6 +18,7 @@ from flexattn_cuda.files import write_whole
 from flexattn_cuda.study.encoded_scenes import EncodedScenes, Pick
 from flexattn_cuda.study.evaluation import answers, attention_in_boxes, selection
 from flexattn_cuda.study.presets import Preset, settings_for
+from flexattn_cuda.study.pretraining import trained
 from flexattn_cuda.study.results import MAPPED
 from flexattn_cuda.study.start import load
 from flexattn_cuda.training import FlexAttnTrainer, last_complete_checkpoint
@@ -31,9 +32,7 @@ def run_system(folder: Path, seed: int, system: str, preset: Preset, tell: Calla
     torch.manual_seed(seed)
     model, processor = load(folder / "start", settings)
     pictures = torch.load(folder / "pictures.pt", weights_only=False, mmap=True)
-    model.requires_grad_(False)
-    model.model.language_model.requires_grad_()
-    model.lm_head.requires_grad_()
+    trained(model, lambda name: "language_model" in name or "lm_head" in name)
     losses = fine_tune(
         model, Picks(pictures, preset.steps, preset.batch, seed), lambda picks: pictures.batch(picks, processor, settings),
         folder / f"{system}.checkpoints", preset.batch, preset.rate, seed, tell,
@@ -76,13 +75,14 @@ def fine_tune(
     rate: float,
     seed: int,
     tell: Callable[[str], None],
+    *,
     optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
 ) -> list[float]:
     """Trains the parameters that require a gradient; goes on from a checkpoint in `folder`.
 
     Args:
-        picks: All questions of the run, in batches of `batch` one after the other.
-        optimizers: Used instead of AdamW with a cosine schedule at `rate`.
+        picks: All questions of the run; the trainer shuffles them by `seed`.
+        optimizers: Used instead of AdamW with a cosine schedule; `rate` is then unused.
     Returns:
         The loss of each step.
     """

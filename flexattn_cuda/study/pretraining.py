@@ -32,7 +32,7 @@ from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from flexattn_cuda import attention
-from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
+from flexattn_cuda.processing import FlexAttnLlavaImageProcessor, InputError
 from flexattn_cuda.study.encoded_scenes import EncodedScenes
 from flexattn_cuda.study.scenes import COLORS, REFERENCE_SIDE, SHAPES, SIDE, SIZES, TASKS, VEHICLES, Box, Glyph, Painter, Sign
 from flexattn_cuda.vision import encode_pictures
@@ -47,8 +47,15 @@ UNSURE = -100  # tokens that show too little of an object to learn from: without
 READABLE_PIXELS = 6.0  # height from which a glyph, and length from which a vehicle is told apart
 
 
+def require_muon() -> None:
+    """InputError where torch has none."""
+    if not hasattr(torch.optim, "Muon"):
+        raise InputError(f"the study trains with Muon, which torch has from 2.9 on; this is torch {torch.__version__}")
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon at `rate` for the matrices between layers, AdamW at 2e-3 for the rest.
+    """Muon at `rate` for the matrices between layers, AdamW at 2e-3 for the rest. What they remember is in the parts: the
+    state of this one is empty.
 
     Args:
         parameters: By name; embeddings and heads are known by theirs.

@@ -39,6 +39,7 @@ from flexattn_cuda.study.presets import PRESETS, SYSTEMS
 from flexattn_cuda.study.report import write_report
 from flexattn_cuda.study.scenes import find_photographs, photograph_files
 from flexattn_cuda.study.start import make_start
+from flexattn_cuda.training import require_accelerate
 
 
 def study(
@@ -61,7 +62,8 @@ def study(
         jobs: Processes at a time; by default as many as there are cores.
         command: How the study was called, for the report.
         progress: Tell on stderr how far it is.
-        examples: Numbers of the questions that the report shows, from 0; by default the first of each task about small objects.
+        examples: Numbers, as in answers.csv, of the lowest seed's questions that the report shows; by default the first of each
+            task about small objects.
     Returns:
         The report's path.
     Raises:
@@ -80,6 +82,8 @@ def study(
         if not 0 <= number < PRESETS[preset].questions:
             raise InputError(f"there is no question {number}; the preset {preset!r} has {PRESETS[preset].questions}, numbered from 0")
     require_matplotlib()
+    require_accelerate()
+    pretraining.require_muon()
     for held_out in (True, False):
         find_photographs(photographs, held_out)  # before anything is begun
     settings = {"preset": {"name": preset, **asdict(PRESETS[preset])}, "photographs": _digest(photographs)}

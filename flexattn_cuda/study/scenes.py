@@ -98,9 +98,9 @@ class Scene:
     """A picture with everything that can be asked about it.
 
     Attributes:
-        picture: RGB, longer side SIDE; None where only its image tokens are kept.
+        picture: RGB; None where only its image tokens are kept.
         size: "small" or "large".
-        signs, vehicles: What is drawn, with boxes in pixels of the picture padded to a square.
+        signs, vehicles: What is drawn, with boxes in pixels of the picture padded to a square of SIDE.
         asked: The question of the evaluation.
         questions: All, `asked` among them. Uniform over the questions of a task is uniform over its answers.
     """
@@ -189,6 +189,12 @@ def vocabulary() -> list[str]:
     return [text for question in questions for text in (question.text, *question.answer)]
 
 
+def square_corner(picture: Image.Image) -> tuple[int, int]:
+    """Left and top of the square that the preprocessing pads a picture to, in the picture's pixels."""
+    side = max(picture.size)
+    return tuple(-((side - own) // 2) for own in picture.size)
+
+
 class Painter:
     """Draws pictures; everything random comes from `rng`."""
 
@@ -213,8 +219,8 @@ class Painter:
             turns = [turn] + [rng.randrange(2) for _ in asked_for[1:]]
             for color, *content in zip(rng.sample(list(COLORS), len(asked_for)), asked_for, turns):
                 self.add_sign(picture, color, lambda: self.content(*content), signs, scale)
-        margin = ((width - SIDE) // 2, (height - SIDE) // 2)
-        signs, vehicles = (tuple(part.moved(*margin) for part in parts) for parts in (signs, vehicles))
+        corner = square_corner(picture)
+        signs, vehicles = (tuple(part.moved(*corner) for part in parts) for parts in (signs, vehicles))
         questions = (*sign_questions(signs), *vehicle_questions(vehicles))
         of_task = [question for question in questions if question.task == task]
         if CHANCE[task] == 1 / 2:

@@ -35,32 +35,25 @@ def make_start(folder: Path, seed: int, preset: Preset, photographs: Sequence[Pa
     processor = build_processor(vocabulary(), settings_for("flexattn", preset.sizes), preset.sizes)
     model = build_model(processor, None, preset.sizes)
 
-    def stored(name: str, make: Callable[[], Any]) -> Any:
-        path = folder / f"{name}.pt"
-        if not path.exists():
-            tell(name)
-            torch.save(make(), path.with_suffix(".new"))
-            os.replace(path.with_suffix(".new"), path)
-        return torch.load(path, weights_only=False, mmap=True)
-
     def encoder() -> dict[str, Any]:
+        tell("encoder")
         begun = time.process_time()
         accuracy = pretraining.train_encoder(model, processor, train, held_out, preset.encoder_steps, seed)
         return {"weights": model.state_dict(), "accuracy": accuracy, "seconds": time.process_time() - begun}
 
-    def encoded(photos: list, count: int, number: int, resolutions: Sequence[tuple[int, int]]) -> EncodedScenes:
-        return encode_scenes(model, processor, make_scenes(photos, count, 10 * seed + number), resolutions)
+    def encoded(name: str, photos: list, count: int, number: int, resolutions: Sequence[tuple[int, int]]) -> EncodedScenes:
+        tell(name)
+        return encode_scenes(model, processor, make_scenes(photos, count, 10 * seed + number), count, resolutions)
 
-    kept = stored("encoder", encoder)
+    kept = stored(folder / "encoder.pt", encoder)
     model.load_state_dict(kept["weights"])
     resolutions = resolutions_of(settings_for(system, preset.sizes) for system in SYSTEMS)
-    pictures = stored("pictures", lambda: encoded(train, preset.pictures, 0, resolutions))
-    stored("questions", lambda: encoded(held_out, preset.questions, 1, resolutions))
+    pictures = stored(folder / "pictures.pt", lambda: encoded("pictures", train, preset.pictures, 0, resolutions))
+    stored(folder / "questions.pt", lambda: encoded("questions", held_out, preset.questions, 1, resolutions))
 
-    tell("low resolution")
     begun = time.process_time()
     torch.manual_seed(seed)
-    checked = encoded(held_out, min(250, preset.questions), 2, [])
+    checked = encoded("low resolution", held_out, min(250, preset.questions), 2, [])
     first_layer, steps = preset.sizes.first_layer, (preset.localise_steps, preset.answer_steps)
     low = pretraining.train_low_resolution(model, processor, pictures, checked, first_layer, *steps, seed)
     found = {
@@ -75,6 +68,15 @@ def make_start(folder: Path, seed: int, preset: Preset, photographs: Sequence[Pa
     found["selected"] = selection(*load(unfinished, settings), pictures)
     (unfinished / "start.json").write_text(json.dumps(found))
     os.replace(unfinished, folder / "start")
+
+
+def stored(path: Path, make: Callable[[], Any]) -> Any:
+    """What `make` gives, kept in a file that is never seen half written; what the file holds, where there is one."""
+    if not path.exists():
+        unfinished = path.with_suffix(".new")
+        torch.save(make(), unfinished)
+        os.replace(unfinished, path)
+    return torch.load(path, weights_only=False, mmap=True)
 
 
 def load(folder: Path, settings: FlexAttnConfig | None) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
