@@ -37,8 +37,10 @@ def started(photographs, output, *options, preset="tiny"):
     """The command in a group of processes of its own."""
     command = [sys.executable, "-m", "flexattn_cuda.cli", "study", "--photographs", photographs, "--output", output, "--preset", preset,
                "--seeds", "0", "--systems", SYSTEMS, "--jobs", "1", *options]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the background ignores it
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
