@@ -1,11 +1,9 @@
-"""The study's report as one HTML file: no script, nothing from outside."""
+"""The study's report as HTML: no script, nothing from outside; its pictures are the files beside it."""
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -38,7 +36,7 @@ def make_page(results: Results, verdicts: Sequence[Verdict], by_task: Sequence[d
         chance=results.chance(), verdicts=verdicts, answer=answer(results, verdicts), missing=results.missing(),
         training=means(systems, ("system",), ("steps", "final_loss", "selected_share", "train_seconds")),
         maps=means(results.maps, ("system", "size", "layer"), ("mass", "largest", "boxes")),
-        holds=_holds, image=lambda name: _data_uri(results.folder / name),
+        holds=_holds, there=lambda name: (results.folder / name).exists(),
         described=list(_flat({name: value for name, value in results.study.items() if name != "command"})),
         command=results.study.get("command", ""), questions=len({(row["seed"], row["number"]) for row in results.answers}),
         remarks=remarks.read_text(encoding="utf-8").split("\n\n") if remarks.exists() else [],
@@ -132,8 +130,3 @@ def _flat(values: Any, name: str = "") -> Iterable[tuple[str, str]]:
         yield name, ", ".join(map(str, values))
     else:
         yield name, f"{values:.4g}" if isinstance(values, float) else str(values)
-
-
-def _data_uri(path: Path) -> str | None:
-    """None for a picture that is not there."""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" if path.exists() else None
