@@ -42,7 +42,7 @@ from flexattn_cuda.study.evaluation import selection
 from flexattn_cuda.study.finetuning import Picks, fine_tune
 from flexattn_cuda.study.presets import settings_for
 from flexattn_cuda.study.pretraining import (
-    MapOfLayer, MuonAndAdamW, TokenLabels, console, one_cycle, pixels_of, share_right, stacked, token_loss, train_loop, trained, whiten,
+    MapOfLayer, TokenLabels, console, pixels_of, share_right, stacked, token_loss, train_loop, trained, whiten,
 )  # fmt: skip
 from flexattn_cuda.study.scenes import COLORS, Question, Scene, Sign, find_photographs
 from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
@@ -185,12 +185,12 @@ def train_answers(model, pictures: EncodedScenes, processor, system: str, share:
         for name in ("k_proj", "v_proj"):
             getattr(layer.self_attn, f"{name}_hd").load_state_dict(getattr(layer.self_attn, name).state_dict())
     late = tuple(f"model.language_model.layers.{i}." for i in range(FIRST_LAYER, SIZES.layers))
-    optimizer = MuonAndAdamW(trained(model, lambda name: name.startswith((*late, "model.language_model.norm", "lm_head"))), RATE)
+    trained(model, lambda name: name.startswith((*late, "model.language_model.norm", "lm_head")))
     with selecting(model, system, share):
         settings = None if system == "none" else model.config.flexattn
         fine_tune(
             model, Picks(pictures, steps, BATCH, seed), lambda picks: pictures.batch(picks, processor, settings),
-            folder, BATCH, RATE, seed, lambda text: console.log(f"{system}: {text}"), optimizers=(optimizer, one_cycle(optimizer, steps)),
+            folder, BATCH, RATE, seed, lambda text: console.log(f"{system}: {text}"),
         )  # fmt: skip
 
 

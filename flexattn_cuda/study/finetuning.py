@@ -18,7 +18,7 @@ from flexattn_cuda.files import write_whole
 from flexattn_cuda.study.encoded_scenes import EncodedScenes, Pick
 from flexattn_cuda.study.evaluation import answers, attention_in_boxes, selection
 from flexattn_cuda.study.presets import Preset, settings_for
-from flexattn_cuda.study.pretraining import trained
+from flexattn_cuda.study.pretraining import MuonAndAdamW, one_cycle, trained
 from flexattn_cuda.study.results import MAPPED
 from flexattn_cuda.study.start import load
 from flexattn_cuda.training import FlexAttnTrainer, last_complete_checkpoint
@@ -75,14 +75,12 @@ def fine_tune(
     rate: float,
     seed: int,
     tell: Callable[[str], None],
-    *,
-    optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
 ) -> list[float]:
-    """Trains the parameters that require a gradient; goes on from a checkpoint in `folder`.
+    """Trains the parameters that require a gradient, as all stages do: `MuonAndAdamW` at `rate`, in one cycle. Goes on from a
+    checkpoint in `folder`.
 
     Args:
         picks: All questions of the run; the trainer shuffles them by `seed`.
-        optimizers: Used instead of AdamW with a cosine schedule; `rate` is then unused.
     Returns:
         The loss of each step.
     """
@@ -91,11 +89,6 @@ def fine_tune(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=batch,
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 10),
-        weight_decay=0.01,
-        adam_beta2=0.98,
         max_grad_norm=1.0,
         save_steps=max(1, steps // 4),
         save_total_limit=2,
@@ -107,7 +100,11 @@ def fine_tune(
         report_to=[],
         disable_tqdm=True,
     )
-    trainer = FlexAttnTrainer(model, arguments, train_dataset=picks, data_collator=collate, callbacks=[_Told(tell)], optimizers=optimizers)
+    optimizer = MuonAndAdamW({name: p for name, p in model.named_parameters() if p.requires_grad}, rate)
+    trainer = FlexAttnTrainer(
+        model, arguments, train_dataset=picks, data_collator=collate, callbacks=[_Told(tell)],
+        optimizers=(optimizer, one_cycle(optimizer, steps)),
+    )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_complete_checkpoint(folder) if folder.exists() else None
     if checkpoint is not None:

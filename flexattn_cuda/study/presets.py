@@ -14,7 +14,7 @@ SYSTEMS = ("llava", "flexattn", "hd", "random", "center", "xattn", "flexattn-pap
 @dataclass(frozen=True)
 class Preset:
     """How much is done. pictures: To train on, in the low-resolution stage and in fine-tuning; questions: Of the evaluation,
-    half of them about large objects; the steps of the stages and of each system, and the batch of the latter."""
+    half of them about large objects; the steps of the stages, and of each system's fine-tuning, with its batch and its rate."""
 
     pictures: int
     questions: int
@@ -28,9 +28,9 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(pictures=60, questions=20, encoder_steps=4, localise_steps=3, answer_steps=3, steps=16, batch=4, rate=2e-3),
+    "tiny": Preset(pictures=60, questions=20, encoder_steps=4, localise_steps=3, answer_steps=3, steps=16, batch=4, rate=3.5e-3),
     "small": Preset(
-        pictures=4800, questions=1600, encoder_steps=4500, localise_steps=150, answer_steps=1500, steps=1000, batch=32, rate=2e-3
+        pictures=4800, questions=1600, encoder_steps=4500, localise_steps=150, answer_steps=1500, steps=1500, batch=32, rate=3.5e-3
     ),
 }
 
