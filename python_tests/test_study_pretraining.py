@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from flexattn_cuda.study.presets import settings_for
 from flexattn_cuda.study.pretraining import (
     CLASSES, UNSURE, EncoderData, MapOfLayer, TokenLabels, train_encoder, train_low_resolution, whiten,
 )  # fmt: skip
-from flexattn_cuda.study.scenes import Glyph, Painter, Sign, make_scenes, vocabulary
+from flexattn_cuda.study.scenes import TASKS, Glyph, Painter, Sign, make_scenes, vocabulary
 from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
 from flexattn_cuda.vision import encode_pictures
 
@@ -97,10 +98,17 @@ def test_labels_are_the_answers_at_the_end_of_the_prompt(built, encoded, setting
     assert (prompts["input_ids"][:, -1] != processor.tokenizer.eos_token_id).all()
 
 
-def test_training_draws_every_task_of_a_picture_alike(encoded):
-    rng, number = random.Random(0), next(k for k, scene in enumerate(encoded.scenes) if scene.asked.task == "comparison")
-    tasks = [dict(encoded.sample(rng, len(encoded.scenes)))[number].task for _ in range(200)]
-    assert abs(tasks.count("comparison") - 100) < 4 * 50**0.5
+def test_training_draws_every_task_and_its_pictures_alike(encoded):
+    """Within four standard deviations of the draws."""
+    picks = encoded.sample(random.Random(0), 4000)
+    tasks = Counter(question.task for _, question in picks)
+    assert set(tasks) == set(TASKS) and all(abs(count - 800) < 4 * (4000 * 0.2 * 0.8) ** 0.5 for count in tasks.values())
+    numbers = Counter(number for number, question in picks if question.task == "comparison")
+    wanted = [number for number, scene in enumerate(encoded.scenes) if "comparison" in {question.task for question in scene.questions}]
+    share = 1 / len(wanted)
+    assert set(numbers) == set(wanted)
+    assert all(abs(count - 800 * share) < 4 * (800 * share * (1 - share)) ** 0.5 for count in numbers.values())
+    assert all(question in encoded.scenes[number].questions for number, question in picks)
 
 
 @pytest.mark.parametrize("system", ["llava", "hd", "xattn"])
@@ -183,11 +191,6 @@ def test_the_low_resolution_stage_learns_and_leaves_the_encoder(plain, built, en
     assert changed and all("language_model" in name or "lm_head" in name for name in changed)
     assert len(model.model.language_model.layers) == SIZES.layers
     assert model.model.language_model.config._attn_implementation == attention.NAME
-
-
-def test_questions_are_drawn_about_objects_of_the_wanted_size(encoded):
-    picks = encoded.sample(random.Random(0), 5, ("large",))
-    assert [encoded.scenes[number].size for number, _ in picks] == ["large"] * 5
 
 
 def test_whitening_leaves_no_direction_that_varies_much_more_than_another(built):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from flexattn_cuda.configuration import FlexAttnConfig
 from flexattn_cuda.data import IGNORED
 from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
-from flexattn_cuda.study.scenes import SIDE, SIZES, Box, Question, Scene
+from flexattn_cuda.study.scenes import SIDE, TASKS, Box, Question, Scene
 from flexattn_cuda.vision import encode_pictures, encode_tiles
 
 Pick = tuple[int, Question]
@@ -38,13 +39,18 @@ class EncodedScenes:
         """Each picture with the question of the evaluation."""
         return [(number, scene.asked) for number, scene in enumerate(self.scenes)]
 
-    def sample(self, rng: random.Random, count: int, sizes: Sequence[str] = tuple(SIZES)) -> list[Pick]:
-        """Questions for training: pictures without repetition, then uniform over their tasks, then over the questions of the task."""
+    @cached_property
+    def by_task(self) -> dict[str, list[int]]:
+        """The pictures that have questions of a task."""
+        return {task: [n for n, scene in enumerate(self.scenes) if any(q.task == task for q in scene.questions)] for task in TASKS}
+
+    def sample(self, rng: random.Random, count: int) -> list[Pick]:
+        """Questions for training: uniform over the tasks that there are, then over the pictures that have questions of the
+        task, then over these."""
         picks = []
-        for number in rng.sample([number for number, scene in enumerate(self.scenes) if scene.size in sizes], count):
-            questions = self.scenes[number].questions
-            task = rng.choice(sorted({question.task for question in questions}))
-            picks.append((number, rng.choice([question for question in questions if question.task == task])))
+        for task in rng.choices([task for task in TASKS if self.by_task[task]], k=count):
+            number = rng.choice(self.by_task[task])
+            picks.append((number, rng.choice([question for question in self.scenes[number].questions if question.task == task])))
         return picks
 
     def batch(self, picks: Sequence[Pick], processor, settings: FlexAttnConfig | None, answers: bool = True) -> dict[str, torch.Tensor]:

@@ -30,7 +30,7 @@ class Preset:
 PRESETS = {
     "tiny": Preset(pictures=60, questions=20, encoder_steps=4, localise_steps=3, answer_steps=3, steps=16, batch=4, rate=3.5e-3),
     "small": Preset(
-        pictures=4800, questions=1600, encoder_steps=4500, localise_steps=150, answer_steps=1500, steps=1500, batch=32, rate=3.5e-3
+        pictures=9600, questions=1600, encoder_steps=4500, localise_steps=150, answer_steps=1500, steps=1500, batch=32, rate=3.5e-3
     ),
 }
 
