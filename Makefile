@@ -58,12 +58,12 @@ cuda-compile:
 	cmake --build $(CUDA_BUILD) --parallel 2
 
 # The CUDA kernels on the CPU (csrc/simt): once with races watched, once under the sanitizers. -j2 runs both at a time.
-SIMT_TESTS := python_tests/test_simt.py python_tests/test_attention_paths.py python_tests/test_ops.py
+SIMT_TESTS := python_tests/simt/test_simt.py python_tests/ops/test_attention_paths.py python_tests/ops/test_ops.py
 simt: simt-races simt-sanitizers
 simt-races: $(VENV)/test-packages
 	FLEXATTN_BACKEND=races $(VENV)/bin/python -m pytest $(SIMT_TESTS)
 simt-sanitizers: $(VENV)/test-packages
-	$(VENV)/bin/python python_tests/simt_build.py sanitizers
+	$(VENV)/bin/python python_tests/support/simt_build.py sanitizers
 	FLEXATTN_BACKEND=sanitizers LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 $(VENV)/bin/python -m pytest $(SIMT_TESTS)
 

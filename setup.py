@@ -191,12 +191,22 @@ def main() -> None:
 
     torch, cpp_extension = find_torch(environment_paths())
     toolkit = find_toolkit(cpp_extension.CUDA_HOME)
-    reason = why_no_cuda(os.environ.get("FLEXATTN_CUDA", ""), torch.__version__, torch.version.cuda, toolkit and toolkit[0])
+    reason = why_no_cuda(
+        os.environ.get("FLEXATTN_CUDA", ""),
+        torch.__version__,
+        torch.version.cuda,
+        toolkit and toolkit[0],
+    )
     kind = "cpu" if reason else "cuda"
     os.environ["MAX_JOBS"] = str(jobs(os.environ.get("MAX_JOBS"), cores(), free_memory_gib(), kind))
 
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
-    facts = {"VERSION": version, "NO_CUDA_REASON": reason or "", "CUDA_TOOLKIT": "", "ARCHITECTURES": ""}
+    facts = {
+        "VERSION": version,
+        "NO_CUDA_REASON": reason or "",
+        "CUDA_TOOLKIT": "",
+        "ARCHITECTURES": "",
+    }
     macros, extension, files = [], cpp_extension.CppExtension, sources("cpu", "torch")
     if reason:
         say(f"building for the CPU only: {reason}")
@@ -204,7 +214,11 @@ def main() -> None:
         compiled_for = architectures(toolkit[1], os.environ.get("TORCH_CUDA_ARCH_LIST"))
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(compiled_for)
         facts |= {"CUDA_TOOLKIT": toolkit[0], "ARCHITECTURES": " ".join(compiled_for)}
-        macros, extension, files = [("FLEXATTN_WITH_CUDA", None)], cpp_extension.CUDAExtension, files + sources("cuda")
+        macros, extension, files = (
+            [("FLEXATTN_WITH_CUDA", None)],
+            cpp_extension.CUDAExtension,
+            files + sources("cuda"),
+        )
         say(f"building with CUDA kernels: toolkit {toolkit[0]}, architectures {' '.join(compiled_for)}")
 
     setup(
@@ -215,7 +229,10 @@ def main() -> None:
                 include_dirs=[str(ROOT / "csrc" / "include")],
                 define_macros=macros + [(f"FLEXATTN_{name}", text(value)) for name, value in facts.items()],
                 # torch adds the C++ standard that it needs. at::parallel_for is a serial loop without OpenMP.
-                extra_compile_args={"cxx": ["-O3", "-g0", "-fopenmp", "-Wno-psabi"], "nvcc": ["-O3"]},
+                extra_compile_args={
+                    "cxx": ["-O3", "-g0", "-fopenmp", "-Wno-psabi"],
+                    "nvcc": ["-O3"],
+                },
                 extra_link_args=["-fopenmp"],
             )
         ],

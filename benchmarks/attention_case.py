@@ -31,7 +31,7 @@ class AttentionCase:
     kv_heads: int = 16
     head_dim: int = 64
     side: int = 24  # of the LR grid
-    first: int = 32  # LR key of the picture
+    first: int = 32  # LR key of the image
     map_over_all: bool = False
     joined: bool = False
     backward: bool = False
@@ -42,7 +42,11 @@ class AttentionCase:
         generator = torch.Generator(self.device).manual_seed(self.seed)
 
         def normal(*shape):
-            return torch.randn(*shape, generator=generator, device=self.device).to(self.dtype).requires_grad_(self.backward)
+            return (
+                torch.randn(*shape, generator=generator, device=self.device)
+                .to(self.dtype)
+                .requires_grad_(self.backward)
+            )
 
         def each(*values):
             return torch.tensor([values], dtype=torch.int32, device=self.device).expand(self.batch, -1).contiguous()
@@ -56,10 +60,19 @@ class AttentionCase:
         self.hidden = torch.ones(self.N, self.Nk, device=self.device).tril(self.Nk - self.N) == 0
         cells = self.side**2
         self.options = {"kv_start": each(0)[:, 0], "kv_len": each(self.Nk)[:, 0]}
-        self.options |= {"map_ranges": each(self.first, self.first + cells)[:, None], "map_size": cells, "map_over_all": self.map_over_all}
+        self.options |= {
+            "map_ranges": each(self.first, self.first + cells)[:, None],
+            "map_size": cells,
+            "map_over_all": self.map_over_all,
+        }
         if M:
             slots = torch.arange(B * M, dtype=torch.int32, device=self.device).view(B, M)
-            self.options |= {"k_hr": self.k_hr, "v_hr": self.v_hr, "hr_slots": slots, "hr_count": each(M)[:, 0]}
+            self.options |= {
+                "k_hr": self.k_hr,
+                "v_hr": self.v_hr,
+                "hr_slots": slots,
+                "hr_count": each(M)[:, 0],
+            }
         self.options |= {"hr_from": each(0)[:, 0]} if self.rows == "all" and M else {"hr_rows": each(self.N - 1)}
         self._joined = self._join() if self.joined and M else None
 

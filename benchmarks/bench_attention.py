@@ -67,7 +67,12 @@ METHODS = (*OURS, "eager", *BACKENDS, "flex_attention")
 @dataclass(frozen=True)
 class Sizes:
     queries: int = 640
-    selected: tuple[int, ...] = (2240, 512, 5184, 0)  # the first is where flex_attention is compiled
+    selected: tuple[int, ...] = (
+        2240,
+        512,
+        5184,
+        0,
+    )  # the first is where flex_attention is compiled
     batches: tuple[int, ...] = (1, 8)
     heads: int = 32
     head_dim: int = 128
@@ -102,7 +107,9 @@ class Run:
         self.seeds = itertools.count(self.seed)
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
 
-    def attention(self, N: int, Nk: int, M: int, batch: int, rows: str = "last", map_over_all: bool = False) -> AttentionCase:
+    def attention(
+        self, N: int, Nk: int, M: int, batch: int, rows: str = "last", map_over_all: bool = False
+    ) -> AttentionCase:
         z = self.sizes
         return AttentionCase(N, Nk, M, rows, torch.float16, batch, z.heads, z.heads, z.head_dim, z.side, z.first, map_over_all, joined=True,
                              device=self.device, seed=next(self.seeds))  # fmt: skip
@@ -129,7 +136,9 @@ class EventClock:
     MOST_READS = 64
 
     def __init__(self, bytes_read: int = 2**29):
-        self.buffer = torch.zeros(bytes_read // 4, device="cuda")  # read, not written: nothing is written back while a call runs
+        self.buffer = torch.zeros(
+            bytes_read // 4, device="cuda"
+        )  # read, not written: nothing is written back while a call runs
 
     def __call__(self, call: Callable) -> float:
         before, function = (call.before, call.function) if isinstance(call, Call) else (None, call)
@@ -239,7 +248,11 @@ def attention(sets: list[AttentionCase], name: str, columns: dict, native: int, 
         methods[VOLTA] = [in_context(lambda: capability("70"), case.ours) for case in sets]
     for backend, (which, as_tensor) in BACKENDS.items():
         methods[backend] = [
-            in_context(lambda which=which: sdpa_kernel(which), lambda case=case, t=as_tensor: case.sdpa(mask_as_tensor=t)) for case in sets
+            in_context(
+                lambda which=which: sdpa_kernel(which),
+                lambda case=case, t=as_tensor: case.sdpa(mask_as_tensor=t),
+            )
+            for case in sets
         ]
     unavailable = {}
     if flex:
@@ -260,13 +273,21 @@ def attention(sets: list[AttentionCase], name: str, columns: dict, native: int, 
         ours = call in methods["ours"] + methods.get(VOLTA, [])
         found = {"error_out": compared("the output", out, exact[0], values, 1 if ours else 4)}
         if map is not None:
-            unit = torch.finfo(first.dtype).eps / torch.finfo(map.dtype).eps  # of the type in which others keep probabilities
-            found["error_map"] = compared("the map", map, exact[1], max(1.0, exact[1].max().item()), 64 if ours else 4 * unit)
+            unit = (
+                torch.finfo(first.dtype).eps / torch.finfo(map.dtype).eps
+            )  # of the type in which others keep probabilities
+            found["error_map"] = compared(
+                "the map", map, exact[1], max(1.0, exact[1].max().item()), 64 if ours else 4 * unit
+            )
         return found
 
     row = first.batch * first.heads * first.head_dim
     moved = row * first.q.element_size() * 2 * (first.N + first.Nk + first.M)  # q, out; k, v of both kinds
-    seen = first.N * (first.Nk - first.N) + first.N * (first.N + 1) // 2 + (first.N if first.rows == "all" else 1) * first.M
+    seen = (
+        first.N * (first.Nk - first.N)
+        + first.N * (first.N + 1) // 2
+        + (first.N if first.rows == "all" else 1) * first.M
+    )
     columns = columns | {"batch": first.batch, "queries": first.N, "keys": first.Nk, "selected": first.M, "heads": first.heads,
                          "head_dim": first.head_dim, "dtype": str(first.dtype)[6:], "input_sets": len(sets)}  # fmt: skip
     ordered = {method: methods[method] for method in METHODS if method in methods}
@@ -283,8 +304,11 @@ def prefill(run: Run) -> Iterator[Named]:
         if not M and preset == "paper":  # without HR keys they are the same
             continue
         name, columns = f"prefill {preset} B={batch} M={M}", {"case": "prefill", "preset": preset}
-        yield name, lambda name=name, columns=columns, batch=batch, M=M, form=form: attention(
-            [run.attention(N, N, M, batch, *form)], name, columns, run.native, M in run.flex
+        yield (
+            name,
+            lambda name=name, columns=columns, batch=batch, M=M, form=form: attention(
+                [run.attention(N, N, M, batch, *form)], name, columns, run.native, M in run.flex
+            ),
         )
 
 
@@ -295,8 +319,15 @@ def decode(run: Run) -> Iterator[Named]:
         many = -(-run.sizes.decode_bytes // sample)
         for batch, sets in ((1, many), (many, 2)):
             name = f"decode B={batch} M={M}"
-            yield name, lambda name=name, M=M, batch=batch, sets=sets: attention(
-                [run.attention(1, keys, M, batch) for _ in range(sets)], name, {"case": "decode"}, run.native, False
+            yield (
+                name,
+                lambda name=name, M=M, batch=batch, sets=sets: attention(
+                    [run.attention(1, keys, M, batch) for _ in range(sets)],
+                    name,
+                    {"case": "decode"},
+                    run.native,
+                    False,
+                ),
             )
 
 
@@ -337,7 +368,12 @@ def operators(run: Run) -> Iterator[Named]:
         tokens = torch.randn(B, T, D, generator=generator, device=device).half()
         index = selected()
         expected = lambda: [reference.gather_tokens(tokens, index)]  # noqa: E731
-        return case("gather_tokens", lambda: [ops.gather_tokens(tokens, index)], equal(expected), 2 * B * M * D * 2 + size(index))
+        return case(
+            "gather_tokens",
+            lambda: [ops.gather_tokens(tokens, index)],
+            equal(expected),
+            2 * B * M * D * 2 + size(index),
+        )
 
     def assign() -> Case:
         index, count = selected(), torch.full((B,), M, **i32)
@@ -347,31 +383,58 @@ def operators(run: Run) -> Iterator[Named]:
             table.fill_(-1)
             free.zero_()
 
-        call = Call(lambda: [*ops.assign_slots(index, count, table, free, capacity=capacity), table, free], empty)
+        call = Call(
+            lambda: [*ops.assign_slots(index, count, table, free, capacity=capacity), table, free],
+            empty,
+        )
 
         def expected():
-            table, free = torch.full((B, T), -1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-            return [*reference.assign_slots(index.cpu(), count.cpu(), table, free, capacity=capacity), table, free]
+            table, free = (
+                torch.full((B, T), -1, dtype=torch.int32),
+                torch.zeros(1, dtype=torch.int32),
+            )
+            return [
+                *reference.assign_slots(index.cpu(), count.cpu(), table, free, capacity=capacity),
+                table,
+                free,
+            ]
 
         return case("assign_slots", call, equal(expected), 6 * size(index))  # index, table twice, three lists
 
     def write() -> Case:
         rows = B * M
-        k, v = (torch.randn(rows, sizes.heads, sizes.head_dim, generator=generator, device=device).half() for _ in range(2))
+        k, v = (
+            torch.randn(rows, sizes.heads, sizes.head_dim, generator=generator, device=device).half() for _ in range(2)
+        )
         angle = torch.rand(rows, sizes.head_dim, generator=generator, device=device)
-        cos, sin, slots = angle.cos(), angle.sin(), torch.randperm(capacity, generator=generator, device=device)[:rows].int()
-        pools = [torch.zeros(capacity, sizes.heads, sizes.head_dim, device=device, dtype=torch.float16) for _ in range(2)]
+        cos, sin, slots = (
+            angle.cos(),
+            angle.sin(),
+            torch.randperm(capacity, generator=generator, device=device)[:rows].int(),
+        )
+        pools = [
+            torch.zeros(capacity, sizes.heads, sizes.head_dim, device=device, dtype=torch.float16) for _ in range(2)
+        ]
 
         def errors(call: Callable) -> dict[str, float]:
             call()
             exact = [torch.zeros_like(pool, dtype=torch.float64) for pool in pools]
             reference.write_hr_kv(k.double(), v.double(), cos.double(), sin.double(), slots, *exact)
-            return {"error_out": max(compared("a pool", pool, wanted, wanted.abs().max().item(), 1) for pool, wanted in zip(pools, exact))}
+            return {
+                "error_out": max(
+                    compared("a pool", pool, wanted, wanted.abs().max().item(), 1) for pool, wanted in zip(pools, exact)
+                )
+            }
 
         call = lambda: ops.write_hr_kv(k, v, cos, sin, slots, *pools)  # noqa: E731
         return case("write_hr_kv", call, errors, 2 * size(k, v) + size(cos, sin, slots))
 
-    yield from (("select_tokens", select), ("gather_tokens", gather), ("assign_slots", assign), ("write_hr_kv", write))
+    yield from (
+        ("select_tokens", select),
+        ("gather_tokens", gather),
+        ("assign_slots", assign),
+        ("write_hr_kv", write),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- measure
@@ -395,7 +458,10 @@ def check(case: Case) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
         except (RuntimeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError) and method in OURS:  # or in the reference
                 raise
-            first = next((str(w.message).split(" (Triggered")[0] for w in said if "attention" in str(w.message).lower()), "")
+            first = next(
+                (str(w.message).split(" (Triggered")[0] for w in said if "attention" in str(w.message).lower()),
+                "",
+            )
             bad[method] = reason(error) + (f" {first}"[:200] if first else "")
         except Exception as error:
             if method != "flex_attention":  # compiled at its first call
@@ -422,7 +488,11 @@ def copy_bandwidth(bytes_copied: int, device: str, clock: Callable, seconds: flo
 def measure(case: Case, where: dict, clock: Callable, bandwidth: float, seconds: float) -> list[dict]:
     """A row for each method; whoever cannot be timed has the reason in its row."""
     good, bad = check(case)
-    found = measuring.medians({method: in_turn(case.methods[method]) for method in good}, seconds, time_of=clock) if good else {}
+    found = (
+        measuring.medians({method: in_turn(case.methods[method]) for method in good}, seconds, time_of=clock)
+        if good
+        else {}
+    )
     rows = []
     for method in METHODS:
         if method in good:
@@ -440,7 +510,9 @@ def measure(case: Case, where: dict, clock: Callable, bandwidth: float, seconds:
 
 def wrong(rows: list[dict]) -> list[str]:
     """What of ours is not right, a sentence each."""
-    return [f"{row['name']}, {row['method']}: {row['note']}" for row in rows if row["method"] in OURS and row.get("note")]
+    return [
+        f"{row['name']}, {row['method']}: {row['note']}" for row in rows if row["method"] in OURS and row.get("note")
+    ]
 
 
 def notes(rows: list[dict]) -> list[str]:
@@ -491,14 +563,25 @@ def plot(rows: list[dict], out: Path) -> None:
     title = ", ".join(f"{name} {rows[0][name]}" for name in ("device", "driver", "torch", "cuda"))
 
     panels = sorted({(row["preset"], row["batch"]) for row in timed if row["case"] == "prefill"})
-    figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(4.5 * max(1, len(panels)), 4), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        1,
+        max(1, len(panels)),
+        figsize=(4.5 * max(1, len(panels)), 4),
+        layout="constrained",
+        squeeze=False,
+    )
     for panel, axis in zip(panels, axes[0]):
         for method in METHODS:
             points = sorted((row["selected"], row["over_ours"]) for row in timed
                             if row["case"] == "prefill" and (row["preset"], row["batch"], row["method"]) == (*panel, method))  # fmt: skip
             if points:
                 axis.plot(*zip(*points), marker="o", label=method)
-        axis.set(title="{}, batch {}".format(*panel), xlabel="selected HR tokens", ylabel="time over ours", yscale="log")
+        axis.set(
+            title="{}, batch {}".format(*panel),
+            xlabel="selected HR tokens",
+            ylabel="time over ours",
+            yscale="log",
+        )
         axis.grid(alpha=0.3)
     if panels:
         axes[0][0].legend(fontsize="small")
@@ -521,13 +604,25 @@ def plot(rows: list[dict], out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder for the results (default: build/gpu)")
-    parser.add_argument("--seconds", type=float, default=90, help="cases that have not begun by then are left out (default: 90)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/gpu"),
+        help="folder for the results (default: build/gpu)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=90,
+        help="cases that have not begun by then are left out (default: 90)",
+    )
     parser.add_argument("--all", action="store_true", help="flex_attention at every size, however long it takes")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--seed", type=int, help="of the inputs; a fresh one by default")
     parser.add_argument("--check", action="store_true", help="call and compare, time nothing")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)  # cpu: for the tests
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS
+    )  # cpu: for the tests
     args = parser.parse_args(arguments)
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -540,17 +635,35 @@ def main(arguments: list[str] | None = None) -> int:
         major, minor = torch.cuda.get_device_capability()
         native = 10 * major + minor
     flex = () if args.check else sizes.selected if args.all else sizes.selected[:1]
-    run = Run(sizes, args.device, native, flex, secrets.randbelow(2**31) if args.seed is None else args.seed)
+    run = Run(
+        sizes,
+        args.device,
+        native,
+        flex,
+        secrets.randbelow(2**31) if args.seed is None else args.seed,
+    )
     if args.check:
         return check_kernels(run)
 
     where = measuring.machine(args.device) | {"seed": run.seed}
     clock = EventClock() if args.device == "cuda" else measuring.wall_clock
     bandwidth = copy_bandwidth(sizes.copy_bytes, args.device, clock, sizes.seconds)
-    rows = [where | {"name": "copy", "case": "copy", "method": "torch", "bytes": 2 * sizes.copy_bytes, "gb_per_s": bandwidth * 1e-9}]
+    rows = [
+        where
+        | {
+            "name": "copy",
+            "case": "copy",
+            "method": "torch",
+            "bytes": 2 * sizes.copy_bytes,
+            "gb_per_s": bandwidth * 1e-9,
+        }
+    ]
     limit = float("inf") if args.all else args.seconds
     # In turn, so that a limit leaves some of each.
-    for name, build in filter(None, itertools.chain.from_iterable(itertools.zip_longest(prefill(run), decode(run), operators(run)))):
+    for name, build in filter(
+        None,
+        itertools.chain.from_iterable(itertools.zip_longest(prefill(run), decode(run), operators(run))),
+    ):
         if time.perf_counter() - begin > limit:
             rows.append(where | {"name": name, "method": "all", "note": f"left out, {limit:.0f} s are over"})
             continue
@@ -594,7 +707,9 @@ def check_kernels(run: Run) -> int:
             # A logit's gradient is a difference of sums over the channels, and eager torch rounds those sums.
             error, largest = (mine - theirs).abs().max().item(), theirs.abs().max().item()
             if not error <= 16 * torch.finfo(dtype).eps * largest * case.head_dim**0.5:
-                said.append(f"gradient of {leaf} in {dtype}: {error:.3g} from eager torch, the largest is {largest:.3g}")
+                said.append(
+                    f"gradient of {leaf} in {dtype}: {error:.3g} from eager torch, the largest is {largest:.3g}"
+                )
         count += 1
     for sentence in said:
         print(sentence, file=sys.stderr)

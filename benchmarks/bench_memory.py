@@ -50,7 +50,13 @@ class TrainingCase:
         def normal(*shape):
             return torch.randn(*shape, generator=generator).to(self.dtype)
 
-        self.leaves = [normal(1, H, N, d), normal(1, H, N, d), normal(1, H, N, d), normal(M, H, d), normal(M, H, d)]
+        self.leaves = [
+            normal(1, H, N, d),
+            normal(1, H, N, d),
+            normal(1, H, N, d),
+            normal(M, H, d),
+            normal(M, H, d),
+        ]
         self.grad_out = normal(1, N, H, d)
         for leaf in self.leaves:
             leaf.requires_grad_()
@@ -115,7 +121,9 @@ class TrainingCase:
         found = []
         for head in range(self.heads):
             at = slice(head, head + 1)
-            leaves = [leaf.detach()[:, at].double().requires_grad_() for leaf in self.leaves]  # heads are all leaves' second
+            leaves = [
+                leaf.detach()[:, at].double().requires_grad_() for leaf in self.leaves
+            ]  # heads are all leaves' second
             q, k, v, k_hr, v_hr = leaves
             out = reference.hierarchical_attention(q, k, v, k_hr=k_hr, v_hr=v_hr, **self.options).out
             found.append(torch.autograd.grad(out, leaves, self.grad_out[:, :, at].double()))
@@ -170,8 +178,16 @@ def main() -> None:
     parser.add_argument("--M", type=int, default=5184, help="HR keys (default: 5184)")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--rows", default="all,64", help="rows that see HR keys: all, or how many, comma-separated (default: all,64)")
-    parser.add_argument("--no-gradients", action="store_true", help="do not compare the gradients with the float64 reference")
+    parser.add_argument(
+        "--rows",
+        default="all,64",
+        help="rows that see HR keys: all, or how many, comma-separated (default: all,64)",
+    )
+    parser.add_argument(
+        "--no-gradients",
+        action="store_true",
+        help="do not compare the gradients with the float64 reference",
+    )
     parser.add_argument("--csv", help="file for the table")
     parser.add_argument("--json", help="file for the same as JSON")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "WAY"), help=argparse.SUPPRESS)
@@ -195,7 +211,14 @@ def main() -> None:
     sizes = f"N={arguments.N}, M={arguments.M}, H={arguments.heads}, d={arguments.head_dim}"
     measuring.print_table(
         f"forward and backward, float32, {sizes}: MiB above the inputs",
-        ["rows that see HR", *WAYS, "ours/eager", "ours/split", "gradient error: ours", "eager float32"],
+        [
+            "rows that see HR",
+            *WAYS,
+            "ours/eager",
+            "ours/split",
+            "gradient error: ours",
+            "eager float32",
+        ],
         [
             [row["rows"]]
             + [f"{row[f'{way}_bytes'] / 2**20:.1f}" for way in WAYS]

@@ -25,17 +25,42 @@ import torch
 from measuring import machine, print_table, write_csv
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, LlavaConfig
 
-from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaConfig, FlexAttnLlavaForConditionalGeneration, ops, selection, state
-from flexattn_cuda.pictures import HighResolution
+from flexattn_cuda import (
+    FlexAttnConfig,
+    FlexAttnLlavaConfig,
+    FlexAttnLlavaForConditionalGeneration,
+    ops,
+)
+from flexattn_cuda.mechanism import context as state
+from flexattn_cuda.mechanism import selection
+from flexattn_cuda.mechanism.cache import HRCache
 
 SHAPES = {
-    "default": dict(hidden_size=1024, num_hidden_layers=16, num_attention_heads=16, intermediate_size=2752, vocab_size=32000),
-    "7b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008, vocab_size=32064),
-    "quick": dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=96, vocab_size=128),
+    "default": dict(
+        hidden_size=1024,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        intermediate_size=2752,
+        vocab_size=32000,
+    ),
+    "7b": dict(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        intermediate_size=11008,
+        vocab_size=32064,
+    ),
+    "quick": dict(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=96,
+        vocab_size=128,
+    ),
 }
 FIRST_LAYER = {"default": 9, "7b": 9, "quick": 2}
 SIDE = 24  # of the LR grid
-TEXT, HD_TOKENS = 64, 1024  # text tokens of the prompt; LLaVA-HD's extra picture tokens
+TEXT, HD_TOKENS = 64, 1024  # text tokens of the prompt; LLaVA-HD's extra image tokens
 LIMITS = {  # what a ratio must not exceed, default shape on the CPU
     "prefill_m10": 1.10, "decode_m10": 1.10, "decode_m43": 1.25, "decode_m100": 1.50, "decode_m10_churn10": 1.50,
     "plain_over_transformers_prefill": 1.03, "plain_over_transformers_decode": 1.03, "prefill_m10_over_hd": 0.45,
@@ -154,13 +179,16 @@ class Backbone:
 
         begin = TEXT // 2
         words = torch.randint(3, text.vocab_size - 2, (TEXT,), generator=generator)
-        picture = torch.full((SIDE**2,), self.config.image_token_id)
-        self.ids = torch.cat([words[:begin], picture, words[begin:]])[None].to(device)
+        image = torch.full((SIDE**2,), self.config.image_token_id)
+        self.ids = torch.cat([words[:begin], image, words[begin:]])[None].to(device)
         self.features = normal(1, SIDE**2, hidden)
         self.hr_features = normal(1, self.config.hr_side**2, hidden)
         embedded = self.model.get_input_embeddings()(words.to(device)).detach()
         low = torch.cat([embedded[:begin], self.features[0], embedded[begin:]])[None]
-        self.embeds = {"low": low, "hd": torch.cat([low[:, :begin], normal(1, HD_TOKENS, hidden), low[:, begin:]], 1)}
+        self.embeds = {
+            "low": low,
+            "hd": torch.cat([low[:, :begin], normal(1, HD_TOKENS, hidden), low[:, begin:]], 1),
+        }
 
     @property
     def hr_tokens(self) -> int:
@@ -170,7 +198,8 @@ class Backbone:
         if system.share is None:
             return None
         return Forced(
-            selections(system.share, system.churn, self.hr_tokens, steps, self.device), len(self.config.hr_layers)
+            selections(system.share, system.churn, self.hr_tokens, steps, self.device),
+            len(self.config.hr_layers),
         )
 
     def call(self, system: System, cache: DynamicCache, token: torch.Tensor | None = None) -> torch.Tensor:
@@ -193,11 +222,20 @@ def model_config(shape: str, zoom: int) -> FlexAttnLlavaConfig:
     patch = 14
     vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=patch,
                               image_size=SIDE * patch, projection_dim=16)  # fmt: skip
-    text = LlamaConfig(**SHAPES[shape], num_key_value_heads=SHAPES[shape]["num_attention_heads"], max_position_embeddings=4096)
+    text = LlamaConfig(
+        **SHAPES[shape],
+        num_key_value_heads=SHAPES[shape]["num_attention_heads"],
+        max_position_embeddings=4096,
+    )
     values = LlavaConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_index=text.vocab_size - 1,
                          image_seq_length=SIDE**2).to_dict()  # fmt: skip
     values.pop("model_type")
-    settings = FlexAttnConfig(zoom=zoom, lowres_size=SIDE * patch, highres_size=SIDE * patch * zoom, first_layer=FIRST_LAYER[shape])
+    settings = FlexAttnConfig(
+        zoom=zoom,
+        lowres_size=SIDE * patch,
+        highres_size=SIDE * patch * zoom,
+        first_layer=FIRST_LAYER[shape],
+    )
     return FlexAttnLlavaConfig(**values, flexattn_config=settings.to_dict())
 
 
@@ -262,13 +300,13 @@ def measure(backbone: Backbone, chosen: list[System], tokens: int, repetitions: 
                     system.decode[-1].append(seconds)
         for system in chosen:
             assert logits[system.name].isfinite().all(), f"{system.name} gives numbers that are not finite"
-            pictures = HighResolution.beside(caches[system.name])
-            system.projected = 0 if pictures is None else pictures.projected
+            images = HRCache.beside(caches[system.name])
+            system.projected = 0 if images is None else images.projected
 
 
 @torch.no_grad()
 def tiles_encoded() -> int:
-    """Of 9, when the selection stays inside 2: a photo's pixels, the prefill and four tokens."""
+    """Of 9, when the selection stays inside 2: an image's pixels, the prefill and four tokens."""
     torch.manual_seed(0)
     config = model_config("quick", zoom=3)
     model = FlexAttnLlavaForConditionalGeneration(config).eval()
@@ -279,10 +317,14 @@ def tiles_encoded() -> int:
     ids = torch.cat([torch.tensor([1]), torch.full((SIDE**2,), config.image_token_id), torch.tensor([5, 6])])[None]
     cache = DynamicCache(config=config.text_config)
     with forced(stand_in):
-        logits = model(input_ids=ids, pixel_values_hr=torch.randn(1, 3, *2 * [config.flexattn.highres_size]), past_key_values=cache).logits
+        logits = model(
+            input_ids=ids,
+            pixel_values_hr=torch.randn(1, 3, *2 * [config.flexattn.highres_size]),
+            past_key_values=cache,
+        ).logits
         for _ in range(4):
             logits = model(input_ids=logits[:, -1:].argmax(-1), past_key_values=cache).logits
-    return HighResolution.beside(cache).encoded
+    return HRCache.beside(cache).encoded
 
 
 def ratios(found: list[System]) -> dict[str, float]:
@@ -334,13 +376,25 @@ def plot(folder: Path, found: list[System], by_zoom: list[dict]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for system in found:
-        if system.name in ("LLaVA", "M = 10 %", "M = 10 %, off", "M = 100 %", "M = 43 %, off", "LLaVA-HD"):
+        if system.name in (
+            "LLaVA",
+            "M = 10 %",
+            "M = 10 %, off",
+            "M = 100 %",
+            "M = 43 %, off",
+            "LLaVA-HD",
+        ):
             steps = [statistics.median(step) for step in zip(*system.decode)]
             total = [system.seconds()[0]]
             for step in steps:
                 total.append(total[-1] + step)
             axes.plot(range(len(total)), total, label=system.name)
-    axes.set(xlabel="generated tokens", ylabel="seconds since the prompt", title="Cost against generated length", ylim=(0, None))
+    axes.set(
+        xlabel="generated tokens",
+        ylabel="seconds since the prompt",
+        title="Cost against generated length",
+        ylim=(0, None),
+    )
     axes.legend()
     figure.savefig(folder / "cost_by_length.png", dpi=150, bbox_inches="tight")
     if not by_zoom:
@@ -352,7 +406,12 @@ def plot(folder: Path, found: list[System], by_zoom: list[dict]) -> None:
                 points = [(row["zoom"], row[what]) for row in by_zoom if row["system"] == name]
                 axes.plot(*zip(*points), marker="o", label=name)
         axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set(xlabel="zoom (side of the photo in tiles)", ylabel="time over LLaVA's", title=title, ylim=(0, None))
+        axes.set(
+            xlabel="zoom (side of the image in tiles)",
+            ylabel="time over LLaVA's",
+            title=title,
+            ylim=(0, None),
+        )
         axes.legend()
     figure.savefig(folder / "cost_by_resolution.png", dpi=150, bbox_inches="tight")
 
@@ -365,7 +424,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="on the CPU (default: 1)")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--zooms", default="", help="further photo sizes for the plot, e.g. 1,2,4,5,6; zoom 3 is always measured")
+    parser.add_argument(
+        "--zooms",
+        default="",
+        help="further image sizes for the plot, e.g. 1,2,4,5,6; zoom 3 is always measured",
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plots", type=Path, metavar="DIR")
@@ -376,13 +439,27 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--plots needs matplotlib: pip install matplotlib")
     torch.set_num_threads(given.threads)
     clock, dtype = Clock(given.device), getattr(torch, given.dtype)
-    facts = machine(given.device) | {"shape": given.shape, "dtype": given.dtype, "threads": given.threads}
+    facts = machine(given.device) | {
+        "shape": given.shape,
+        "dtype": given.dtype,
+        "threads": given.threads,
+    }
 
     found = systems()
-    measure(Backbone(given.shape, 3, dtype, given.device), found, given.new_tokens, given.repetitions, clock)
+    measure(
+        Backbone(given.shape, 3, dtype, given.device),
+        found,
+        given.new_tokens,
+        given.repetitions,
+        clock,
+    )
     by_zoom = []
     for zoom in sorted({3, *(int(zoom) for zoom in given.zooms.split(",") if zoom)}) if given.zooms else []:
-        few = [system for system in systems() if system.name in ("LLaVA", "M = 10 %", "M = 10 %, off", "M = 43 %", "M = 100 %")]
+        few = [
+            system
+            for system in systems()
+            if system.name in ("LLaVA", "M = 10 %", "M = 10 %, off", "M = 43 %", "M = 100 %")
+        ]
         measure(Backbone(given.shape, zoom, dtype, given.device), few, 4, 2, clock)
         by_zoom += rows(few, facts | {"zoom": zoom})
     numbers = ratios(found) | {"tiles_encoded_2_of_9": tiles_encoded()}

@@ -31,10 +31,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # Of the tests, what runs at the same time; the rest is a group, too.
 GROUPS = {
-    "operators": ["python_tests/test_attention_paths.py", "python_tests/test_ops.py"],
-    "reference vectors": ["python_tests/test_reference_vectors.py"],
-    "answers": [f"python_tests/test_{name}.py" for name in ("answering", "cli", "default_model")],
-    "benchmarks": [f"python_tests/test_{name}.py" for name in ("bench_attention", "gpu_run")],
+    "operators": ["python_tests/ops/test_attention_paths.py", "python_tests/ops/test_ops.py"],
+    "reference vectors": ["python_tests/model/test_reference_vectors.py"],
+    "answers": [
+        "python_tests/tasks/test_answering.py",
+        "python_tests/tasks/test_cli.py",
+        "python_tests/model/test_default_model.py",
+    ],
+    "benchmarks": ["python_tests/benchmarks/test_bench_attention.py", "python_tests/benchmarks/test_gpu_run.py"],
 }
 PASSED, FAILED, LEFT_OUT = "passed", "FAILED", "left out"
 FAILED_LINES = 25  # of a failed step's output are printed
@@ -72,13 +76,30 @@ class Result:
 
 def stages(python: str, architecture: str, out: Path) -> list[list[Step]]:
     """architecture: Of the GPU, as TORCH_CUDA_ARCH_LIST takes it."""
-    pytest = [python, "-m", "pytest", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-rfEs"]
+    pytest = [
+        python,
+        "-m",
+        "pytest",
+        "--continue-on-collection-errors",
+        "-p",
+        "no:cacheprovider",
+        "-rfEs",
+    ]
     others = [f"--ignore={path}" for paths in GROUPS.values() for path in paths]
     volta = {"FLEXATTN_CAPABILITY": "70"}
     small_case = [python, "benchmarks/bench_attention.py", "--quick", "--check"]
 
     def sanitizer(tool: str, **environment: str) -> Step:
-        command = [sanitizer_path(), "--tool", tool, "--kernel-regex", "kns=flexattn", "--error-exitcode", "1", *small_case]
+        command = [
+            sanitizer_path(),
+            "--tool",
+            tool,
+            "--kernel-regex",
+            "kns=flexattn",
+            "--error-exitcode",
+            "1",
+            *small_case,
+        ]
         return Step(tool, command, limit=150, environment=environment, optional=True)
 
     return [
@@ -97,14 +118,22 @@ def stages(python: str, architecture: str, out: Path) -> list[list[Step]]:
     ]  # fmt: skip
 
 
-RUNS_HERE = "import sys; from flexattn_cuda import build; print(build.build_info()); sys.exit(build.cuda_unavailable_reason(0))"
+RUNS_HERE = (
+    "import sys; from flexattn_cuda import build; print(build.build_info()); sys.exit(build.cuda_unavailable_reason(0))"
+)
 
 
 def sanitizer_path() -> str:
     """A toolkit may have it outside of the folder with nvcc."""
     homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
     folders = [home / part for home in homes for part in ("bin", "compute-sanitizer")]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)])) or "compute-sanitizer"
+    return (
+        shutil.which(
+            "compute-sanitizer",
+            path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)]),
+        )
+        or "compute-sanitizer"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- a step
@@ -133,7 +162,13 @@ def environment() -> dict[str, str]:
     """The step's own Python first on the path (with its ninja), this repository's package before an installed one."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     packages = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PATH": path, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+    return os.environ | {
+        "PATH": path,
+        "PYTHONPATH": packages,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "200",
+    }
 
 
 def detail(output: str) -> str:
@@ -159,10 +194,16 @@ def run_all(stages: list[list[Step]], log: Path) -> list[Result]:
             with ThreadPoolExecutor(len(steps)) as pool:
                 for step, result in zip(steps, pool.map(run, steps)):
                     results.append(result)
-                    print(f"{result.step}: {result.result} after {result.seconds:.0f} s: {result.detail}", flush=True)
+                    print(
+                        f"{result.step}: {result.result} after {result.seconds:.0f} s: {result.detail}",
+                        flush=True,
+                    )
                     if step.shown or result.result == FAILED:
                         lines = result.output.splitlines()
-                        print("\n".join(f"    {line}" for line in (lines if step.shown else lines[-FAILED_LINES:])), flush=True)
+                        print(
+                            "\n".join(f"    {line}" for line in (lines if step.shown else lines[-FAILED_LINES:])),
+                            flush=True,
+                        )
                     file.write(f"\n===== {result.step}: {result.result} after {result.seconds:.1f} s\n{result.output}")
                     file.flush()
     return results
@@ -178,7 +219,12 @@ def architecture_here() -> str | None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder for the results (default: build/gpu)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/gpu"),
+        help="folder for the results (default: build/gpu)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and run none of them")
     args = parser.parse_args(arguments)
 
@@ -189,7 +235,10 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"stage {number}, at most {step.limit} s: {step}")
         return 0
     if architecture is None:
-        print("gpu: torch sees no GPU on this machine; --dry-run prints the commands.", file=sys.stderr)
+        print(
+            "gpu: torch sees no GPU on this machine; --dry-run prints the commands.",
+            file=sys.stderr,
+        )
         return 2
 
     out.mkdir(parents=True, exist_ok=True)
@@ -197,8 +246,15 @@ def main(arguments: list[str] | None = None) -> int:
     results = run_all(stages(sys.executable, architecture, out), out / "gpu.log")
     where = measuring.machine("cuda")
     rows = [(result.step, result.result, f"{result.seconds:.0f}", result.detail) for result in results]
-    measuring.write_csv(out / "summary.csv", [where | dict(zip(("step", "result", "seconds", "detail"), row)) for row in rows])
-    measuring.print_table(f"{', '.join(f'{name} {value}' for name, value in where.items())}", ("step", "result", "s", "detail"), rows)
+    measuring.write_csv(
+        out / "summary.csv",
+        [where | dict(zip(("step", "result", "seconds", "detail"), row)) for row in rows],
+    )
+    measuring.print_table(
+        f"{', '.join(f'{name} {value}' for name, value in where.items())}",
+        ("step", "result", "s", "detail"),
+        rows,
+    )
     failed = sum(result.result == FAILED for result in results)
     print(f"{len(results)} steps in {time.perf_counter() - begin:.0f} s, {failed} failed; results in {out}")
     return exit_code(results)

@@ -15,7 +15,12 @@ def machine(device: str) -> dict[str, str]:
     import torch  # here, so that tables do without
 
     if device == "cpu":
-        return {"device": torch.backends.cpu.get_cpu_capability(), "driver": "", "torch": torch.__version__, "cuda": ""}
+        return {
+            "device": torch.backends.cpu.get_cpu_capability(),
+            "driver": "",
+            "torch": torch.__version__,
+            "cuda": "",
+        }
     return {
         "device": torch.cuda.get_device_name(), "driver": driver_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)
     }  # fmt: skip
@@ -65,7 +70,9 @@ def write_csv(path: str | Path, rows: Iterable[dict]) -> None:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], width: int = 170) -> None:
     """With rich where it is installed. Columns of figures are aligned on the right."""
-    figures = [all(cell[:1].isdigit() or cell in ("", "-") for cell in column) for column in zip(*rows)] or [False] * len(header)
+    figures = [all(cell[:1].isdigit() or cell in ("", "-") for cell in column) for column in zip(*rows)] or [
+        False
+    ] * len(header)
     try:
         from rich.console import Console
         from rich.table import Table
@@ -73,7 +80,11 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         widths = [max(map(len, column)) for column in zip(header, *rows)]
         print(f"\n{title}")
         for row in (header, *rows):
-            print("  ".join(cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, figures)).rstrip())
+            print(
+                "  ".join(
+                    cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, figures)
+                ).rstrip()
+            )
         return
     table = Table(title=title, title_justify="left")
     for name, right in zip(header, figures):

@@ -228,11 +228,16 @@ class Flow:
 
         loop = max(loops, key=weight)
         own = self.own_blocks(loop, loops)
-        tensor = weight(loop)[0] > 0  # then tiles are copied 16 bytes at a time; other accesses serve masks and bookkeeping
+        tensor = (
+            weight(loop)[0] > 0
+        )  # then tiles are copied 16 bytes at a time; other accesses serve masks and bookkeeping
 
         def value(n: int) -> tuple[int, ...]:
             block = self.blocks[n] if n in own else []
-            copies = sum(kind(i) in ("STS", "LDG") and i.words == 4 if tensor else kind(i) in ("LDS", "STS", "LDG") for i in block)
+            copies = sum(
+                kind(i) in ("STS", "LDG") and i.words == 4 if tensor else kind(i) in ("LDS", "STS", "LDG")
+                for i in block
+            )
             return sum(kind(i) == "HMMA" for i in block), copies, -len(block)
 
         best: dict[int, tuple[tuple[int, ...], list[int]]] = {loop.header: (value(loop.header), [loop.header])}
@@ -251,8 +256,31 @@ class Flow:
 
 # --------------------------------------------------------------------------------------------------------------- pipes
 
-COUNTED = ("HMMA", "LDS", "STS", "LDG", "STG", "SHFL", "MUFU", "FP32", "IMAD", "ALU", "FP64", "LDL", "STL", "BAR", "other")
-LSU_PARTS = {"LDS": ("LDS",), "STS": ("STS",), "SHFL": ("SHFL",), "LDG": ("LDG",), "STG": ("STG",), "local": ("LDL", "STL")}
+COUNTED = (
+    "HMMA",
+    "LDS",
+    "STS",
+    "LDG",
+    "STG",
+    "SHFL",
+    "MUFU",
+    "FP32",
+    "IMAD",
+    "ALU",
+    "FP64",
+    "LDL",
+    "STL",
+    "BAR",
+    "other",
+)
+LSU_PARTS = {
+    "LDS": ("LDS",),
+    "STS": ("STS",),
+    "SHFL": ("SHFL",),
+    "LDG": ("LDG",),
+    "STG": ("STG",),
+    "local": ("LDL", "STL"),
+}
 
 
 @dataclass
@@ -280,7 +308,11 @@ def pipes_of(body: list[Instruction], warps: int, over_ideal: dict[str, float] |
 
     def memory(name: str, *members: str) -> Pipe:
         accesses = [i for i in body if kind(i) in members]
-        return Pipe(name, len(accesses), warps * sum(i.words for i in accesses) * (over_ideal or {}).get(name, 1))
+        return Pipe(
+            name,
+            len(accesses),
+            warps * sum(i.words for i in accesses) * (over_ideal or {}).get(name, 1),
+        )
 
     tensor = [hmma_cycles(i) for i in body if kind(i) == "HMMA"]
     shuffles = Pipe("SHFL", kinds["SHFL"], kinds["SHFL"] * warps)
@@ -369,7 +401,11 @@ class Kernel:
             said.append(f"{self.name}: {local['LDL']} LDL and {local['STL']} STL in the main loop, there must be none.")
         for access, ratio in self.over_ideal.items():
             where = self.wavefronts[access].get("costliest")
-            at_most(f"{access} wavefronts over the ideal{f' (most at {where})' if where else ''}", ratio, b.get("wavefronts_over_ideal"))
+            at_most(
+                f"{access} wavefronts over the ideal{f' (most at {where})' if where else ''}",
+                ratio,
+                b.get("wavefronts_over_ideal"),
+            )
         return said
 
 
@@ -421,9 +457,14 @@ def find_compiler(nvcc: str, architecture: int = 70) -> Path:
     path, last = shutil.which(nvcc), " up to 12.9" if architecture == 70 else ""
     if path is None:
         raise Unmeasured(f"there is no {nvcc}; NVCC names an nvcc{last}, which can target sm_{architecture}.")
-    version = re.search(r"release (\d+)\.(\d+)", subprocess.run([path, "--version"], capture_output=True, text=True).stdout)
+    version = re.search(
+        r"release (\d+)\.(\d+)",
+        subprocess.run([path, "--version"], capture_output=True, text=True).stdout,
+    )
     if version is None or last and int(version.group(1)) >= 13:
-        raise Unmeasured(f"{path} {version.group(0) if version else 'tells no version'}: sm_{architecture} takes an nvcc{last}.")
+        raise Unmeasured(
+            f"{path} {version.group(0) if version else 'tells no version'}: sm_{architecture} takes an nvcc{last}."
+        )
     for tool in ("cuobjdump", "ptxas"):
         if not (Path(path).parent / tool).exists():
             raise Unmeasured(f"there is no {tool} beside {path}.")
@@ -443,7 +484,9 @@ def demangle(nvcc: Path, names: list[str]) -> list[str]:
     return run(command).splitlines()
 
 
-def compile_kernels(nvcc: Path, ccbin: str, sources: list[Path], root: Path, out: Path, architecture: int = 70) -> list[Kernel]:
+def compile_kernels(
+    nvcc: Path, ccbin: str, sources: list[Path], root: Path, out: Path, architecture: int = 70
+) -> list[Kernel]:
     out.mkdir(parents=True, exist_ok=True)
     includes = [root / "csrc" / "include", root / "csrc" / "kernels"]
     target = f"arch=compute_{architecture},code=sm_{architecture}"
@@ -471,7 +514,15 @@ def kernel_sources(root: Path) -> list[Path]:
 def resources_table(kernels: list[Kernel]) -> Table:
     table = Table(title="Resources on sm_70", title_justify="left")
     table.add_column("kernel", overflow="fold")
-    for column in ("threads", "registers", "spill B", "stack B", "shared B", "blocks/SM", "main loop"):
+    for column in (
+        "threads",
+        "registers",
+        "spill B",
+        "stack B",
+        "shared B",
+        "blocks/SM",
+        "main loop",
+    ):
         table.add_column(column, justify="right")
     for k in kernels:
         table.add_row(k.name, str(k.budget["threads"]), str(k.registers), str(k.spill_bytes), str(k.stack_bytes), str(k.shared_bytes),
@@ -502,7 +553,9 @@ def cycles_table(kernels: list[Kernel]) -> Table:
         cells = [f"[bold]{p.cycles:.0f}[/bold]" if p.name == slowest.name else f"{p.cycles:.0f}" for p in k.pipes]
         table.add_row(k.name, *cells, slowest.name, f"{k.tensor_fraction:.1%}" if k.counts["HMMA"] else "-",
                       "measured" if k.wavefronts else "ideal")  # fmt: skip
-    table.caption = "wavefronts: measured, or the ideal for the access width; tensor peak: the share that the slowest pipe allows"
+    table.caption = (
+        "wavefronts: measured, or the ideal for the access width; tensor peak: the share that the slowest pipe allows"
+    )
     table.caption_justify = "left"
     return table
 
@@ -515,7 +568,10 @@ def accesses_table(kernels: list[Kernel]) -> Table:
         table.add_column(column, justify="right")
     for k in kernels:
         found = [(k.wavefronts or {}).get(kind) for kind in ("LDS", "STS", "LDG", "STG")]
-        table.add_row(k.name, *(f"{numbers['average']:.2f} / {numbers['ideal']:.2f}" if numbers else "-" for numbers in found))
+        table.add_row(
+            k.name,
+            *(f"{numbers['average']:.2f} / {numbers['ideal']:.2f}" if numbers else "-" for numbers in found),
+        )
     table.caption = "as g++ sees the accesses of the source; nvcc may merge neighbours into wider ones"
     table.caption_justify = "left"
     return table
@@ -556,14 +612,25 @@ def measured_wavefronts(out: Path) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Resources and pipes of the kernels on the V100, from their machine code.")
+    parser = argparse.ArgumentParser(
+        description="Resources and pipes of the kernels on the V100, from their machine code."
+    )
     parser.add_argument("--nvcc", default="nvcc", help="an nvcc up to 12.9, with cuobjdump beside it")
     parser.add_argument("--ccbin", default="g++", help="its host compiler")
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository")
     parser.add_argument("--budgets", type=Path, help="default: csrc/kernels/budgets.json")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--wavefronts", type=Path, metavar="FILE", help="what wavefronts.py --json has written; default: runs it")
-    source.add_argument("--ideal-wavefronts", action="store_true", help="measures none, and does not check their budgets")
+    source.add_argument(
+        "--wavefronts",
+        type=Path,
+        metavar="FILE",
+        help="what wavefronts.py --json has written; default: runs it",
+    )
+    source.add_argument(
+        "--ideal-wavefronts",
+        action="store_true",
+        help="measures none, and does not check their budgets",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "sm70", help="where the machine code goes")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="sources whose name fits, e.g. 'gather*'")

@@ -28,7 +28,11 @@ def count(instructions: list, opcode: str) -> int:
 def complaints(kernel: Kernel) -> list[str]:
     if not kernel.loop:
         return [f"{kernel.name}: there is no main loop."]
-    said = [f"{kernel.name}: no {opcode} ({ptx}) in the main loop." for opcode, ptx in NEEDED.items() if not count(kernel.body, opcode)]
+    said = [
+        f"{kernel.name}: no {opcode} ({ptx}) in the main loop."
+        for opcode, ptx in NEEDED.items()
+        if not count(kernel.body, opcode)
+    ]
     local = {opcode: count(kernel.loop, opcode) for opcode in FORBIDDEN}
     if any(local.values()):
         said.append(f"{kernel.name}: {local['LDL']} LDL and {local['STL']} STL in the main loop, there must be none.")
@@ -53,7 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
     compiled = compile_kernels(find_compiler(args.nvcc, 80), args.ccbin, [source], args.root, args.out, 80)
     kernels = [kernel for kernel in compiled if "AmpereMma" in kernel.name]
     header = ("kernel", "registers", "spill B", "stack B", "loop instr.", *NEEDED, *FORBIDDEN)
-    measuring.print_table("Ampere kernels on sm_80, a warp's iteration of the main loop", header, [row(k) for k in kernels])
+    measuring.print_table(
+        "Ampere kernels on sm_80, a warp's iteration of the main loop",
+        header,
+        [row(k) for k in kernels],
+    )
     said = [sentence for kernel in kernels for sentence in complaints(kernel)]
     if not kernels:
         said = [f"{source}: no kernel on AmpereMma."]

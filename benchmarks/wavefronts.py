@@ -34,7 +34,10 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"LDS": "wavefronts", "STS": "wavefronts", "LDG": "sectors", "STG": "sectors"}
-NAMES = {"c10::Half": "__half", "c10::BFloat16": "__nv_bfloat16"}  # that the executor has in place of CUDA's types
+NAMES = {
+    "c10::Half": "__half",
+    "c10::BFloat16": "__nv_bfloat16",
+}  # that the executor has in place of CUDA's types
 
 
 @dataclass
@@ -67,7 +70,7 @@ def run_operators() -> None:
 
     def attend(capability: int, dtype: torch.dtype, d: int, queries: int, keys: int, heads: int, selected: int, side: int,
                grad: bool = False, **rows: torch.Tensor) -> None:  # fmt: skip
-        """A sample whose picture has side * side keys, `selected` HR tokens of a larger pool, and one key head."""
+        """A sample whose image has side * side keys, `selected` HR tokens of a larger pool, and one key head."""
         os.environ["FLEXATTN_CAPABILITY"] = str(capability)
         tensors = {
             "q": normal(1, queries, heads, d, dtype=dtype).transpose(1, 2), "k": normal(1, keys, 1, d, dtype=dtype).transpose(1, 2),
@@ -84,7 +87,9 @@ def run_operators() -> None:
 
     half, every_dtype = torch.float16, (torch.float16, torch.bfloat16, torch.float32)
     for d in (64, 96, 128):
-        attend(70, half, d, 320, 320, 2, 130, 16, hr_from=ints(261))  # the paper's form: the text after the picture sees HR keys
+        attend(
+            70, half, d, 320, 320, 2, 130, 16, hr_from=ints(261)
+        )  # the paper's form: the text after the image sees HR keys
     attend(70, half, 128, 320, 320, 2, 130, 16, hr_rows=ints([319]))  # the released form: the last row does
     for dtype in every_dtype:
         for d in (64, 80, 96, 128):
@@ -97,10 +102,21 @@ def run_operators() -> None:
         chosen = ops.select_tokens(torch.rand(1, 1, 1, 576, generator=generator, dtype=dtype), ints([[0, 0, 24, 24]]), hr_side=72,
                                    scale=1, threshold=0.6)  # fmt: skip
     tokens, index = 72 * 72, chosen.index[:, :600]
-    for dtype, channels in ((half, 1024), (half, 129), (torch.float32, 129), (torch.float64, 129)):  # whole vectors, and not
+    for dtype, channels in (
+        (half, 1024),
+        (half, 129),
+        (torch.float32, 129),
+        (torch.float64, 129),
+    ):  # whole vectors, and not
         table = normal(1, tokens, channels, dtype=dtype).requires_grad_()
         ops.gather_tokens(table, index).sum().backward()
-    slots = ops.assign_slots(index, chosen.count.clamp(max=600), torch.full((1, tokens), -1, dtype=torch.int32), ints(0), capacity=600)
+    slots = ops.assign_slots(
+        index,
+        chosen.count.clamp(max=600),
+        torch.full((1, tokens), -1, dtype=torch.int32),
+        ints(0),
+        capacity=600,
+    )
     for dtype in (*every_dtype, torch.float64):
         for table_dtype in {dtype, torch.float32}:
             for d in (128, 6):  # whole vectors, and not
@@ -114,14 +130,25 @@ def run_operators() -> None:
 
 def symbols(module: Path) -> dict[int, str]:
     """Functions of a library, demangled, by their place."""
-    listed = subprocess.run(["nm", "--demangle", "--defined-only", str(module)], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["nm", "--demangle", "--defined-only", str(module)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     return {int(place, 16): name for place, name in re.findall(r"^([0-9a-f]+) [tTwW] (.*)$", listed, re.M)}
 
 
 def source_lines(module: Path, places: list[int]) -> dict[int, str]:
     """`file:line < file:line it was inlined to` of the calls that return to these places."""
     command = ["addr2line", "--exe", str(module), "--addresses", "--inlines", "--basenames"]
-    said = subprocess.run(command, input="\n".join(hex(place - 1) for place in places), capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        command,
+        input="\n".join(hex(place - 1) for place in places),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     found = re.findall(r"^0x([0-9a-f]+)\n((?:[^\n]*:[^\n]*\n)+)", said, re.M)
     return {int(place, 16) + 1: " < ".join(line.split(" ")[0] for line in lines.splitlines()) for place, lines in found}
 
@@ -139,11 +166,21 @@ def counted(module: Path) -> Iterator[list[Access]]:
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
         kind = entry["kind"]
-        accesses.append(Access(name, kind, lines[entry["at"]], entry["width"], entry["instructions"], entry[KINDS[kind]], entry["ideal"]))
+        accesses.append(
+            Access(
+                name,
+                kind,
+                lines[entry["at"]],
+                entry["width"],
+                entry["instructions"],
+                entry[KINDS[kind]],
+                entry["ideal"],
+            )
+        )
 
 
 def measure() -> list[Access]:
-    sys.path[:0] = [str(ROOT), str(ROOT / "python_tests")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "python_tests" / "support")]
     from simt_build import load
 
     with counted(load("races")) as accesses:
@@ -168,8 +205,18 @@ def averages(accesses: list[Access]) -> dict[str, dict[str, dict]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Wavefronts and sectors of the CUDA kernels, run on the CPU.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="averages per kernel, for sm70_report.py --wavefronts")
-    parser.add_argument("--accesses", metavar="PATTERN", default="", help="lists the accesses of these kernels, e.g. 'prefill_tiles*'")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="averages per kernel, for sm70_report.py --wavefronts",
+    )
+    parser.add_argument(
+        "--accesses",
+        metavar="PATTERN",
+        default="",
+        help="lists the accesses of these kernels, e.g. 'prefill_tiles*'",
+    )
     args = parser.parse_args(arguments)
     accesses = measure()
     for access in sorted(accesses, key=lambda a: (a.kernel, a.kind, -a.units)):

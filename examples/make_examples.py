@@ -1,4 +1,4 @@
-"""Draws the example pictures of `flexattn demo`, larger than those of the training, and the test pictures of python_tests.
+"""Draws the example images of `flexattn demo`, larger than those of the training, and the test images of python_tests.
 
 Both stand on photographs that the training has not seen.
 
@@ -17,9 +17,9 @@ from signs import SIDE, Painter, digits_of
 
 HERE = Path(__file__).parent
 PIXELS = 1008  # of the longer side
-TEST_PICTURES, TEST_SEED = 48, 100
-# Held-out photographs of lomiri-wallpapers-16.04 (LICENSES), shape of the picture, seed.
-PICTURES = (
+TEST_IMAGES, TEST_SEED = 48, 100
+# Held-out photographs of lomiri-wallpapers-16.04 (LICENSES), shape of the image, seed.
+IMAGES = (
     ("picosdeeuropa_by_Aitzol_Berasategi.jpg", (1.0, 0.75), 1),
     ("Dragonfly_by_Bolly.jpg", (1.0, 1.0), 2),
     ("free_by_Peter_Nerlich.jpg", (0.75, 1.0), 3),
@@ -34,27 +34,34 @@ def main() -> None:
     options = parser.parse_args()
     (HERE / "photographs").mkdir(exist_ok=True)
     questions = []
-    for name, shape, seed in PICTURES:
+    for name, shape, seed in IMAGES:
         photograph = Image.open(options.photographs / name).convert("RGB")
         painter = Painter([photograph], options.font, random.Random(seed))
-        picture, signs = painter.picture(PIXELS, scale=PIXELS / SIDE, shape=shape)
+        image, signs = painter.image(PIXELS, scale=PIXELS / SIDE, shape=shape)
         file = f"photographs/{seed}_{name.partition('_')[0].lower()}.jpg"
-        picture.save(HERE / file, quality=92)
+        image.save(HERE / file, quality=92)
         sign = signs[0]
         questions.append(
-            {"file": file, "question": painter.question(sign.color), "answer": digits_of(sign), "box": list(sign.box)}
+            {
+                "file": file,
+                "question": painter.question(sign.color),
+                "answer": digits_of(sign),
+                "box": list(sign.box),
+            }
         )
     write_questions(HERE, questions)
 
     tests = HERE.parent / "python_tests" / "data" / "held_out"
     tests.mkdir(parents=True, exist_ok=True)
-    photographs = [Image.open(options.photographs / name).convert("RGB") for name in sorted({name for name, _, _ in PICTURES})]
+    photographs = [
+        Image.open(options.photographs / name).convert("RGB") for name in sorted({name for name, _, _ in IMAGES})
+    ]
     painter = Painter(photographs, options.font, random.Random(TEST_SEED))
     questions = []
-    for number in range(TEST_PICTURES):
-        picture, signs = painter.picture()
+    for number in range(TEST_IMAGES):
+        image, signs = painter.image()
         sign = painter.rng.choice(signs)
-        picture.save(tests / f"{number:02d}.jpg", quality=95)
+        image.save(tests / f"{number:02d}.jpg", quality=95)
         question, answer = painter.question(sign.color), digits_of(sign)
         questions.append({"file": f"{number:02d}.jpg", "question": question, "answer": answer, "box": sign.box})
     write_questions(tests, questions)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from PIL import Image
 
-from flexattn_cuda.study import scenes
-from flexattn_cuda.study.scenes import COLORS, Sign
+from studies.small import scenes
+from studies.small.scenes import COLORS, Sign
 
 QUESTIONS = (
     "What number is on the sign that is {}?",
@@ -25,22 +25,27 @@ def digits_of(sign: Sign) -> str:
 
 
 class Painter(scenes.Painter):
-    """Draws pictures; everything random comes from `rng`."""
+    """Draws images; everything random comes from `rng`."""
 
-    def picture(
-        self, side: int = SIDE, scale: float = 1.0, signs: int | None = None, shape=None, crowd=False
+    def image(
+        self,
+        side: int = SIDE,
+        scale: float = 1.0,
+        signs: int | None = None,
+        shape=None,
+        crowd=False,
     ) -> tuple[Image.Image, list[Sign]]:
-        """A picture whose longer side has `side` pixels, with 3 or 4 signs `scale` times their usual size.
+        """An image whose longer side has `side` pixels, with 3 or 4 signs `scale` times their usual size.
 
         Each sign has a colour of its own, unless it is a `crowd`.
         """
         width, height = (round(side * part) for part in shape or self.rng.choice(scenes.ASPECTS))
-        picture = self.background(width, height, (0.15, 0.5) if crowd else (0.45, 1.0))
+        image = self.background(width, height, (0.15, 0.5) if crowd else (0.45, 1.0))
         drawn: list[Sign] = []
         count = signs or self.rng.choice((3, 4))
         for color in self.rng.choices(list(COLORS), k=count) if crowd else self.rng.sample(list(COLORS), count):
-            self.add_sign(picture, color, lambda: f"{self.rng.randrange(100):02d}", drawn, scale)
-        return picture, drawn
+            self.add_sign(image, color, lambda: f"{self.rng.randrange(100):02d}", drawn, scale)
+        return image, drawn
 
     def question(self, color: str) -> str:
         return self.rng.choice(QUESTIONS).format(color)

@@ -4,14 +4,14 @@
 
 Four stages, each kept in --work and not done again:
 
-1. encoder      vision tower and projector, on crops and small pictures: every token tells the colour of the sign under
+1. encoder      vision tower and projector, on crops and small images: every token tells the colour of the sign under
                 it and the digit under it (linear heads, thrown away). Its outputs are whitened. Then frozen.
 2. localise     the layers before `first_layer`, low resolution only: the attention map of the layer before
                 `first_layer` is supervised to lie on the sign that is asked for. Then frozen.
 3. answer       the later layers learn to answer, by the trainer of `flexattn train`, once per system, same start, same
                 steps: "attention" (FlexAttention), "none" (low resolution only), "random" and "center" (the selection
                 replaced, same share of tokens).
-4. evaluation   on pictures of held-out photographs, by `generate`, with 95 % Wilson intervals.
+4. evaluation   on images of held-out photographs, by `generate`, with 95 % Wilson intervals.
 
 The supervision of the map in stage 2 is a device of this small training set, where the language model has seen nothing
 else; it is shared by all four systems.
@@ -34,21 +34,30 @@ from rich.progress import Progress
 from signs import QUESTIONS, SIDE, Painter, digits_of
 from torch import nn
 
-from flexattn_cuda.files import write_whole
-from flexattn_cuda.processing import FlexAttnLlavaImageProcessor
-from flexattn_cuda.study import scenes
-from flexattn_cuda.study.encoded_scenes import EncodedScenes, Pick, encode_scenes, resolutions_of
-from flexattn_cuda.study.evaluation import selection
-from flexattn_cuda.study.finetuning import Picks, fine_tune
-from flexattn_cuda.study.presets import settings_for
-from flexattn_cuda.study.pretraining import (
-    MapOfLayer, TokenLabels, console, pixels_of, share_right, stacked, token_loss, train_loop, trained, whiten,
+from flexattn_cuda.families.llava.vision import encode_images
+from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor
+from flexattn_cuda.runs.files import write_whole
+from studies.small import scenes
+from studies.small.encoded_scenes import EncodedScenes, Pick, encode_scenes, resolutions_of
+from studies.small.evaluation import selection
+from studies.small.finetuning import Picks, fine_tune
+from studies.small.presets import settings_for
+from studies.small.pretraining import (
+    MapOfLayer,
+    TokenLabels,
+    console,
+    pixels_of,
+    share_right,
+    stacked,
+    token_loss,
+    train_loop,
+    trained,
+    whiten,
 )  # fmt: skip
-from flexattn_cuda.study.scenes import COLORS, Question, Scene, Sign, find_photographs
-from flexattn_cuda.study.small_model import ModelSizes, build_model, build_processor
-from flexattn_cuda.study.start import stored
-from flexattn_cuda.study.statistics import wilson
-from flexattn_cuda.vision import encode_pictures
+from studies.small.scenes import COLORS, Question, Scene, Sign, find_photographs
+from studies.small.small_model import ModelSizes, build_model, build_processor
+from studies.small.start import stored
+from studies.small.statistics import wilson
 
 SIZES = ModelSizes()
 LOW, ZOOM, S, FIRST_LAYER = SIZES.lowres, 3, SIZES.lr_side, SIZES.first_layer
@@ -58,11 +67,15 @@ BATCH, RATE = 48, 1e-2
 # ------------------------------------------------------------------------------------------------------- 1. encoder
 
 
-CLASSES = {"colour": tuple(COLORS), "first digit": tuple("0123456789"), "second digit": tuple("0123456789")}
+CLASSES = {
+    "colour": tuple(COLORS),
+    "first digit": tuple("0123456789"),
+    "second digit": tuple("0123456789"),
+}
 
 
 def token_labels(signs: list[Sign], with_digits: bool) -> list[torch.Tensor]:
-    """Per token of a LOW x LOW picture: colour of the sign, first digit, second digit, each [S*S]."""
+    """Per token of a LOW x LOW image: colour of the sign, first digit, second digit, each [S*S]."""
     labels = TokenLabels(S, SIZES.patch, CLASSES)
     for sign in signs:
         labels.mark("colour", sign.color, sign.box, 0.15, 0.0)
@@ -73,21 +86,23 @@ def token_labels(signs: list[Sign], with_digits: bool) -> list[torch.Tensor]:
 
 
 class EncoderData:
-    """Crops at the resolution of the tiles, and whole small pictures."""
+    """Crops at the resolution of the tiles, and whole small images."""
 
     def __init__(self, painter: Painter, image_processor: FlexAttnLlavaImageProcessor):
         self.painter, self.images = painter, image_processor
 
     def tile(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         rng, margin = self.painter.rng, LOW // 4
-        picture, signs = self.painter.picture(LOW + margin, signs=rng.randint(2, 9), shape=(1, 1), crowd=True)
+        image, signs = self.painter.image(LOW + margin, signs=rng.randint(2, 9), shape=(1, 1), crowd=True)
         left, top = rng.randint(0, margin), rng.randint(0, margin)
-        crop = picture.crop((left, top, left + LOW, top + LOW))
+        crop = image.crop((left, top, left + LOW, top + LOW))
         return pixels_of(crop, self.images), token_labels([sign.moved(left, top) for sign in signs], True)
 
     def small(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        picture, signs = self.painter.picture(SIDE, shape=(1, 1))
-        pixels = nn.functional.interpolate(pixels_of(picture, self.images)[None], size=LOW, mode="bilinear", antialias=True)[0]
+        image, signs = self.painter.image(SIDE, shape=(1, 1))
+        pixels = nn.functional.interpolate(
+            pixels_of(image, self.images)[None], size=LOW, mode="bilinear", antialias=True
+        )[0]
         return pixels, token_labels([sign.moved(0, 0, 1 / ZOOM) for sign in signs], False)
 
     def batch(self, size: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -96,61 +111,76 @@ class EncoderData:
 
 
 def train_encoder(model, painter: Painter, held: Painter, processor, steps: int) -> None:
-    data, test = EncoderData(painter, processor.image_processor), EncoderData(held, processor.image_processor).batch(96)
+    data, test = (
+        EncoderData(painter, processor.image_processor),
+        EncoderData(held, processor.image_processor).batch(96),
+    )
     heads = nn.ModuleList(nn.Linear(SIZES.width, len(classes) + 1) for classes in CLASSES.values())
     weights = [torch.tensor([1.0] * (head.out_features - 1) + [none]) for head, none in zip(heads, (0.5, 0.3, 0.3))]
-    parts = {"vision": model.model.vision_tower, "projector": model.model.multi_modal_projector, "heads": heads}
+    parts = {
+        "vision": model.model.vision_tower,
+        "projector": model.model.multi_modal_projector,
+        "heads": heads,
+    }
     parameters = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
 
     def loss_of(_: int) -> torch.Tensor:
         pixels, labels = data.batch(16)
-        return token_loss(encode_pictures(model.model, pixels), labels, heads, weights)
+        return token_loss(encode_images(model.model, pixels), labels, heads, weights)
 
     @torch.no_grad()
     def report() -> str:
-        tokens = encode_pictures(model.model, test[0])
+        tokens = encode_images(model.model, test[0])
         right = [share_right(tokens, label, head) for label, head in zip(test[1], heads)]
         return "held-out tokens: colour {:.3f}, digits {:.3f} {:.3f}".format(*right)
 
     train_loop("encoder", steps, parameters, RATE, loss_of, report, 200)
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------------------------- images
 
 
-def asked_pictures(painter: Painter, count: int) -> Iterator[Scene]:
-    """Pictures with a question of every form about every sign, as the study's scenes."""
+def asked_images(painter: Painter, count: int) -> Iterator[Scene]:
+    """Images with a question of every form about every sign, as the study's scenes."""
     for _ in range(count):
-        picture, signs = painter.picture()
-        to_scene = (*scenes.square_corner(picture), scenes.SIDE / SIDE)  # whose boxes are in pixels of a square of scenes.SIDE
+        image, signs = painter.image()
+        to_scene = (
+            *scenes.square_corner(image),
+            scenes.SIDE / SIDE,
+        )  # whose boxes are in pixels of a square of scenes.SIDE
         signs = [sign.moved(*to_scene) for sign in signs]
         questions = tuple(
-            Question("text", form.format(sign.color), tuple(digits_of(sign)), 2 * ((sign.box,),)) for sign in signs for form in QUESTIONS
+            Question("text", form.format(sign.color), tuple(digits_of(sign)), 2 * ((sign.box,),))
+            for sign in signs
+            for form in QUESTIONS
         )
-        yield Scene(picture, "small", painter.rng.choice(questions), questions, tuple(signs))
+        yield Scene(image, "small", painter.rng.choice(questions), questions, tuple(signs))
 
 
 # ------------------------------------------------------------------------------------------------------ 2. localise
 
 
-def train_localisation(model, pictures: EncodedScenes, held: EncodedScenes, processor, steps: int, seed: int) -> None:
+def train_localisation(model, images: EncodedScenes, held: EncodedScenes, processor, steps: int, seed: int) -> None:
     rng, language = random.Random(seed), model.model.language_model
-    parameters = trained(language, lambda name: name.startswith(("embed_tokens", *(f"layers.{i}." for i in range(FIRST_LAYER)))))
+    parameters = trained(
+        language,
+        lambda name: name.startswith(("embed_tokens", *(f"layers.{i}." for i in range(FIRST_LAYER)))),
+    )
     map_of = MapOfLayer(model, FIRST_LAYER - 1)
 
     def run(source: EncodedScenes, picks: list[Pick]) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, cells = source.batch(picks, processor, None), source.answer_cells(picks)
         ids = inputs["input_ids"]
-        picture = ids == processor.image_token_id
-        embedded = model.get_input_embeddings()(ids).masked_scatter(picture.unsqueeze(-1), inputs["image_features"])
+        image = ids == processor.image_token_id
+        embedded = model.get_input_embeddings()(ids).masked_scatter(image.unsqueeze(-1), inputs["image_features"])
         language(inputs_embeds=embedded, attention_mask=inputs["attention_mask"], use_cache=False)
         length = ids.shape[1]
         visible = torch.ones(length, length, dtype=torch.bool).tril() & (inputs["attention_mask"] == 1)[:, None, None]
         maps = map_of(visible | torch.eye(length, dtype=torch.bool))[:, -4:-1]  # rows of the padding see themselves
-        return maps[picture[:, None].expand_as(maps)].view(len(maps), 3, S * S), cells[:, None].float()
+        return maps[image[:, None].expand_as(maps)].view(len(maps), 3, S * S), cells[:, None].float()
 
     def loss_of(_: int) -> torch.Tensor:
-        maps, cells = run(pictures, pictures.sample(rng, BATCH))
+        maps, cells = run(images, images.sample(rng, BATCH))
         return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1)).mean()
 
     @torch.no_grad()
@@ -179,7 +209,16 @@ def selecting(model, system: str, share: float) -> Iterator[None]:
         model.config.flexattn_config = before
 
 
-def train_answers(model, pictures: EncodedScenes, processor, system: str, share: float, steps: int, seed: int, folder: Path) -> None:
+def train_answers(
+    model,
+    images: EncodedScenes,
+    processor,
+    system: str,
+    share: float,
+    steps: int,
+    seed: int,
+    folder: Path,
+) -> None:
     """By the trainer of `flexattn train`, from its latest checkpoint in `folder` where there is one."""
     for layer in model.model.language_model.layers[FIRST_LAYER:]:
         for name in ("k_proj", "v_proj"):
@@ -189,7 +228,7 @@ def train_answers(model, pictures: EncodedScenes, processor, system: str, share:
     with selecting(model, system, share):
         settings = None if system == "none" else model.config.flexattn
         fine_tune(
-            model, Picks(pictures, steps, BATCH, seed), lambda picks: pictures.batch(picks, processor, settings),
+            model, Picks(images, steps, BATCH, seed), lambda picks: images.batch(picks, processor, settings),
             folder, BATCH, RATE, seed, lambda text: console.log(f"{system}: {text}"),
         )  # fmt: skip
 
@@ -203,8 +242,8 @@ def evaluate(model, processor, questions: list[tuple], system: str, share: float
     exact = digits = 0
     torch.manual_seed(0)
     with selecting(model, system, share), Progress(console=console, transient=True) as progress:
-        for picture, sign, question in progress.track(questions, description=f"evaluating {system}"):
-            inputs = dict(processor(images=picture, text=processor.prompt(question)))
+        for image, sign, question in progress.track(questions, description=f"evaluating {system}"):
+            inputs = dict(processor(images=image, text=processor.prompt(question)))
             if system in ("none", "HR off"):
                 inputs.pop("pixel_values_hr")
             output = model.generate(**inputs, max_new_tokens=3, do_sample=False)
@@ -213,7 +252,7 @@ def evaluate(model, processor, questions: list[tuple], system: str, share: float
             exact += given == list(digits_of(sign))
             digits += sum(one == other for one, other in zip(given, digits_of(sign)))
     n = len(questions)
-    row = {"system": system, "pictures": n}
+    row = {"system": system, "images": n}
     for name, right, total in (("exact", exact, n), ("digits", digits, 2 * n)):
         low, high = wilson(right, total)
         row |= {name: right / total, f"{name}_low": low, f"{name}_high": high}
@@ -230,8 +269,8 @@ def main() -> None:
     parser.add_argument("--encoder-steps", type=int, default=2400)
     parser.add_argument("--localise-steps", type=int, default=900)
     parser.add_argument("--answer-steps", type=int, default=1500)
-    parser.add_argument("--pictures", type=int, default=5000)
-    parser.add_argument("--held-out", type=int, default=500, help="pictures of the evaluation")
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--held-out", type=int, default=500, help="images of the evaluation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -239,7 +278,11 @@ def main() -> None:
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
-    processor = build_processor([*(question.format("") for question in QUESTIONS), *COLORS], settings_for("flexattn", SIZES), SIZES)
+    processor = build_processor(
+        [*(question.format("") for question in QUESTIONS), *COLORS],
+        settings_for("flexattn", SIZES),
+        SIZES,
+    )
     model = build_model(processor, settings_for("flexattn", SIZES), SIZES)
 
     def painter(held_out: bool, seed: int) -> Painter:
@@ -254,29 +297,38 @@ def main() -> None:
 
     def encoded(held_out: bool, seed: int, count: int) -> EncodedScenes:
         resolutions = resolutions_of([settings_for("flexattn", SIZES)])
-        return encode_scenes(model, processor, asked_pictures(painter(held_out, seed), count), count, resolutions)
+        return encode_scenes(model, processor, asked_images(painter(held_out, seed), count), count, resolutions)
 
-    stage("encoder", lambda: train_encoder(model, painter(False, 1), painter(True, 2), processor, options.encoder_steps))
-    stage("whiten", lambda: whiten(model, EncoderData(painter(False, 8), processor.image_processor).batch(128)[0]))
-    # The figure of stage 2 is one of held-out photographs, but not of the pictures of the evaluation.
-    pictures = stored(options.work / "pictures.pt", lambda: encoded(False, 3, options.pictures))
+    stage(
+        "encoder",
+        lambda: train_encoder(model, painter(False, 1), painter(True, 2), processor, options.encoder_steps),
+    )
+    stage(
+        "whiten",
+        lambda: whiten(model, EncoderData(painter(False, 8), processor.image_processor).batch(128)[0]),
+    )
+    # The figure of stage 2 is one of held-out photographs, but not of the images of the evaluation.
+    images = stored(options.work / "images.pt", lambda: encoded(False, 3, options.images))
     held = stored(options.work / "held_out.pt", lambda: encoded(True, 4, 256))
-    stage("localise", lambda: train_localisation(model, pictures, held, processor, options.localise_steps, options.seed + 5))
-    share = selection(model, processor, pictures)["share"]
+    stage(
+        "localise",
+        lambda: train_localisation(model, images, held, processor, options.localise_steps, options.seed + 5),
+    )
+    share = selection(model, processor, images)["share"]
     console.log(f"the attention map selects {share:.2%} of the HR tokens; random and center select the same share")
 
     rows, asked = [], painter(True, 6)
     questions = []
     for _ in range(options.held_out):
-        picture, signs = asked.picture()
+        image, signs = asked.image()
         sign = asked.rng.choice(signs)
-        questions.append((picture, sign, asked.question(sign.color)))
+        questions.append((image, sign, asked.question(sign.color)))
     for system in options.systems:
         torch.manual_seed(options.seed)
         model.load_state_dict(torch.load(options.work / "localise.pt"))
         checkpoints = options.work / f"{system}.checkpoints"
         stage(system, lambda: train_answers(
-            model, pictures, processor, system, share, options.answer_steps, options.seed + 7, checkpoints
+            model, images, processor, system, share, options.answer_steps, options.seed + 7, checkpoints
         ))  # fmt: skip
         shutil.rmtree(checkpoints, ignore_errors=True)
         for shown in (system, "HR off") if system == "attention" else (system,):
@@ -285,7 +337,7 @@ def main() -> None:
                 write_whole(result, json.dumps(evaluate(model, processor, questions, shown, share)))
             rows.append(json.loads(result.read_text()))
             console.log("{system}: exact {exact:.3f} [{exact_low:.3f}, {exact_high:.3f}], per digit {digits:.3f} "
-                        "[{digits_low:.3f}, {digits_high:.3f}] on {pictures} pictures".format(**rows[-1]))  # fmt: skip
+                        "[{digits_low:.3f}, {digits_high:.3f}] on {images} images".format(**rows[-1]))  # fmt: skip
         if system == "attention":
             model.save_pretrained(options.output)
             processor.save_pretrained(options.output)

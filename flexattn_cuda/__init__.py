@@ -1,17 +1,41 @@
-"""FlexAttention for high-resolution vision-language models (Li et al., ECCV 2024): CUDA and CPU operators, and LLaVA on them.
+"""FlexAttention for high-resolution vision-language models (Li et al., ECCV 2024).
 
-Not `torch.nn.attention.flex_attention`, which is a compiler for attention variants.
+CUDA and CPU operators, the mechanism built on them, and LLaVA with it. This is not `torch.nn.attention.flex_attention`,
+which is a compiler for attention variants.
+
+Public names are imported when they are first used (PEP 562), so that `import flexattn_cuda.ops` imports no transformers.
 """
 
-from flexattn_cuda import ops
-from flexattn_cuda.answering import Answer, ask, load
-from flexattn_cuda.batch import answer_file
-from flexattn_cuda.configuration import FlexAttnConfig, FlexAttnLlavaConfig
-from flexattn_cuda.modeling import FlexAttnLlavaForConditionalGeneration
-from flexattn_cuda.processing import FlexAttnLlavaProcessor
-from flexattn_cuda.trace import LayerTrace, Trace
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexattn_cuda import ops
+    from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
+    from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
+    from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
+    from flexattn_cuda.mechanism.config import FlexAttnConfig
+    from flexattn_cuda.mechanism.trace import LayerTrace, Trace
+    from flexattn_cuda.tasks.ask import Answer, ask
+    from flexattn_cuda.tasks.ask_batch import answer_file
+    from flexattn_cuda.tasks.load import load
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Answer": "tasks.ask",
+    "FlexAttnConfig": "mechanism.config",
+    "FlexAttnLlavaConfig": "families.llava.config",
+    "FlexAttnLlavaForConditionalGeneration": "families.llava.model",
+    "FlexAttnLlavaProcessor": "inputs.processor",
+    "LayerTrace": "mechanism.trace",
+    "Trace": "mechanism.trace",
+    "answer_file": "tasks.ask_batch",
+    "ask": "tasks.ask",
+    "load": "tasks.load",
+}
 
 __all__ = [
     "Answer",
@@ -26,3 +50,17 @@ __all__ = [
     "load",
     "ops",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("flexattn_cuda.ops")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"flexattn_cuda.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -41,7 +41,7 @@ def architecture_reason(capability: tuple[int, int], architectures: tuple[str, .
 
 
 def _why_torch_sees_none() -> str:
-    """": " and what torch says, e.g. that the driver is too old; empty where it says nothing."""
+    """ ": " and what torch says, e.g. that the driver is too old; empty where it says nothing."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:

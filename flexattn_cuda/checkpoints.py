@@ -12,16 +12,24 @@ A checkpoint may be loaded as another system than its own (`FlexAttnConfig.syste
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig
-from transformers import conversion_mapping
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    conversion_mapping,
+)
 from transformers.models.clip import modeling_clip
 
-from flexattn_cuda.configuration import FlexAttnConfig, FlexAttnLlavaConfig
+from flexattn_cuda.errors import CheckpointError
+from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
+from flexattn_cuda.mechanism.config import FlexAttnConfig
 
 _FORMATS = {"flexattn_llava": "flexattn", "llava": "llava", "llava_llama": "released"}
 
@@ -51,10 +59,6 @@ _RELEASED_LLAMA_FIELDS = (
 )  # fmt: skip
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, unknown, or does not hold what it should."""
-
-
 def resolve_folder(name_or_path: str | Path, beside: Path | None = None) -> Path:
     """The local folder of a checkpoint.
 
@@ -68,7 +72,12 @@ def resolve_folder(name_or_path: str | Path, beside: Path | None = None) -> Path
     name, last = str(name_or_path), Path(name_or_path).name
     candidates = [Path(name)]
     if beside is not None:
-        candidates = [beside / name, beside / last, beside.parent / name, beside.parent / last] + candidates
+        candidates = [
+            beside / name,
+            beside / last,
+            beside.parent / name,
+            beside.parent / last,
+        ] + candidates
     for candidate in candidates:
         if candidate.is_dir():
             return candidate
@@ -86,7 +95,7 @@ def resolve_folder(name_or_path: str | Path, beside: Path | None = None) -> Path
 
 
 def checkpoint_format(folder: str | Path) -> str:
-    """"flexattn", "llava" or "released"; CheckpointError for anything else."""
+    """ "flexattn", "llava" or "released"; CheckpointError for anything else."""
     model_type = _read_config(Path(folder)).get("model_type")
     if model_type not in _FORMATS:
         raise CheckpointError(
@@ -191,7 +200,11 @@ def _from_llava(folder: Path) -> FlexAttnLlavaConfig:
 
 def _from_released(folder: Path) -> FlexAttnLlavaConfig:
     values = _read_config(folder)
-    expected = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad"}
+    expected = {
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_feature": "patch",
+        "image_aspect_ratio": "pad",
+    }
     for name, value in expected.items():
         if values.get(name, value) != value:
             raise ValueError(f"{name} is {values[name]!r}; of the released format only {value!r} is known")
@@ -200,7 +213,7 @@ def _from_released(folder: Path) -> FlexAttnLlavaConfig:
     config = FlexAttnLlavaConfig(
         text_config=text_config.to_dict(),
         vision_config=CLIPVisionConfig.from_pretrained(vision_tower_folder(folder, values)).to_dict(),
-        # The released code marks a picture with -200; here it is the first id after the vocabulary, never embedded.
+        # The released code marks an image with -200; here it is the first id after the vocabulary, never embedded.
         image_token_index=text_config.vocab_size,
         vision_feature_layer=values.get("mm_vision_select_layer", -2),
         projector_hidden_act="gelu",
@@ -237,7 +250,13 @@ def _start_projections(model: Any, names: set[str], config: FlexAttnLlavaConfig)
         elif config.flexattn.hr_init == "copy":
             source = name.replace("_proj_hd.", "_proj.").replace("cross_attn.norm.", "input_layernorm.")
             source = source.replace("cross_attn.", "self_attn.")
-            weights[name].copy_(_with_heads(weights[source], len(weights[name]), model.config.text_config.num_key_value_heads))
+            weights[name].copy_(
+                _with_heads(
+                    weights[source],
+                    len(weights[name]),
+                    model.config.text_config.num_key_value_heads,
+                )
+            )
 
 
 def _with_heads(weight: torch.Tensor, rows: int, kv_heads: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The operators, documented. `torch.ops.flexattn_cuda` holds them in C++ for CPU, CUDA and Meta tensors.
 
-Names: B samples, R query rows with a map of their own, I pictures per sample, S x S the low-resolution (LR) grid, h x h
+Names: B samples, R query rows with a map of their own, I images per sample, S x S the low-resolution (LR) grid, h x h
 the high-resolution (HR) grid, N query rows, Nk sequence keys, M selected HR tokens, H query heads, Hkv key heads, d head
 dimension. Grids are row-major, top-left first. Every index tensor is int32. Tensors that an operator writes are marked so;
 nothing returned shares memory with an argument. Wrong arguments raise one ValueError that lists every reason; values of
@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 try:
-    from flexattn_cuda import _C  # (loading it registers the operators)
+    from flexattn_cuda import _C  #  loading it registers the operators
 except ImportError as error:
     raise ImportError(
         f"the compiled part of flexattn_cuda is missing ({error}); build it with `pip install .` in its repository"
@@ -29,7 +29,7 @@ class SelectedTokens(NamedTuple):
     """Result of `select_tokens`.
 
     mask: [B, R, I, h*h] bool, what each row selects.
-    index: [B, I*h*h] int32, `picture * h*h + token` of the tokens that any row selects, ascending, then -1.
+    index: [B, I*h*h] int32, `image * h*h + token` of the tokens that any row selects, ascending, then -1.
     count: [B] int32, how many these are.
     row_bits: [B, R, ceil(I*h*h / 32)] int32, bit m of row r: row r selects `index[m]`.
     """
@@ -41,7 +41,13 @@ class SelectedTokens(NamedTuple):
 
 
 def select_tokens(
-    map: torch.Tensor, live: torch.Tensor, *, hr_side: int, scale: float, threshold: float, pool_side: int = 0
+    map: torch.Tensor,
+    live: torch.Tensor,
+    *,
+    hr_side: int,
+    scale: float,
+    threshold: float,
+    pool_side: int = 0,
 ) -> SelectedTokens:
     """High-resolution tokens to attend to, from an attention map (section 4.2; margin and pool as released).
 
@@ -51,7 +57,7 @@ def select_tokens(
 
     Args:
         map: [B, R, I, S*S] float32 or float64, not negative.
-        live: [B, I, 4] int32: top, left, bottom, right of the photo inside its padding, in LR cells, half-open.
+        live: [B, I, 4] int32: top, left, bottom, right of the image inside its padding, in LR cells, half-open.
         hr_side: h.
         scale, threshold: Two numbers, so that `a * 255 > 48` and `a * 1 > 0.1875` are both exact.
         pool_side: Side of the pooled grid, at most S.
@@ -97,7 +103,12 @@ class AssignedSlots(NamedTuple):
 
 
 def assign_slots(
-    index: torch.Tensor, count: torch.Tensor, table: torch.Tensor, next_free: torch.Tensor, *, capacity: int
+    index: torch.Tensor,
+    count: torch.Tensor,
+    table: torch.Tensor,
+    next_free: torch.Tensor,
+    *,
+    capacity: int,
 ) -> AssignedSlots:
     """Gives each selected token its slot in the pool of HR keys, for good: a token is projected once, when first selected.
 
@@ -158,7 +169,7 @@ class Attention(NamedTuple):
     out: [B, N, H, d] in q's dtype.
     lse: [B, H, N] log-sum-exp over all the keys that a row sees; -inf where it sees none.
     lse_seq: [B, H, N] the same over the sequence keys only.
-    map: [B, R, I, S*S] probabilities of each picture's LR keys, summed over heads.
+    map: [B, R, I, S*S] probabilities of each image's LR keys, summed over heads.
 
     The last three are float32, or float64 for float64 inputs.
     """
@@ -210,7 +221,7 @@ def hierarchical_attention(
         hr_rows: [B, R] int32: these rows see them, -1 for none (the released form: the last row).
         hr_row_bits: [B, R, ceil(M / 32)] int32: which of the sample's HR keys each listed row sees; all when absent.
         alpha: [B] float32: a row that sees HR keys gives (1 - alpha) * plain + alpha * with_hr; 1 when absent.
-        map_ranges: [B, I, 2] int32: first LR key of each picture and one past its last; equal for no picture.
+        map_ranges: [B, I, 2] int32: first LR key of each image and one past its last; equal for no image.
         map_size: S*S, the length of a range.
         map_over_all: Softmax of the map over the N+M keys (eq. 7) instead of the N sequence keys (released).
         scale: Of the logits; 1 / sqrt(d) when absent.
@@ -237,7 +248,9 @@ def hierarchical_attention(
 
 
 @register_flop_formula(torch.ops.flexattn_cuda.hierarchical_attention)
-def attention_flops(q, k, v, kv_start, kv_len, key_mask, k_hr, v_hr, hr_slots, hr_count, hr_from, hr_rows, *_, **__) -> int:
+def attention_flops(
+    q, k, v, kv_start, kv_len, key_mask, k_hr, v_hr, hr_slots, hr_count, hr_from, hr_rows, *_, **__
+) -> int:
     """For torch's FlopCounterMode, from shapes alone: 2 for each multiply-add of scores and outputs.
 
     As torch counts its own attention, causality saves nothing: N x Nk for the sequence. HR keys are counted for the rows

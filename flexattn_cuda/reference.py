@@ -9,12 +9,18 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from flexattn_cuda.mechanism.rotary import rotate
 from flexattn_cuda.ops import AssignedSlots, Attention, SelectedTokens, pack_bits
-from flexattn_cuda.rotary import rotate
 
 
 def select_tokens(
-    map: torch.Tensor, live: torch.Tensor, *, hr_side: int, scale: float, threshold: float, pool_side: int = 0
+    map: torch.Tensor,
+    live: torch.Tensor,
+    *,
+    hr_side: int,
+    scale: float,
+    threshold: float,
+    pool_side: int = 0,
 ) -> SelectedTokens:
     """Section 4.2: zero the margin, min-max normalise, binarise, pool, resize; then list what any row selects."""
     B, R, I, cells = map.shape
@@ -49,11 +55,19 @@ def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def assign_slots(
-    index: torch.Tensor, count: torch.Tensor, table: torch.Tensor, next_free: torch.Tensor, *, capacity: int
+    index: torch.Tensor,
+    count: torch.Tensor,
+    table: torch.Tensor,
+    next_free: torch.Tensor,
+    *,
+    capacity: int,
 ) -> AssignedSlots:
     """Tokens without a slot take the next ones in the order (b, m), until the pool is full. Writes table and next_free."""
     (B, M), (G, T) = index.shape, table.shape
-    slots, (new_tokens, new_slots) = torch.full_like(index, -1), torch.full((2, B * M), -1, dtype=torch.int32, device=index.device)
+    slots, (new_tokens, new_slots) = (
+        torch.full_like(index, -1),
+        torch.full((2, B * M), -1, dtype=torch.int32, device=index.device),
+    )
     taken = overflow = 0
     for b in range(B):
         prompt = b // (B // G)
@@ -164,13 +178,13 @@ def hierarchical_attention(
         mixing = mixing * alpha.to(q.dtype)[:, None, None, None]
     out = (1 - mixing) * (plain @ values) + mixing * with_hr
 
-    pictures = 0 if map_ranges is None else map_ranges.shape[1]
-    map = q.new_zeros(B, R, pictures, map_size)
+    images = 0 if map_ranges is None else map_ranges.shape[1]
+    map = q.new_zeros(B, R, images, map_size)
     probabilities = full[..., :Nk] if map_over_all else plain
     for b in range(B):
         for r in range(R):
             row = N - 1 if hr_rows is None else int(hr_rows[b, r])
-            for i in range(pictures):
+            for i in range(images):
                 first, last = map_ranges[b, i].tolist()
                 if row >= 0 and last > first:
                     map[b, r, i] = probabilities[b, :, row, first:last].sum(0)
@@ -224,7 +238,10 @@ def llama(
         q, k, v = (project(normed, f"{at}self_attn.{name}_proj.weight") for name in "qkv")
         x = x + attend(rotate(q, cos, sin), rotate(k, cos, sin), v, causal) @ weights[f"{at}self_attn.o_proj.weight"].T
         if hr_tokens is not None:
-            q = project(rms_norm(x, weights[f"{at}cross_attn.norm.weight"], eps), f"{at}cross_attn.q_proj.weight")
+            q = project(
+                rms_norm(x, weights[f"{at}cross_attn.norm.weight"], eps),
+                f"{at}cross_attn.q_proj.weight",
+            )
             k, v = (project(hr_tokens, f"{at}cross_attn.{name}_proj.weight") for name in "kv")
             everything = torch.ones(N, len(hr_tokens), dtype=torch.bool, device=x.device)
             x = x + attend(q, k, v, everything) @ weights[f"{at}cross_attn.o_proj.weight"].T

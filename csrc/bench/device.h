@@ -38,11 +38,18 @@ struct Peaks {
 // FLOP of an SM in a cycle: dense products of halves with float32 sums on tensor cores, or float32 FMA; 0 = not known.
 inline int flop_per_cycle(int capability, bool tensor) {
   switch (capability) {
-    case 70: case 75: return tensor ? 1024 : 128;
-    case 80: return tensor ? 2048 : 128;
-    case 86: case 89: return tensor ? 1024 : 256;
-    case 90: return tensor ? 4096 : 256;
-    default: return 0;
+    case 70:
+    case 75:
+      return tensor ? 1024 : 128;
+    case 80:
+      return tensor ? 2048 : 128;
+    case 86:
+    case 89:
+      return tensor ? 1024 : 256;
+    case 90:
+      return tensor ? 4096 : 256;
+    default:
+      return 0;
   }
 }
 
@@ -59,7 +66,8 @@ inline Peaks peaks_of(int device, bool tensor) {
   const int flop = flop_per_cycle(10 * properties.major + properties.minor, tensor);
   Peaks peaks{properties.name, 2 * memory_ghz * bits / 8, flop * ghz * sms * 1e-3, ""};
   char text[256];
-  std::snprintf(text, sizeof text, "2 x %.3f GHz x %d bit / 8 = %.0f GB/s; %d FLOP x %d SM x %.3f GHz = %.1f TFLOP/s (%s)", memory_ghz,
+  std::snprintf(text, sizeof text,
+                "2 x %.3f GHz x %d bit / 8 = %.0f GB/s; %d FLOP x %d SM x %.3f GHz = %.1f TFLOP/s (%s)", memory_ghz,
                 bits, peaks.gbs, flop, sms, ghz, peaks.tflops, tensor ? "tensor cores" : "float32");
   peaks.how = text;
   return peaks;
@@ -72,13 +80,16 @@ class Buffer {
   explicit Buffer(size_t bytes) : bytes_(bytes) {
     if (bytes) check(cudaMalloc(&data_, bytes), ("memory for " + std::to_string(bytes) + " bytes").c_str());
   }
-  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  Buffer(Buffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { cudaFree(data_); }
 
   template <typename T = void>
-  T* as() const { return static_cast<T*>(data_); }
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
   size_t bytes() const { return bytes_; }
 
  private:
@@ -89,7 +100,8 @@ class Buffer {
 template <typename T>
 Buffer on_device(const std::vector<T>& values) {
   Buffer buffer(values.size() * sizeof(T));
-  if (buffer.bytes()) check(cudaMemcpy(buffer.as(), values.data(), buffer.bytes(), cudaMemcpyHostToDevice), "copy to the device");
+  if (buffer.bytes())
+    check(cudaMemcpy(buffer.as(), values.data(), buffer.bytes(), cudaMemcpyHostToDevice), "copy to the device");
   return buffer;
 }
 
@@ -103,13 +115,17 @@ inline Buffer random(int64_t count, DType dtype, unsigned seed) {
   std::vector<char> drawn(std::min(count, kDrawn) * size_of(dtype));
   for (size_t i = 0; i < drawn.size() / size_of(dtype); ++i) {
     const float x = normal(generator);
-    if (dtype == DType::kFloat16) reinterpret_cast<__half*>(drawn.data())[i] = __float2half(x);
-    else if (dtype == DType::kBFloat16) reinterpret_cast<__nv_bfloat16*>(drawn.data())[i] = __float2bfloat16(x);
-    else reinterpret_cast<float*>(drawn.data())[i] = x;
+    if (dtype == DType::kFloat16)
+      reinterpret_cast<__half*>(drawn.data())[i] = __float2half(x);
+    else if (dtype == DType::kBFloat16)
+      reinterpret_cast<__nv_bfloat16*>(drawn.data())[i] = __float2bfloat16(x);
+    else
+      reinterpret_cast<float*>(drawn.data())[i] = x;
   }
   Buffer buffer(count * size_of(dtype));
   for (size_t at = 0; at < buffer.bytes(); at += drawn.size())
-    check(cudaMemcpy(buffer.as<char>() + at, drawn.data(), std::min(drawn.size(), buffer.bytes() - at), cudaMemcpyHostToDevice),
+    check(cudaMemcpy(buffer.as<char>() + at, drawn.data(), std::min(drawn.size(), buffer.bytes() - at),
+                     cudaMemcpyHostToDevice),
           "copy to the device");
   return buffer;
 }

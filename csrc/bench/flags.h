@@ -11,7 +11,7 @@
 namespace flexattn::bench {
 
 struct Flags {
-  std::string op;                 // of kOperators
+  std::string op;  // of kOperators
   int64_t batch = 1, heads = 32, kv_heads = 0, queries = 640, keys = 0, selected = 576, head_dim = 128;
   int64_t lr_side = 24, hr_side = 72, pool = 9;
   int64_t iterations = 50, warmup = 5;
@@ -51,12 +51,23 @@ Prints a line for people and, under its header, one of CSV. Exit 1: bad flags or
 // Throws std::invalid_argument with one sentence.
 inline Flags parse(int count, char** words) {
   Flags f;
-  const std::map<std::string, std::variant<int64_t*, double*, std::string*>> values{
-      {"--batch", &f.batch},       {"--heads", &f.heads},       {"--kv-heads", &f.kv_heads},     {"--queries", &f.queries},
-      {"--keys", &f.keys},         {"--selected", &f.selected}, {"--head-dim", &f.head_dim},     {"--lr-side", &f.lr_side},
-      {"--hr-side", &f.hr_side},   {"--pool", &f.pool},         {"--iterations", &f.iterations}, {"--warmup", &f.warmup},
-      {"--dtype", &f.dtype},       {"--path", &f.path},         {"--hr-rows", &f.hr_rows},       {"--peak-gbs", &f.peak_gbs},
-      {"--peak-tflops", &f.peak_tflops}};
+  const std::map<std::string, std::variant<int64_t*, double*, std::string*>> values{{"--batch", &f.batch},
+                                                                                    {"--heads", &f.heads},
+                                                                                    {"--kv-heads", &f.kv_heads},
+                                                                                    {"--queries", &f.queries},
+                                                                                    {"--keys", &f.keys},
+                                                                                    {"--selected", &f.selected},
+                                                                                    {"--head-dim", &f.head_dim},
+                                                                                    {"--lr-side", &f.lr_side},
+                                                                                    {"--hr-side", &f.hr_side},
+                                                                                    {"--pool", &f.pool},
+                                                                                    {"--iterations", &f.iterations},
+                                                                                    {"--warmup", &f.warmup},
+                                                                                    {"--dtype", &f.dtype},
+                                                                                    {"--path", &f.path},
+                                                                                    {"--hr-rows", &f.hr_rows},
+                                                                                    {"--peak-gbs", &f.peak_gbs},
+                                                                                    {"--peak-tflops", &f.peak_tflops}};
   const auto refuse = [](const std::string& sentence) { throw std::invalid_argument(sentence); };
   const auto one_of = [&](const std::string& name, const std::string& value, const std::vector<std::string>& allowed) {
     std::string list;
@@ -69,11 +80,16 @@ inline Flags parse(int count, char** words) {
 
   for (int i = 1; i < count; ++i) {
     const std::string word = words[i];
-    if (word == "--help" || word == "-h") f.help = true;
-    else if (word == "--cold-l2") f.cold_l2 = true;
-    else if (word == "--warm-l2") f.cold_l2 = false;
-    else if (word == "--profile") f.profile = true;
-    else if (word.rfind("--", 0) != 0 && f.op.empty()) f.op = word;
+    if (word == "--help" || word == "-h")
+      f.help = true;
+    else if (word == "--cold-l2")
+      f.cold_l2 = true;
+    else if (word == "--warm-l2")
+      f.cold_l2 = false;
+    else if (word == "--profile")
+      f.profile = true;
+    else if (word.rfind("--", 0) != 0 && f.op.empty())
+      f.op = word;
     else {
       const auto found = values.find(word);
       if (found == values.end()) refuse("there is no flag " + word + "; --help lists them.");
@@ -99,21 +115,25 @@ inline Flags parse(int count, char** words) {
   if (f.kv_heads == 0) f.kv_heads = f.heads;
   if (f.keys == 0) f.keys = f.queries;
   const auto at_least = [&](const char* name, int64_t value, int64_t least) {
-    if (value < least) refuse(std::string(name) + " is " + std::to_string(value) + ", it must be at least " + std::to_string(least) + ".");
+    if (value < least)
+      refuse(std::string(name) + " is " + std::to_string(value) + ", it must be at least " + std::to_string(least) +
+             ".");
   };
   at_least("--batch", f.batch, 1), at_least("--heads", f.heads, 1), at_least("--kv-heads", f.kv_heads, 1);
   at_least("--queries", f.queries, 1), at_least("--keys", f.keys, f.queries), at_least("--selected", f.selected, 0);
   at_least("--head-dim", f.head_dim, 1), at_least("--hr-side", f.hr_side, 1), at_least("--pool", f.pool, 0);
-  at_least("--lr-side", f.lr_side, f.op == "select" ? 1 : 0), at_least("--iterations", f.iterations, 1), at_least("--warmup", f.warmup, 0);
+  at_least("--lr-side", f.lr_side, f.op == "select" ? 1 : 0), at_least("--iterations", f.iterations, 1),
+      at_least("--warmup", f.warmup, 0);
   if (f.heads % f.kv_heads) refuse("--heads must be a multiple of --kv-heads.");
   const bool moves_tokens = f.op == "gather" || f.op == "assign" || f.op == "write";
-  if (moves_tokens && f.selected > f.hr_side * f.hr_side) refuse("--selected is more than the hr-side x hr-side tokens.");
+  if (moves_tokens && f.selected > f.hr_side * f.hr_side)
+    refuse("--selected is more than the hr-side x hr-side tokens.");
   if (moves_tokens && f.selected == 0) refuse("--selected must be at least 1 for " + f.op + ".");
   if (f.op == "write" && f.head_dim % 2) refuse("--head-dim must be even for write.");
   if (f.op == "select" && f.pool > f.lr_side) refuse("--pool must not be more than --lr-side.");
   if (f.op == "attention" && f.lr_side * f.lr_side > f.keys)
-    refuse("--lr-side " + std::to_string(f.lr_side) + " takes " + std::to_string(f.lr_side * f.lr_side) + " of the keys and there are " +
-           std::to_string(f.keys) + "; --lr-side 0 asks for no map.");
+    refuse("--lr-side " + std::to_string(f.lr_side) + " takes " + std::to_string(f.lr_side * f.lr_side) +
+           " of the keys and there are " + std::to_string(f.keys) + "; --lr-side 0 asks for no map.");
   if (f.peak_gbs < 0 || f.peak_tflops < 0) refuse("peaks must not be negative.");
   return f;
 }

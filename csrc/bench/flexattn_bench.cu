@@ -36,20 +36,23 @@ Result attention(const Flags& f) {
   const int64_t cells = f.lr_side * f.lr_side, pool = B * M;
   const DType dtype = dtype_of(f);
   const size_t size = size_of(dtype);
-  const Buffer q = random(B * H * N * d, dtype, 1), k = random(B * G * Nk * d, dtype, 2), v = random(B * G * Nk * d, dtype, 3);
+  const Buffer q = random(B * H * N * d, dtype, 1), k = random(B * G * Nk * d, dtype, 2),
+               v = random(B * G * Nk * d, dtype, 3);
   const Buffer k_hr = random(pool * G * d, dtype, 4), v_hr = random(pool * G * d, dtype, 5);
   std::vector<int32_t> slots(pool), ranges(2 * B);
   for (int64_t i = 0; i < pool; ++i) slots[i] = static_cast<int32_t>(i);
   for (int64_t b = 0; b < B; ++b) ranges[2 * b + 1] = static_cast<int32_t>(cells);
   const auto for_all = [&](int64_t value) { return on_device(std::vector<int32_t>(B, static_cast<int32_t>(value))); };
-  const Buffer start = for_all(0), length = for_all(Nk), count = for_all(M), from = for_all(f.hr_rows == "all" ? 0 : N - 1);
+  const Buffer start = for_all(0), length = for_all(Nk), count = for_all(M),
+               from = for_all(f.hr_rows == "all" ? 0 : N - 1);
   const Buffer hr_slots = on_device(slots), map_ranges = on_device(ranges);
   const Buffer out(B * N * H * d * size), lse(B * H * N * 4), lse_seq(B * H * N * 4), map(B * cells * 4);
 
   AttentionForwardParams p{};
   AttentionInputs& in = p.in;
   in.dtype = dtype;
-  in.batch = B, in.heads = H, in.kv_heads = G, in.queries = N, in.keys = Nk, in.head_dim = d, in.scale = 1 / std::sqrt(static_cast<double>(d));
+  in.batch = B, in.heads = H, in.kv_heads = G, in.queries = N, in.keys = Nk, in.head_dim = d,
+  in.scale = 1 / std::sqrt(static_cast<double>(d));
   in.q = q.as(), in.k = k.as(), in.v = v.as();
   in.q_strides = {H * N * d, N * d, d};
   in.k_strides = in.v_strides = {G * Nk * d, Nk * d, d};
@@ -60,12 +63,13 @@ Result attention(const Flags& f) {
     in.k_hr_strides = in.v_hr_strides = {0, d, G * d};
     in.hr_slots = hr_slots.as<int32_t>(), in.hr_count = count.as<int32_t>(), in.hr_from = from.as<int32_t>();
   }
-  p.pictures = cells > 0, p.map_size = cells, p.map_ranges = map_ranges.as<int32_t>();
+  p.images = cells > 0, p.map_size = cells, p.map_ranges = map_ranges.as<int32_t>();
   p.out = out.as(), p.lse = lse.as(), p.lse_seq = lse_seq.as(), p.map = map.as();
   const Buffer workspace(cuda::hierarchical_attention_workspace(p, nullptr));
   p.workspace = workspace.as();
 
-  const double seen = B * H * (N * (Nk - N) + N * (N + 1) / 2.0 + (f.hr_rows == "all" ? N : 1) * static_cast<double>(M));
+  const double seen =
+      B * H * (N * (Nk - N) + N * (N + 1) / 2.0 + (f.hr_rows == "all" ? N : 1) * static_cast<double>(M));
   double bytes = 0;
   for (const Buffer* buffer : {&q, &k, &v, &k_hr, &v_hr, &out, &lse, &lse_seq, &map}) bytes += buffer->bytes();
   return {bytes, 4.0 * d * seen, timed(f, [&] { cuda::hierarchical_attention_forward(p, nullptr); })};
@@ -75,14 +79,31 @@ Result select(const Flags& f) {
   const int64_t cells = f.lr_side * f.lr_side, tokens = f.hr_side * f.hr_side;
   std::vector<float> values(f.batch * cells);
   std::mt19937 generator(1);
-  for (float& x : values) x = std::pow(std::uniform_real_distribution<float>()(generator), 27.f);  // 6 % of the cells stand out, the pool makes 4 of 10 of it
+  for (float& x : values)
+    x = std::pow(std::uniform_real_distribution<float>()(generator),
+                 27.f);  // 6 % of the cells stand out, the pool makes 4 of 10 of it
   std::vector<int32_t> rectangles;
   for (int64_t b = 0; b < f.batch; ++b)
-    for (int64_t side : {int64_t{0}, int64_t{0}, f.lr_side, f.lr_side}) rectangles.push_back(static_cast<int32_t>(side));
+    for (int64_t side : {int64_t{0}, int64_t{0}, f.lr_side, f.lr_side})
+      rectangles.push_back(static_cast<int32_t>(side));
   const Buffer map = on_device(values), live = on_device(rectangles);
-  const Buffer mask(f.batch * tokens), index(f.batch * tokens * 4), count(f.batch * 4), bits(f.batch * words_for_bits(tokens) * 4);
-  const SelectTokensParams p{DType::kFloat32, map.as(), live.as<int32_t>(), f.batch, 1, 1, f.lr_side, f.hr_side, f.pool, 255.0, 48.0,
-                             mask.as<bool>(), index.as<int32_t>(), count.as<int32_t>(), bits.as<int32_t>()};
+  const Buffer mask(f.batch * tokens), index(f.batch * tokens * 4), count(f.batch * 4),
+      bits(f.batch * words_for_bits(tokens) * 4);
+  const SelectTokensParams p{DType::kFloat32,
+                             map.as(),
+                             live.as<int32_t>(),
+                             f.batch,
+                             1,
+                             1,
+                             f.lr_side,
+                             f.hr_side,
+                             f.pool,
+                             255.0,
+                             48.0,
+                             mask.as<bool>(),
+                             index.as<int32_t>(),
+                             count.as<int32_t>(),
+                             bits.as<int32_t>()};
   const double bytes = map.bytes() + live.bytes() + mask.bytes() + index.bytes() + count.bytes() + bits.bytes();
   return {static_cast<double>(bytes), 0, timed(f, [&] { cuda::select_tokens(p, nullptr); })};
 }
@@ -90,7 +111,8 @@ Result select(const Flags& f) {
 // Evenly spread over the high-resolution tokens, ascending: [B, M].
 Buffer evenly_chosen(const Flags& f) {
   std::vector<int32_t> chosen(f.batch * f.selected);
-  for (int64_t i = 0; i < f.batch * f.selected; ++i) chosen[i] = static_cast<int32_t>(i % f.selected * f.hr_side * f.hr_side / f.selected);
+  for (int64_t i = 0; i < f.batch * f.selected; ++i)
+    chosen[i] = static_cast<int32_t>(i % f.selected * f.hr_side * f.hr_side / f.selected);
   return on_device(chosen);
 }
 
@@ -98,7 +120,8 @@ Result gather(const Flags& f) {
   const int64_t B = f.batch, T = f.hr_side * f.hr_side, M = f.selected, D = f.heads * f.head_dim;
   const DType dtype = dtype_of(f);
   const Buffer tokens = random(B * T * D, dtype, 1), index = evenly_chosen(f), rows(B * M * D * size_of(dtype));
-  const GatherTokensParams p{static_cast<int64_t>(size_of(dtype)), B, T, M, D, index.as<int32_t>(), tokens.as(), T * D, D, rows.as()};
+  const GatherTokensParams p{
+      static_cast<int64_t>(size_of(dtype)), B, T, M, D, index.as<int32_t>(), tokens.as(), T * D, D, rows.as()};
   return {2.0 * rows.bytes() + index.bytes(), 0, timed(f, [&] { cuda::gather_tokens(p, nullptr); })};
 }
 
@@ -108,10 +131,23 @@ Result assign(const Flags& f) {
   const Buffer index = evenly_chosen(f), count = on_device(std::vector<int32_t>(B, static_cast<int32_t>(M)));
   const Buffer table = on_device(std::vector<int32_t>(B * T, -1)), next_free = on_device(std::vector<int32_t>{0});
   const Buffer slots(B * M * 4), new_tokens(B * M * 4), new_slots(B * M * 4), new_count(4), overflow(4);
-  const AssignSlotsParams p{B, B, T, M, B * T, index.as<int32_t>(), count.as<int32_t>(), table.as<int32_t>(), T, next_free.as<int32_t>(),
-                            slots.as<int32_t>(), new_tokens.as<int32_t>(), new_slots.as<int32_t>(), new_count.as<int32_t>(),
+  const AssignSlotsParams p{B,
+                            B,
+                            T,
+                            M,
+                            B * T,
+                            index.as<int32_t>(),
+                            count.as<int32_t>(),
+                            table.as<int32_t>(),
+                            T,
+                            next_free.as<int32_t>(),
+                            slots.as<int32_t>(),
+                            new_tokens.as<int32_t>(),
+                            new_slots.as<int32_t>(),
+                            new_count.as<int32_t>(),
                             overflow.as<int32_t>()};
-  const double bytes = 2.0 * index.bytes() + slots.bytes() + new_tokens.bytes() + new_slots.bytes();  // index, and as much of the table
+  const double bytes =
+      2.0 * index.bytes() + slots.bytes() + new_tokens.bytes() + new_slots.bytes();  // index, and as much of the table
   return {bytes, 0, timed(f, [&] { cuda::assign_slots(p, nullptr); })};
 }
 
@@ -120,11 +156,13 @@ Result write(const Flags& f) {
   const DType dtype = dtype_of(f);
   std::vector<int32_t> places(M);
   for (int64_t m = 0; m < M; ++m) places[m] = static_cast<int32_t>(m);
-  const Buffer k = random(M * row, dtype, 1), v = random(M * row, dtype, 2), cos = random(M * d, dtype, 3), sin = random(M * d, dtype, 4);
+  const Buffer k = random(M * row, dtype, 1), v = random(M * row, dtype, 2), cos = random(M * d, dtype, 3),
+               sin = random(M * d, dtype, 4);
   const Buffer slots = on_device(places), k_pool(k.bytes()), v_pool(v.bytes());
   const Strides strides{0, d, row};
-  const WriteHrKvParams p{dtype, dtype, M, G, d, M, slots.as<int32_t>(), k.as(), v.as(), k_pool.as(), v_pool.as(), strides, strides,
-                          strides, strides, cos.as(), sin.as(), d, d};
+  const WriteHrKvParams p{dtype,   dtype,    M,           G,           d,       M,       slots.as<int32_t>(),
+                          k.as(),  v.as(),   k_pool.as(), v_pool.as(), strides, strides, strides,
+                          strides, cos.as(), sin.as(),    d,           d};
   const double bytes = 2.0 * (k.bytes() + v.bytes()) + cos.bytes() + sin.bytes() + slots.bytes();
   return {bytes, 0, timed(f, [&] { cuda::write_hr_kv(p, nullptr); })};
 }
@@ -144,26 +182,37 @@ void report(const Flags& f, const Result& r, const Peaks& peaks) {
   const double roofline = known ? std::max(by_bytes, by_flop) / seconds : NAN;
   const char* l2 = f.cold_l2 ? "cold" : "warm";
 
-  std::printf("%s on %s, %s L2: %.2f us (%.2f to %.2f over %lld calls), %.1f GB/s, %.2f TFLOP/s, ", f.op.c_str(), peaks.device.c_str(), l2,
-              median, r.microseconds.front(), r.microseconds.back(), static_cast<long long>(f.iterations), gbs, tflops);
-  if (known) std::printf("%.1f %% of the roofline, which %s bounds\n", 100 * roofline, by_flop > by_bytes ? "arithmetic" : "memory");
-  else std::printf("no roofline: give --peak-gbs and --peak-tflops for this GPU\n");
+  std::printf("%s on %s, %s L2: %.2f us (%.2f to %.2f over %lld calls), %.1f GB/s, %.2f TFLOP/s, ", f.op.c_str(),
+              peaks.device.c_str(), l2, median, r.microseconds.front(), r.microseconds.back(),
+              static_cast<long long>(f.iterations), gbs, tflops);
+  if (known)
+    std::printf("%.1f %% of the roofline, which %s bounds\n", 100 * roofline,
+                by_flop > by_bytes ? "arithmetic" : "memory");
+  else
+    std::printf("no roofline: give --peak-gbs and --peak-tflops for this GPU\n");
   std::printf("peaks: %s\n", peaks.how.c_str());
-  std::printf("op,device,dtype,path,batch,heads,kv_heads,queries,keys,selected,head_dim,hr_rows,lr_side,hr_side,pool,l2,iterations,median_us,"
-              "min_us,max_us,gbs,tflops,roofline_fraction\n");
-  std::printf("%s,%s,%s,%s,%lld,%lld,%lld,%lld,%lld,%lld,%lld,%s,%lld,%lld,%lld,%s,%lld,%.3f,%.3f,%.3f,%.2f,%.3f,%.4f\n", f.op.c_str(),
-              peaks.device.c_str(), f.op == "select" ? "fp32" : f.op == "assign" ? "int32" : f.dtype.c_str(), f.path.c_str(),
-              (long long)f.batch, (long long)f.heads,
-              (long long)f.kv_heads, (long long)f.queries, (long long)f.keys, (long long)f.selected, (long long)f.head_dim, f.hr_rows.c_str(),
-              (long long)f.lr_side, (long long)f.hr_side, (long long)f.pool, l2, (long long)f.iterations, median, r.microseconds.front(),
-              r.microseconds.back(), gbs, tflops, roofline);
+  std::printf(
+      "op,device,dtype,path,batch,heads,kv_heads,queries,keys,selected,head_dim,hr_rows,lr_side,hr_side,pool,l2,"
+      "iterations,median_us,"
+      "min_us,max_us,gbs,tflops,roofline_fraction\n");
+  std::printf(
+      "%s,%s,%s,%s,%lld,%lld,%lld,%lld,%lld,%lld,%lld,%s,%lld,%lld,%lld,%s,%lld,%.3f,%.3f,%.3f,%.2f,%.3f,%.4f\n",
+      f.op.c_str(), peaks.device.c_str(),
+      f.op == "select"   ? "fp32"
+      : f.op == "assign" ? "int32"
+                         : f.dtype.c_str(),
+      f.path.c_str(), (long long)f.batch, (long long)f.heads, (long long)f.kv_heads, (long long)f.queries,
+      (long long)f.keys, (long long)f.selected, (long long)f.head_dim, f.hr_rows.c_str(), (long long)f.lr_side,
+      (long long)f.hr_side, (long long)f.pool, l2, (long long)f.iterations, median, r.microseconds.front(),
+      r.microseconds.back(), gbs, tflops, roofline);
 }
 
 int run(const Flags& f) {
   int devices = 0;
   const cudaError_t found = cudaGetDeviceCount(&devices);
   if (found != cudaSuccess || devices == 0) {
-    std::fprintf(stderr, "flexattn_bench: there is no GPU to run on: %s.\n", found != cudaSuccess ? cudaGetErrorString(found) : "none was found");
+    std::fprintf(stderr, "flexattn_bench: there is no GPU to run on: %s.\n",
+                 found != cudaSuccess ? cudaGetErrorString(found) : "none was found");
     return 2;
   }
   int device = 0;
@@ -172,7 +221,8 @@ int run(const Flags& f) {
   if (f.path != "auto") setenv("FLEXATTN_CAPABILITY", f.path == "volta" ? "70" : "60", 1);
   Peaks peaks = peaks_of(device, f.dtype != "fp32");
   if (f.peak_gbs > 0) peaks.gbs = f.peak_gbs, peaks.how += "; given: " + std::to_string(f.peak_gbs) + " GB/s";
-  if (f.peak_tflops > 0) peaks.tflops = f.peak_tflops, peaks.how += "; given: " + std::to_string(f.peak_tflops) + " TFLOP/s";
+  if (f.peak_tflops > 0)
+    peaks.tflops = f.peak_tflops, peaks.how += "; given: " + std::to_string(f.peak_tflops) + " TFLOP/s";
   report(f, time_of(f), peaks);
   return 0;
 }

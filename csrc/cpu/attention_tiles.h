@@ -1,5 +1,5 @@
-// What the forward and the backward pass over the tiles of an attention matrix share: which queries and keys make a tile,
-// how they are read, and who sees what.
+// What the forward and the backward pass over the tiles of an attention matrix share: which queries and keys make a
+// tile, how they are read, and who sees what.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -24,9 +24,13 @@ constexpr int64_t kTileKeys = 128;
 constexpr int64_t kFewRows = 4;  // up to here queries are handled one by one, beyond in lanes
 
 template <typename T>
-struct Accumulator { using type = float; };
+struct Accumulator {
+  using type = float;
+};
 template <>
-struct Accumulator<double> { using type = double; };
+struct Accumulator<double> {
+  using type = double;
+};
 
 // A row-major matrix whose rows stand ld elements apart.
 template <typename A>
@@ -35,10 +39,11 @@ struct Matrix {
   int64_t ld;
 };
 
-// Rows of a tensor (those that `slots` names, if given) as accumulator values: where they lie if they are of that type and
-// follow each other, as the slots of a sample usually do; else as a copy in `scratch`.
+// Rows of a tensor (those that `slots` names, if given) as accumulator values: where they lie if they are of that type
+// and follow each other, as the slots of a sample usually do; else as a copy in `scratch`.
 template <typename T, typename A>
-Matrix<A> read_rows(const T* data, int64_t stride, const int32_t* slots, int64_t rows, int64_t d, std::vector<A>& scratch) {
+Matrix<A> read_rows(const T* data, int64_t stride, const int32_t* slots, int64_t rows, int64_t d,
+                    std::vector<A>& scratch) {
   if (slots) {
     bool in_a_row = true;
     for (int64_t i = 1; i < rows; ++i) in_a_row &= slots[i] == slots[0] + i;
@@ -101,8 +106,8 @@ struct Sample {
     return in.hr_row_bits ? in.hr_row_bits + (b * in.rows + listed) * words_for_bits(in.selected) : nullptr;
   }
 
-  // -inf into the logits of the keys j0 .. j0 + n that are hidden from some of the queries; `query` gives the query of a row,
-  // and they ascend.
+  // -inf into the logits of the keys j0 .. j0 + n that are hidden from some of the queries; `query` gives the query of
+  // a row, and they ascend.
   template <class Logits, typename Query>
   void hide_sequence_keys(Logits& logits, int64_t rows, const Query& query, int64_t j0, int64_t n) const {
     if (end_of_keys(query(0)) < j0 + n)
@@ -141,7 +146,8 @@ struct Sample {
 template <typename Query>
 void hr_rows_of_tile(const std::vector<HrRow>& of_sample, int64_t rows, const Query& query, std::vector<HrRow>& hr_rows,
                      std::vector<int64_t>& places) {
-  auto next = std::lower_bound(of_sample.begin(), of_sample.end(), query(0), [](const HrRow& x, int64_t n) { return x.query < n; });
+  auto next = std::lower_bound(of_sample.begin(), of_sample.end(), query(0),
+                               [](const HrRow& x, int64_t n) { return x.query < n; });
   for (int64_t i = 0; i < rows; ++i) {
     while (next != of_sample.end() && next->query < query(i)) ++next;
     if (next == of_sample.end() || next->query != query(i)) continue;
@@ -153,10 +159,14 @@ void hr_rows_of_tile(const std::vector<HrRow>& of_sample, int64_t rows, const Qu
 template <typename Function>
 void dispatch(DType dtype, const Function& function) {
   switch (dtype) {
-    case DType::kFloat64: return function(double());
-    case DType::kFloat32: return function(float());
-    case DType::kFloat16: return function(c10::Half());
-    case DType::kBFloat16: return function(c10::BFloat16());
+    case DType::kFloat64:
+      return function(double());
+    case DType::kFloat32:
+      return function(float());
+    case DType::kFloat16:
+      return function(c10::Half());
+    case DType::kBFloat16:
+      return function(c10::BFloat16());
   }
 }
 

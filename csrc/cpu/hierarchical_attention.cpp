@@ -7,14 +7,20 @@
 namespace flexattn::cpu {
 namespace {
 
-// Running softmax of a tile of queries: logits of the keys at hand, largest logit, sum of exponentials, unnormalised output.
-// Two layouts with one interface: many queries lie in lanes, [d, queries] and [keys, queries]; few are rows of their own.
+// Running softmax of a tile of queries: logits of the keys at hand, largest logit, sum of exponentials, unnormalised
+// output. Two layouts with one interface: many queries lie in lanes, [d, queries] and [keys, queries]; few are rows of
+// their own.
 template <typename A>
 class ManyQueries {
  public:
   ManyQueries(int64_t rows, int64_t d)
-      : d_(d), lanes_(padded(rows)), queries_(d * lanes_), logits_(kTileKeys * lanes_), out_(d * lanes_),
-        largest_(lanes_, -std::numeric_limits<A>::infinity()), sum_(lanes_) {}
+      : d_(d),
+        lanes_(padded(rows)),
+        queries_(d * lanes_),
+        logits_(kTileKeys * lanes_),
+        out_(d * lanes_),
+        largest_(lanes_, -std::numeric_limits<A>::infinity()),
+        sum_(lanes_) {}
 
   A& query(int64_t i, int64_t c) { return queries_[c * lanes_ + i]; }
   A& out(int64_t i, int64_t c) { return out_[c * lanes_ + i]; }
@@ -40,8 +46,13 @@ template <typename A>
 class FewQueries {
  public:
   FewQueries(int64_t rows, int64_t d)
-      : d_(d), rows_(rows), queries_(rows * d), logits_(rows * kTileKeys), out_(rows * d),
-        largest_(rows, -std::numeric_limits<A>::infinity()), sum_(rows) {}
+      : d_(d),
+        rows_(rows),
+        queries_(rows * d),
+        logits_(rows * kTileKeys),
+        out_(rows * d),
+        largest_(rows, -std::numeric_limits<A>::infinity()),
+        sum_(rows) {}
 
   A& query(int64_t i, int64_t c) { return queries_[i * d_ + c]; }
   A& out(int64_t i, int64_t c) { return out_[i * d_ + c]; }
@@ -55,7 +66,8 @@ class FewQueries {
   }
   void absorb(Matrix<A> values, int64_t n) {
     for (int64_t i = 0; i < rows_; ++i)
-      softmax_step_of_row(&logits_[i * kTileKeys], n, &largest_[i], &sum_[i], &out_[i * d_], values.data, values.ld, d_);
+      softmax_step_of_row(&logits_[i * kTileKeys], n, &largest_[i], &sum_[i], &out_[i * d_], values.data, values.ld,
+                          d_);
   }
 
  private:
@@ -72,7 +84,7 @@ class Forward {
 
   void run() {
     for (int64_t b = 0; b < in_.batch; ++b) hr_rows_.push_back(Sample{in_, b}.hr_rows());
-    if (params_.pictures > 0) list_map_rows();
+    if (params_.images > 0) list_map_rows();
     const int64_t pairs = in_.batch * in_.kv_heads, rows = QueryRows{in_, 0, 0}.count();
     const int64_t tiles = (rows + kTileQueries - 1) / kTileQueries;
     for_each_task(pairs * tiles, [&](int64_t task) {
@@ -81,9 +93,9 @@ class Forward {
       const int64_t first = tile * kTileQueries, count = std::min(kTileQueries, rows - first);
       count > kFewRows ? attend<ManyQueries<A>>(queries, first, count) : attend<FewQueries<A>>(queries, first, count);
     });
-    for_each_task(in_.batch * in_.rows * params_.pictures, [&](int64_t task) {
-      const int64_t picture = task % params_.pictures, row = task / params_.pictures;
-      write_map(row / in_.rows, row % in_.rows, picture);
+    for_each_task(in_.batch * in_.rows * params_.images, [&](int64_t task) {
+      const int64_t image = task % params_.images, row = task / params_.images;
+      write_map(row / in_.rows, row % in_.rows, image);
     });
   }
 
@@ -118,7 +130,7 @@ class Forward {
       const int64_t n = std::min(kTileKeys, end - j), ks = in_.k_strides.row, vs = in_.v_strides.row;
       plain.meet(read_rows(k + j * ks, ks, nullptr, n, d_, scratch.keys), n);
       sample.hide_sequence_keys(plain, rows, query_of, j, n);
-      if (params_.pictures > 0) keep_logits(queries, first, rows, plain, j, n);
+      if (params_.images > 0) keep_logits(queries, first, rows, plain, j, n);
       plain.absorb(read_rows(v + j * vs, vs, nullptr, n, d_, scratch.values), n);
     }
 
@@ -127,14 +139,16 @@ class Forward {
     std::vector<int64_t> places;
     hr_rows_of_tile(hr_rows_[queries.b], rows, query_of, hr_rows, places);
     const int64_t count = hr_rows.size();
-    if (count > kFewRows) attend_hr<ManyQueries<A>>(queries, first, hr_rows, places, plain, scratch);
-    else if (count > 0) attend_hr<FewQueries<A>>(queries, first, hr_rows, places, plain, scratch);
+    if (count > kFewRows)
+      attend_hr<ManyQueries<A>>(queries, first, hr_rows, places, plain, scratch);
+    else if (count > 0)
+      attend_hr<FewQueries<A>>(queries, first, hr_rows, places, plain, scratch);
   }
 
   // The queries that see HR keys go on from where the sequence left them.
   template <class State, class Plain>
-  void attend_hr(const QueryRows& queries, int64_t first, const std::vector<HrRow>& hr_rows, const std::vector<int64_t>& places,
-                 Plain& plain, Scratch& scratch) {
+  void attend_hr(const QueryRows& queries, int64_t first, const std::vector<HrRow>& hr_rows,
+                 const std::vector<int64_t>& places, Plain& plain, Scratch& scratch) {
     const Sample sample{in_, queries.b};
     const int64_t rows = hr_rows.size();
     State full(rows, d_);
@@ -189,46 +203,52 @@ class Forward {
     map_rows_.assign(in_.batch * in_.queries, -1);
     for (int64_t b = 0; b < in_.batch; ++b)
       for (int64_t r = 0; r < in_.rows; ++r)
-        if (const int64_t n = in_.hr_rows ? in_.hr_rows[b * in_.rows + r] : in_.queries - 1; n >= 0) map_rows_[b * in_.queries + n] = r;
+        if (const int64_t n = in_.hr_rows ? in_.hr_rows[b * in_.rows + r] : in_.queries - 1; n >= 0)
+          map_rows_[b * in_.queries + n] = r;
   }
 
-  // Logits of a row of the map in one head, over one picture: [S*S] of the workspace [B, R, I, H, S*S].
-  A* kept_logits(int64_t b, int64_t r, int64_t picture, int64_t head) const {
-    return static_cast<A*>(params_.workspace) + (((b * in_.rows + r) * params_.pictures + picture) * in_.heads + head) * params_.map_size;
+  // Logits of a row of the map in one head, over one image: [S*S] of the workspace [B, R, I, H, S*S].
+  A* kept_logits(int64_t b, int64_t r, int64_t image, int64_t head) const {
+    return static_cast<A*>(params_.workspace) +
+           (((b * in_.rows + r) * params_.images + image) * in_.heads + head) * params_.map_size;
   }
-  // The keys of a picture that query n of a sample may see, from the picture's first.
+  // The keys of an image that query n of a sample may see, from the image's first.
   struct Range {
     int64_t first, begin, end;
   };
-  Range range_of(int64_t b, int64_t picture, int64_t n) const {
-    const int32_t* range = params_.map_ranges + (b * params_.pictures + picture) * 2;
+  Range range_of(int64_t b, int64_t image, int64_t n) const {
+    const int32_t* range = params_.map_ranges + (b * params_.images + image) * 2;
     const Sample sample{in_, b};
-    return {range[0], std::max<int64_t>(range[0], sample.first_key()), std::min<int64_t>(range[1], sample.end_of_keys(n))};
+    return {range[0], std::max<int64_t>(range[0], sample.first_key()),
+            std::min<int64_t>(range[1], sample.end_of_keys(n))};
   }
 
   template <class State>
-  void keep_logits(const QueryRows& queries, int64_t first, int64_t rows, const State& state, int64_t j0, int64_t keys) {
+  void keep_logits(const QueryRows& queries, int64_t first, int64_t rows, const State& state, int64_t j0,
+                   int64_t keys) {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t n = queries.query(first + i), r = map_row(queries.b, n);
-      for (int64_t picture = 0; r >= 0 && picture < params_.pictures; ++picture) {
-        const Range range = range_of(queries.b, picture, n);
-        A* to = kept_logits(queries.b, r, picture, queries.head(first + i)) - range.first;
-        for (int64_t j = std::max(range.begin, j0); j < std::min(range.end, j0 + keys); ++j) to[j] = state.logit(i, j - j0);
+      for (int64_t image = 0; r >= 0 && image < params_.images; ++image) {
+        const Range range = range_of(queries.b, image, n);
+        A* to = kept_logits(queries.b, r, image, queries.head(first + i)) - range.first;
+        for (int64_t j = std::max(range.begin, j0); j < std::min(range.end, j0 + keys); ++j)
+          to[j] = state.logit(i, j - j0);
       }
     }
   }
 
   // The heads summed in their order.
-  void write_map(int64_t b, int64_t r, int64_t picture) {
-    A* map = static_cast<A*>(params_.map) + ((b * in_.rows + r) * params_.pictures + picture) * params_.map_size;
+  void write_map(int64_t b, int64_t r, int64_t image) {
+    A* map = static_cast<A*>(params_.map) + ((b * in_.rows + r) * params_.images + image) * params_.map_size;
     std::fill_n(map, params_.map_size, A(0));
     const int64_t n = in_.hr_rows ? in_.hr_rows[b * in_.rows + r] : in_.queries - 1;
     if (n < 0) return;
-    const Range range = range_of(b, picture, n);
+    const Range range = range_of(b, image, n);
     for (int64_t head = 0; head < in_.heads && range.begin < range.end; ++head) {
-      const A lse = static_cast<A*>(params_.map_over_all ? params_.lse : params_.lse_seq)[(b * in_.heads + head) * in_.queries + n];
+      const A lse = static_cast<A*>(params_.map_over_all ? params_.lse
+                                                         : params_.lse_seq)[(b * in_.heads + head) * in_.queries + n];
       if (lse == -std::numeric_limits<A>::infinity()) continue;
-      A* probabilities = kept_logits(b, r, picture, head) - range.first;
+      A* probabilities = kept_logits(b, r, image, head) - range.first;
       exp_shifted(probabilities + range.begin, range.end - range.begin, lse);
       for (int64_t j = range.begin; j < range.end; ++j) map[j - range.first] += probabilities[j];
     }
@@ -245,7 +265,7 @@ class Forward {
 
 int64_t hierarchical_attention_workspace(const AttentionForwardParams& params, Stream) {
   const int64_t size = params.in.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-  return params.in.batch * params.in.rows * params.pictures * params.in.heads * params.map_size * size;
+  return params.in.batch * params.in.rows * params.images * params.in.heads * params.map_size * size;
 }
 
 void hierarchical_attention_forward(const AttentionForwardParams& params, Stream) {

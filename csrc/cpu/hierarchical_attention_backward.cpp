@@ -1,15 +1,14 @@
 // Gradients of N x (N+M) attention. Probabilities are computed again from the log-sum-exps, tile by tile.
 //
-//   out_i = sum_j w_ij v_j         w = (1 - alpha) P_seq + alpha P_full       (P_seq alone for a row that sees no HR key)
-//   dv_j += w_ij dout_i
-//   ds_ij = (1 - alpha) P_seq (dp_ij - E_seq) + alpha P_full (dp_ij - E_full)   with dp_ij = dout_i . v_j
-//   E     = sum_j P_ij dp_ij, found in a first pass over the tiles
+//   out_i = sum_j w_ij v_j         w = (1 - alpha) P_seq + alpha P_full       (P_seq alone for a row that sees no HR
+//   key) dv_j += w_ij dout_i ds_ij = (1 - alpha) P_seq (dp_ij - E_seq) + alpha P_full (dp_ij - E_full)   with dp_ij =
+//   dout_i . v_j E     = sum_j P_ij dp_ij, found in a first pass over the tiles
 //
-// On the sequence keys P_full = share P_seq with share_i = exp(lse_seq_i - lse_i), so that both terms are one product with
-// P_seq; on the HR keys only the second is there.
+// On the sequence keys P_full = share P_seq with share_i = exp(lse_seq_i - lse_i), so that both terms are one product
+// with P_seq; on the HR keys only the second is there.
 //
-// A task is one key/value head; it walks over the samples and tiles of queries in a fixed order, so that every sum, also
-// into a slot of the pool that several samples share, has one order.
+// A task is one key/value head; it walks over the samples and tiles of queries in a fixed order, so that every sum,
+// also into a slot of the pool that several samples share, has one order.
 
 #include <cmath>
 
@@ -22,9 +21,20 @@ namespace {
 template <typename A>
 struct Tile {
   Tile(int64_t rows, int64_t d)
-      : rows(rows), d(d), lanes(padded(rows)), columns(padded(d)), queries(d * lanes), grads(d * lanes), grad_queries(d * lanes),
-        query_rows(rows * columns), grad_rows(rows * columns), logits(kTileKeys * lanes), dp(kTileKeys * lanes),
-        lse(lanes, std::numeric_limits<A>::infinity()), weight(lanes), expectation(lanes) {}
+      : rows(rows),
+        d(d),
+        lanes(padded(rows)),
+        columns(padded(d)),
+        queries(d * lanes),
+        grads(d * lanes),
+        grad_queries(d * lanes),
+        query_rows(rows * columns),
+        grad_rows(rows * columns),
+        logits(kTileKeys * lanes),
+        dp(kTileKeys * lanes),
+        lse(lanes, std::numeric_limits<A>::infinity()),
+        weight(lanes),
+        expectation(lanes) {}
 
   void set(int64_t i, int64_t c, A query, A grad) {
     queries[c * lanes + i] = query_rows[i * columns + c] = query;
@@ -41,7 +51,9 @@ struct Tile {
     multiply<A>(keys.data, keys.ld, 1, queries.data(), lanes, logits.data(), lanes, n, lanes, d, false);
     multiply<A>(values.data, values.ld, 1, grads.data(), lanes, dp.data(), lanes, n, lanes, d, false);
   }
-  void add_to_expectation(int64_t n) { add_expectation(logits.data(), dp.data(), n, lanes, lse.data(), expectation.data()); }
+  void add_to_expectation(int64_t n) {
+    add_expectation(logits.data(), dp.data(), n, lanes, lse.data(), expectation.data());
+  }
   // dv += w^T dout, dk += ds^T q, dq += ds k; grad_k and grad_v are [n, columns].
   void add_gradients(Matrix<A> keys, int64_t n, A* grad_k, A* grad_v) {
     logit_gradients(logits.data(), dp.data(), n, lanes, lse.data(), weight.data(), expectation.data());
@@ -109,7 +121,8 @@ class Backward {
     for (int64_t c = 0; c < d_; ++c) to[c] = static_cast<T>(from[c]);
   }
 
-  void tile(const Sample& sample, const QueryRows& queries, int64_t first, int64_t rows, KeyGradients& sequence, KeyGradients& hr) {
+  void tile(const Sample& sample, const QueryRows& queries, int64_t first, int64_t rows, KeyGradients& sequence,
+            KeyGradients& hr) {
     Tile<A> all = read_tile(queries, first, rows);
     std::vector<HrRow> hr_rows;
     std::vector<int64_t> places;
@@ -136,10 +149,12 @@ class Backward {
     walk_sequence(sample, queries, first, all, scratch, &sequence);
 
     for (size_t i = 0; i < places.size(); ++i)
-      for (int64_t c = 0; c < d_; ++c) all.grad_queries[c * all.lanes + places[i]] += seeing.grad_queries[c * seeing.lanes + i];
+      for (int64_t c = 0; c < d_; ++c)
+        all.grad_queries[c * all.lanes + places[i]] += seeing.grad_queries[c * seeing.lanes + i];
     for (int64_t i = 0; i < rows; ++i) {
       T* grad_q = static_cast<T*>(params_.grad_q) + queries.statistic(first + i) * d_;
-      for (int64_t c = 0; c < d_; ++c) grad_q[c] = static_cast<T>(all.grad_queries[c * all.lanes + i] * static_cast<A>(in_.scale));
+      for (int64_t c = 0; c < d_; ++c)
+        grad_q[c] = static_cast<T>(all.grad_queries[c * all.lanes + i] * static_cast<A>(in_.scale));
     }
   }
 
@@ -150,7 +165,8 @@ class Backward {
       const int64_t head = queries.head(first + i), n = queries.query(first + i);
       const T* q = static_cast<const T*>(in_.q) + queries.b * qs.batch + head * qs.head + n * qs.row;
       const T* grad = static_cast<const T*>(params_.grad_out) + queries.b * gs.batch + head * gs.head + n * gs.row;
-      for (int64_t c = 0; c < d_; ++c) tile.set(i, c, static_cast<A>(q[c]) * static_cast<A>(in_.scale), static_cast<A>(grad[c]));
+      for (int64_t c = 0; c < d_; ++c)
+        tile.set(i, c, static_cast<A>(q[c]) * static_cast<A>(in_.scale), static_cast<A>(grad[c]));
       tile.set_lse(i, static_cast<const A*>(params_.lse_seq)[queries.statistic(first + i)]);
     }
     return tile;
@@ -168,7 +184,8 @@ class Backward {
   }
 
   // Over the tiles of keys: towards the expectation, or, where there is a place for them, the gradients.
-  void walk_sequence(const Sample& sample, const QueryRows& queries, int64_t first, Tile<A>& tile, Scratch& scratch, KeyGradients* grads) {
+  void walk_sequence(const Sample& sample, const QueryRows& queries, int64_t first, Tile<A>& tile, Scratch& scratch,
+                     KeyGradients* grads) {
     const auto query_of = [&](int64_t i) { return queries.query(first + i); };
     const Strides &ks = in_.k_strides, &vs = in_.v_strides;
     const T* k = static_cast<const T*>(in_.k) + sample.b * ks.batch + queries.kv_head * ks.head;
@@ -179,12 +196,15 @@ class Backward {
       const Matrix<A> keys = read_rows(k + j * ks.row, ks.row, nullptr, n, d_, scratch.keys);
       tile.meet(keys, read_rows(v + j * vs.row, vs.row, nullptr, n, d_, scratch.values), n);
       sample.hide_sequence_keys(tile, tile.rows, query_of, j, n);
-      if (grads) tile.add_gradients(keys, n, &grads->k[j * columns_], &grads->v[j * columns_]);
-      else tile.add_to_expectation(n);
+      if (grads)
+        tile.add_gradients(keys, n, &grads->k[j * columns_], &grads->v[j * columns_]);
+      else
+        tile.add_to_expectation(n);
     }
   }
 
-  void walk_hr(const Sample& sample, int64_t kv_head, const std::vector<HrRow>& hr_rows, Tile<A>& tile, Scratch& scratch, KeyGradients* grads) {
+  void walk_hr(const Sample& sample, int64_t kv_head, const std::vector<HrRow>& hr_rows, Tile<A>& tile,
+               Scratch& scratch, KeyGradients* grads) {
     const T* k = static_cast<const T*>(in_.k_hr) + kv_head * in_.k_hr_strides.head;
     const T* v = static_cast<const T*>(in_.v_hr) + kv_head * in_.v_hr_strides.head;
     for (int64_t j = 0; j < sample.hr_keys(); j += kTileKeys) {
@@ -193,8 +213,10 @@ class Backward {
       const Matrix<A> keys = read_rows(k, in_.k_hr_strides.row, slots, n, d_, scratch.keys);
       tile.meet(keys, read_rows(v, in_.v_hr_strides.row, slots, n, d_, scratch.values), n);
       sample.hide_hr_keys(tile, hr_rows, j, n);
-      if (grads) tile.add_gradients(keys, n, &grads->k[j * columns_], &grads->v[j * columns_]);
-      else tile.add_to_expectation(n);
+      if (grads)
+        tile.add_gradients(keys, n, &grads->k[j * columns_], &grads->v[j * columns_]);
+      else
+        tile.add_to_expectation(n);
     }
   }
 

@@ -48,7 +48,7 @@ void pool_cells(int64_t S, int64_t P, std::vector<uint8_t>& cells) {
 
 template <typename A>
 void select_sample(const SelectTokensParams& p, int64_t b) {
-  const int64_t S = p.lr_side, h = p.hr_side, side = p.pool_side ? p.pool_side : S, tokens = p.pictures * h * h;
+  const int64_t S = p.lr_side, h = p.hr_side, side = p.pool_side ? p.pool_side : S, tokens = p.images * h * h;
   const float ratio = static_cast<float>(side) / static_cast<float>(h);
   std::vector<int64_t> source(h);
   for (int64_t i = 0; i < h; ++i) source[i] = std::min<int64_t>(std::floor(static_cast<float>(i) * ratio), side - 1);
@@ -56,9 +56,9 @@ void select_sample(const SelectTokensParams& p, int64_t b) {
   bool* masks = p.mask + b * p.rows * tokens;
   std::vector<uint8_t> cells;
   for (int64_t r = 0; r < p.rows; ++r)
-    for (int64_t i = 0; i < p.pictures; ++i) {
-      const A* map = static_cast<const A*>(p.map) + ((b * p.rows + r) * p.pictures + i) * S * S;
-      choose_cells(p, map, p.live + (b * p.pictures + i) * 4, cells);
+    for (int64_t i = 0; i < p.images; ++i) {
+      const A* map = static_cast<const A*>(p.map) + ((b * p.rows + r) * p.images + i) * S * S;
+      choose_cells(p, map, p.live + (b * p.images + i) * 4, cells);
       if (p.pool_side) pool_cells(S, side, cells);
       bool* mask = masks + r * tokens + i * h * h;
       for (int64_t y = 0; y < h; ++y)

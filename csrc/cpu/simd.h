@@ -40,13 +40,18 @@ FLEXATTN_INLINE void store(A* data, Vector<A, M> value) {
 }
 
 #if defined(__x86_64__)
-#define FLEXATTN_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,prefer-vector-width=512")))
+#define FLEXATTN_AVX512 \
+  __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,prefer-vector-width=512")))
 #define FLEXATTN_AVX2 __attribute__((target("avx2,fma,f16c")))
 
 template <class Kernel, typename... Arguments>
-FLEXATTN_AVX512 void run_avx512(Arguments... arguments) { Kernel::template run<Avx512>(arguments...); }
+FLEXATTN_AVX512 void run_avx512(Arguments... arguments) {
+  Kernel::template run<Avx512>(arguments...);
+}
 template <class Kernel, typename... Arguments>
-FLEXATTN_AVX2 void run_avx2(Arguments... arguments) { Kernel::template run<Avx2>(arguments...); }
+FLEXATTN_AVX2 void run_avx2(Arguments... arguments) {
+  Kernel::template run<Avx2>(arguments...);
+}
 
 inline int best_machine() {
   static const int best = [] {
@@ -60,14 +65,16 @@ inline int best_machine() {
 }
 #endif
 
-// Kernel::run<Machine>(arguments...) on the best machine. `run` and all that it calls must be FLEXATTN_INLINE: only what is
-// inlined into these functions is compiled for their instruction set.
+// Kernel::run<Machine>(arguments...) on the best machine. `run` and all that it calls must be FLEXATTN_INLINE: only
+// what is inlined into these functions is compiled for their instruction set.
 template <class Kernel, typename... Arguments>
 void run_best(Arguments... arguments) {
 #if defined(__x86_64__)
   switch (best_machine()) {
-    case 2: return run_avx512<Kernel>(arguments...);
-    case 1: return run_avx2<Kernel>(arguments...);
+    case 2:
+      return run_avx512<Kernel>(arguments...);
+    case 1:
+      return run_avx2<Kernel>(arguments...);
   }
 #endif
   Kernel::template run<Baseline>(arguments...);

@@ -17,8 +17,8 @@ FLEXATTN_INLINE Vector<float, M> exp_of_nonpositive(Vector<float, M> x) {
   using V = Vector<float, M>;
   using I = Vector<int32_t, M>;
   const I visible = ~(x < -87.0f);
-  x = (V)((I)x & visible);               // 0 instead of what is too small
-  const V shifter = V{} + 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  x = (V)((I)x & visible);              // 0 instead of what is too small
+  const V shifter = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const V shifted = x * 1.44269504f + shifter;
   const V n = shifted - shifter;
   const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n * ln 2, in two parts
@@ -42,7 +42,9 @@ FLEXATTN_INLINE Vector<double, M> exp_of_nonpositive(Vector<double, M> x) {
 }
 
 template <class V>
-FLEXATTN_INLINE V larger(V x, V y) { return x > y ? x : y; }
+FLEXATTN_INLINE V larger(V x, V y) {
+  return x > y ? x : y;
+}
 
 // What is subtracted before the exponential: the largest logit, or 0 where none is finite (-inf - -inf is no number).
 template <typename A, class V>
@@ -55,8 +57,8 @@ FLEXATTN_INLINE V shift_of(V largest) {
 
 // A block of `rows` x `width` vectors of c, which stays in registers while k runs.
 template <class M, int rows, int width, typename A>
-FLEXATTN_INLINE void multiply_block(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c, int64_t ldc,
-                                    int64_t k, bool accumulate) {
+FLEXATTN_INLINE void multiply_block(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c,
+                                    int64_t ldc, int64_t k, bool accumulate) {
   using V = Vector<A, M>;
   constexpr int lanes = VectorOf<A, M>::lanes;
   V sum[rows][width];
@@ -75,18 +77,19 @@ FLEXATTN_INLINE void multiply_block(const A* a, int64_t a_row, int64_t a_column,
 }
 
 template <class M, int width, typename A>
-FLEXATTN_INLINE void multiply_column(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c, int64_t ldc,
-                                     int64_t m, int64_t k, bool accumulate) {
+FLEXATTN_INLINE void multiply_column(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c,
+                                     int64_t ldc, int64_t m, int64_t k, bool accumulate) {
   int64_t i = 0;
   for (; i + M::height <= m; i += M::height)
     multiply_block<M, M::height, width>(a + i * a_row, a_row, a_column, b, ldb, c + i * ldc, ldc, k, accumulate);
-  for (; i < m; ++i) multiply_block<M, 1, width>(a + i * a_row, a_row, a_column, b, ldb, c + i * ldc, ldc, k, accumulate);
+  for (; i < m; ++i)
+    multiply_block<M, 1, width>(a + i * a_row, a_row, a_column, b, ldb, c + i * ldc, ldc, k, accumulate);
 }
 
 struct Multiply {
   template <class M, typename A>
-  static FLEXATTN_INLINE void run(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c, int64_t ldc,
-                                  int64_t m, int64_t n, int64_t k, bool accumulate) {
+  static FLEXATTN_INLINE void run(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c,
+                                  int64_t ldc, int64_t m, int64_t n, int64_t k, bool accumulate) {
     constexpr int64_t lanes = VectorOf<A, M>::lanes, wide = lanes * M::width;
     int64_t j = 0;
     for (; j + wide <= n; j += wide)
@@ -95,7 +98,8 @@ struct Multiply {
   }
 };
 
-// Memory that a row far from its neighbour lies in is asked for this many rows ahead: hardware fetches ahead within a page.
+// Memory that a row far from its neighbour lies in is asked for this many rows ahead: hardware fetches ahead within a
+// page.
 constexpr int64_t kRowsAhead = 12;
 template <typename A>
 FLEXATTN_INLINE void prefetch_row(const A* row, int64_t d) {
@@ -162,11 +166,13 @@ struct SoftmaxStep {
 
 struct AddExpectation {
   template <class M, typename A>
-  static FLEXATTN_INLINE void run(const A* logits, const A* dp, int64_t keys, int64_t lanes, const A* lse, A* expectation) {
+  static FLEXATTN_INLINE void run(const A* logits, const A* dp, int64_t keys, int64_t lanes, const A* lse,
+                                  A* expectation) {
     for (int64_t i = 0; i < lanes; i += VectorOf<A, M>::lanes) {
       const Vector<A, M> shift = load<M>(lse + i);
       Vector<A, M> sum = load<M>(expectation + i);
-      for (int64_t j = i; j < keys * lanes; j += lanes) sum += exp_of_nonpositive<M>(load<M>(logits + j) - shift) * load<M>(dp + j);
+      for (int64_t j = i; j < keys * lanes; j += lanes)
+        sum += exp_of_nonpositive<M>(load<M>(logits + j) - shift) * load<M>(dp + j);
       store<M>(expectation + i, sum);
     }
   }
@@ -174,7 +180,8 @@ struct AddExpectation {
 
 struct LogitGradients {
   template <class M, typename A>
-  static FLEXATTN_INLINE void run(A* logits, A* dp, int64_t keys, int64_t lanes, const A* lse, const A* weight, const A* expectation) {
+  static FLEXATTN_INLINE void run(A* logits, A* dp, int64_t keys, int64_t lanes, const A* lse, const A* weight,
+                                  const A* expectation) {
     for (int64_t i = 0; i < lanes; i += VectorOf<A, M>::lanes) {
       const Vector<A, M> shift = load<M>(lse + i), w = load<M>(weight + i), mean = load<M>(expectation + i);
       for (int64_t j = i; j < keys * lanes; j += lanes) {
@@ -216,7 +223,8 @@ FLEXATTN_INLINE void add_weighted(const A* weight, const A* rows, int64_t ld, in
 
 struct SoftmaxStepOfRow {
   template <class M, typename A>
-  static FLEXATTN_INLINE void run(A* logits, int64_t keys, A* largest, A* sum, A* out, const A* values, int64_t ld, int64_t d) {
+  static FLEXATTN_INLINE void run(A* logits, int64_t keys, A* largest, A* sum, A* out, const A* values, int64_t ld,
+                                  int64_t d) {
     constexpr int64_t lanes = VectorOf<A, M>::lanes;
     A highest = *largest;
     int64_t j = 0;
@@ -283,8 +291,8 @@ struct WidenRows {
 }  // namespace
 
 template <typename A>
-void multiply(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c, int64_t ldc, int64_t m, int64_t n,
-              int64_t k, bool accumulate) {
+void multiply(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c, int64_t ldc, int64_t m,
+              int64_t n, int64_t k, bool accumulate) {
   run_best<Multiply>(a, a_row, a_column, b, ldb, c, ldc, m, n, k, accumulate);
 }
 template <typename A>
@@ -296,7 +304,8 @@ void add_expectation(const A* logits, const A* dp, int64_t keys, int64_t lanes, 
   run_best<AddExpectation>(logits, dp, keys, lanes, lse, expectation);
 }
 template <typename A>
-void logit_gradients(A* logits, A* dp, int64_t keys, int64_t lanes, const A* lse, const A* weight, const A* expectation) {
+void logit_gradients(A* logits, A* dp, int64_t keys, int64_t lanes, const A* lse, const A* weight,
+                     const A* expectation) {
   run_best<LogitGradients>(logits, dp, keys, lanes, lse, weight, expectation);
 }
 template <typename A>
@@ -316,14 +325,14 @@ void widen_rows(const T* from, int64_t stride, const int32_t* index, int64_t row
   run_best<WidenRows>(from, stride, index, rows, d, to);
 }
 
-#define FLEXATTN_INSTANTIATE(A)                                                                                              \
-  template void multiply(const A*, int64_t, int64_t, const A*, int64_t, A*, int64_t, int64_t, int64_t, int64_t, bool);       \
-  template void softmax_step(A*, int64_t, int64_t, A*, A*, A*, int64_t);                                                     \
-  template void add_expectation(const A*, const A*, int64_t, int64_t, const A*, A*);                                         \
-  template void logit_gradients(A*, A*, int64_t, int64_t, const A*, const A*, const A*);                                     \
-  template void softmax_step_of_row(A*, int64_t, A*, A*, A*, const A*, int64_t, int64_t);                                    \
-  template void dot_rows(const A*, const A*, int64_t, int64_t, int64_t, A*);                                                 \
-  template void exp_shifted(A*, int64_t, A);                                                                                 \
+#define FLEXATTN_INSTANTIATE(A)                                                                                        \
+  template void multiply(const A*, int64_t, int64_t, const A*, int64_t, A*, int64_t, int64_t, int64_t, int64_t, bool); \
+  template void softmax_step(A*, int64_t, int64_t, A*, A*, A*, int64_t);                                               \
+  template void add_expectation(const A*, const A*, int64_t, int64_t, const A*, A*);                                   \
+  template void logit_gradients(A*, A*, int64_t, int64_t, const A*, const A*, const A*);                               \
+  template void softmax_step_of_row(A*, int64_t, A*, A*, A*, const A*, int64_t, int64_t);                              \
+  template void dot_rows(const A*, const A*, int64_t, int64_t, int64_t, A*);                                           \
+  template void exp_shifted(A*, int64_t, A);                                                                           \
   template void widen_rows(const A*, int64_t, const int32_t*, int64_t, int64_t, A*)
 FLEXATTN_INSTANTIATE(float);
 FLEXATTN_INSTANTIATE(double);

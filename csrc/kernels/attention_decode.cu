@@ -1,10 +1,10 @@
 // N x (N+M) attention for few query rows (decoding), bound by the bandwidth with which K and V are read.
 //
-// Split-KV: the keys of a sample, first those of the sequence, then the high-resolution ones, are cut into chunks; a block
-// takes one chunk of one key head for every query row and head that reads it, and leaves (largest logit, sum, output) per row
-// in the workspace. A chunk never holds keys of both kinds, so the softmax over the sequence alone falls out. A second kernel
-// puts the chunks together in their order, and makes the map of the logits that the first one left. No tensor cores: at one
-// query row there is one multiplication for each number read.
+// Split-KV: the keys of a sample, first those of the sequence, then the high-resolution ones, are cut into chunks; a
+// block takes one chunk of one key head for every query row and head that reads it, and leaves (largest logit, sum,
+// output) per row in the workspace. A chunk never holds keys of both kinds, so the softmax over the sequence alone
+// falls out. A second kernel puts the chunks together in their order, and makes the map of the logits that the first
+// one left. No tensor cores: at one query row there is one multiplication for each number read.
 
 #include "attention_decode.h"
 #include "visibility.cuh"
@@ -15,7 +15,8 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kLeastChunk = 64, kMostChunk = 256;
-constexpr int64_t kWantedBlocks = 320;  // four for each of a V100's 80 multiprocessors, which hold two or three at a time
+constexpr int64_t kWantedBlocks =
+    320;  // four for each of a V100's 80 multiprocessors, which hold two or three at a time
 
 constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
 
@@ -49,9 +50,9 @@ struct Splits {
     const int64_t parts = in.batch * in.heads * in.queries * all;
     outputs = static_cast<float*>(p.workspace);
     statistics = reinterpret_cast<Statistics*>(outputs + parts * in.head_dim);
-    logits = p.pictures ? reinterpret_cast<float*>(statistics + parts) : nullptr;
+    logits = p.images ? reinterpret_cast<float*>(statistics + parts) : nullptr;
     bytes = parts * (in.head_dim * sizeof(float) + sizeof(Statistics));
-    if (p.pictures) bytes += in.batch * in.rows * in.heads * in.keys * sizeof(float);
+    if (p.images) bytes += in.batch * in.rows * in.heads * in.keys * sizeof(float);
   }
 };
 
@@ -96,7 +97,8 @@ __device__ int64_t map_row(const AttentionForwardParams& p, int64_t b, int64_t n
 }
 
 // Asked by a whole warp.
-__device__ Row describe_row(const AttentionForwardParams& p, const Splits& s, int64_t b, int64_t head, int64_t n, bool hr) {
+__device__ Row describe_row(const AttentionForwardParams& p, const Splits& s, int64_t b, int64_t head, int64_t n,
+                            bool hr) {
   const AttentionInputs& in = p.in;
   Row row{(b * in.heads + head) * in.queries + n, 0, nullptr, nullptr};
   if (hr) {
@@ -118,7 +120,8 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2) attention_splits
   constexpr int kChannels = Vector<T>::kSize, kBatch = G::kBatch;
   auto& shared = *shared_memory<Shared<kDim, kRows, G::kCount>>();
   const AttentionInputs& in = p.in;
-  const int64_t split = blockIdx.x % s.all, group = blockIdx.x / s.all % in.kv_heads, b = blockIdx.x / s.all / in.kv_heads;
+  const int64_t split = blockIdx.x % s.all, group = blockIdx.x / s.all % in.kv_heads,
+                b = blockIdx.x / s.all / in.kv_heads;
   const int64_t heads = in.heads / in.kv_heads, rows = heads * in.queries;
   const bool hr = split >= s.sequence;
 
@@ -260,7 +263,8 @@ __device__ Statistics merge(const Statistics* parts, int count) {
 template <typename T>
 __device__ void combine_row(const AttentionForwardParams& p, const Splits& s, int64_t row) {
   const AttentionInputs& in = p.in;
-  const int64_t n = row % in.queries, head = row / in.queries % in.heads, b = row / in.queries / in.heads, c = threadIdx.x;
+  const int64_t n = row % in.queries, head = row / in.queries % in.heads, b = row / in.queries / in.heads,
+                c = threadIdx.x;
   const Statistics* parts = s.statistics + row * s.all;
   const Statistics all = merge(parts, s.all), sequence = merge(parts, s.sequence);
   const float alpha = listed_row(in, b, n) >= 0 ? mixing<float>(in, b) : 1.f;
@@ -283,11 +287,13 @@ __device__ void combine_row(const AttentionForwardParams& p, const Splits& s, in
       narrow<T>(alpha == 1.f ? full : alpha * full + (1.f - alpha) * plain);
 }
 
-// map[b, r, i, cell] = sum over heads, in their order, of exp(logit - lse): a block per kThreads cells of a row of the map.
+// map[b, r, i, cell] = sum over heads, in their order, of exp(logit - lse): a block per kThreads cells of a row of the
+// map.
 __device__ void combine_map(const AttentionForwardParams& p, const Splits& s, int64_t block) {
   const AttentionInputs& in = p.in;
-  const int64_t cells = p.pictures * p.map_size, blocks = (cells + kThreads - 1) / kThreads;
-  const int64_t at = block % blocks * kThreads + threadIdx.x, r = block / blocks % in.rows, b = block / blocks / in.rows;
+  const int64_t cells = p.images * p.map_size, blocks = (cells + kThreads - 1) / kThreads;
+  const int64_t at = block % blocks * kThreads + threadIdx.x, r = block / blocks % in.rows,
+                b = block / blocks / in.rows;
   const int64_t n = in.hr_rows ? row_at(in, b, r) : in.queries - 1;
   float* lse = shared_memory<float>();  // [H]
   for (int64_t head = warp_in_block(); n >= 0 && head < in.heads; head += kWarps) {
@@ -297,7 +303,7 @@ __device__ void combine_map(const AttentionForwardParams& p, const Splits& s, in
   }
   __syncthreads();
   if (at >= cells) return;
-  const int32_t* range = p.map_ranges + (b * p.pictures + at / p.map_size) * 2;
+  const int32_t* range = p.map_ranges + (b * p.images + at / p.map_size) * 2;
   require("hierarchical_attention: map_ranges", range[0], 0, in.keys);
   require("hierarchical_attention: map_ranges", range[1], range[0], in.keys);
   const int64_t j = range[0] + at % p.map_size;
@@ -323,8 +329,8 @@ __global__ void __launch_bounds__(kThreads) combine_splits(AttentionForwardParam
 
 template <typename T, int kDim, int kRows>
 void launch_splits(const AttentionForwardParams& p, const Splits& s, Stream stream) {
-  launch("hierarchical_attention (decode)", attention_splits<T, kDim, kRows>, p.in.batch * p.in.kv_heads * s.all, kThreads,
-         sizeof(Shared<kDim, kRows, Groups<T, kDim>::kCount>), stream, p, s);
+  launch("hierarchical_attention (decode)", attention_splits<T, kDim, kRows>, p.in.batch * p.in.kv_heads * s.all,
+         kThreads, sizeof(Shared<kDim, kRows, Groups<T, kDim>::kCount>), stream, p, s);
 }
 
 template <typename T, int kDim>
@@ -337,14 +343,23 @@ template <typename T>
 void forward(const AttentionForwardParams& p, Stream stream) {
   const Splits s(p);
   switch (p.in.head_dim) {
-    case 64: launch_splits<T, 64>(p, s, stream); break;
-    case 80: launch_splits<T, 80>(p, s, stream); break;
-    case 96: launch_splits<T, 96>(p, s, stream); break;
-    case 128: launch_splits<T, 128>(p, s, stream); break;
+    case 64:
+      launch_splits<T, 64>(p, s, stream);
+      break;
+    case 80:
+      launch_splits<T, 80>(p, s, stream);
+      break;
+    case 96:
+      launch_splits<T, 96>(p, s, stream);
+      break;
+    case 128:
+      launch_splits<T, 128>(p, s, stream);
+      break;
   }
   const int64_t rows = p.in.batch * p.in.heads * p.in.queries;
-  const int64_t map = p.in.batch * p.in.rows * blocks_for(p.pictures * p.map_size, kThreads);
-  launch("hierarchical_attention (combine)", combine_splits<T>, rows + map, kThreads, p.in.heads * sizeof(float), stream, p, s);
+  const int64_t map = p.in.batch * p.in.rows * blocks_for(p.images * p.map_size, kThreads);
+  launch("hierarchical_attention (combine)", combine_splits<T>, rows + map, kThreads, p.in.heads * sizeof(float),
+         stream, p, s);
 }
 
 }  // namespace
@@ -353,10 +368,14 @@ int64_t attention_decode_workspace(const AttentionForwardParams& params) { retur
 
 void attention_decode(const AttentionForwardParams& params, Stream stream) {
   switch (params.in.dtype) {
-    case DType::kFloat32: return forward<float>(params, stream);
-    case DType::kFloat16: return forward<__half>(params, stream);
-    case DType::kBFloat16: return forward<__nv_bfloat16>(params, stream);
-    case DType::kFloat64: break;  // attention_path.h sends it elsewhere
+    case DType::kFloat32:
+      return forward<float>(params, stream);
+    case DType::kFloat16:
+      return forward<__half>(params, stream);
+    case DType::kBFloat16:
+      return forward<__nv_bfloat16>(params, stream);
+    case DType::kFloat64:
+      break;  // attention_path.h sends it elsewhere
   }
 }
 

@@ -57,7 +57,8 @@ __global__ void attention_rows(AttentionForwardParams p) {
     const int64_t j = j0 + lane();
     const bool seen = j < end && unmasked(in, b, j);
     const A logit = seen ? scale * dot(query, row_of<T>(in.k, in.k_strides, b, group, j), d) : minus_infinity<A>();
-    softmax.absorb(logit, lanes_used(j0, end), d, [&](int i) { return row_of<T>(in.v, in.v_strides, b, group, j0 + i); });
+    softmax.absorb(logit, lanes_used(j0, end), d,
+                   [&](int i) { return row_of<T>(in.v, in.v_strides, b, group, j0 + i); });
   }
   const A lse_seq = softmax.log_sum_exp();
 
@@ -70,7 +71,8 @@ __global__ void attention_rows(AttentionForwardParams p) {
     for (int64_t m0 = 0; m0 < count; m0 += kWarp) {
       const int64_t m = m0 + lane();
       const bool seen = m < count && (!bits || bit(bits, m));
-      const A logit = seen ? scale * dot(query, row_of<T>(in.k_hr, in.k_hr_strides, 0, group, slot(in, b, m)), d) : minus_infinity<A>();
+      const A logit = seen ? scale * dot(query, row_of<T>(in.k_hr, in.k_hr_strides, 0, group, slot(in, b, m)), d)
+                           : minus_infinity<A>();
       softmax.absorb(logit, lanes_used(m0, count), d,
                      [&](int i) { return row_of<T>(in.v_hr, in.v_hr_strides, 0, group, slot(in, b, m0 + i)); });
     }
@@ -93,11 +95,11 @@ __global__ void attention_map(AttentionForwardParams p) {
   using A = typename Accumulator<T>::type;
   const AttentionInputs& in = p.in;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= in.batch * in.rows * p.pictures * p.map_size) return;
-  const int64_t cell = at % p.map_size, picture = at / p.map_size % p.pictures;
-  const int64_t r = at / p.map_size / p.pictures % in.rows, b = at / p.map_size / p.pictures / in.rows;
+  if (at >= in.batch * in.rows * p.images * p.map_size) return;
+  const int64_t cell = at % p.map_size, image = at / p.map_size % p.images;
+  const int64_t r = at / p.map_size / p.images % in.rows, b = at / p.map_size / p.images / in.rows;
   const int64_t n = in.hr_rows ? row_at(in, b, r) : in.queries - 1;
-  const int32_t* range = p.map_ranges + (b * p.pictures + picture) * 2;
+  const int32_t* range = p.map_ranges + (b * p.images + image) * 2;
   require("hierarchical_attention: map_ranges", range[0], 0, in.keys);
   require("hierarchical_attention: map_ranges", range[1], range[0], in.keys);
   const int64_t j = range[0] + cell;
@@ -121,11 +123,11 @@ void forward(const AttentionForwardParams& p, Stream stream) {
   const AttentionInputs& in = p.in;
   const size_t scratch = scratch_size(in.head_dim) * sizeof(A);
   const int warps = warps_that_fit("hierarchical_attention", scratch);
-  launch("hierarchical_attention", attention_rows<T>, blocks_for(in.batch * in.heads * in.queries, warps), warps * kWarp,
-         warps * scratch, stream, p);
+  launch("hierarchical_attention", attention_rows<T>, blocks_for(in.batch * in.heads * in.queries, warps),
+         warps * kWarp, warps * scratch, stream, p);
   constexpr int kThreads = 128;
-  launch("hierarchical_attention (map)", attention_map<T>, blocks_for(in.batch * in.rows * p.pictures * p.map_size, kThreads), kThreads,
-         0, stream, p);
+  launch("hierarchical_attention (map)", attention_map<T>,
+         blocks_for(in.batch * in.rows * p.images * p.map_size, kThreads), kThreads, 0, stream, p);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// N x (N+M) attention on tensor cores (float16, bfloat16; head sizes up to 128), as FlashAttention streams it: a block owns 64
-// query rows of one head, a warp 16 of them, and tiles of 64 keys pass by, those of the sequence first, then the sample's
-// high-resolution keys. Scores, probabilities and outputs stay in registers.
+// N x (N+M) attention on tensor cores (float16, bfloat16; head sizes up to 128), as FlashAttention streams it: a block
+// owns 64 query rows of one head, a warp 16 of them, and tiles of 64 keys pass by, those of the sequence first, then
+// the sample's high-resolution keys. Scores, probabilities and outputs stay in registers.
 //
 //   for each tile:   S = Q K^T        meanwhile V of this tile comes in
 //                    softmax          (registers)
@@ -16,12 +16,13 @@ namespace flexattn::cuda {
 // What a block has to do. It lies in shared memory, since registers are what this kernel has least of.
 struct BlockWork {
   int sample, head, kv_head;
-  int first_row, rows;                     // query rows
-  int first_position;                      // of first_row
-  int first_key, end_of_keys;              // of the sequence, for the last row
-  int hr_count, hr_from;                   // HR keys, 0 where no row of the block sees them; rows from hr_from on do, unless rows are listed
-  int sequence_tiles, tiles;               // tiles of the sequence; of both parts
-  int place[kTileRows];                    // of a row in hr_rows (without hr_rows: 0 for the last query), or -1
+  int first_row, rows;         // query rows
+  int first_position;          // of first_row
+  int first_key, end_of_keys;  // of the sequence, for the last row
+  int hr_count,
+      hr_from;  // HR keys, 0 where no row of the block sees them; rows from hr_from on do, unless rows are listed
+  int sequence_tiles, tiles;  // tiles of the sequence; of both parts
+  int place[kTileRows];       // of a row in hr_rows (without hr_rows: 0 for the last query), or -1
 
   __device__ KeyTile tile(int t) const {
     if (t < sequence_tiles) return {false, first_key + t * kTileKeys, end_of_keys};
@@ -39,7 +40,8 @@ __device__ inline void describe_work(const AttentionInputs& in, BlockWork& work,
   const int queries = static_cast<int>(in.queries);
   if (threadIdx.x == 0) {
     // The longest rows first: they end last.
-    const int heads = static_cast<int>(in.heads), samples = static_cast<int>(in.batch), blocks = static_cast<int>(gridDim.x);
+    const int heads = static_cast<int>(in.heads), samples = static_cast<int>(in.batch),
+              blocks = static_cast<int>(gridDim.x);
     const int block = blocks - 1 - static_cast<int>(blockIdx.x), sample = block / heads % samples;
     work.sample = sample;
     work.head = block % heads;
@@ -54,7 +56,8 @@ __device__ inline void describe_work(const AttentionInputs& in, BlockWork& work,
     work.sequence_tiles = static_cast<int>(blocks_for(max(0, work.end_of_keys - work.first_key), kTileKeys));
   }
   __syncthreads();
-  for (int r = threadIdx.x; r < kTileRows; r += kTileThreads) work.place[r] = !in.hr_rows && work.first_row + r == queries - 1 ? 0 : -1;
+  for (int r = threadIdx.x; r < kTileRows; r += kTileThreads)
+    work.place[r] = !in.hr_rows && work.first_row + r == queries - 1 ? 0 : -1;
   __syncthreads();
   bool any = in.hr_from && work.first_row + work.rows > work.hr_from;
   if (in.hr_rows) {
@@ -104,19 +107,25 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
   // --------------------------------------------------------------------------------------------- this lane's two rows
   const int warp_row = warp_in_block() * kWarpRows;
   auto row = [&](int which) { return warp_row + Mma::row(which); };
-  auto sees_hr = [&](int which) { return in.hr_rows ? work.place[row(which)] >= 0 : work.first_row + row(which) >= work.hr_from; };
+  auto sees_hr = [&](int which) {
+    return in.hr_rows ? work.place[row(which)] >= 0 : work.first_row + row(which) >= work.hr_from;
+  };
 
   Mma mma;
   mma.load_query(
       [&](int r) {
-        return row_of<T>(in.q, in.q_strides, work.sample, work.head, min(work.first_row + warp_row + r, static_cast<int>(in.queries) - 1));
+        return row_of<T>(in.q, in.q_strides, work.sample, work.head,
+                         min(work.first_row + warp_row + r, static_cast<int>(in.queries) - 1));
       },
       d);
 
-  auto rows_of = [&](const KeyTile& tile, const void* sequence, const Strides& strides, const void* pool, const Strides& pool_strides) {
-    return tile.hr ? TileRows<T>{row_of<T>(pool, pool_strides, 0, work.kv_head, 0), pool_strides.row,
-                                 in.hr_slots + static_cast<int64_t>(work.sample) * in.selected, tile.first, tile.end - 1}
-                   : TileRows<T>{row_of<T>(sequence, strides, work.sample, work.kv_head, 0), strides.row, nullptr, tile.first, tile.end - 1};
+  auto rows_of = [&](const KeyTile& tile, const void* sequence, const Strides& strides, const void* pool,
+                     const Strides& pool_strides) {
+    return tile.hr
+               ? TileRows<T>{row_of<T>(pool, pool_strides, 0, work.kv_head, 0), pool_strides.row,
+                             in.hr_slots + static_cast<int64_t>(work.sample) * in.selected, tile.first, tile.end - 1}
+               : TileRows<T>{row_of<T>(sequence, strides, work.sample, work.kv_head, 0), strides.row, nullptr,
+                             tile.first, tile.end - 1};
   };
   auto key_rows = [&](const KeyTile& tile) { return rows_of(tile, in.k, in.k_strides, in.k_hr, in.k_hr_strides); };
   auto value_rows = [&](const KeyTile& tile) { return rows_of(tile, in.v, in.v_strides, in.v_hr, in.v_hr_strides); };
@@ -132,7 +141,9 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       if (row(which) >= work.rows) continue;
-      T* to = static_cast<T*>(p.out) + ((work.sample * in.queries + work.first_row + row(which)) * in.heads + work.head) * d + Mma::channel_of_lane();
+      T* to = static_cast<T*>(p.out) +
+              ((work.sample * in.queries + work.first_row + row(which)) * in.heads + work.head) * d +
+              Mma::channel_of_lane();
 #pragma unroll
       for (int i = 0; i < Mma::kOutputs; i += 2) {  // two neighbouring channels
         if (Mma::row_of(i) != which || Mma::channel_of_output(i) + Mma::channel_of_lane() >= d) continue;
@@ -192,8 +203,9 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
     const TileRows<T> next_rows = key_rows(work.tile(next));
     if (next < work.tiles) copy.template issue<0>(next_rows, d, keys, key_place);
 
-    const bool whole = tile.hr ? in.hr_from && !in.hr_row_bits && work.first_row >= work.hr_from && tile.first + kTileKeys <= tile.end
-                               : !in.key_mask && tile.first + kTileKeys <= work.first_position + 1;
+    const bool whole =
+        tile.hr ? in.hr_from && !in.hr_row_bits && work.first_row >= work.hr_from && tile.first + kTileKeys <= tile.end
+                : !in.key_mask && tile.first + kTileKeys <= work.first_position + 1;
     if (!whole) {
       uint64_t visible[2];
 #pragma unroll
@@ -204,7 +216,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
             visible[which] &= bits_from(row_bits(in, work.sample, work.place[row(which)]), tile.first, in.selected);
         } else {
           visible[which] = low_bits(min(work.first_position + row(which) + 1, tile.end) - tile.first);
-          if (in.key_mask) visible[which] &= bits_from(in.key_mask + work.sample * words_for_bits(in.keys), tile.first, in.keys);
+          if (in.key_mask)
+            visible[which] &= bits_from(in.key_mask + work.sample * words_for_bits(in.keys), tile.first, in.keys);
         }
         visible[which] >>= Mma::key_of_lane();
       }
@@ -215,19 +228,21 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
 
     if (!tile.hr && p.workspace) {
       // Logits of the rows with a map [B, R, H, I, S*S]; map_of_logits makes it.
-      for (int picture = 0; picture < p.pictures; ++picture) {
-        const int32_t* range = p.map_ranges + (work.sample * p.pictures + picture) * 2;
+      for (int image = 0; image < p.images; ++image) {
+        const int32_t* range = p.map_ranges + (work.sample * p.images + image) * 2;
         const int ahead = tile.first + Mma::key_of_lane() - range[0];
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
           const int place = work.place[row(which)];
           if (place < 0) continue;
           float* to = static_cast<float*>(p.workspace) +
-                      (((work.sample * in.rows + place) * in.heads + work.head) * p.pictures + picture) * p.map_size + ahead;
+                      (((work.sample * in.rows + place) * in.heads + work.head) * p.images + image) * p.map_size +
+                      ahead;
           const uint64_t wanted = low_bits(range[1] - range[0] - ahead) & ~low_bits(-ahead);
 #pragma unroll
           for (int i = 0; i < Mma::kScores; ++i)
-            if (Mma::row_of(i) == which && (wanted >> Mma::key_of_score(i) & 1)) to[Mma::key_of_score(i)] = s[i] * scale;
+            if (Mma::row_of(i) == which && (wanted >> Mma::key_of_score(i) & 1))
+              to[Mma::key_of_score(i)] = s[i] * scale;
         }
       }
     }

@@ -39,13 +39,15 @@ struct TileCopy {
   static_assert(kPerPart * kTileThreads * Mma::kParts == kTileKeys * kChunks);
   uint4 held[Mma::kAsync ? 1 : kPerPart];
 
-  // Shared memory serves 8 lanes at a time. Where these have parts of two rows, the rows differ in their low four bits, so that
-  // Mma's permutations of chunks send the end of one row and the beginning of the other to different banks.
+  // Shared memory serves 8 lanes at a time. Where these have parts of two rows, the rows differ in their low four bits,
+  // so that Mma's permutations of chunks send the end of one row and the beginning of the other to different banks.
   static __device__ int row(int part, int i) {
     const int n = (threadIdx.x + (part * kPerPart + i) * kTileThreads) / kChunks;
     return kChunks % 8 ? n ^ (n & 1) * 14 : n;
   }
-  static __device__ int chunk(int part, int i) { return (threadIdx.x + (part * kPerPart + i) * kTileThreads) % kChunks; }
+  static __device__ int chunk(int part, int i) {
+    return (threadIdx.x + (part * kPerPart + i) * kTileThreads) % kChunks;
+  }
 
   template <int part, typename Chunk>
   __device__ void issue(const TileRows<T>& rows, int d, T* shared, const Chunk& place) {

@@ -21,7 +21,8 @@ struct Rows {
   Unit* result;
 };
 
-// A warp writes a row: a copy of source, or zero where that is null. A lane has several loads under way before it stores.
+// A warp writes a row: a copy of source, or zero where that is null. A lane has several loads under way before it
+// stores.
 template <typename Unit>
 __device__ void write_row(Unit* __restrict__ result, const Unit* __restrict__ source, int64_t width) {
   constexpr int kLoads = 4;
@@ -43,11 +44,12 @@ __global__ void __launch_bounds__(kThreads) gather_rows(Rows<Unit> p) {
   if (row >= p.batch * p.selected) return;
   const int64_t token = p.index[row], b = row / p.selected;
   require("gather_tokens: index", token, -1, p.tokens - 1);
-  write_row(p.result + row * p.width, token < 0 ? nullptr : p.source + b * p.source_batch + token * p.source_row, p.width);
+  write_row(p.result + row * p.width, token < 0 ? nullptr : p.source + b * p.source_batch + token * p.source_row,
+            p.width);
 }
 
-// A block per 32 tokens of the result. It reads the whole index of its sample to learn which of them are selected, and from
-// where; no token stands there twice. Shared memory: for each of its tokens the place in the index, or -1.
+// A block per 32 tokens of the result. It reads the whole index of its sample to learn which of them are selected, and
+// from where; no token stands there twice. Shared memory: for each of its tokens the place in the index, or -1.
 constexpr int kTile = 32;
 
 template <typename Unit>
@@ -70,22 +72,33 @@ __global__ void __launch_bounds__(kThreads) scatter_rows(Rows<Unit> p) {
 template <typename Unit>
 void move_units(const GatherTokensParams& p, bool scatter, Stream stream) {
   const int64_t per_unit = sizeof(Unit) / p.element_size, width = p.channels / per_unit;
-  const Rows<Unit> rows{p.batch, p.tokens, p.selected, width, p.index, static_cast<const Unit*>(p.source),
-                        p.source_batch / per_unit, p.source_row / per_unit, static_cast<Unit*>(p.result)};
+  const Rows<Unit> rows{p.batch,
+                        p.tokens,
+                        p.selected,
+                        width,
+                        p.index,
+                        static_cast<const Unit*>(p.source),
+                        p.source_batch / per_unit,
+                        p.source_row / per_unit,
+                        static_cast<Unit*>(p.result)};
   if (scatter)
-    launch("gather_tokens_backward", scatter_rows<Unit>, p.batch * blocks_for(p.tokens, kTile), kThreads, kTile * sizeof(int32_t),
-           stream, rows);
+    launch("gather_tokens_backward", scatter_rows<Unit>, p.batch * blocks_for(p.tokens, kTile), kThreads,
+           kTile * sizeof(int32_t), stream, rows);
   else
     launch("gather_tokens", gather_rows<Unit>, blocks_for(p.batch * p.selected, kWarps), kThreads, 0, stream, rows);
 }
 
 void move_rows(const GatherTokensParams& p, bool scatter, Stream stream) {
-  if (in_vectors({p.channels, p.source_row, p.source_batch}, p.element_size) && in_vectors(p.source) && in_vectors(p.result))
+  if (in_vectors({p.channels, p.source_row, p.source_batch}, p.element_size) && in_vectors(p.source) &&
+      in_vectors(p.result))
     return move_units<uint4>(p, scatter, stream);
   switch (p.element_size) {
-    case 2: return move_units<uint16_t>(p, scatter, stream);
-    case 4: return move_units<uint32_t>(p, scatter, stream);
-    default: return move_units<uint64_t>(p, scatter, stream);
+    case 2:
+      return move_units<uint16_t>(p, scatter, stream);
+    case 4:
+      return move_units<uint32_t>(p, scatter, stream);
+    default:
+      return move_units<uint64_t>(p, scatter, stream);
   }
 }
 

@@ -17,20 +17,27 @@ AttentionPath path_of(const AttentionInputs& in) { return choose_attention_path(
 
 int64_t hierarchical_attention_workspace(const AttentionForwardParams& params, Stream) {
   switch (path_of(params.in)) {
-    case AttentionPath::kGeneric: return 0;
-    case AttentionPath::kDecode: return attention_decode_workspace(params);
+    case AttentionPath::kGeneric:
+      return 0;
+    case AttentionPath::kDecode:
+      return attention_decode_workspace(params);
     case AttentionPath::kVolta:
-    case AttentionPath::kAmpere: return attention_prefill_workspace(params);
+    case AttentionPath::kAmpere:
+      return attention_prefill_workspace(params);
   }
   return 0;
 }
 
 void hierarchical_attention_forward(const AttentionForwardParams& params, Stream stream) {
   switch (path_of(params.in)) {
-    case AttentionPath::kGeneric: return attention_generic(params, stream);
-    case AttentionPath::kDecode: return attention_decode(params, stream);
-    case AttentionPath::kVolta: return attention_prefill(params, TensorCores::kVolta, stream);
-    case AttentionPath::kAmpere: return attention_prefill(params, TensorCores::kAmpere, stream);
+    case AttentionPath::kGeneric:
+      return attention_generic(params, stream);
+    case AttentionPath::kDecode:
+      return attention_decode(params, stream);
+    case AttentionPath::kVolta:
+      return attention_prefill(params, TensorCores::kVolta, stream);
+    case AttentionPath::kAmpere:
+      return attention_prefill(params, TensorCores::kAmpere, stream);
   }
 }
 

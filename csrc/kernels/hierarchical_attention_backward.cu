@@ -2,14 +2,15 @@
 //
 //   grad_query_rows     a warp per query row:     D of both softmaxes, then grad_q
 //   grad_sequence_keys  a warp per sequence key:  grad_k, grad_v over the rows that see it
-//   grad_pool_slots     a warp per pool slot:     grad_k_hr, grad_v_hr over the samples that own it and the rows that see it
+//   grad_pool_slots     a warp per pool slot:     grad_k_hr, grad_v_hr over the samples that own it and the rows that
+//   see it
 //
 //   out_i = sum_j w_ij v_j        w    = (1 - alpha) P_seq + alpha P_full
-//   dv_j += w_ij dout_i           ds_ij = (1 - alpha) P_seq (dp_ij - D_seq) + alpha P_full (dp_ij - D_full), dp_ij = dout_i . v_j
-//   dk_j += scale ds_ij q_i       D    = sum_j P_ij dp_ij
+//   dv_j += w_ij dout_i           ds_ij = (1 - alpha) P_seq (dp_ij - D_seq) + alpha P_full (dp_ij - D_full), dp_ij =
+//   dout_i . v_j dk_j += scale ds_ij q_i       D    = sum_j P_ij dp_ij
 //
-// The forward pass leaves lse == lse_seq for a row that sees no HR key, so that P_full == P_seq there and mixing changes
-// nothing: no kernel here asks which rows see HR keys to know the weight of a sequence key.
+// The forward pass leaves lse == lse_seq for a row that sees no HR key, so that P_full == P_seq there and mixing
+// changes nothing: no kernel here asks which rows see HR keys to know the weight of a sequence key.
 
 #include "flexattn/hierarchical_attention.h"
 #include "visibility.cuh"
@@ -37,7 +38,8 @@ template <typename A>
 __device__ RowState<A> row_state(const AttentionBackwardParams& p, int64_t b, int64_t head, int64_t n) {
   const int64_t at = (b * p.in.heads + head) * p.in.queries + n;
   const A* delta = static_cast<const A*>(p.delta) + at * 2;
-  return {static_cast<const A*>(p.lse)[at], static_cast<const A*>(p.lse_seq)[at], delta[0], delta[1], mixing<A>(p.in, b)};
+  return {static_cast<const A*>(p.lse)[at], static_cast<const A*>(p.lse_seq)[at], delta[0], delta[1],
+          mixing<A>(p.in, b)};
 }
 
 template <typename T>
@@ -50,7 +52,8 @@ __device__ const T* grad_row(const AttentionBackwardParams& p, int64_t b, int64_
   return row_of<T>(p.grad_out, p.grad_out_strides, b, head, n);
 }
 
-// Shared memory of a warp. Rows: query, grad_out, grad_q [d] each; keys: key, value, grad_k, grad_v [d] each. Factors [32].
+// Shared memory of a warp. Rows: query, grad_out, grad_q [d] each; keys: key, value, grad_k, grad_v [d] each. Factors
+// [32].
 FLEXATTN_HOST_DEVICE constexpr int64_t row_scratch(int64_t d) { return 3 * d + kWarp; }
 FLEXATTN_HOST_DEVICE constexpr int64_t key_scratch(int64_t d) { return 4 * d + kWarp; }
 
@@ -145,7 +148,8 @@ __global__ void grad_sequence_keys(AttentionBackwardParams p) {
   const AttentionInputs& in = p.in;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_in_block();  // over [B, Hkv, Nk]
   if (item >= in.batch * in.kv_heads * in.keys) return;
-  const int64_t j = item % in.keys, group = item / in.keys % in.kv_heads, b = item / in.keys / in.kv_heads, d = in.head_dim;
+  const int64_t j = item % in.keys, group = item / in.keys % in.kv_heads, b = item / in.keys / in.kv_heads,
+                d = in.head_dim;
   const int64_t heads = in.heads / in.kv_heads;
   const A scale = static_cast<A>(in.scale);
   KeyGradient<T> key(row_of<T>(in.k, in.k_strides, b, group, j), row_of<T>(in.v, in.v_strides, b, group, j), d);
@@ -176,7 +180,8 @@ __global__ void clear_slot_table(int32_t* table, int64_t size) {
 }
 
 __global__ void fill_slot_table(AttentionInputs in, int32_t* table) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, b = i / in.selected, m = i % in.selected;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, b = i / in.selected,
+                m = i % in.selected;
   if (b < in.batch && m < hr_keys(in, b)) table[b * in.pool + slot(in, b, m)] = static_cast<int32_t>(m);
 }
 
@@ -188,7 +193,8 @@ __global__ void grad_pool_slots(AttentionBackwardParams p) {
   if (item >= in.pool * in.kv_heads) return;
   const int64_t group = item % in.kv_heads, at = item / in.kv_heads, d = in.head_dim, heads = in.heads / in.kv_heads;
   const A scale = static_cast<A>(in.scale);
-  KeyGradient<T> key(row_of<T>(in.k_hr, in.k_hr_strides, 0, group, at), row_of<T>(in.v_hr, in.v_hr_strides, 0, group, at), d);
+  KeyGradient<T> key(row_of<T>(in.k_hr, in.k_hr_strides, 0, group, at),
+                     row_of<T>(in.v_hr, in.v_hr_strides, 0, group, at), d);
   for (int64_t b = 0; b < in.batch; ++b) {
     const int64_t m = p.slot_to_key[b * in.pool + at];
     if (m < 0 || !(in.hr_rows || in.hr_from)) continue;
@@ -212,8 +218,10 @@ __global__ void grad_pool_slots(AttentionBackwardParams p) {
           ds = scale * state.hr_gradient(logit, dot(key.value, grad_row<T>(p, b, head, n), d));
         }
         const int rows = lanes_used(i0, end);
-        add_rows(key.grad_k, A(1), ds, key.factors, rows, d, [&](int r) { return query_row<T>(p, b, head, query(i0 + r)); });
-        add_rows(key.grad_v, A(1), weight, key.factors, rows, d, [&](int r) { return grad_row<T>(p, b, head, query(i0 + r)); });
+        add_rows(key.grad_k, A(1), ds, key.factors, rows, d,
+                 [&](int r) { return query_row<T>(p, b, head, query(i0 + r)); });
+        add_rows(key.grad_v, A(1), weight, key.factors, rows, d,
+                 [&](int r) { return grad_row<T>(p, b, head, query(i0 + r)); });
       }
   }
   key.store(p.grad_k_hr, p.grad_v_hr, item * d);
@@ -226,10 +234,13 @@ void backward(const AttentionBackwardParams& p, Stream stream) {
   const char* name = "hierarchical_attention_backward";
   const size_t per_row = row_scratch(in.head_dim) * sizeof(A), per_key = key_scratch(in.head_dim) * sizeof(A);
   const int warps = warps_that_fit(name, per_key), threads = warps * kWarp;
-  launch(name, grad_query_rows<T>, blocks_for(in.batch * in.heads * in.queries, warps), threads, warps * per_row, stream, p);
-  launch(name, grad_sequence_keys<T>, blocks_for(in.batch * in.kv_heads * in.keys, warps), threads, warps * per_key, stream, p);
+  launch(name, grad_query_rows<T>, blocks_for(in.batch * in.heads * in.queries, warps), threads, warps * per_row,
+         stream, p);
+  launch(name, grad_sequence_keys<T>, blocks_for(in.batch * in.kv_heads * in.keys, warps), threads, warps * per_key,
+         stream, p);
   if (!in.k_hr) return;
-  launch(name, clear_slot_table, blocks_for(in.batch * in.pool, threads), threads, 0, stream, p.slot_to_key, in.batch * in.pool);
+  launch(name, clear_slot_table, blocks_for(in.batch * in.pool, threads), threads, 0, stream, p.slot_to_key,
+         in.batch * in.pool);
   launch(name, fill_slot_table, blocks_for(in.batch * in.selected, threads), threads, 0, stream, in, p.slot_to_key);
   launch(name, grad_pool_slots<T>, blocks_for(in.pool * in.kv_heads, warps), threads, warps * per_key, stream, p);
 }

@@ -15,18 +15,20 @@ constexpr int kWarp = 32;
 constexpr size_t kSharedBytes = 48 * 1024;  // what every GPU gives a block without being asked
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("flexattn_cuda: ") + what + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("flexattn_cuda: ") + what + ": " + cudaGetErrorString(error));
 }
 
 template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, Stream stream,
-            Arguments... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
+            Stream stream, Arguments... arguments) {
   if (blocks == 0) return;
 #ifdef FLEXATTN_SIMT
-  simt::launch(name, reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks), threads, shared_bytes,
-               [&]() __attribute__((no_sanitize_thread)) { kernel(arguments...); });  // the arguments are constants on a GPU
+  simt::launch(
+      name, reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks), threads, shared_bytes,
+      [&]() __attribute__((no_sanitize_thread)) { kernel(arguments...); });  // the arguments are constants on a GPU
 #else
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(arguments...);
   check(cudaGetLastError(), name);
 #endif
 }
@@ -35,7 +37,9 @@ inline void clear(void* data, size_t bytes, Stream stream) {
   check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "clear");
 }
 
-FLEXATTN_HOST_DEVICE constexpr int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
+FLEXATTN_HOST_DEVICE constexpr int64_t blocks_for(int64_t items, int64_t per_block) {
+  return (items + per_block - 1) / per_block;
+}
 
 // Warps in a block whose warps need this much shared memory each.
 inline int warps_that_fit(const char* name, size_t bytes_per_warp) {

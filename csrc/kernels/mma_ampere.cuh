@@ -95,7 +95,9 @@ struct AmpereMma {
 
  private:
   template <int n>
-  static __device__ float (&four(float (&x)[n], int j))[4] { return *reinterpret_cast<float(*)[4]>(x + 4 * j); }
+  static __device__ float (&four(float (&x)[n], int j))[4] {
+    return *reinterpret_cast<float (*)[4]>(x + 4 * j);
+  }
   static __device__ uint32_t pack(float low, float high) {
     const T both[2] = {narrow<T>(low), narrow<T>(high)};
     return *reinterpret_cast<const uint32_t*>(both);

@@ -1,7 +1,7 @@
 // Tensor cores of Volta: mma.m8n8k4, and which lane holds what of a warp's 16 query rows.
 //
-// One instruction is four products of 8 x 8 x 4, one per quad-pair of lanes. A quad-pair is (pr, pc): it multiplies the rows
-// 8 pr .. 8 pr + 7 with the columns 8 pc .. 8 pc + 7, so that together they are 16 x 16 x 4. A lane is
+// One instruction is four products of 8 x 8 x 4, one per quad-pair of lanes. A quad-pair is (pr, pc): it multiplies the
+// rows 8 pr .. 8 pr + 7 with the columns 8 pc .. 8 pc + 7, so that together they are 16 x 16 x 4. A lane is
 //
 //     lane = 16 h + 8 pr + 4 pc + l        l: 0..3
 //
@@ -37,15 +37,17 @@ struct VoltaMma {
   static __device__ int pr() { return (lane() >> 3) & 1; }
   static __device__ int h() { return lane() >> 4; }
 
-  // Of score i and output i: which of the lane's two rows; then the part of the key or channel that depends on i, and the
-  // part that depends on the lane (their sum counts).
+  // Of score i and output i: which of the lane's two rows; then the part of the key or channel that depends on i, and
+  // the part that depends on the lane (their sum counts).
   FLEXATTN_HOST_DEVICE static constexpr int row_of(int i) { return (i >> 1) & 1; }
   static __device__ int row(int which) { return 8 * pr() + 4 * h() + 2 * which + (l() & 1); }
   FLEXATTN_HOST_DEVICE static constexpr int key_of_score(int i) { return 16 * (i / 8) + (i & 4) + (i & 1); }
   static __device__ int key_of_lane() { return 8 * pc() + (l() & 2); }
-  // Outputs 16 j .. 16 j + 15 belong to the chunks 4 j .. 4 j + 3; one load of a chunk serves two products, the first with
-  // its lower four channels, the second with the upper four.
-  FLEXATTN_HOST_DEVICE static constexpr int channel_of_output(int i) { return 32 * (i / 16) + 4 * (i / 8 % 2) + 16 * (i / 4 % 2) + (i & 1); }
+  // Outputs 16 j .. 16 j + 15 belong to the chunks 4 j .. 4 j + 3; one load of a chunk serves two products, the first
+  // with its lower four channels, the second with the upper four.
+  FLEXATTN_HOST_DEVICE static constexpr int channel_of_output(int i) {
+    return 32 * (i / 16) + 4 * (i / 8 % 2) + 16 * (i / 4 % 2) + (i & 1);
+  }
   static __device__ int channel_of_lane() { return 8 * pc() + (l() & 2); }
 
   // The four lanes that hold one row.
@@ -80,11 +82,9 @@ struct VoltaMma {
 #pragma unroll
       for (int j = 0; j < 4; ++j) k[j] = chunk[16 * kRowChunks * j];
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        mma_m8n8k4(eight(s, j), {query[4 * c], query[4 * c + 1]}, {k[j].x, k[j].y});
+      for (int j = 0; j < 4; ++j) mma_m8n8k4(eight(s, j), {query[4 * c], query[4 * c + 1]}, {k[j].x, k[j].y});
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        mma_m8n8k4(eight(s, j), {query[4 * c + 2], query[4 * c + 3]}, {k[j].z, k[j].w});
+      for (int j = 0; j < 4; ++j) mma_m8n8k4(eight(s, j), {query[4 * c + 2], query[4 * c + 3]}, {k[j].z, k[j].w});
     }
   }
 
@@ -126,7 +126,9 @@ struct VoltaMma {
 
  private:
   template <int n>
-  static __device__ float (&eight(float (&x)[n], int j))[8] { return *reinterpret_cast<float(*)[8]>(x + 8 * j); }
+  static __device__ float (&eight(float (&x)[n], int j))[8] {
+    return *reinterpret_cast<float (*)[8]>(x + 8 * j);
+  }
   static __device__ uint32_t pack(float low, float high) {
     const __half2 both = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&both);

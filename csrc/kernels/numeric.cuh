@@ -11,9 +11,13 @@
 namespace flexattn::cuda {
 
 template <typename T>
-struct Accumulator { using type = float; };
+struct Accumulator {
+  using type = float;
+};
 template <>
-struct Accumulator<double> { using type = double; };
+struct Accumulator<double> {
+  using type = double;
+};
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
@@ -21,27 +25,41 @@ __device__ inline float widen(__half x) { return __half2float(x); }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <typename T, typename A>
-__device__ T narrow(A x) { return static_cast<T>(x); }
+__device__ T narrow(A x) {
+  return static_cast<T>(x);
+}
 template <>
-__device__ inline __half narrow<__half, float>(float x) { return __float2half_rn(x); }
+__device__ inline __half narrow<__half, float>(float x) {
+  return __float2half_rn(x);
+}
 template <>
-__device__ inline __nv_bfloat16 narrow<__nv_bfloat16, float>(float x) { return __float2bfloat16_rn(x); }
+__device__ inline __nv_bfloat16 narrow<__nv_bfloat16, float>(float x) {
+  return __float2bfloat16_rn(x);
+}
 
 template <typename A>
-__device__ A minus_infinity() { return -static_cast<A>(INFINITY); }
+__device__ A minus_infinity() {
+  return -static_cast<A>(INFINITY);
+}
 
 // The larger one; a NaN wins, so that it shows in the result and all lanes of a warp agree.
 template <typename A>
-__device__ A larger(A x, A y) { return x > y || x != x ? x : y; }
+__device__ A larger(A x, A y) {
+  return x > y || x != x ? x : y;
+}
 
 // Calls function(T()) with the storage type.
 template <typename Function>
 void dispatch(DType dtype, const Function& function) {
   switch (dtype) {
-    case DType::kFloat64: return function(double());
-    case DType::kFloat32: return function(float());
-    case DType::kFloat16: return function(__half());
-    case DType::kBFloat16: return function(__nv_bfloat16());
+    case DType::kFloat64:
+      return function(double());
+    case DType::kFloat32:
+      return function(float());
+    case DType::kFloat16:
+      return function(__half());
+    case DType::kBFloat16:
+      return function(__nv_bfloat16());
   }
 }
 

@@ -1,4 +1,5 @@
-// Machine instructions that CUDA C++ has no name for, one function each. Fragment layouts: mma_volta.cuh, mma_ampere.cuh.
+// Machine instructions that CUDA C++ has no name for, one function each. Fragment layouts: mma_volta.cuh,
+// mma_ampere.cuh.
 #pragma once
 
 #ifdef FLEXATTN_SIMT
@@ -16,7 +17,8 @@ namespace flexattn::cuda {
 // d += a b for four independent 8x8x4 products, one per quad-pair of the warp. a: row-major; b: column-major.
 __device__ __forceinline__ void mma_m8n8k4(float (&d)[8], const uint32_t (&a)[2], const uint32_t (&b)[2]) {
   asm volatile(
-      "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11}, {%0,%1,%2,%3,%4,%5,%6,%7};"
+      "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11}, "
+      "{%0,%1,%2,%3,%4,%5,%6,%7};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
       : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(b[1]));
 }
@@ -24,7 +26,8 @@ __device__ __forceinline__ void mma_m8n8k4(float (&d)[8], const uint32_t (&a)[2]
 // The same with a row-major b.
 __device__ __forceinline__ void mma_m8n8k4_row_row(float (&d)[8], const uint32_t (&a)[2], const uint32_t (&b)[2]) {
   asm volatile(
-      "mma.sync.aligned.m8n8k4.row.row.f32.f16.f16.f32 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11}, {%0,%1,%2,%3,%4,%5,%6,%7};"
+      "mma.sync.aligned.m8n8k4.row.row.f32.f16.f16.f32 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11}, "
+      "{%0,%1,%2,%3,%4,%5,%6,%7};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
       : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(b[1]));
 }
@@ -39,13 +42,17 @@ __device__ __forceinline__ void mma_m8n8k4_row_row(float (&d)[8], const uint32_t
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<T, __half>) {
-    FLEXATTN_SM80(asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])));
+    FLEXATTN_SM80(
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                     "{%0,%1,%2,%3};" : "+f"(d[0]),
+                     "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]),
+                     "r"(b[1])));
   } else {
-    FLEXATTN_SM80(asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])));
+    FLEXATTN_SM80(
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                     "{%0,%1,%2,%3};" : "+f"(d[0]),
+                     "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]),
+                     "r"(b[1])));
   }
 }
 
@@ -55,24 +62,26 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // Four 8x8 matrices of 16-bit elements; lane l brings the address of row l % 8 of matrix l / 8 (16 bytes, aligned).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-  FLEXATTN_SM80(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                             : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                             : "r"(shared_address(row)) : "memory"));
+  FLEXATTN_SM80(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]),
+                             "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory"));
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
-  FLEXATTN_SM80(asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                             : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                             : "r"(shared_address(row)) : "memory"));
+  FLEXATTN_SM80(asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]),
+                             "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory"));
 }
 
 // 16 bytes from global to shared memory, zeros where not valid; there after its group was waited for.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
-  FLEXATTN_SM80(asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                             ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory"));
+  FLEXATTN_SM80(asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                             "r"(valid ? 16 : 0) : "memory"));
 }
-__device__ __forceinline__ void cp_async_commit() { FLEXATTN_SM80(asm volatile("cp.async.commit_group;" ::: "memory")); }
+__device__ __forceinline__ void cp_async_commit() {
+  FLEXATTN_SM80(asm volatile("cp.async.commit_group;" :: : "memory"));
+}
 template <int n>
-__device__ __forceinline__ void cp_async_wait() { FLEXATTN_SM80(asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")); }
+__device__ __forceinline__ void cp_async_wait() {
+  FLEXATTN_SM80(asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"));
+}
 
 }  // namespace flexattn::cuda
 #endif

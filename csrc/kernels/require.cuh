@@ -1,5 +1,5 @@
-// How device code refuses: one line on standard output, then the launch fails. Index tensors are on the device, where no
-// check of the host can read them without a wait; going on would return another tensor's memory as if it were right.
+// How device code refuses: one line on standard output, then the launch fails. Index tensors are on the device, where
+// no check of the host can read them without a wait; going on would return another tensor's memory as if it were right.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
-// A block per sample, in one launch: margin, min-max, threshold, pool and resize of its maps one after the other, then the
-// ordered compaction of what any row selects.
+// A block per sample, in one launch: margin, min-max, threshold, pool and resize of its maps one after the other, then
+// the ordered compaction of what any row selects.
 
 #include "flexattn/select_tokens.h"
 #include "visibility.cuh"
@@ -10,8 +10,8 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 
-// The cells of one map: zero in the margin, and chosen where they exceed the threshold. A constant map gives 0 / 0 and one
-// with a NaN has NaN for its extremes: neither is above any threshold.
+// The cells of one map: zero in the margin, and chosen where they exceed the threshold. A constant map gives 0 / 0 and
+// one with a NaN has NaN for its extremes: neither is above any threshold.
 template <typename A>
 struct Grid {
   const A* map;         // [S, S]
@@ -39,9 +39,10 @@ FLEXATTN_HOST_DEVICE constexpr int64_t grid_words(int64_t side) { return words_f
 // Mask of one map: item over [B, R, I]. scratch: an A per warp; cells: a bit per cell of the (pooled) grid.
 template <typename A>
 __device__ void choose_tokens(const SelectTokensParams& p, int64_t item, A* scratch, int32_t* cells) {
-  const int S = static_cast<int>(p.lr_side), h = static_cast<int>(p.hr_side), side = p.pool_side ? static_cast<int>(p.pool_side) : S;
-  const int64_t picture = item % p.pictures, b = item / p.pictures / p.rows;
-  Grid<A> grid{static_cast<const A*>(p.map) + item * S * S, p.live + (b * p.pictures + picture) * 4, S};
+  const int S = static_cast<int>(p.lr_side), h = static_cast<int>(p.hr_side),
+            side = p.pool_side ? static_cast<int>(p.pool_side) : S;
+  const int64_t image = item % p.images, b = item / p.images / p.rows;
+  Grid<A> grid{static_cast<const A*>(p.map) + item * S * S, p.live + (b * p.images + image) * 4, S};
   A low = -minus_infinity<A>(), high = minus_infinity<A>();
   for (int cell = threadIdx.x; cell < S * S; cell += kThreads) {
     low = -larger(-low, -grid.value(cell));
@@ -55,7 +56,8 @@ __device__ void choose_tokens(const SelectTokensParams& p, int64_t item, A* scra
   // A warp writes the bits of 32 cells at a time.
   for (int word = warp_in_block(); word < grid_words(side); word += kWarps) {
     const int i = word * kBitsPerWord + lane();
-    const unsigned bits = votes(i < side * side && (p.pool_side ? grid.chosen_in_window(i / side, i % side, side) : grid.chosen(i)));
+    const unsigned bits =
+        votes(i < side * side && (p.pool_side ? grid.chosen_in_window(i / side, i % side, side) : grid.chosen(i)));
     if (lane() == 0) cells[word] = static_cast<int32_t>(bits);
   }
   __syncthreads();
@@ -73,7 +75,7 @@ __device__ void choose_tokens(const SelectTokensParams& p, int64_t item, A* scra
 
 // index, count and row bits of sample b. scratch: an int per warp.
 __device__ void compact_tokens(const SelectTokensParams& p, int64_t b, int* scratch) {
-  const int64_t tokens = p.pictures * p.hr_side * p.hr_side, words = words_for_bits(tokens);
+  const int64_t tokens = p.images * p.hr_side * p.hr_side, words = words_for_bits(tokens);
   const bool* masks = p.mask + b * p.rows * tokens;  // [R, tokens]
   int32_t* index = p.index + b * tokens;
   int64_t count = 0;
@@ -101,7 +103,7 @@ template <typename A>
 __global__ void __launch_bounds__(kThreads) select_sample(SelectTokensParams p) {
   A* scratch = shared_memory<A>();
   int32_t* cells = reinterpret_cast<int32_t*>(scratch + kWarps);
-  const int64_t b = blockIdx.x, maps = p.rows * p.pictures;
+  const int64_t b = blockIdx.x, maps = p.rows * p.images;
   for (int64_t i = 0; i < maps; ++i) choose_tokens(p, b * maps + i, scratch, cells);
   compact_tokens(p, b, reinterpret_cast<int*>(scratch));
 }
@@ -111,7 +113,8 @@ void select(const SelectTokensParams& p, Stream stream) {
   const int64_t side = p.pool_side ? p.pool_side : p.lr_side;
   const size_t shared = kWarps * sizeof(A) + grid_words(side) * sizeof(int32_t);
   if (shared > kSharedBytes)
-    throw std::runtime_error("flexattn_cuda: select_tokens: a grid of side " + std::to_string(side) + " is too large, 600 is possible");
+    throw std::runtime_error("flexattn_cuda: select_tokens: a grid of side " + std::to_string(side) +
+                             " is too large, 600 is possible");
   launch("select_tokens", select_sample<A>, p.batch, kThreads, shared, stream, p);
 }
 

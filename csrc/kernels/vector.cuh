@@ -15,9 +15,13 @@ struct alignas(N * sizeof(T) < kVectorBytes ? N * sizeof(T) : kVectorBytes) Vect
 };
 
 template <int N, typename T>
-__device__ Vector<T, N> load(const T* data) { return *reinterpret_cast<const Vector<T, N>*>(data); }
+__device__ Vector<T, N> load(const T* data) {
+  return *reinterpret_cast<const Vector<T, N>*>(data);
+}
 template <typename T, int N>
-__device__ void store(T* data, const Vector<T, N>& vector) { *reinterpret_cast<Vector<T, N>*>(data) = vector; }
+__device__ void store(T* data, const Vector<T, N>& vector) {
+  *reinterpret_cast<Vector<T, N>*>(data) = vector;
+}
 
 inline bool in_vectors(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0; }
 

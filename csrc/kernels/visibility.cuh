@@ -25,7 +25,9 @@ __device__ inline int64_t first_position(const AttentionInputs& in, int64_t b) {
 }
 
 // One past the last key that query n may see.
-__device__ inline int64_t end_of_keys(const AttentionInputs& in, int64_t b, int64_t n) { return first_position(in, b) + n + 1; }
+__device__ inline int64_t end_of_keys(const AttentionInputs& in, int64_t b, int64_t n) {
+  return first_position(in, b) + n + 1;
+}
 
 __device__ inline bool unmasked(const AttentionInputs& in, int64_t b, int64_t j) {
   return !in.key_mask || bit(in.key_mask + b * words_for_bits(in.keys), j);
@@ -74,7 +76,8 @@ __device__ inline const int32_t* row_bits(const AttentionInputs& in, int64_t b, 
   return in.hr_row_bits ? in.hr_row_bits + (b * in.rows + listed) * words_for_bits(in.selected) : nullptr;
 }
 
-// Share of the softmax over all keys in the output of a row that sees HR keys; the rest is the softmax over the sequence.
+// Share of the softmax over all keys in the output of a row that sees HR keys; the rest is the softmax over the
+// sequence.
 template <typename A>
 __device__ A mixing(const AttentionInputs& in, int64_t b) {
   return in.alpha ? static_cast<A>(in.alpha[b]) : A(1);
@@ -95,8 +98,8 @@ __device__ A dot(const A* x, const T* y, int64_t d) {
   return sum;
 }
 
-// total[c] = keep * total[c] + sum over j < rows of factor_j * row(j)[c], where lane j brings factor_j. Rows of factor 0 are
-// not read. Lane c owns the channels c, c+32, ...; factors: room for 32 in shared memory.
+// total[c] = keep * total[c] + sum over j < rows of factor_j * row(j)[c], where lane j brings factor_j. Rows of factor
+// 0 are not read. Lane c owns the channels c, c+32, ...; factors: room for 32 in shared memory.
 template <typename A, typename Row>
 __device__ void add_rows(A* total, A keep, A factor, A* factors, int rows, int64_t d, const Row& row) {
   factors[lane()] = factor;
@@ -110,6 +113,8 @@ __device__ void add_rows(A* total, A keep, A factor, A* factors, int rows, int64
   __syncwarp();
 }
 
-__device__ inline int lanes_used(int64_t first, int64_t end) { return end - first < kWarp ? static_cast<int>(end - first) : kWarp; }
+__device__ inline int lanes_used(int64_t first, int64_t end) {
+  return end - first < kWarp ? static_cast<int>(end - first) : kWarp;
+}
 
 }  // namespace flexattn::cuda

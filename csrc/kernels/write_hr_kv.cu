@@ -1,5 +1,5 @@
-// A block per new token: its threads share the heads and the channels. A thread holds a piece of each half of a head, which the
-// rotation mixes: 16 bytes each where addresses, strides and d allow, else one element.
+// A block per new token: its threads share the heads and the channels. A thread holds a piece of each half of a head,
+// which the rotation mixes: 16 bytes each where addresses, strides and d allow, else one element.
 
 #include "flexattn/write_hr_kv.h"
 #include "launch.cuh"
@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(kThreads) rotate_and_write(WriteHrKvParams p) 
     T* v_slot = static_cast<T*>(p.v_pool) + place(p.v_pool_strides, slot);
 
     const auto x1 = load<N>(k), x2 = load<N>(k + half), v1 = load<N>(v), v2 = load<N>(v + half);
-    const auto cos1 = load<N>(cos + c), cos2 = load<N>(cos + c + half), sin1 = load<N>(sin + c), sin2 = load<N>(sin + c + half);
+    const auto cos1 = load<N>(cos + c), cos2 = load<N>(cos + c + half), sin1 = load<N>(sin + c),
+               sin2 = load<N>(sin + c + half);
     Vector<T, N> r1, r2;
     for (int j = 0; j < N; ++j) {
       const auto at = [j](const auto& vector) { return static_cast<A>(widen(vector.element[j])); };
@@ -45,12 +46,13 @@ __global__ void __launch_bounds__(kThreads) rotate_and_write(WriteHrKvParams p) 
 template <typename T, typename C>
 void write(const WriteHrKvParams& p, Stream stream) {
   const bool vectors =
-      in_vectors({p.head_dim / 2, p.k_strides.row, p.k_strides.head, p.v_strides.row, p.v_strides.head, p.k_pool_strides.row,
-                  p.k_pool_strides.head, p.v_pool_strides.row, p.v_pool_strides.head}, sizeof(T)) &&
+      in_vectors({p.head_dim / 2, p.k_strides.row, p.k_strides.head, p.v_strides.row, p.v_strides.head,
+                  p.k_pool_strides.row, p.k_pool_strides.head, p.v_pool_strides.row, p.v_pool_strides.head},
+                 sizeof(T)) &&
       in_vectors({p.cos_row, p.sin_row}, sizeof(C)) && in_vectors(p.k) && in_vectors(p.v) && in_vectors(p.k_pool) &&
       in_vectors(p.v_pool) && in_vectors(p.cos) && in_vectors(p.sin);
-  launch("write_hr_kv", vectors ? rotate_and_write<T, C, kVectorBytes / sizeof(T)> : rotate_and_write<T, C, 1>, p.rows, kThreads, 0,
-         stream, p);
+  launch("write_hr_kv", vectors ? rotate_and_write<T, C, kVectorBytes / sizeof(T)> : rotate_and_write<T, C, 1>, p.rows,
+         kThreads, 0, stream, p);
 }
 
 }  // namespace

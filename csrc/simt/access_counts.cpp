@@ -32,7 +32,9 @@ struct Site {
 };
 
 struct SiteHash {
-  size_t operator()(const Site& site) const { return reinterpret_cast<size_t>(site.at) * 4 + 2 * site.shared + site.width; }
+  size_t operator()(const Site& site) const {
+    return reinterpret_cast<size_t>(site.at) * 4 + 2 * site.shared + site.width;
+  }
 };
 
 struct WarpInstruction {
@@ -120,7 +122,8 @@ void finish(Warp& warp) {
 
 uintptr_t place(const void* code) {
   Dl_info library;
-  return dladdr(code, &library) ? reinterpret_cast<uintptr_t>(code) - reinterpret_cast<uintptr_t>(library.dli_fbase) : 0;
+  return dladdr(code, &library) ? reinterpret_cast<uintptr_t>(code) - reinterpret_cast<uintptr_t>(library.dli_fbase)
+                                : 0;
 }
 
 }  // namespace
@@ -138,11 +141,13 @@ std::string access_counts() {
     const auto& [at, shared, access, width] = site;
     const auto& [launch, blocks, count] = entry;
     const char* kind = shared ? (access == Access::kRead ? "LDS" : "STS") : (access == Access::kRead ? "LDG" : "STG");
-    const auto field = [](const char* label, uint64_t value) { return std::string(", \"") + label + "\": " + std::to_string(value); };
+    const auto field = [](const char* label, uint64_t value) {
+      return std::string(", \"") + label + "\": " + std::to_string(value);
+    };
     json += std::string(json.empty() ? "[" : ",\n ") + "{\"launch\": \"" + launch + "\", \"kind\": \"" + kind + "\"" +
             field("kernel", place(kernel)) + field("blocks", blocks) + field("at", place(at)) + field("width", width) +
-            field("instructions", count.instructions) +
-            field(shared ? "wavefronts" : "sectors", count.units) + field("ideal", count.ideal) + "}";
+            field("instructions", count.instructions) + field(shared ? "wavefronts" : "sectors", count.units) +
+            field("ideal", count.ideal) + "}";
   }
   return json.empty() ? "[]" : json + "]";
 }
@@ -152,7 +157,8 @@ void count_launch(const char* name, const void* kernel) {
   running_kernel = kernel;
 }
 
-void count_access(int thread, uint64_t interval, const void* at, bool shared, Access access, uintptr_t address, size_t size) {
+void count_access(int thread, uint64_t interval, const void* at, bool shared, Access access, uintptr_t address,
+                  size_t size) {
   Warp& warp = warps[thread / kLanes];
   // A lane is in a new interval only after every lane of its warp has come to the end of the last one.
   if (warp.interval != interval) finish(warp);

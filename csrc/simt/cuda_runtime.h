@@ -22,8 +22,12 @@
 #define blockDim flexattn::simt::block_size
 #define gridDim flexattn::simt::grid_size
 
-struct alignas(8) uint2 { uint32_t x, y; };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
@@ -35,14 +39,20 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0, cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) { return std::memset(data, value, bytes), cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  return std::memset(data, value, bytes), cudaSuccess;
+}
 
 inline void __syncthreads() { flexattn::simt::block_barrier(); }
 inline void __syncwarp(unsigned = ~0u) { flexattn::simt::exchange("__syncwarp", "", 0); }
 template <typename T>
-T __shfl_xor_sync(unsigned, T value, int mask) { return flexattn::simt::from_lane("__shfl_xor_sync", value, flexattn::simt::lane() ^ mask); }
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return flexattn::simt::from_lane("__shfl_xor_sync", value, flexattn::simt::lane() ^ mask);
+}
 template <typename T>
-T __shfl_sync(unsigned, T value, int source) { return flexattn::simt::from_lane("__shfl_sync", value, source); }
+T __shfl_sync(unsigned, T value, int source) {
+  return flexattn::simt::from_lane("__shfl_sync", value, source);
+}
 template <typename T>
 T __shfl_up_sync(unsigned, T value, unsigned by) {
   const int lane = flexattn::simt::lane(), from = lane - static_cast<int>(by);
@@ -60,8 +70,8 @@ inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 [[noreturn]] inline void __trap() { flexattn::simt::fail("__trap"); }
 
+using std::exp;
+using std::isnan;
+using std::log;
 using std::max;
 using std::min;
-using std::exp;
-using std::log;
-using std::isnan;

@@ -29,7 +29,7 @@ namespace {
 constexpr int kCopyBytes = 16;
 
 // Where a fiber, or the scheduler, left off. swapcontext would do, but for its system call at every switch.
-using Place = void*[5];
+using Place = void* [5];
 
 struct Copy {
   unsigned char* to;
@@ -41,7 +41,7 @@ struct Fiber {
   Place place;
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
   bool started = false;
-  bool finished = false;  // with this block's thread
+  bool finished = false;            // with this block's thread
   const void* waits_for = nullptr;  // a barrier's or warp's meeting; null = can run
   int64_t round = 0;                // of that meeting
   std::vector<Copy> open;           // cp.async not yet committed
@@ -112,7 +112,8 @@ void run_fiber() {
 #endif
   for (;;) {
     (*kernel_body)();
-    if (!fibers[current].open.empty() || !fibers[current].groups.empty()) fail("ends with cp.async that it did not wait for");
+    if (!fibers[current].open.empty() || !fibers[current].groups.empty())
+      fail("ends with cp.async that it did not wait for");
     fibers[current].finished = true;
     --live;
     --warps[current / kLanes].live;
@@ -141,8 +142,9 @@ void resume(int thread) {
 }
 
 void note_fault(const std::string& what) {
-  error = std::make_exception_ptr(std::runtime_error(std::string(kernel_name) + ", block " + std::to_string(block_index.x) +
-                                                     ", thread " + std::to_string(thread_index.x) + ": " + what));
+  error =
+      std::make_exception_ptr(std::runtime_error(std::string(kernel_name) + ", block " + std::to_string(block_index.x) +
+                                                 ", thread " + std::to_string(thread_index.x) + ": " + what));
 }
 
 // `size`: how many threads must come. A thread of the meeting that has ended, or waits elsewhere, will never come.
@@ -209,7 +211,8 @@ void arrive(std::vector<Copy>& copies) {
   for (const Copy& copy : copies) {
     if (copy.from) record_access(copy.from, kCopyBytes, Access::kRead);
     record_access(copy.to, kCopyBytes, Access::kWrite);
-    copy.from ? static_cast<void>(std::memcpy(copy.to, copy.from, kCopyBytes)) : static_cast<void>(std::memset(copy.to, 0, kCopyBytes));
+    copy.from ? static_cast<void>(std::memcpy(copy.to, copy.from, kCopyBytes))
+              : static_cast<void>(std::memset(copy.to, 0, kCopyBytes));
   }
 }
 
@@ -222,13 +225,15 @@ void launch(const char* name, const void* kernel, unsigned blocks, unsigned thre
   grid_size = {blocks, 1, 1};
   block_size = {threads, 1, 1};
   error = nullptr;
-  if (threads == 0 || threads > 1024 || threads % kLanes) throw std::runtime_error(std::string(name) + ": a block of " + std::to_string(threads) + " threads");
+  if (threads == 0 || threads > 1024 || threads % kLanes)
+    throw std::runtime_error(std::string(name) + ": a block of " + std::to_string(threads) + " threads");
   while (fibers.size() < threads) fibers.emplace_back();
   warps = std::vector<Warp>(threads / kLanes);
   begin_launch(name, kernel);
   for (unsigned block = 0; block < blocks && !error; ++block) {
     block_index = {block, 0, 0};
-    shared = std::vector<unsigned char>(shared_bytes);  // new for each block: one that is too small is seen by AddressSanitizer
+    shared = std::vector<unsigned char>(
+        shared_bytes);  // new for each block: one that is too small is seen by AddressSanitizer
     run_block(threads);
   }
   end_launch();
@@ -283,7 +288,8 @@ bool belongs_to_executor(const void* address) {
   return false;
 }
 
-// Nothing is thrown through a kernel, which the compiler may take for one that does not throw: its fiber is left where it is.
+// Nothing is thrown through a kernel, which the compiler may take for one that does not throw: its fiber is left where
+// it is.
 void fail(const char* what) {
   note_fault(what);
   switch_to_scheduler();

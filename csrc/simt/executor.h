@@ -1,7 +1,8 @@
-// The CUDA execution model on one CPU thread, for tests: the threads of a block are fibers, blocks run one after another.
+// The CUDA execution model on one CPU thread, for tests: the threads of a block are fibers, blocks run one after
+// another.
 //
-// What goes wrong on a GPU by chance goes wrong here for sure: threads run in a shuffled order, shared memory begins as NaN,
-// data of cp.async arrives only when it is waited for, and a barrier that part of the block misses is an error.
+// What goes wrong on a GPU by chance goes wrong here for sure: threads run in a shuffled order, shared memory begins as
+// NaN, data of cp.async arrives only when it is waited for, and a barrier that part of the block misses is an error.
 // Faults are thrown as std::runtime_error out of launch().
 #pragma once
 
@@ -33,7 +34,8 @@ void block_barrier();
 constexpr size_t kLaneBytes = 64;
 using WarpBytes = unsigned char[kLanes][kLaneBytes];
 
-// Waits until every lane of the warp has come here with its bytes; then all lanes' bytes. `operation`: in error messages.
+// Waits until every lane of the warp has come here with its bytes; then all lanes' bytes. `operation`: in error
+// messages.
 const WarpBytes& exchange(const char* operation, const void* bytes, size_t size);
 
 template <typename T>

@@ -16,8 +16,8 @@ namespace {
 
 constexpr int kMostThreads = 1024;
 
-// One access. A phase is what lies between two barriers of a block; phases of all blocks are numbered in one row. Collectives are
-// those that the thread has passed in this phase.
+// One access. A phase is what lies between two barriers of a block; phases of all blocks are numbered in one row.
+// Collectives are those that the thread has passed in this phase.
 struct Event {
   uint32_t phase = 0;  // 0: never
   uint32_t thread : 10, collectives : 22;
@@ -26,9 +26,9 @@ struct Event {
   int warp() const { return static_cast<int>(thread) / kLanes; }
 };
 
-// What is known of bytes that were always accessed together. Order is transitive, so of the writers the last one is enough,
-// and readers only since then. Of those since the block's last barrier, two stand for all: of two warps if there are two (one of
-// them is another warp than any writer's), else of two lanes after the warp's last collective.
+// What is known of bytes that were always accessed together. Order is transitive, so of the writers the last one is
+// enough, and readers only since then. Of those since the block's last barrier, two stand for all: of two warps if
+// there are two (one of them is another warp than any writer's), else of two lanes after the warp's last collective.
 struct Cell {
   Event writer, reader, other_reader;
   Event earlier_reader;  // any one of the blocks before: no later block is ordered after it
@@ -75,9 +75,10 @@ bool ordered(const Event& before, const Event& now) {
 }
 
 [[gnu::cold, gnu::noinline]] void conflict(const Event& before, const char* then, const char* now, uintptr_t address) {
-  const std::string where =
-      is_shared(address) ? "byte " + std::to_string(address - shared_begin) + " of shared memory" : "a byte of global memory";
-  const auto block = std::upper_bound(first_phases.begin(), first_phases.end(), before.phase) - first_phases.begin() - 1;
+  const std::string where = is_shared(address) ? "byte " + std::to_string(address - shared_begin) + " of shared memory"
+                                               : "a byte of global memory";
+  const auto block =
+      std::upper_bound(first_phases.begin(), first_phases.end(), before.phase) - first_phases.begin() - 1;
   fail((std::string("race: ") + now + " " + where + " that thread " + std::to_string(before.thread) + " of block " +
         std::to_string(block) + " " + then + ", with nothing between that orders them")
            .c_str());
@@ -150,7 +151,8 @@ void record(const void* pointer, size_t size, Access access, const void* place) 
   const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer), end = begin + size;
   if (counting) {
     const uint64_t interval = static_cast<uint64_t>(now.phase) << 32 | now.collectives;
-    count_access(now.thread, interval, place, is_shared(begin), access, is_shared(begin) ? begin - shared_begin : begin, size);
+    count_access(now.thread, interval, place, is_shared(begin), access, is_shared(begin) ? begin - shared_begin : begin,
+                 size);
   }
   const int alignment = __builtin_ctzll(begin | size | (1 << kCoarsest));  // a power of two
   for (uintptr_t at = begin; at < end;) {
@@ -164,17 +166,20 @@ void record(const void* pointer, size_t size, Access access, const void* place) 
 
 }  // namespace
 
-void record_access(const void* address, size_t size, Access access) { record(address, size, access, __builtin_return_address(0)); }
+void record_access(const void* address, size_t size, Access access) {
+  record(address, size, access, __builtin_return_address(0));
+}
 
 }  // namespace flexattn::simt
 
 // What -fsanitize=thread calls.
-#define FLEXATTN_RECORD(size, access) flexattn::simt::record(at, size, flexattn::simt::Access::access, __builtin_return_address(0))
+#define FLEXATTN_RECORD(size, access) \
+  flexattn::simt::record(at, size, flexattn::simt::Access::access, __builtin_return_address(0))
 extern "C" {
-#define FLEXATTN_HOOKS(size)                                                       \
-  void __tsan_read##size(void* at) { FLEXATTN_RECORD(size, kRead); }               \
-  void __tsan_write##size(void* at) { FLEXATTN_RECORD(size, kWrite); }             \
-  void __tsan_unaligned_read##size(void* at) { FLEXATTN_RECORD(size, kRead); }     \
+#define FLEXATTN_HOOKS(size)                                                   \
+  void __tsan_read##size(void* at) { FLEXATTN_RECORD(size, kRead); }           \
+  void __tsan_write##size(void* at) { FLEXATTN_RECORD(size, kWrite); }         \
+  void __tsan_unaligned_read##size(void* at) { FLEXATTN_RECORD(size, kRead); } \
   void __tsan_unaligned_write##size(void* at) { FLEXATTN_RECORD(size, kWrite); }
 FLEXATTN_HOOKS(1)
 FLEXATTN_HOOKS(2)

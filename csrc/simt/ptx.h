@@ -1,5 +1,5 @@
-// The instructions of csrc/kernels/ptx.cuh, lane by lane after the fragment layouts of the PTX manual. Sums are in float32, one
-// product after the other.
+// The instructions of csrc/kernels/ptx.cuh, lane by lane after the fragment layouts of the PTX manual. Sums are in
+// float32, one product after the other.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,7 +20,8 @@ float element(const simt::WarpBytes& lanes, int lane, int index) {
   return static_cast<float>(value);
 }
 
-// A quad-pair is the lanes q .. q + 3 and q + 16 .. q + 19; rows and columns 0..3 belong to the former, 4..7 to the latter.
+// A quad-pair is the lanes q .. q + 3 and q + 16 .. q + 19; rows and columns 0..3 belong to the former, 4..7 to the
+// latter.
 inline int in_quad_pair(int quad_pair, int row) { return 4 * quad_pair + row % 4 + 16 * (row / 4); }
 
 template <bool row_major_b>
@@ -76,11 +77,17 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
 }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { simt_ptx::ldmatrix_x4<false>("ldmatrix", r, row); }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { simt_ptx::ldmatrix_x4<true>("ldmatrix.trans", r, row); }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  simt_ptx::ldmatrix_x4<true>("ldmatrix.trans", r, row);
+}
 
-inline void cp_async_16(void* shared, const void* global, bool valid) { simt::start_copy(shared, valid ? global : nullptr); }
+inline void cp_async_16(void* shared, const void* global, bool valid) {
+  simt::start_copy(shared, valid ? global : nullptr);
+}
 inline void cp_async_commit() { simt::commit_copies(); }
 template <int n>
-void cp_async_wait() { simt::wait_copies(n); }
+void cp_async_wait() {
+  simt::wait_copies(n);
+}
 
 }  // namespace flexattn::cuda

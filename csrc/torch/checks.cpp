@@ -8,8 +8,10 @@ std::string sizes_text(at::IntArrayRef sizes) {
   text << '[';
   for (size_t i = 0; i < sizes.size(); ++i) {
     if (i) text << ", ";
-    if (sizes[i] < 0) text << '*';
-    else text << sizes[i];
+    if (sizes[i] < 0)
+      text << '*';
+    else
+      text << sizes[i];
   }
   text << ']';
   return text.str();
@@ -46,11 +48,17 @@ void Reasons::raise_if_any() const {
 
 DType dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kDouble: return DType::kFloat64;
-    case at::kFloat: return DType::kFloat32;
-    case at::kHalf: return DType::kFloat16;
-    case at::kBFloat16: return DType::kBFloat16;
-    default: TORCH_CHECK_VALUE(false, "flexattn_cuda: dtype ", t.scalar_type(), " is not float64, float32, float16 or bfloat16");
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      TORCH_CHECK_VALUE(false, "flexattn_cuda: dtype ", t.scalar_type(),
+                        " is not float64, float32, float16 or bfloat16");
   }
 }
 

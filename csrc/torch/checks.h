@@ -24,8 +24,10 @@ class Reasons {
   }
 
   // A tensor of this dtype and these sizes (-1 = any), on `device`, with dense last dimension.
-  bool tensor(const char* name, const at::Tensor& t, at::IntArrayRef sizes, at::ArrayRef<at::ScalarType> dtypes, at::Device device);
-  bool tensor(const char* name, const std::optional<at::Tensor>& t, at::IntArrayRef sizes, at::ArrayRef<at::ScalarType> dtypes, at::Device device) {
+  bool tensor(const char* name, const at::Tensor& t, at::IntArrayRef sizes, at::ArrayRef<at::ScalarType> dtypes,
+              at::Device device);
+  bool tensor(const char* name, const std::optional<at::Tensor>& t, at::IntArrayRef sizes,
+              at::ArrayRef<at::ScalarType> dtypes, at::Device device) {
     return !t.has_value() || tensor(name, *t, sizes, dtypes, device);
   }
 

@@ -17,19 +17,19 @@ namespace flexattn::torch_binding {
 #if defined(FLEXATTN_SIMT)  // tests: the CUDA kernels on CPU tensors (csrc/simt)
 #define FLEXATTN_LAUNCH(function, params, like) ::flexattn::cuda::function(params, nullptr)
 #elif defined(FLEXATTN_WITH_CUDA)
-#define FLEXATTN_LAUNCH(function, params, like)                                          \
-  [&] {                                                                                  \
-    if (!(like).is_cuda()) return ::flexattn::cpu::function(params, nullptr);            \
-    ::flexattn::torch_binding::require_compiled_for((like).device().index(), #function); \
-    const c10::cuda::CUDAGuard guard((like).device());                                   \
+#define FLEXATTN_LAUNCH(function, params, like)                                            \
+  [&] {                                                                                    \
+    if (!(like).is_cuda()) return ::flexattn::cpu::function(params, nullptr);              \
+    ::flexattn::torch_binding::require_compiled_for((like).device().index(), #function);   \
+    const c10::cuda::CUDAGuard guard((like).device());                                     \
     return ::flexattn::cuda::function(params, c10::cuda::getCurrentCUDAStream().stream()); \
   }()
 #else
 #define FLEXATTN_LAUNCH(function, params, like)                                                                     \
   [&] {                                                                                                             \
     TORCH_CHECK_NOT_IMPLEMENTED(                                                                                    \
-        !(like).is_cuda(),                                                                                          \
-        "flexattn_cuda::" #function ": this build has no CUDA kernels, but the tensors are on ", (like).device(),   \
+        !(like).is_cuda(), "flexattn_cuda::" #function ": this build has no CUDA kernels, but the tensors are on ", \
+        (like).device(),                                                                                            \
         "; build it with a CUDA toolkit and a CUDA build of torch (`flexattn info` tells what was found), or move " \
         "the tensors to the CPU");                                                                                  \
     return ::flexattn::cpu::function(params, nullptr);                                                              \

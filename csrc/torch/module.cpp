@@ -37,19 +37,25 @@ pybind11::dict build_info() {
 
 const char* name_of(flexattn::AttentionPath path) {
   switch (path) {
-    case flexattn::AttentionPath::kGeneric: return "generic";
-    case flexattn::AttentionPath::kDecode: return "decode";
-    case flexattn::AttentionPath::kVolta: return "volta";
-    case flexattn::AttentionPath::kAmpere: return "ampere";
+    case flexattn::AttentionPath::kGeneric:
+      return "generic";
+    case flexattn::AttentionPath::kDecode:
+      return "decode";
+    case flexattn::AttentionPath::kVolta:
+      return "volta";
+    case flexattn::AttentionPath::kAmpere:
+      return "ampere";
   }
   return "";
 }
 
-std::pair<std::string, std::vector<std::string>> attention_path(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+std::pair<std::string, std::vector<std::string>> attention_path(const at::Tensor& q, const at::Tensor& k,
+                                                                const at::Tensor& v,
                                                                 const std::optional<at::Tensor>& k_hr,
-                                                                const std::optional<at::Tensor>& v_hr, double scale, int capability) {
-  const flexattn::PathChoice choice =
-      flexattn::choose_attention_path(flexattn::torch_binding::attention_layout(q, k, v, k_hr, v_hr, scale), capability);
+                                                                const std::optional<at::Tensor>& v_hr, double scale,
+                                                                int capability) {
+  const flexattn::PathChoice choice = flexattn::choose_attention_path(
+      flexattn::torch_binding::attention_layout(q, k, v, k_hr, v_hr, scale), capability);
   return {name_of(choice.path), choice.reasons};
 }
 
@@ -58,7 +64,8 @@ std::pair<std::string, std::vector<std::string>> attention_path(const at::Tensor
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Facts about the build of flexattn_cuda; its operators are in torch.ops.flexattn_cuda.";
   module.def("build_info", &build_info, "What was compiled in, as a dict of strings; see flexattn_cuda.build.");
-  module.def("architecture_reason", &flexattn::torch_binding::architecture_reason, "See flexattn_cuda.build.architecture_reason.");
+  module.def("architecture_reason", &flexattn::torch_binding::architecture_reason,
+             "See flexattn_cuda.build.architecture_reason.");
   module.def("attention_path", &attention_path, "See flexattn_cuda.ops.attention_path.");
 
   // flexattn_cuda.profiling

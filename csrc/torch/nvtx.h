@@ -1,5 +1,5 @@
-// NVTX ranges for Nsight Systems and Nsight Compute, in the domain "flexattn_cuda". Off until switched on; a build without
-// CUDA has none, and there the switch does nothing.
+// NVTX ranges for Nsight Systems and Nsight Compute, in the domain "flexattn_cuda". Off until switched on; a build
+// without CUDA has none, and there the switch does nothing.
 #pragma once
 
 #include <atomic>

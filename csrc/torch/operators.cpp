@@ -43,8 +43,8 @@ void check_range(Reasons& reasons, const char* name, const at::Tensor& t, int64_
   if (!readable(t)) return;
   const at::Tensor dense = t.contiguous();
   const auto [least, most] = std::minmax_element(ints(dense), ints(dense) + dense.numel());
-  reasons.unless(*least >= low && *most <= high, name, " has values from ", *least, " to ", *most, ", they must lie in ", low,
-                 " to ", high);
+  reasons.unless(*least >= low && *most <= high, name, " has values from ", *least, " to ", *most,
+                 ", they must lie in ", low, " to ", high);
 }
 
 // A row of an index may hold -1 several times, but nothing else twice.
@@ -91,8 +91,8 @@ AttentionInputs attention_inputs(Reasons& reasons, const at::Tensor& q, const at
   reasons.tensor("key_mask", a.key_mask, {B, words_for_bits(Nk)}, kInt, device);
 
   const int pool_parts = a.k_hr.has_value() + a.v_hr.has_value() + a.hr_slots.has_value() + a.hr_count.has_value();
-  reasons.unless(pool_parts == 0 || pool_parts == 4, "k_hr, v_hr, hr_slots and hr_count must be given together; ", pool_parts,
-                 " of the four are");
+  reasons.unless(pool_parts == 0 || pool_parts == 4, "k_hr, v_hr, hr_slots and hr_count must be given together; ",
+                 pool_parts, " of the four are");
   reasons.unless(!(a.hr_from && a.hr_rows), "hr_from and hr_rows exclude each other");
   const int64_t R = a.hr_rows ? (a.hr_rows->dim() == 2 ? a.hr_rows->size(1) : -1) : 1;
   int64_t P = 0, M = 0;
@@ -116,7 +116,8 @@ AttentionInputs attention_inputs(Reasons& reasons, const at::Tensor& q, const at
       }
     }
   }
-  if (reasons.tensor("hr_from", a.hr_from, {B}, kInt, device) && a.hr_from) check_range(reasons, "hr_from", *a.hr_from, 0, N);
+  if (reasons.tensor("hr_from", a.hr_from, {B}, kInt, device) && a.hr_from)
+    check_range(reasons, "hr_from", *a.hr_from, 0, N);
   if (reasons.tensor("hr_rows", a.hr_rows, {B, -1}, kInt, device) && a.hr_rows) {
     check_range(reasons, "hr_rows", *a.hr_rows, -1, N - 1);
     if (reasons.ok()) check_distinct(reasons, "hr_rows", *a.hr_rows, N);
@@ -139,14 +140,23 @@ AttentionInputs attention_inputs(Reasons& reasons, const at::Tensor& q, const at
 
 // Everything but q, k, v and the pool is small and read densely.
 AttentionArguments dense(const AttentionArguments& a) {
-  return {a.kv_start.contiguous(), a.kv_len.contiguous(), contiguous(a.key_mask), a.k_hr, a.v_hr, contiguous(a.hr_slots),
-          contiguous(a.hr_count), contiguous(a.hr_from), contiguous(a.hr_rows), contiguous(a.hr_row_bits), contiguous(a.alpha)};
+  return {a.kv_start.contiguous(),
+          a.kv_len.contiguous(),
+          contiguous(a.key_mask),
+          a.k_hr,
+          a.v_hr,
+          contiguous(a.hr_slots),
+          contiguous(a.hr_count),
+          contiguous(a.hr_from),
+          contiguous(a.hr_rows),
+          contiguous(a.hr_row_bits),
+          contiguous(a.alpha)};
 }
 
 }  // namespace
 
-AttentionInputs attention_layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& k_hr,
-                                 const OptionalTensor& v_hr, double scale) {
+AttentionInputs attention_layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                 const OptionalTensor& k_hr, const OptionalTensor& v_hr, double scale) {
   AttentionInputs in{};
   in.dtype = dtype_of(q);
   in.batch = q.size(0), in.heads = q.size(1), in.queries = q.size(2), in.head_dim = q.size(3), in.scale = scale;
@@ -161,18 +171,21 @@ AttentionInputs attention_layout(const at::Tensor& q, const at::Tensor& k, const
   return in;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_tokens(
-    const at::Tensor& map, const at::Tensor& live, int64_t hr_side, double scale, double threshold, int64_t pool_side) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_tokens(const at::Tensor& map, const at::Tensor& live,
+                                                                         int64_t hr_side, double scale,
+                                                                         double threshold, int64_t pool_side) {
   const NvtxRange range("select_tokens");
   Reasons reasons("select_tokens");
   reasons.tensor("map", map, {-1, -1, -1, -1}, kMaps, map.device());
   reasons.raise_if_any();
   const int64_t B = map.size(0), R = map.size(1), I = map.size(2), S = exact_root(map.size(3));
-  reasons.unless(S * S == map.size(3) && S > 0, "map has ", map.size(3), " cells, which must be the square of the grid's side");
+  reasons.unless(S * S == map.size(3) && S > 0, "map has ", map.size(3),
+                 " cells, which must be the square of the grid's side");
   reasons.tensor("live", live, {B, I, 4}, kInt, map.device());
   reasons.unless(hr_side > 0, "hr_side is ", hr_side, ", it must be at least 1");
   reasons.unless(pool_side >= 0 && pool_side <= S, "pool_side is ", pool_side, ", it must be 0 (no pooling) to ", S);
-  reasons.unless(I * hr_side * hr_side < (int64_t(1) << 31), "the HR grids of ", I, " pictures have more than 2^31 tokens");
+  reasons.unless(I * hr_side * hr_side < (int64_t(1) << 31), "the HR grids of ", I,
+                 " images have more than 2^31 tokens");
   if (reasons.ok()) check_range(reasons, "live", live, 0, S);
   reasons.raise_if_any();
 
@@ -182,9 +195,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_tokens(
   at::Tensor index = at::empty({B, tokens}, i32), count = at::empty({B}, i32);
   at::Tensor bits = at::empty({B, R, words_for_bits(tokens)}, i32);
   const at::Tensor dense_map = map.contiguous(), dense_live = live.contiguous();
-  const SelectTokensParams params{dtype_of(map), dense_map.const_data_ptr(), ints(dense_live), B, R, I, S, hr_side, pool_side,
-                                  scale, threshold, mask.mutable_data_ptr<bool>(), index.mutable_data_ptr<int32_t>(),
-                                  count.mutable_data_ptr<int32_t>(), bits.mutable_data_ptr<int32_t>()};
+  const SelectTokensParams params{dtype_of(map),
+                                  dense_map.const_data_ptr(),
+                                  ints(dense_live),
+                                  B,
+                                  R,
+                                  I,
+                                  S,
+                                  hr_side,
+                                  pool_side,
+                                  scale,
+                                  threshold,
+                                  mask.mutable_data_ptr<bool>(),
+                                  index.mutable_data_ptr<int32_t>(),
+                                  count.mutable_data_ptr<int32_t>(),
+                                  bits.mutable_data_ptr<int32_t>()};
   FLEXATTN_LAUNCH(select_tokens, params, map);
   return {mask, index, count, bits};
 }
@@ -204,8 +229,16 @@ at::Tensor gather_tokens(const at::Tensor& tokens, const at::Tensor& index) {
   at::Tensor rows = at::empty({B, M, D}, tokens.options());
   if (rows.numel() == 0) return rows;
   const at::Tensor dense_index = index.contiguous();
-  const GatherTokensParams params{tokens.element_size(), B, T, M, D, ints(dense_index), tokens.const_data_ptr(),
-                                  tokens.stride(0), tokens.stride(1), rows.mutable_data_ptr()};
+  const GatherTokensParams params{tokens.element_size(),
+                                  B,
+                                  T,
+                                  M,
+                                  D,
+                                  ints(dense_index),
+                                  tokens.const_data_ptr(),
+                                  tokens.stride(0),
+                                  tokens.stride(1),
+                                  rows.mutable_data_ptr()};
   FLEXATTN_LAUNCH(gather_tokens, params, tokens);
   return rows;
 }
@@ -216,13 +249,22 @@ at::Tensor gather_tokens_backward(const at::Tensor& grad, const at::Tensor& inde
   reasons.tensor("grad", grad, {-1, -1, -1}, kFloating, grad.device());
   reasons.raise_if_any();
   const int64_t B = grad.size(0), M = grad.size(1), D = grad.size(2);
-  if (reasons.tensor("index", index, {B, M}, kInt, grad.device())) check_range(reasons, "index", index, -1, num_tokens - 1);
+  if (reasons.tensor("index", index, {B, M}, kInt, grad.device()))
+    check_range(reasons, "index", index, -1, num_tokens - 1);
   reasons.raise_if_any();
   at::Tensor result = at::empty({B, num_tokens, D}, grad.options());
   if (result.numel() == 0) return result;
   const at::Tensor dense_index = index.contiguous();
-  const GatherTokensParams params{grad.element_size(), B, num_tokens, M, D, ints(dense_index), grad.const_data_ptr(),
-                                  grad.stride(0), grad.stride(1), result.mutable_data_ptr()};
+  const GatherTokensParams params{grad.element_size(),
+                                  B,
+                                  num_tokens,
+                                  M,
+                                  D,
+                                  ints(dense_index),
+                                  grad.const_data_ptr(),
+                                  grad.stride(0),
+                                  grad.stride(1),
+                                  result.mutable_data_ptr()};
   FLEXATTN_LAUNCH(scatter_tokens, params, grad);
   return result;
 }
@@ -243,7 +285,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> assign_sl
     check_range(reasons, "index", index, -1, T - 1);
     if (reasons.ok()) check_distinct(reasons, "index", index, T);
   }
-  if (reasons.tensor("next_free", next_free, {1}, kInt, device)) check_range(reasons, "next_free", next_free, 0, capacity);
+  if (reasons.tensor("next_free", next_free, {1}, kInt, device))
+    check_range(reasons, "next_free", next_free, 0, capacity);
   reasons.unless(capacity >= 0 && capacity <= std::numeric_limits<int32_t>::max(), "capacity is ", capacity,
                  ", it must lie in 0 to 2^31 - 1");
   reasons.raise_if_any();
@@ -251,16 +294,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> assign_sl
   at::Tensor slots = at::empty({B, M}, i32), new_tokens = at::empty({B * M}, i32), new_slots = at::empty({B * M}, i32);
   at::Tensor new_count = at::empty({1}, i32), overflow = at::empty({1}, i32);
   const at::Tensor dense_index = index.contiguous(), dense_count = count.contiguous();
-  const AssignSlotsParams params{B, table.size(0), table.size(1), M, capacity, ints(dense_index), ints(dense_count), table.mutable_data_ptr<int32_t>(),
-                                 table.stride(0), next_free.mutable_data_ptr<int32_t>(), slots.mutable_data_ptr<int32_t>(),
-                                 new_tokens.mutable_data_ptr<int32_t>(), new_slots.mutable_data_ptr<int32_t>(),
-                                 new_count.mutable_data_ptr<int32_t>(), overflow.mutable_data_ptr<int32_t>()};
+  const AssignSlotsParams params{B,
+                                 table.size(0),
+                                 table.size(1),
+                                 M,
+                                 capacity,
+                                 ints(dense_index),
+                                 ints(dense_count),
+                                 table.mutable_data_ptr<int32_t>(),
+                                 table.stride(0),
+                                 next_free.mutable_data_ptr<int32_t>(),
+                                 slots.mutable_data_ptr<int32_t>(),
+                                 new_tokens.mutable_data_ptr<int32_t>(),
+                                 new_slots.mutable_data_ptr<int32_t>(),
+                                 new_count.mutable_data_ptr<int32_t>(),
+                                 overflow.mutable_data_ptr<int32_t>()};
   FLEXATTN_LAUNCH(assign_slots, params, index);
   return {slots, new_tokens, new_slots, new_count, overflow};
 }
 
-void write_hr_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& slots,
-                 at::Tensor& k_pool, at::Tensor& v_pool) {
+void write_hr_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& cos, const at::Tensor& sin,
+                 const at::Tensor& slots, at::Tensor& k_pool, at::Tensor& v_pool) {
   Reasons reasons("write_hr_kv");
   const at::Device device = k.device();
   reasons.tensor("k", k, {-1, -1, -1}, kFloating, device);
@@ -283,10 +337,25 @@ void write_hr_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& cos
   reasons.raise_if_any();
   if (k.numel() == 0) return;
   const at::Tensor dense_slots = slots.contiguous();
-  const WriteHrKvParams params{dtype_of(k), dtype_of(cos), M, heads, d, k_pool.size(0), ints(dense_slots), k.const_data_ptr(),
-                               v.const_data_ptr(), k_pool.mutable_data_ptr(), v_pool.mutable_data_ptr(), pool_strides(k),
-                               pool_strides(v), pool_strides(k_pool), pool_strides(v_pool), cos.const_data_ptr(),
-                               sin.const_data_ptr(), cos.stride(0), sin.stride(0)};
+  const WriteHrKvParams params{dtype_of(k),
+                               dtype_of(cos),
+                               M,
+                               heads,
+                               d,
+                               k_pool.size(0),
+                               ints(dense_slots),
+                               k.const_data_ptr(),
+                               v.const_data_ptr(),
+                               k_pool.mutable_data_ptr(),
+                               v_pool.mutable_data_ptr(),
+                               pool_strides(k),
+                               pool_strides(v),
+                               pool_strides(k_pool),
+                               pool_strides(v_pool),
+                               cos.const_data_ptr(),
+                               sin.const_data_ptr(),
+                               cos.stride(0),
+                               sin.stride(0)};
   FLEXATTN_LAUNCH(write_hr_kv, params, k);
 }
 
@@ -298,14 +367,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hierarchical_attentio
   const AttentionArguments a = dense(given);
   AttentionForwardParams params{};
   params.in = attention_inputs(reasons, q, k, v, a, scale);
-  const int64_t B = params.in.batch, H = params.in.heads, N = params.in.queries, I = map_ranges ? map_ranges->size(1) : 0;
+  const int64_t B = params.in.batch, H = params.in.heads, N = params.in.queries,
+                I = map_ranges ? map_ranges->size(1) : 0;
   const OptionalTensor ranges = contiguous(map_ranges);
   if (ranges && reasons.tensor("map_ranges", ranges, {B, I, 2}, kInt, q.device()) && readable(*ranges)) {
     check_range(reasons, "map_ranges", *ranges, 0, params.in.keys);
     for (int64_t i = 0; i < B * I; ++i) {
       const int64_t length = ints(ranges)[2 * i + 1] - ints(ranges)[2 * i];
-      reasons.unless(length == 0 || length == map_size, "map_ranges has a range of ", length, " keys, it must be 0 or map_size = ",
-                     map_size);
+      reasons.unless(length == 0 || length == map_size, "map_ranges has a range of ", length,
+                     " keys, it must be 0 or map_size = ", map_size);
     }
   }
   reasons.unless(map_size >= 0, "map_size is ", map_size, ", it must not be negative");
@@ -315,7 +385,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hierarchical_attentio
   at::Tensor out = at::empty({B, N, H, params.in.head_dim}, q.options());
   at::Tensor lse = at::empty({B, H, N}, stats), lse_seq = at::empty({B, H, N}, stats);
   at::Tensor map = at::empty({B, params.in.rows, I, map_size}, stats);
-  params.pictures = map.numel() ? I : 0;
+  params.images = map.numel() ? I : 0;
   params.map_size = map_size;
   params.map_ranges = ints(ranges);
   params.map_over_all = map_over_all;
@@ -323,15 +393,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hierarchical_attentio
   params.lse = lse.mutable_data_ptr();
   params.lse_seq = lse_seq.mutable_data_ptr();
   params.map = map.mutable_data_ptr();
-  const at::Tensor workspace = at::empty({FLEXATTN_LAUNCH(hierarchical_attention_workspace, params, q)}, q.options().dtype(at::kByte));
+  const at::Tensor workspace =
+      at::empty({FLEXATTN_LAUNCH(hierarchical_attention_workspace, params, q)}, q.options().dtype(at::kByte));
   params.workspace = workspace.numel() ? workspace.mutable_data_ptr() : nullptr;
   if (out.numel()) FLEXATTN_LAUNCH(hierarchical_attention_forward, params, q);
   return {out, lse, lse_seq, map};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hierarchical_attention_backward(
-    const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionArguments& given,
-    const at::Tensor& lse, const at::Tensor& lse_seq, double scale) {
+    const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+    const AttentionArguments& given, const at::Tensor& lse, const at::Tensor& lse_seq, double scale) {
   const NvtxRange range("hierarchical_attention_backward");
   Reasons reasons("hierarchical_attention_backward");
   const AttentionArguments a = dense(given);
@@ -345,7 +416,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hierarchi
   reasons.raise_if_any();
 
   const at::Tensor dense_lse = lse.contiguous(), dense_lse_seq = lse_seq.contiguous();
-  at::Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options()), grad_v = at::empty(v.sizes(), v.options());
+  at::Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options()),
+             grad_v = at::empty(v.sizes(), v.options());
   const std::vector<int64_t> pool_sizes = a.k_hr ? a.k_hr->sizes().vec() : std::vector<int64_t>{0};
   const bool pool = in.k_hr != nullptr;
   at::Tensor grad_k_hr = pool ? at::empty(pool_sizes, q.options()) : at::zeros(pool_sizes, q.options());

@@ -10,7 +10,8 @@ namespace {
 
 constexpr int kThreads = 64;
 
-// Each thread hands its number to the next one through shared memory; without the barrier the next may read too early.
+// Each thread hands its number to the next one through shared memory; without the barrier the next
+// may read too early.
 __global__ void pass_on(int32_t* out, bool barrier) {
   int32_t* numbers = shared_memory<int32_t>();
   numbers[threadIdx.x] = static_cast<int32_t>(threadIdx.x);
@@ -72,7 +73,9 @@ __global__ void overlap(int32_t* out) {
 __global__ void write_bytes(unsigned char* out) { out[threadIdx.x] = static_cast<unsigned char>(threadIdx.x); }
 
 // No fault: these are two launches, the second of which has what all blocks of the first wrote.
-__global__ void write_number_of_block(int32_t* out) { out[blockIdx.x * blockDim.x + threadIdx.x] = static_cast<int32_t>(blockIdx.x) + 1; }
+__global__ void write_number_of_block(int32_t* out) {
+  out[blockIdx.x * blockDim.x + threadIdx.x] = static_cast<int32_t>(blockIdx.x) + 1;
+}
 __global__ void add_halves(int32_t* out) { out[threadIdx.x] += out[blockDim.x + threadIdx.x]; }
 
 __global__ void read_past_shared(int32_t* out) {
@@ -98,7 +101,8 @@ void run_fault(const std::string& fault, int32_t* data) {
   if (fault == "reader") launch("reader", forget_a_reader, 1, kThreads, bytes, nullptr, data);
   if (fault == "overlap") launch("overlap", overlap, 1, kThreads, bytes, nullptr, data);
   if (fault == "readers of blocks") launch("readers of blocks", blocks_read_one_place, 2, kThreads, 0, nullptr, data);
-  if (fault == "none, bytes") launch("none, bytes", write_bytes, 1, kThreads, 0, nullptr, reinterpret_cast<unsigned char*>(data));
+  if (fault == "none, bytes")
+    launch("none, bytes", write_bytes, 1, kThreads, 0, nullptr, reinterpret_cast<unsigned char*>(data));
   if (fault == "none, launches") {
     launch("none, launches", write_number_of_block, 2, kThreads / 2, 0, nullptr, data);
     launch("none, launches", add_halves, 1, kThreads / 2, 0, nullptr, data);

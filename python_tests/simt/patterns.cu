@@ -39,9 +39,13 @@ __global__ void read_shared(unsigned char* data, int64_t stride) {
   reinterpret_cast<T*>(data)[lane()] = *reinterpret_cast<const T*>(shared_memory<unsigned char>() + lane() * stride);
 }
 template <typename T>
-__global__ void write_shared(int64_t stride) { *reinterpret_cast<T*>(shared_memory<unsigned char>() + lane() * stride) = T{}; }
+__global__ void write_shared(int64_t stride) {
+  *reinterpret_cast<T*>(shared_memory<unsigned char>() + lane() * stride) = T{};
+}
 template <typename T>
-__global__ void write_global(unsigned char* data, int64_t stride) { *reinterpret_cast<T*>(data + lane() * stride) = T{}; }
+__global__ void write_global(unsigned char* data, int64_t stride) {
+  *reinterpret_cast<T*>(data + lane() * stride) = T{};
+}
 
 // Lane l reads l numbers, one bank after the other: 31 instructions with fewer and fewer lanes.
 __global__ void read_triangle(unsigned char* data) {

@@ -35,15 +35,18 @@ inline PathChoice choose_attention_path(const AttentionInputs& in, int capabilit
   const int64_t d = in.head_dim, element = in.dtype == DType::kFloat64 ? 8 : in.dtype == DType::kFloat32 ? 4 : 2;
   if (decode) {
     against(in.dtype == DType::kFloat64, "the dtype is float64");
-    against(d != 64 && d != 80 && d != 96 && d != 128, "head_dim is " + std::to_string(d) + ", few query rows take 64, 80, 96 or 128");
+    against(d != 64 && d != 80 && d != 96 && d != 128,
+            "head_dim is " + std::to_string(d) + ", few query rows take 64, 80, 96 or 128");
   } else {
-    against(!half && !bfloat, "the dtype is neither float16 nor bfloat16, which more than " + std::to_string(kMostDecodeRows) + " query rows take");
+    against(!half && !bfloat, "the dtype is neither float16 nor bfloat16, which more than " +
+                                  std::to_string(kMostDecodeRows) + " query rows take");
     against(bfloat && capability < 80, "bfloat16 takes compute capability 8.0, this is " + here);
     against(half && capability < 70, "tensor cores take compute capability 7.0, this is " + here);
     against(d > 128 || d % 8, "head_dim is " + std::to_string(d) + ", it must be a multiple of 8 up to 128");
     against(!(in.scale > 0), "the scale is not positive");
   }
-  against(in.queries >= int64_t{1} << 31 || in.keys >= int64_t{1} << 31 || in.selected >= int64_t{1} << 31, "a size passes 2^31");
+  against(in.queries >= int64_t{1} << 31 || in.keys >= int64_t{1} << 31 || in.selected >= int64_t{1} << 31,
+          "a size passes 2^31");
 
   // 16-byte loads: data and every stride but the last.
   struct Layout {
@@ -52,13 +55,19 @@ inline PathChoice choose_attention_path(const AttentionInputs& in, int capabilit
     const Strides& strides;
     bool batched;
   };
-  const Layout layouts[] = {{"q", decode ? nullptr : in.q, in.q_strides, true}, {"k", in.k, in.k_strides, true}, {"v", in.v, in.v_strides, true},
-                            {"k_hr", in.k_hr, in.k_hr_strides, false}, {"v_hr", in.v_hr, in.v_hr_strides, false}};
+  const Layout layouts[] = {{"q", decode ? nullptr : in.q, in.q_strides, true},
+                            {"k", in.k, in.k_strides, true},
+                            {"v", in.v, in.v_strides, true},
+                            {"k_hr", in.k_hr, in.k_hr_strides, false},
+                            {"v_hr", in.v_hr, in.v_hr_strides, false}};
   for (const Layout& x : layouts) {
-    const int64_t steps = x.strides.row | x.strides.head | (x.batched && in.batch > 1 ? x.strides.batch : 0);  // low bits of all
-    against(x.data && (reinterpret_cast<uintptr_t>(x.data) % 16 || steps * element % 16), std::string(x.name) + " is not aligned to 16 bytes in every row");
+    const int64_t steps =
+        x.strides.row | x.strides.head | (x.batched && in.batch > 1 ? x.strides.batch : 0);  // low bits of all
+    against(x.data && (reinterpret_cast<uintptr_t>(x.data) % 16 || steps * element % 16),
+            std::string(x.name) + " is not aligned to 16 bytes in every row");
   }
-  if (choice.reasons.empty()) choice.path = decode ? AttentionPath::kDecode : capability >= 80 ? AttentionPath::kAmpere : AttentionPath::kVolta;
+  if (choice.reasons.empty())
+    choice.path = decode ? AttentionPath::kDecode : capability >= 80 ? AttentionPath::kAmpere : AttentionPath::kVolta;
   return choice;
 }
 

@@ -8,79 +8,81 @@ namespace flexattn {
 
 // What a query row sees, common to the forward and the backward pass.
 struct AttentionInputs {
-  DType dtype;                  // of q, k, v, k_hr, v_hr, out and the gradients; statistics are float32 (float64 for float64)
-  int64_t batch;                // B
-  int64_t heads;                // H
-  int64_t kv_heads;             // Hkv, divides H: query head i reads key head i / (H / Hkv)
-  int64_t queries;              // N
-  int64_t keys;                 // Nk
-  int64_t head_dim;             // d
-  double scale;                 // of the logits, usually 1 / sqrt(d)
+  DType dtype;       // of q, k, v, k_hr, v_hr, out and the gradients; statistics are float32 (float64 for float64)
+  int64_t batch;     // B
+  int64_t heads;     // H
+  int64_t kv_heads;  // Hkv, divides H: query head i reads key head i / (H / Hkv)
+  int64_t queries;   // N
+  int64_t keys;      // Nk
+  int64_t head_dim;  // d
+  double scale;      // of the logits, usually 1 / sqrt(d)
 
-  const void* q;                // [B, H, N, d]
-  const void* k;                // [B, Hkv, Nk, d]
-  const void* v;                // [B, Hkv, Nk, d]
+  const void* q;  // [B, H, N, d]
+  const void* k;  // [B, Hkv, Nk, d]
+  const void* v;  // [B, Hkv, Nk, d]
   Strides q_strides, k_strides, v_strides;
 
   // Query n of sample b stands at position kv_len[b] - N + n and sees the sequence keys j with
   // kv_start[b] <= j <= that position and, where key_mask is given, bit j of its row set.
-  const int32_t* kv_start;      // [B]
-  const int32_t* kv_len;        // [B]
-  const int32_t* key_mask;      // [B, ceil(Nk / 32)] or null
+  const int32_t* kv_start;  // [B]
+  const int32_t* kv_len;    // [B]
+  const int32_t* key_mask;  // [B, ceil(Nk / 32)] or null
 
-  // High-resolution keys: a pool of slots; sample b owns the slots hr_slots[b, 0 .. hr_count[b]). Null when there are none.
-  int64_t pool;                 // P
-  int64_t selected;             // M
-  const void* k_hr;             // [P, Hkv, d]: k_hr[p, g, c] = data[p * row + g * head + c]
+  // High-resolution keys: a pool of slots; sample b owns the slots hr_slots[b, 0 .. hr_count[b]). Null when there are
+  // none.
+  int64_t pool;      // P
+  int64_t selected;  // M
+  const void* k_hr;  // [P, Hkv, d]: k_hr[p, g, c] = data[p * row + g * head + c]
   const void* v_hr;
-  Strides k_hr_strides, v_hr_strides;   // .batch unused
-  const int32_t* hr_slots;      // [B, M] dense; no slot twice in a row
-  const int32_t* hr_count;      // [B]
+  Strides k_hr_strides, v_hr_strides;  // .batch unused
+  const int32_t* hr_slots;             // [B, M] dense; no slot twice in a row
+  const int32_t* hr_count;             // [B]
 
-  // Which rows see them: rows n >= hr_from[b]; or the rows listed in hr_rows (-1 = none), each with its own choice of the
-  // sample's keys where hr_row_bits is given. At most one of hr_from and hr_rows is set.
-  int64_t rows;                 // R; 1 when hr_rows is null
-  const int32_t* hr_from;       // [B] or null
-  const int32_t* hr_rows;       // [B, R] or null; no row twice
-  const int32_t* hr_row_bits;   // [B, R, ceil(M / 32)] or null (every key)
+  // Which rows see them: rows n >= hr_from[b]; or the rows listed in hr_rows (-1 = none), each with its own choice of
+  // the sample's keys where hr_row_bits is given. At most one of hr_from and hr_rows is set.
+  int64_t rows;                // R; 1 when hr_rows is null
+  const int32_t* hr_from;      // [B] or null
+  const int32_t* hr_rows;      // [B, R] or null; no row twice
+  const int32_t* hr_row_bits;  // [B, R, ceil(M / 32)] or null (every key)
 
   // A row that sees HR keys gives (1 - alpha) * plain + alpha * with_hr. Null = 1.
-  const float* alpha;           // [B] or null
+  const float* alpha;  // [B] or null
 };
 
 struct AttentionForwardParams {
   AttentionInputs in;
 
-  // The map: for the rows in hr_rows (without hr_rows: the last query row), the probabilities of the keys of each picture, summed over heads.
-  int64_t pictures;             // I; 0 = no map
-  int64_t map_size;             // S*S
-  const int32_t* map_ranges;    // [B, I, 2]: first key of the picture and one past its last; an empty range gives zeros
-  bool map_over_all;            // softmax over the N+M keys that the row sees instead of its N sequence keys
+  // The map: for the rows in hr_rows (without hr_rows: the last query row), the probabilities of the keys of each
+  // image, summed over heads.
+  int64_t images;             // I; 0 = no map
+  int64_t map_size;           // S*S
+  const int32_t* map_ranges;  // [B, I, 2]: first key of the image and one past its last; an empty range gives zeros
+  bool map_over_all;          // softmax over the N+M keys that the row sees instead of its N sequence keys
 
-  void* out;                    // [B, N, H, d] dense
-  void* lse;                    // [B, H, N]: log-sum-exp over all the keys that the row sees; -inf where it sees none
-  void* lse_seq;                // [B, H, N]: the same over the sequence keys only
-  void* map;                    // [B, R, I, S*S] dense, zero for a row of -1
+  void* out;      // [B, N, H, d] dense
+  void* lse;      // [B, H, N]: log-sum-exp over all the keys that the row sees; -inf where it sees none
+  void* lse_seq;  // [B, H, N]: the same over the sequence keys only
+  void* map;      // [B, R, I, S*S] dense, zero for a row of -1
 
-  void* workspace;              // hierarchical_attention_workspace() bytes, 16-byte aligned; null when that is 0
+  void* workspace;  // hierarchical_attention_workspace() bytes, 16-byte aligned; null when that is 0
 };
 
 struct AttentionBackwardParams {
   AttentionInputs in;
-  const void* grad_out;         // [B, N, H, d]: strides as in Strides{batch, head, row}
+  const void* grad_out;  // [B, N, H, d]: strides as in Strides{batch, head, row}
   Strides grad_out_strides;
-  const void* lse;              // [B, H, N] dense, as the forward pass left them
+  const void* lse;  // [B, H, N] dense, as the forward pass left them
   const void* lse_seq;
 
-  void* grad_q;                 // [B, H, N, d] dense
-  void* grad_k;                 // [B, Hkv, Nk, d] dense
+  void* grad_q;  // [B, H, N, d] dense
+  void* grad_k;  // [B, Hkv, Nk, d] dense
   void* grad_v;
-  void* grad_k_hr;              // [P, Hkv, d] dense; null when there is no pool
+  void* grad_k_hr;  // [P, Hkv, d] dense; null when there is no pool
   void* grad_v_hr;
 
   // Scratch, allocated by the caller. delta[b, h, n, {0: with HR, 1: sequence only}] = grad_out . out of that softmax.
-  void* delta;                  // [B, H, N, 2], statistics dtype
-  int32_t* slot_to_key;         // [B, P]: position of a slot in the sample's hr_slots, or -1; null when there is no pool
+  void* delta;           // [B, H, N, 2], statistics dtype
+  int32_t* slot_to_key;  // [B, P]: position of a slot in the sample's hr_slots, or -1; null when there is no pool
 };
 
 namespace cpu {

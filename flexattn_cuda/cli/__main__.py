@@ -1,0 +1,6 @@
+"""`python -m flexattn_cuda.cli` and `torchrun -m flexattn_cuda.cli`: the same as `flexattn`."""
+
+from flexattn_cuda.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""From pixels to image tokens: the vision tower and the projector, for images and for tiles of images."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+from transformers import LlavaModel
+
+from flexattn_cuda import profiling
+
+# The tower's image size is set for a call, and older transformers exchange its forward functions while they record its
+# hidden states.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@profiling.in_phase("encode_images")
+def encode_images(model: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
+    """Image tokens of square images.
+
+    Args:
+        model: LLaVA's inner model (tower, projector, language model).
+        pixels: [n, 3, s, s] float, normalised; s is the tower's own size or smaller.
+    Returns:
+        [n, (s / patch)**2, D], row-major, top-left first.
+    """
+    with _ONE_AT_A_TIME, _image_size(model, pixels.shape[-1]):
+        features = model.get_image_features(
+            pixel_values=pixels.to(model.dtype),
+            vision_feature_layer=model.config.vision_feature_layer,
+            vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+            return_dict=True,
+        )
+    return torch.stack(list(features.pooler_output))
+
+
+def cut_into_tiles(image: torch.Tensor, zoom: int) -> list[torch.Tensor]:
+    """[3, zoom*s, zoom*s] -> zoom*zoom views of [3, s, s], row-major."""
+    return [tile for row in image.chunk(zoom, dim=1) for tile in row.chunk(zoom, dim=2)]
+
+
+@profiling.in_phase("encode_tiles")
+def encode_tiles(model: LlavaModel, image: torch.Tensor, zoom: int) -> torch.Tensor:
+    """HR tokens of one image: zoom x zoom tiles encoded on their own and put back in place.
+
+    Args:
+        image: [3, zoom * s, zoom * s] float, normalised.
+    Returns:
+        [h * h, D] with h = zoom * (s / patch), row-major over the whole image.
+    """
+    tokens = encode_images(model, torch.stack(cut_into_tiles(image, zoom)))
+    side = int(tokens.shape[1] ** 0.5)
+    # [tile row, tile column, row, column, D] -> [tile row, row, tile column, column, D]
+    return tokens.reshape(zoom, zoom, side, side, -1).transpose(1, 2).reshape(zoom * zoom * side * side, -1)
+
+
+@contextlib.contextmanager
+def _image_size(model: LlavaModel, size: int) -> Iterator[None]:
+    """Within, the tower takes images of this size: smaller than its own, they use the top-left corner of its positions."""
+    embeddings = next(
+        module for module in model.modules() if isinstance(getattr(module, "position_ids", None), torch.Tensor)
+    )
+    own, ids = embeddings.image_size, embeddings.position_ids
+    if size == own:
+        yield
+        return
+    native, side = own // embeddings.patch_size, size // embeddings.patch_size
+    corner = torch.arange(native * native, device=ids.device).view(native, native)[:side, :side]
+    embeddings.image_size = size
+    embeddings.position_ids = torch.cat([ids.new_zeros(1), 1 + corner.flatten()])[None]
+    try:
+        yield
+    finally:
+        embeddings.image_size, embeddings.position_ids = own, ids

@@ -1,0 +1,93 @@
+"""Without high-resolution tokens the model is transformers' LLaVA: same weights, same logits."""
+
+from __future__ import annotations
+
+import pytest
+import small
+import torch
+
+from flexattn_cuda import FlexAttnLlavaForConditionalGeneration
+
+
+def pair(tmp_path, **changes):
+    """transformers' LLaVA, and this package's with the same weights, through a checkpoint in transformers' format."""
+    plain = small.llava(**changes)
+    plain.save_pretrained(tmp_path)
+    ours = FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path, flexattn=small.settings()).eval()
+    ours.generation_config = plain.generation_config
+    return plain, ours
+
+
+def assert_equal_logits(ours: torch.Tensor, plain: torch.Tensor) -> None:
+    assert (ours - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def low(pixels: torch.Tensor) -> torch.Tensor:
+    size = small.SIDE * small.PATCH
+    return torch.nn.functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_forward(tmp_path, kv_heads):
+    plain, ours = pair(tmp_path, kv_heads=kv_heads)
+    inputs = small.left_padded(small.prompt(4, "image", 9), small.prompt(2, "image", 3, seed=1))
+    inputs["pixel_values"] = low(small.images(2))
+    seen = inputs["attention_mask"].bool()
+    assert_equal_logits(ours(**inputs).logits[seen], plain(**inputs).logits[seen])
+
+
+@torch.no_grad()
+def test_generate(tmp_path):
+    plain, ours = pair(tmp_path)
+    inputs = small.left_padded(small.prompt(4, "image", 9), small.prompt(5, seed=1))
+    inputs["pixel_values"] = low(small.images(1))
+    expected_tokens, expected = small.generate(plain, **inputs)
+    tokens, logits = small.generate(ours, **inputs)
+    assert torch.equal(tokens, expected_tokens)
+    assert_equal_logits(logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"cache_implementation": "static"}], ids=["beams", "static cache"]
+)
+def test_generate_options(tmp_path, options):
+    plain, ours = pair(tmp_path)
+    inputs = small.left_padded(small.prompt(4, "image", 9), small.prompt(2, "image", 4, seed=1))
+    inputs["pixel_values"] = low(small.images(2))
+    expected = plain.generate(**inputs, **options, max_new_tokens=5, do_sample=False)
+    assert torch.equal(ours.generate(**inputs, **options, max_new_tokens=5, do_sample=False), expected)
+
+
+@torch.no_grad()
+def test_empty_selection(tmp_path):
+    """HR pixels are there, but no cell passes the threshold."""
+    plain, ours = pair(tmp_path)
+    ours.config.flexattn_config = small.settings(threshold=255.0).to_dict()
+    ids, pixels = small.prompt(4, "image", 9)[None], small.images(1)
+    expected_tokens, expected = small.generate(plain, input_ids=ids, pixel_values=low(pixels))
+    tokens, logits = small.generate(ours, input_ids=ids, pixel_values_hr=pixels)
+    assert torch.equal(tokens, expected_tokens)
+    assert_equal_logits(logits, expected)
+
+
+def test_training_loss_and_gradients(tmp_path):
+    plain, ours = pair(tmp_path)
+    ids = torch.stack([small.prompt(4, "image", 9), small.prompt(2, "image", 11, seed=1)])
+    mask = torch.ones_like(ids)
+    mask[1, -3:] = 0  # right padding
+    labels = ids.masked_fill((ids == small.IMAGE) | (mask == 0), -100)
+    inputs = dict(input_ids=ids, attention_mask=mask, labels=labels, pixel_values=low(small.images(2)))
+    losses = []
+    for model in (plain, ours):
+        loss = model.train()(**inputs).loss
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    theirs = dict(plain.named_parameters())
+    floor = 1e-7 * max(p.grad.abs().max() for p in theirs.values() if p.grad is not None)  # rounding where it cancels
+    for name, parameter in ours.named_parameters():
+        if name in theirs and theirs[name].grad is not None:
+            scale = theirs[name].grad.abs().max()
+            assert (parameter.grad - theirs[name].grad).abs().max() <= 1e-4 * scale + floor, name

@@ -1,0 +1,413 @@
+"""The released implementation's own numbers, in the format of data/reference_vectors/README.md.
+
+FLEXATTN_REFERENCE_VECTORS names another folder in that format. Nothing about its cases is known here: sizes, heads, rope
+base, thresholds and layers are read from its json files, and a case of an unknown kind fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import DynamicCache, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+
+from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaForConditionalGeneration, Trace, ops
+from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor
+from flexattn_cuda.mechanism.cache import HRCache
+from flexattn_cuda.mechanism.context import Call, Rows
+from flexattn_cuda.mechanism.rotary import hr_rotary_tables
+
+FOLDER = Path(os.environ.get("FLEXATTN_REFERENCE_VECTORS") or Path(__file__).parents[1] / "data" / "reference_vectors")
+RELEASED_IMAGE_ID = -200
+LOGITS, MAPS, LAYER_OUTPUTS, FEATURES, PIXELS = (
+    1e-3,
+    1e-5,
+    1e-4,
+    1e-4,
+    1e-5,
+)  # the set's README, float32
+
+
+def read_json(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+@cache
+def arrays(name: str):
+    return np.load(FOLDER / f"{name}.npz")
+
+
+def tensor(name: str, key: str) -> torch.Tensor:
+    array = torch.from_numpy(arrays(name)[key])
+    return array.float() if array.dtype == torch.float16 else array
+
+
+def ids(cases: list[dict], key: str) -> list[str]:
+    return [str(case[key]) for case in cases]
+
+
+def valid_rect_of(width: int, height: int, side: int) -> list[int]:
+    margin = int((abs(width - height) // 2) / max(width, height) * side)
+    return [margin, 0, side - margin, side] if width > height else [0, margin, side, side - margin]
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> None:
+    assert actual.shape == expected.shape, f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}"
+    worst = (actual - expected).abs().max().item()
+    assert worst <= tolerance, f"{what}: off by {worst:.3g}, allowed {tolerance:.3g}"
+
+
+# ----------------------------------------------------------------------------------------------------- selection
+
+SELECTION = read_json("selection")["cases"]
+
+
+@pytest.mark.parametrize("case", SELECTION, ids=ids(SELECTION, "index"))
+def test_selection(case):
+    side, hr_side = case["lr_side"], case["hr_side"]
+    heads = tensor("selection", f"attn_{case['index']:02d}")
+    expected = tensor("selection", f"mask_{case['index']:02d}")
+    live = torch.tensor([[valid_rect_of(*case["ori_size_wh"], side)]], dtype=torch.int32)
+    selected = ops.select_tokens(
+        heads.sum(0)[None, None, None],
+        live,
+        hr_side=hr_side,
+        scale=255.0,
+        threshold=case["threshold"],
+        pool_side=9,
+    )
+    assert torch.equal(selected.mask[0, 0, 0].view(hr_side, hr_side), expected)
+    assert selected.count.item() == case["selected"] == int(expected.sum())
+    assert torch.equal(selected.index[0, : selected.count.item()].long(), expected.flatten().nonzero().flatten())
+
+
+# --------------------------------------------------------------------------------------------------------- layer
+
+LAYERS = read_json("layer")["cases"]
+
+
+class Layer:
+    """One attention layer with the weights of a case; layer 1 of a model whose layer 0 selects."""
+
+    def __init__(self, case: dict):
+        self.case, self.tag = case, case["tag"]
+        weight = {name: self.array(f"w_{name}_proj") for name in ("q", "k", "v", "o", "k", "v")}
+        head_dim, heads = case["head_dim"], case["num_heads"]
+        config = LlamaConfig(
+            hidden_size=weight["q"].shape[1],
+            num_attention_heads=heads,
+            num_key_value_heads=weight["k"].shape[0] // head_dim,
+            head_dim=head_dim,
+            rope_theta=case["rope_theta"],
+            attn_implementation="flexattn",
+        )
+        self.attention = LlamaAttention(config, layer_idx=1).eval()
+        for name in ("k_proj_hd", "v_proj_hd"):
+            out_features, in_features = self.array(f"w_{name}").shape
+            setattr(self.attention, name, torch.nn.Linear(in_features, out_features, bias=False))
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "k_proj_hd", "v_proj_hd"):
+            getattr(self.attention, name).weight.data = self.array(f"w_{name}")
+        self.rotary = LlamaRotaryEmbedding(config)
+        self.side, self.hr_side = case["lr_side"], case["hr_side"]
+        self.config = FlexAttnConfig(threshold=float(case["threshold"]), first_layer=1)
+        begin, end = case["image_begin"], case["image_end"]
+        tables = self.rotary(self.array("hidden_states"), torch.arange(begin, end)[None])
+        self.cos, self.sin = hr_rotary_tables(tuple(table[0] for table in tables), self.hr_side)
+        self.images = HRCache(
+            settings=self.config,
+            lr_side=self.side,
+            features=tensor("layer", f"shared.hd_features_{self.hr_side}")[None],
+            cos=self.cos[None],
+            sin=self.sin[None],
+            ranges=torch.tensor([[[begin, end]]], dtype=torch.int32),
+            live=torch.tensor([[valid_rect_of(*case["ori_size_wh"], self.side)]], dtype=torch.int32),
+        )
+
+    def array(self, name: str) -> torch.Tensor:
+        return tensor("layer", f"{self.tag}.{name}")
+
+    def run(self, hidden, first, rows, masks=None, cache=None, alpha=1.0):
+        """-> output rows [N, D], and map [R, S*S] and mask [R, h*h] for the next layer."""
+        trace = Trace()
+        call = Call(self.images, rows, 2, alpha, trace)
+        if masks is None:
+            call.config = FlexAttnConfig(threshold=float(self.case["threshold"]), first_layer=2)  # the layer before
+        else:
+            call.selected[0] = selection_of(masks)
+        positions = torch.arange(first, first + hidden.shape[0])[None]
+        out, _ = self.attention(
+            hidden[None], self.rotary(hidden, positions), None, past_key_values=cache, flexattn=call
+        )
+        traced = trace.steps[0][1]
+        return out[0], traced.map[0, :, 0], traced.mask[0, :, 0]
+
+
+def selection_of(masks: torch.Tensor) -> ops.SelectedTokens:
+    """Masks [R, h*h] as the operator gives them."""
+    index = masks.any(0).nonzero().flatten()
+    padded = torch.full((1, masks.shape[1]), -1, dtype=torch.int32)
+    padded[0, : len(index)] = index.int()
+    bits = torch.zeros(masks.shape[0], (masks.shape[1] + 31) // 32 * 32, dtype=torch.int64)
+    bits[:, : len(index)] = masks[:, index].long()
+    words = (bits.view(masks.shape[0], -1, 32) << torch.arange(32)).sum(-1)
+    words = torch.where(words >= 2**31, words - 2**32, words).int()[None]
+    return ops.SelectedTokens(masks[None, :, None], padded, torch.tensor([len(index)], dtype=torch.int32), words)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", LAYERS, ids=ids(LAYERS, "tag"))
+def test_layer(case):
+    layer = Layer(case)
+    hidden = layer.array("hidden_states")
+    assert hidden.shape[0] == case["N"]
+    for name in ("cos", "sin"):
+        sample = layer.array(f"hr_{name}_sample")
+        assert_close(getattr(layer, name)[::97], sample, 1e-5, f"HR {name} table")
+
+    if case["mode"] == "inference":
+        last = Rows(listed=torch.tensor([[case["N"] - 1]], dtype=torch.int32))
+        out, map, mask = layer.run(hidden, 0, last)
+        assert_close(out[-1], layer.array("out_prefill_nohr_last"), LAYER_OUTPUTS, "last row without HR")
+        assert_close(map[0], layer.array("map_nohr"), MAPS, "map without HR")
+        assert torch.equal(mask[0], layer.array("mask_out_nohr"))
+
+        cache = DynamicCache()
+        cache.update(torch.zeros(1, 1, 0, 1), torch.zeros(1, 1, 0, 1), 0)  # layer 0 of the cache is not used here
+        out, map, mask = layer.run(hidden, 0, last, layer.array("mask_in_prefill")[None], cache)
+        rows = layer.array("out_rows") if f"{layer.tag}.out_rows" in arrays("layer") else slice(None)
+        assert_close(out[rows], layer.array("out_prefill"), LAYER_OUTPUTS, "prefill output")
+        assert_close(map[0], layer.array("map_prefill"), MAPS, "prefill map")
+        assert torch.equal(mask[0], layer.array("mask_out_prefill"))
+
+        only = Rows(listed=torch.zeros(1, 1, dtype=torch.int32))
+        decode = layer.array("hidden_states_decode")
+        out, map, mask = layer.run(decode, case["N"], only, layer.array("mask_in_decode")[None], cache)
+        assert_close(out, layer.array("out_decode"), LAYER_OUTPUTS, "decode output")
+        assert_close(map[0], layer.array("map_decode"), MAPS, "decode map")
+        assert torch.equal(mask[0], layer.array("mask_out_decode"))
+    elif case["mode"] == "scoring/training":
+        labels = torch.full((1, case["N"]), -100)
+        for first, last in case["answer_spans"]:
+            labels[0, first : last + 1] = 1
+        rows = Rows.of_answers(layer.config, labels)
+        assert torch.equal(rows.listed[0].long(), layer.array("rows"))
+        out, map, mask = layer.run(hidden, 0, rows, layer.array("mask_in"), alpha=case["alpha"])
+        assert_close(out, layer.array("out_all"), LAYER_OUTPUTS, "output")
+        assert_close(map, layer.array("map_rows"), MAPS, "maps")
+        assert torch.equal(mask, layer.array("mask_out"))
+    else:
+        pytest.fail(f"layer case {case['tag']} has an unknown mode {case['mode']!r}")
+
+
+# --------------------------------------------------------------------------------------------------- whole model
+
+
+def load_model(override: dict | None = None) -> FlexAttnLlavaForConditionalGeneration:
+    extra = json.loads((FOLDER / "model" / "config.json").read_text()).get("extra", {})
+    settings = FlexAttnConfig.from_extra(extra | (override or {}))
+    return FlexAttnLlavaForConditionalGeneration.from_pretrained(FOLDER / "model", flexattn=settings).eval()
+
+
+def preprocess(model, *names: str) -> dict[str, torch.Tensor]:
+    processor = FlexAttnLlavaImageProcessor.from_config(FOLDER / "model", model.config)
+    return dict(processor([Image.open(FOLDER / name) for name in names], return_tensors="pt"))
+
+
+def expand(model, values: torch.Tensor, prompt: torch.Tensor, fill: int) -> torch.Tensor:
+    """Values along a prompt in which one id stands for each image, with `fill` for each of the image's tokens."""
+    tokens, parts = model.config.lr_side**2, []
+    for value, token in zip(values.tolist(), prompt.tolist()):
+        parts += [fill] * tokens if token == RELEASED_IMAGE_ID else [value]
+    return torch.tensor(parts)
+
+
+CASES = read_json("model_cases")["cases"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES, "name"))
+def test_whole_model(case):
+    name = case["name"]
+
+    def expected(key: str) -> torch.Tensor:
+        return tensor("model_cases", f"{name}.{key}")
+
+    model = load_model(case["extra_override"])
+    pixels = preprocess(model, case["image"])
+    sampled = expected("pixel_sample")
+    step = pixels["pixel_values_hr"].shape[-1] // sampled.shape[-1]
+    assert_close(pixels["pixel_values_hr"][0, :, ::step, ::step], sampled, PIXELS, "high-resolution pixels")
+    sampled = expected("lowres_sample")
+    step = pixels["pixel_values"].shape[-1] // sampled.shape[-1]
+    assert_close(pixels["pixel_values"][0, :, ::step, ::step], sampled, PIXELS, "low-resolution pixels")
+
+    raw = expected("input_ids")
+    input_ids = expand(model, raw, raw, model.config.image_token_id)[None]
+    assert input_ids.shape[1] == case["prompt_positions"]
+    image = (input_ids[0] == model.config.image_token_id).nonzero().flatten()
+    assert (int(image[0]), int(image[-1]) + 1) == (case["image_begin"], case["image_end"])
+    steps, trace = case["num_steps"], Trace()
+    model.generation_config.eos_token_id = None
+    output = model.generate(
+        input_ids,
+        **pixels,
+        max_new_tokens=steps,
+        do_sample=False,
+        flexattn_trace=trace,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.stack(output.logits, 1)[0]
+    assert_close(logits, expected("logits"), LOGITS, "logits")
+    tokens = output.sequences[0, input_ids.shape[1] :].tolist()
+    assert tokens == case["greedy_tokens"] == expected("tokens").tolist()
+    counts = [[int(step[layer].mask.sum()) for layer in case["map_layers"]] for step in trace.steps]
+    assert counts == case["counts"] == expected("counts").tolist()
+    for t, masks in enumerate(np.unpackbits(arrays("model_cases")[f"{name}.mask_packed"], axis=-1)):
+        for layer, mask in zip(case["map_layers"], masks):
+            traced = trace.steps[t][layer].mask.flatten()
+            assert torch.equal(traced, torch.from_numpy(mask[: traced.numel()]).bool()), (
+                f"mask, step {t}, layer {layer}"
+            )
+    for t, maps in enumerate(expected("maps")):
+        for layer, map in zip(case["map_layers"], maps):
+            assert_close(trace.steps[t][layer].map[0, 0, 0], map, MAPS, f"map, step {t}, layer {layer}")
+
+    rows = expected("prefill_rows").long()
+    for hr, key in ((True, "prefill_row_logits"), (False, "prefill_last_logits_no_hr")):
+        given = pixels if hr else {"pixel_values": pixels["pixel_values"]}
+        prefill = model(input_ids=input_ids, **given).logits[0]
+        assert_close(prefill[rows] if hr else prefill[-1], expected(key), LOGITS, key)
+
+    # Which features a case holds differs: all, a sample, or means and norms.
+    prefill = model(input_ids=input_ids, tiles_on_demand=False, **pixels)
+    features = HRCache.beside(prefill.past_key_values).features[0]
+    held = {key.partition(".")[2] for key in arrays("model_cases") if key.startswith(f"{name}.")}
+    if "hd_features" in held:
+        assert_close(features, expected("hd_features"), FEATURES, "HR features")
+    if "hd_sample" in held:
+        assert_close(
+            features[expected("hd_sample_index").long()],
+            expected("hd_sample"),
+            FEATURES,
+            "HR features",
+        )
+    if "hd_token_mean" in held:
+        assert_close(features.mean(-1), expected("hd_token_mean"), FEATURES, "means of the HR features")
+    if "hd_token_l2" in held:
+        norms = features.norm(dim=-1)
+        assert_close(
+            norms,
+            expected("hd_token_l2"),
+            FEATURES * features.shape[-1] ** 0.5,
+            "norms of the HR features",
+        )
+    if "lr_features" in held:
+        # They enter the language model in place of embeddings.
+        entering = model(input_ids=input_ids, **pixels, output_hidden_states=True).hidden_states[0][0, image]
+        every = 1 if expected("lr_features").shape[0] == len(image) else 8
+        assert_close(entering[::every], expected("lr_features"), FEATURES, "LR features")
+
+
+# ------------------------------------------------------------------------------------------- scoring and training
+
+SCORES = read_json("scoring_training")
+
+
+@torch.no_grad()
+def test_option_losses():
+    scoring, model = SCORES["scoring"], load_model()
+    pixels, prompt = preprocess(model, scoring["image"]), tensor("scoring_training", "prompt_ids")
+    map_layers = range(model.config.flexattn.first_layer - 1, model.config.text_config.num_hidden_layers)
+    losses = []
+    for number, option in enumerate(scoring["options"]):
+        raw = torch.cat([prompt, torch.tensor(option)])
+        input_ids = expand(model, raw, raw, model.config.image_token_id)[None]
+        labels = torch.full_like(input_ids, -100)
+        labels[0, -len(option) :] = input_ids[0, -len(option) :]
+        trace = Trace()
+        output = model(
+            input_ids=input_ids,
+            labels=labels,
+            hr_alpha=scoring["alpha"],
+            flexattn_trace=trace,
+            use_cache=False,
+            **pixels,
+        )
+        losses.append(output.loss.item())
+        if f"option{number}.answer_row_logits" in arrays("scoring_training"):
+            answer_logits = output.logits[0, -len(option) - 1 : -1]
+            assert_close(
+                answer_logits,
+                tensor("scoring_training", f"option{number}.answer_row_logits"),
+                LOGITS,
+                "logits",
+            )
+        if f"option{number}.counts" in arrays("scoring_training"):
+            counts = torch.stack([trace.steps[0][layer].mask[0, :, 0].sum(-1) for layer in map_layers])
+            assert torch.equal(counts, tensor("scoring_training", f"option{number}.counts").long())
+    assert_close(torch.tensor(losses), torch.tensor(scoring["losses"]), 1e-4, "option losses")
+    assert int(np.argmin(losses)) == scoring["argmin"]
+
+
+def released_name(name: str) -> str:
+    """A parameter's name in the released format."""
+    for here, there in (
+        ("model.language_model.", "model."),
+        ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
+        ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    ):
+        if name.startswith(here):
+            return there + name[len(here) :]
+    return name
+
+
+TRAINING = SCORES["training"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("run", TRAINING["runs"], ids=ids(TRAINING["runs"], "step"))
+def test_training(run, checkpointing):
+    model = load_model()
+    model.requires_grad_(True).train()
+    model.model.vision_tower.requires_grad_(False)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    alpha = model.config.flexattn.alpha(run["step"])
+    assert alpha == pytest.approx(run["alpha"], abs=1e-12)
+    raw, mask = (
+        tensor("scoring_training", "train.input_ids"),
+        tensor("scoring_training", "train.attention_mask"),
+    )
+    raw_labels = tensor("scoring_training", "train.labels")
+
+    def batch(values: torch.Tensor, fill: int, pad: int) -> torch.Tensor:
+        rows = [expand(model, v[m], r[m], fill) for v, r, m in zip(values, raw, mask)]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+
+    output = model(
+        input_ids=batch(raw, model.config.image_token_id, 0),
+        attention_mask=batch(mask.long(), 1, 0),
+        labels=batch(raw_labels, -100, -100),
+        hr_alpha=alpha,
+        **preprocess(model, *TRAINING["images"]),
+    )
+    assert output.loss.item() == pytest.approx(run["loss"], abs=1e-4)
+    output.loss.backward()
+    norms = {
+        released_name(name): None if weight.grad is None else weight.grad.norm().item()
+        for name, weight in model.named_parameters()
+    }
+    for name, expected in run["grad_l2"].items():
+        actual = norms.get(name)  # a projection before first_layer has no counterpart here, and no gradient there
+        if expected is None:
+            assert actual is None, f"{name} has a gradient"
+        else:
+            assert actual == pytest.approx(expected, rel=1e-3, abs=1e-9), name

@@ -1,0 +1,671 @@
+"""The operators against reference.py, in every dtype, and as citizens of torch: opcheck, gradcheck, compile, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_as_good_as_eager
+from conftest import BACKEND
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import (
+    SIDE,
+    AttentionCase,
+    attention_cases,
+    selection_cases,
+    slot_cases,
+    write_cases,
+)
+
+from flexattn_cuda import ops, reference
+from flexattn_cuda.mechanism.rotary import rotate
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+device_cases = pytest.mark.parametrize("device", DEVICES)
+large = pytest.mark.skipif(BACKEND == "sanitizers", reason="under the sanitizers the small ones run")
+GRID, HR_GRID = 24, 72  # of the large cases: the default model's
+dtype_cases = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
+
+
+def rounded(case, dtype):
+    """The exact answer is that for the inputs as they are after rounding to `dtype`."""
+    q, keywords = case.like(dtype)
+    return tuple(x.double() for x in q), {
+        name: x.double() if isinstance(x, torch.Tensor) and x.dtype == dtype else x for name, x in keywords.items()
+    }
+
+
+@device_cases
+@dtype_cases
+@settings(max_examples=40)
+@given(case=attention_cases())
+def test_attention(device, dtype, case):
+    positional, keywords = case.like(dtype, device)
+    ours = ops.hierarchical_attention(*positional, **keywords)
+    positional, keywords = rounded(case, dtype)
+    exact = reference.hierarchical_attention(*positional, **keywords)
+    positional, keywords = case.like(dtype)
+    eager = reference.hierarchical_attention(*positional, **keywords)
+    for name in exact._fields:
+        assert_as_good_as_eager(getattr(ours, name).cpu(), getattr(eager, name), getattr(exact, name), dtype, name)
+    assert ours.out.dtype == dtype
+    assert all(x.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) for x in ours[1:])
+
+
+@device_cases
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@settings(max_examples=25)
+@given(case=attention_cases(gradients=True))
+def test_attention_gradients(device, dtype, case):
+    check_gradients(device, dtype, case)
+
+
+@device_cases
+@large
+def test_gradients_of_a_long_prompt(device):
+    """One head; the last rows see an HR pool."""
+    N, M, d = 2925, 600, 64
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    floats = {
+        "q": normal(1, 1, N, d),
+        "k": normal(1, 1, N, d),
+        "v": normal(1, 1, N, d),
+        "k_hr": normal(M, 1, d),
+        "v_hr": normal(M, 1, d),
+    }
+    others = {
+        "hr_slots": torch.randperm(M, generator=generator).int()[None], "hr_count": torch.tensor([M - 1], dtype=torch.int32),
+        "hr_from": torch.tensor([N - 40], dtype=torch.int32),
+    }  # fmt: skip
+    check_gradients(device, torch.float32, AttentionCase(floats, others))
+
+
+def check_gradients(device, dtype, case):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(case.floats["q"].transpose(1, 2).shape, generator=generator, dtype=torch.float64)
+
+    def gradients(function, to_dtype, device, source):
+        positional, keywords = source
+        leaves = {"q": positional[0], "k": positional[1], "v": positional[2]}
+        leaves |= {name: value for name, value in keywords.items() if name.endswith("_hr")}
+        leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+        others = {name: value for name, value in keywords.items() if name not in leaves}
+        hr = {name: leaf for name, leaf in leaves.items() if name.endswith("_hr")}
+        out = function(leaves["q"], leaves["k"], leaves["v"], **others, **hr).out
+        found = torch.autograd.grad(out, list(leaves.values()), weight.to(device, to_dtype), allow_unused=True)
+        return {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), found)}
+
+    ours = gradients(ops.hierarchical_attention, dtype, device, case.like(dtype, device))
+    eager = gradients(reference.hierarchical_attention, dtype, "cpu", case.like(dtype))
+    exact = gradients(reference.hierarchical_attention, torch.float64, "cpu", rounded(case, dtype))
+    for name in exact:
+        # A logit's gradient is p (dp - E dp), and dp a sum over d products: up to sqrt(d) times the size of what is left.
+        cancelled = case.floats["q"].shape[-1] ** 0.5
+        assert_as_good_as_eager(ours[name].cpu(), eager[name], exact[name], dtype, f"gradient of {name}", cancelled)
+
+
+@device_cases
+@settings(max_examples=12)
+@given(case=attention_cases(gradients=True, small=True))
+def test_gradcheck(device, case):
+    positional, keywords = case.like(torch.float64, device, requires_grad=True)
+    hr = [name for name in keywords if name.endswith("_hr")]
+
+    def function(q, k, v, *pool):
+        return ops.hierarchical_attention(q, k, v, **(keywords | dict(zip(hr, pool)))).out
+
+    assert torch.autograd.gradcheck(function, (*positional, *(keywords[name] for name in hr)))
+
+
+@device_cases
+@settings(max_examples=150)
+@given(case=selection_cases())
+def test_selection_is_exact(device, case):
+    check_selection(device, case)
+
+
+@device_cases
+@large
+def test_selection_of_several_photographs_is_exact(device):
+    B, R, I = 2, 3, 4
+    generator = torch.Generator().manual_seed(0)
+    map = torch.rand(B, R, I, GRID**2, generator=generator) ** 8
+    live = torch.tensor([0, 3, GRID, GRID - 2], dtype=torch.int32).expand(B, I, 4).clone()
+    check_selection(device, dict(map=map, live=live, hr_side=HR_GRID, scale=255.0, threshold=48.0, pool_side=0))
+    check_selection(device, dict(map=map, live=live, hr_side=HR_GRID, scale=255.0, threshold=128.0, pool_side=9))
+
+
+def check_selection(device, case):
+    ours = ops.select_tokens(**(case | {"map": case["map"].to(device), "live": case["live"].to(device)}))
+    expected = reference.select_tokens(**case)
+    for name in expected._fields:
+        assert torch.equal(getattr(ours, name).cpu(), getattr(expected, name)), name
+
+
+@device_cases
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("T", "D", "M"),
+    [
+        (1, 1, 0),
+        (7, 3, 5),
+        (33, 24, 20),
+        (65, 8, 65),
+        (130, 64, 33),
+        pytest.param(HR_GRID**2, 256, 2925, marks=large),
+    ],
+)
+def test_gather(device, dtype, T, D, M):
+    generator = torch.Generator().manual_seed(T)
+    table = torch.randn(2, T, 2 * D, generator=generator).to(dtype)[..., :D]  # a view: rows 2 * D apart
+    index = torch.stack([torch.randperm(T, generator=generator)[:M] for _ in range(2)]).int()
+    index[:, M // 2 :: 3] = -1
+    tokens = table.to(device).detach().requires_grad_()
+    rows = ops.gather_tokens(tokens, index.to(device))
+    assert torch.equal(rows.cpu(), reference.gather_tokens(table, index))
+    weight = torch.randn(rows.shape, generator=generator).to(dtype)
+    (gradient,) = torch.autograd.grad(rows, tokens, weight.to(device))
+    expected = torch.zeros(2, T, D, dtype=dtype)
+    for b, m in (index >= 0).nonzero().tolist():
+        expected[b, index[b, m]] = weight[b, m]
+    assert torch.equal(gradient.cpu(), expected)
+
+
+@device_cases
+def test_gather_gradcheck(device):
+    tokens = torch.randn(2, 6, 3, dtype=torch.float64, device=device, requires_grad=True)
+    index = torch.tensor([[4, -1, 0], [5, 2, 1]], dtype=torch.int32, device=device)
+    assert torch.autograd.gradcheck(lambda tokens: ops.gather_tokens(tokens, index), tokens)
+
+
+@device_cases
+@settings(max_examples=100)
+@given(case=slot_cases())
+def test_slots(device, case):
+    check_slots(device, case)
+
+
+@device_cases
+@large
+def test_slots_of_a_photograph(device):
+    B, T, M = 2, HR_GRID**2, 2925
+    generator = torch.Generator().manual_seed(0)
+    selections = [
+        (
+            torch.stack([torch.randperm(T, generator=generator)[:M] for _ in range(B)]).int(),
+            torch.tensor([M, M - 700], dtype=torch.int32),
+        )
+        for _ in range(3)
+    ]
+    check_slots(
+        device,
+        dict(
+            selections=selections,
+            table=torch.full((B, T), -1, dtype=torch.int32),
+            capacity=B * T - 3000,
+        ),
+    )
+
+
+def check_slots(device, case):
+    """Exactly the reference's slots, over several calls of one pool; table and next_free are left the same."""
+    capacity = case["capacity"]
+    ours, theirs = (
+        (copy_strided(case["table"], to), torch.zeros(1, dtype=torch.int32, device=to)) for to in (device, "cpu")
+    )
+    for index, count in case["selections"]:
+        found = ops.assign_slots(index.to(device), count.to(device), *ours, capacity=capacity)
+        expected = reference.assign_slots(index, count, *theirs, capacity=capacity)
+        for name, one, two in zip(expected._fields + ("table", "next_free"), found + ours, expected + theirs):
+            assert torch.equal(one.cpu(), two), name
+        assert ours[1].item() <= capacity
+    held = ours[0][ours[0] >= 0].sort().values  # every slot up to the first free one belongs to one token
+    assert torch.equal(held.cpu(), torch.arange(ours[1].item(), dtype=torch.int32))
+
+
+def copy_strided(x: torch.Tensor, device: str) -> torch.Tensor:
+    """A copy that has the same strides; what lies between the elements is not initialised."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+
+
+@device_cases
+@dtype_cases
+@pytest.mark.parametrize("tables", ["same", "float32"])
+@settings(max_examples=40)
+@given(case=write_cases())
+def test_write_hr_kv(device, dtype, tables, case):
+    check_write(device, dtype, torch.float32 if tables == "float32" else dtype, case)
+
+
+@device_cases
+@large
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_write_of_a_photograph(device, dtype):
+    M, heads, d = HR_GRID**2, 1, 128
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    angles, slots = 7 * normal(M, d), torch.randperm(M + 5, generator=generator)[:M].int()
+    slots[::9] = -1
+    rows = {name: normal(M, heads, d) for name in ("k", "v")}
+    pools = {name: normal(M + 5, heads, d) for name in ("k_pool", "v_pool")}
+    check_write(device, dtype, dtype, rows | dict(cos=angles.cos(), sin=angles.sin(), slots=slots) | pools)
+
+
+def check_write(device, dtype, table_dtype, case):
+    types = {
+        name: table_dtype if name in ("cos", "sin") else torch.int32 if name == "slots" else dtype for name in case
+    }
+    given = {name: torch.empty_strided(x.shape, x.stride(), dtype=types[name]).copy_(x) for name, x in case.items()}
+    ours = {name: copy_strided(x, device) for name, x in given.items()}
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+    ops.write_hr_kv(**ours)
+    reference.write_hr_kv(**exact)
+    assert torch.equal(ours["v_pool"].cpu(), exact["v_pool"].to(dtype))
+    error = (ours["k_pool"].cpu().double() - exact["k_pool"]).abs()
+    # Half a unit of the storage type for the one rounding; two products and a sum before it, each within half a unit.
+    sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    largest = 2 * case["k"].abs().amax().item() if case["k"].numel() else 0.0
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert (error <= exact["k_pool"].abs() * torch.finfo(dtype).eps / 2 + 2 * largest * sums + smallest).all()
+    untouched = torch.ones(len(given["k_pool"]), dtype=torch.bool)
+    untouched[given["slots"][given["slots"] >= 0].long()] = False
+    assert torch.equal(ours["k_pool"].cpu()[untouched], given["k_pool"][untouched])
+
+
+def project(index, count, features, weight, table, next_free, k_pool, v_pool):
+    """One layer's way from a selection to the pool, as a cache of HR keys and values takes it."""
+    B, T, _ = features.shape
+    assigned = ops.assign_slots(index, count, table, next_free, capacity=k_pool.shape[0])
+    rows = ops.gather_tokens(features.view(1, B * T, -1), assigned.new_tokens[None])[0]
+    keys = (rows @ weight).unflatten(-1, k_pool.shape[1:])
+    angles = assigned.new_tokens[:, None].float().expand(-1, k_pool.shape[2])
+    ops.write_hr_kv(keys, -keys, angles.cos(), angles.sin(), assigned.new_slots, k_pool, v_pool)
+    return assigned.slots
+
+
+@device_cases
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_pool_holds_every_token_that_was_ever_selected(device, compiled):
+    B, T, D, heads, d = 2, 30, 12, 2, 8
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(B, T, D, generator=generator).to(device)
+    weight = torch.randn(D, heads * d, generator=generator).to(device)
+    table = torch.full((B, T), -1, dtype=torch.int32, device=device)
+    next_free = torch.zeros(1, dtype=torch.int32, device=device)
+    k_pool, v_pool = torch.full((2, B * T, heads, d), torch.nan, device=device)
+    count = torch.tensor([9, 5], dtype=torch.int32, device=device)
+    step = torch.compile(project, fullgraph=True, backend="aot_eager") if compiled else project
+    seen = torch.zeros(B, T, dtype=torch.bool)
+    for _ in range(4):
+        index = torch.stack([torch.randperm(T, generator=generator)[:9] for _ in range(B)]).int().to(device)
+        slots = step(index, count, features, weight, table, next_free, k_pool, v_pool)
+        for b, n in enumerate(count.tolist()):
+            chosen = index[b, :n].long()
+            seen[b, chosen.cpu()] = True
+            expected = (features[b, chosen] @ weight).unflatten(-1, (heads, d))
+            torch.testing.assert_close(v_pool[slots[b, :n].long()], -expected)
+            angles = (b * T + chosen).float()[:, None, None]
+            torch.testing.assert_close(k_pool[slots[b, :n].long()], rotate(expected, angles.cos(), angles.sin()))
+            assert (slots[b, n:] == -1).all()
+    assert next_free.item() == seen.sum() and torch.equal(table.cpu() >= 0, seen)
+    assert k_pool[next_free.item() :].isnan().all()
+
+
+def calls(device: str) -> dict[str, tuple]:
+    """One call of every operator, by its name."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, grad=True):
+        return torch.randn(*shape, generator=generator).to(device).requires_grad_(grad)
+
+    def integers(values):
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    q, k, v = normal(2, 4, 5, 8), normal(2, 2, 11, 8), normal(2, 2, 11, 8)
+    pool = normal(9, 2, 8), normal(9, 2, 8)
+    slots, count = integers([[0, 1, 2, 3], [8, 6, 5, 7]]), integers([4, 2])
+    rows = integers([[4, 1], [3, -1]])
+    bits = integers([[[5], [15]], [[2], [0]]])
+    start, length, ranges = integers([0, 2]), integers([11, 9]), integers([[[1, 10]], [[0, 0]]])
+    attention = (
+        q, k, v, start, length, None, *pool, slots, count, None, rows, bits, torch.tensor([0.3, 1.0]).to(device), ranges, SIDE**2,
+        False, 0.35,
+    )  # fmt: skip
+    plain = (
+        q,
+        k,
+        v,
+        start,
+        length,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        0,
+        False,
+        0.35,
+    )
+    paper = (q, k, v, start, length, ops.pack_bits(torch.ones(2, 11, dtype=torch.bool, device=device)), *pool, slots, count,
+             integers([0, 2]), None, None, None, ranges, SIDE**2, True, 0.35)  # fmt: skip
+    with torch.no_grad():
+        out, lse, lse_seq, _ = torch.ops.flexattn_cuda.hierarchical_attention(*attention)
+    detached = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in attention)
+    backward = (normal(*out.shape, grad=False), *detached[:14], lse, lse_seq, 0.35)
+    table, index = normal(2, 7, 4), integers([[3, 0, -1], [6, -1, 1]])
+    map = torch.rand(2, 3, 1, 81, generator=generator).to(device)
+    return {
+        "select_tokens": (map, integers([[[0, 0, 9, 9]], [[2, 0, 7, 9]]]), 18, 255.0, 128.0, 3),
+        "gather_tokens": (table, index),
+        "gather_tokens_backward": (normal(2, 3, 4, grad=False), index, 7),
+        "assign_slots": (
+            index,
+            integers([2, 3]),
+            integers([[-1] * 7, [-1, 2, 0] + [-1] * 4]),
+            integers([3]),
+            6,
+        ),
+        "write_hr_kv": (
+            *(normal(3, 2, 8, grad=False) for _ in "kv"),
+            *(normal(3, 8, grad=False) for _ in range(2)),
+            integers([4, -1, 0]),
+            *(normal(6, 2, 8, grad=False) for _ in "kv"),
+        ),
+        "hierarchical_attention": attention,
+        "hierarchical_attention:plain": plain,
+        "hierarchical_attention:paper": paper,
+        "hierarchical_attention_backward": backward,
+    }
+
+
+@device_cases
+@pytest.mark.parametrize("name", calls("cpu"))
+def test_opcheck(device, name):
+    operator = getattr(torch.ops.flexattn_cuda, name.partition(":")[0])
+    torch.library.opcheck(operator, calls(device)[name])
+
+
+def test_every_operator_is_checked():
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("flexattn_cuda::")
+    }
+    assert registered == {name.partition(":")[0] for name in calls("cpu")}
+
+
+@device_cases
+def test_results_do_not_change_from_run_to_run(device):
+    def outcome(name):
+        """What the operator returns, and its arguments afterwards, some of which it writes."""
+        arguments, operator = (
+            calls(device)[name],
+            getattr(torch.ops.flexattn_cuda, name.partition(":")[0]),
+        )
+        returned = operator(*arguments)
+        results = returned if isinstance(returned, tuple) else (returned,)
+        return [x for x in (*results, *arguments) if isinstance(x, torch.Tensor)]
+
+    for name in calls(device):
+        for one, two in zip(outcome(name), outcome(name)):
+            assert torch.equal(one, two), name
+
+
+@device_cases
+def test_compiles_without_graph_breaks(device):
+    arguments = calls(device)["hierarchical_attention"]
+    leaves = [arguments[i] for i in (0, 1, 2, 6, 7)]
+
+    def loss(q, k, v, k_hr, v_hr):
+        out, _, _, map = torch.ops.flexattn_cuda.hierarchical_attention(
+            q, k, v, *arguments[3:6], k_hr, v_hr, *arguments[8:]
+        )
+        live = torch.tensor([[[0, 0, SIDE, SIDE]]], dtype=torch.int32, device=q.device).expand(2, 1, 4)
+        selected = ops.select_tokens(map, live, hr_side=6, scale=255.0, threshold=48.0)
+        rows = ops.gather_tokens(q.flatten(0, 1).repeat(1, 8, 1)[:2], selected.index[:, :36])
+        return out.square().sum() + rows.sum()
+
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    # The backend runs the traced graphs, forward and backward, as they are: what is tested is that they can be traced.
+    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    for one, two in zip(actual, expected):
+        torch.testing.assert_close(one, two)
+
+
+def attention_arguments(**changes):
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 11, 8), torch.randn(2, 2, 11, 8)
+    int32 = dict(dtype=torch.int32)
+    base = dict(
+        q=q, k=k, v=v, k_hr=torch.randn(9, 2, 8), v_hr=torch.randn(9, 2, 8), hr_slots=torch.zeros(2, 1, **int32),
+        hr_count=torch.ones(2, **int32), hr_rows=torch.tensor([[4], [4]], **int32),
+    )  # fmt: skip
+    return base | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": torch.randn(2, 3, 11, 8)}, "q has 4 heads, which must be a multiple of k's 3"),
+        (
+            {"k": torch.randn(2, 2, 11, 7)},
+            r"k has shape \[2, 2, 11, 7\], it must be \[2, \*, \*, 8\]",
+        ),
+        ({"v": torch.randn(2, 2, 11, 8).double()}, "v has dtype Double, it must be Float"),
+        ({"q": torch.randn(4, 5, 8)}, r"q has shape \[4, 5, 8\], it must be \[\*, \*, \*, \*\]"),
+        (
+            {"q": torch.ones(2, 4, 5, 8, dtype=torch.int64)},
+            "q has dtype Long, it must be Float or Double or Half or BFloat16",
+        ),
+        ({"q": torch.randn(2, 4, 12, 8)}, "q has 12 queries, more than the 11 keys"),
+        ({"k_hr": None}, "must be given together; 3 of the four are"),
+        ({"hr_rows": None}, "k_hr needs hr_from or hr_rows"),
+        ({"hr_from": torch.zeros(2, dtype=torch.int32)}, "hr_from and hr_rows exclude each other"),
+        (
+            {"hr_slots": torch.full((2, 1), 9, dtype=torch.int32)},
+            "hr_slots has values from 9 to 9, they must lie in 0 to 8",
+        ),
+        (
+            {"hr_count": torch.full((2,), 2, dtype=torch.int32)},
+            "hr_count has values from 2 to 2, they must lie in 0 to 1",
+        ),
+        (
+            {"hr_rows": torch.tensor([[5], [4]], dtype=torch.int32)},
+            "hr_rows has values from 4 to 5, they must lie in -1 to 4",
+        ),
+        (
+            {"hr_rows": torch.tensor([[4, 4], [4, 3]], dtype=torch.int32)},
+            "hr_rows holds 4 twice in row 0",
+        ),
+        (
+            {"kv_len": torch.tensor([11, 4], dtype=torch.int32)},
+            "kv_len has values from 4 to 11, they must lie in 5 to 11",
+        ),
+        ({"kv_len": torch.tensor([11, 11])}, "kv_len has dtype Long, it must be Int"),
+        ({"alpha": torch.ones(3)}, r"alpha has shape \[3\], it must be \[2\]"),
+        (
+            {"map_ranges": torch.tensor([[[0, 4]], [[0, 9]]], dtype=torch.int32), "map_size": 9},
+            "a range of 4 keys",
+        ),
+        (
+            {"q": torch.randn(2, 4, 8, 5).transpose(2, 3)},
+            "q has stride 5 in its last dimension, it must be 1",
+        ),
+    ],
+)
+def test_bad_attention_arguments(changes, message):
+    arguments = attention_arguments(**changes)
+    q, k, v = (arguments.pop(name) for name in "qkv")
+    with pytest.raises(ValueError, match=message):
+        ops.hierarchical_attention(q, k, v, **arguments)
+
+
+def test_an_error_lists_every_reason():
+    arguments = attention_arguments(alpha=torch.ones(3), hr_from=torch.zeros(1, dtype=torch.int32))
+    q, k, v = (arguments.pop(name) for name in "qkv")
+    with pytest.raises(ValueError) as error:
+        ops.hierarchical_attention(q, k, v, **arguments)
+    assert "alpha has shape" in str(error.value) and "exclude each other" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda: ops.gather_tokens(torch.randn(2, 5, 3), torch.tensor([[5], [0]], dtype=torch.int32)),
+            "index has values from 0 to 5",
+        ),
+        (
+            lambda: ops.gather_tokens(torch.randn(1, 5, 3), torch.tensor([[2, 2]], dtype=torch.int32)),
+            "index holds 2 twice in row 0",
+        ),
+        (
+            lambda: ops.gather_tokens(torch.randn(1, 5, 3), torch.tensor([[2]])),
+            "index has dtype Long, it must be Int",
+        ),
+        (
+            lambda: ops.gather_tokens(torch.randn(5, 3), torch.tensor([[2]], dtype=torch.int32)),
+            "tokens has shape",
+        ),
+        (
+            lambda: assign(index=torch.tensor([[4, 4]], dtype=torch.int32)),
+            "index holds 4 twice in row 0",
+        ),
+        (
+            lambda: assign(index=torch.tensor([[0, 7]], dtype=torch.int32)),
+            "index has values from 0 to 7, they must lie in -1 to 6",
+        ),
+        (
+            lambda: assign(count=torch.tensor([3], dtype=torch.int32)),
+            "count has values from 3 to 3, they must lie in 0 to 2",
+        ),
+        (lambda: assign(capacity=2), "next_free has values from 3 to 3, they must lie in 0 to 2"),
+        (lambda: assign(capacity=-1), "capacity is -1"),
+        (lambda: assign(table=torch.full((1, 7), -1)), "table has dtype Long, it must be Int"),
+        (
+            lambda: assign(table=torch.full((2, 7), -1, dtype=torch.int32)),
+            "table has 2 rows, which must divide the 1 of index",
+        ),
+        (lambda: write(k=torch.ones(2, 3, 5)), "k has head_dim 5, it must be even"),
+        (lambda: write(v=torch.ones(2, 1, 4)), r"v has shape \[2, 1, 4\], it must be \[2, 3, 4\]"),
+        (lambda: write(cos=torch.ones(2, 4).half()), "cos has dtype Half, it must be Float"),
+        (
+            lambda: write(v_pool=torch.ones(6, 3, 4).double()),
+            "v_pool has dtype Double, it must be Float",
+        ),
+        (
+            lambda: write(slots=torch.tensor([6, 0], dtype=torch.int32)),
+            "slots has values from 0 to 6, they must lie in -1 to 5",
+        ),
+        (lambda: write(slots=torch.tensor([1, 1], dtype=torch.int32)), "slots holds 1 twice"),
+        (lambda: select(map=torch.rand(1, 1, 1, 8)), "8 cells, which must be the square"),
+        (
+            lambda: select(map=torch.rand(1, 1, 1, 9).half()),
+            "map has dtype Half, it must be Float or Double",
+        ),
+        (
+            lambda: select(live=torch.tensor([[[0, 0, 4, 3]]], dtype=torch.int32)),
+            "live has values from 0 to 4",
+        ),
+        (lambda: select(hr_side=0), "hr_side is 0"),
+        (lambda: select(pool_side=4), r"pool_side is 4, it must be 0 \(no pooling\) to 3"),
+    ],
+)
+def test_bad_arguments(function, message):
+    with pytest.raises(ValueError, match=message):
+        function()
+
+
+def assign(**changes):
+    base = dict(
+        index=torch.tensor([[4, 2]], dtype=torch.int32), count=torch.tensor([2], dtype=torch.int32),
+        table=torch.full((1, 7), -1, dtype=torch.int32), next_free=torch.tensor([3], dtype=torch.int32), capacity=9,
+    )  # fmt: skip
+    return ops.assign_slots(**(base | changes))
+
+
+def write(**changes):
+    rows, angles, pool = torch.ones(2, 3, 4), torch.ones(2, 4), torch.ones(6, 3, 4)
+    slots = torch.tensor([5, 0], dtype=torch.int32)
+    base = dict(k=rows, v=rows, cos=angles, sin=angles, slots=slots, k_pool=pool, v_pool=pool)
+    return ops.write_hr_kv(**(base | changes))
+
+
+def select(**changes):
+    base = dict(
+        map=torch.rand(1, 1, 1, 9),
+        live=torch.tensor([[[0, 0, 3, 3]]], dtype=torch.int32),
+        hr_side=6,
+        scale=1.0,
+        threshold=0.5,
+    )
+    return ops.select_tokens(**(base | changes))
+
+
+@settings(max_examples=20)
+@given(n=st.integers(1, 70), seed=st.integers(0, 99))
+def test_bits_round_trip(n, seed):
+    mask = torch.rand(3, n, generator=torch.Generator().manual_seed(seed)) < 0.5
+    assert torch.equal(reference.unpack_bits(ops.pack_bits(mask), n), mask)
+
+
+def test_attention_path_tells_the_kernel_and_every_reason_against_tensor_cores():
+    def tensors(dtype, d=128, cut=0):
+        q, k, v = (torch.zeros(2, h, 17, d + cut, dtype=dtype)[..., cut:] for h in (4, 2, 2))
+        return q, k, v
+
+    assert ops.attention_path(*tensors(torch.float16)).path == "cpu"
+    assert ops.attention_path(*tensors(torch.float16), capability=(7, 0)) == ("volta", ())
+    assert ops.attention_path(*tensors(torch.float16), capability=(9, 0)) == ("ampere", ())
+    assert ops.attention_path(*tensors(torch.bfloat16), capability=(8, 6)) == ("ampere", ())
+    q, k, v = tensors(torch.float32)
+    assert ops.attention_path(q[:, :, :16], k, v, capability=(7, 0)) == ("decode", ())
+    assert ops.attention_path(q, k, v, capability=(7, 0)).path == "generic"
+    path, reasons = ops.attention_path(*tensors(torch.bfloat16, d=36, cut=1), scale=-1.0, capability=(7, 0))
+    assert path == "generic"
+    assert [reason.partition(" ")[0] for reason in reasons] == [
+        "bfloat16",
+        "head_dim",
+        "the",
+        "q",
+        "k",
+        "v",
+    ]
+    pool = torch.zeros(3, 2, 132, dtype=torch.float16)[..., 4:]
+    path, reasons = ops.attention_path(*tensors(torch.float16), k_hr=pool, v_hr=pool.contiguous(), capability=(7, 0))
+    assert path == "generic" and reasons == ("k_hr is not aligned to 16 bytes in every row",)
+
+
+@pytest.mark.parametrize("queries", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["q", "k", "v", "k_hr", "v_hr"])
+def test_a_nan_shows_in_the_rows_that_see_it(name, dtype, queries):
+    heads, keys, d = 2, 9, 8
+    tensors = {
+        "q": torch.randn(1, heads, queries, d), "k": torch.randn(1, heads, keys, d), "v": torch.randn(1, heads, keys, d),
+        "k_hr": torch.randn(3, heads, d), "v_hr": torch.randn(3, heads, d),
+    }  # fmt: skip
+    tensors = {key: value.to(dtype) for key, value in tensors.items()}
+    tensors[name].select(1, 0).select(-2, -1)[..., 0] = float("nan")  # head 0: the last query, sequence key or slot
+    if name.endswith("hr"):
+        tensors[name][-1, 0, 0] = float("nan")
+    one = lambda *values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+    result = ops.hierarchical_attention(
+        tensors["q"], tensors["k"], tensors["v"], kv_start=one(0), kv_len=one(keys), k_hr=tensors["k_hr"], v_hr=tensors["v_hr"],
+        hr_slots=one(0, 1, 2)[None], hr_count=one(3), hr_from=one(queries - 1),
+    )  # fmt: skip
+    assert result.out[0, -1, 0].isnan().any()
+    assert not result.out[0, :, 1].isnan().any()
+    assert result.lse[0, 0, -1].isnan() == (name in ("q", "k", "k_hr"))
+    if queries > 1 and name in ("q", "k"):  # only the last row sees the last key
+        assert not result.out[0, :-1, 0].isnan().any()

@@ -1,0 +1,221 @@
+"""The executor itself: faults that were planted are caught, what has none passes, and memory accesses cost what they should."""
+
+import json
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BACKEND
+
+from flexattn_cuda import ops
+
+TESTS = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(BACKEND == "cpu", reason="make simt")
+
+
+def run(fault: str) -> torch.Tensor:
+    out = torch.zeros(64, dtype=torch.int32)
+    torch.ops.flexattn_faults.run(fault, out)
+    return out
+
+
+def test_a_kernel_without_a_fault_passes():
+    assert torch.equal(run("none"), (torch.arange(64, dtype=torch.int32) + 1) % 64)
+    assert run("none, bytes").view(torch.uint8)[:64].tolist() == list(range(64))
+    assert run("none, launches").tolist() == [3] * 32 + [2] * 32
+
+
+def test_shared_memory_begins_as_nan():
+    values = run("unwritten")
+    assert values.view(torch.float32).isnan().all() and values.view(torch.float16).isnan().all()
+    assert values.view(torch.bfloat16).isnan().all()
+
+
+@pytest.mark.skipif(BACKEND != "races", reason="memory is watched in the build `races`")
+@pytest.mark.parametrize(
+    "fault, says",
+    [
+        (
+            "race",
+            "race: .* byte [0-9]+ of shared memory that thread [0-9]+ of block 0 (wrote|read)",
+        ),
+        (
+            "reuse",
+            "race: (reads|writes) byte [0-9]+ of shared memory that thread [0-9]+ of block 0 (wrote|read)",
+        ),
+        (
+            "reader",
+            "race: (reads|writes) byte [0-9]+ of shared memory that thread [0-9]+ of block 0 (wrote|read)",
+        ),
+        ("overlap", "race: writes byte [0-9]+ of shared memory that thread [01] of block 0 wrote"),
+        ("readers of blocks", "race: writes a byte of global memory that thread 0 of block 0 read"),
+        ("blocks", "race: writes a byte of global memory that thread 0 of block 0 wrote"),
+    ],
+)
+def test_a_race_is_caught(fault, says):
+    with pytest.raises(RuntimeError, match=f"{fault}, block [01], thread [0-9]+: {says}"):
+        run(fault)
+
+
+def test_a_barrier_that_some_threads_miss_is_caught():
+    with pytest.raises(
+        RuntimeError,
+        match="barrier, block 0, .* waits for ever at __syncthreads: not all threads reach it",
+    ):
+        run("barrier")
+
+
+def test_a_shuffle_that_some_lanes_miss_is_caught():
+    with pytest.raises(RuntimeError, match="shuffle, block 0, .*__shfl_xor_sync"):
+        run("shuffle")
+
+
+@pytest.mark.skipif(BACKEND != "sanitizers", reason="AddressSanitizer is in the build `sanitizers`")
+@pytest.mark.parametrize("fault", ["shared", "global"])
+def test_a_read_out_of_bounds_is_caught(fault):
+    paths = [str(TESTS), str(TESTS / "support")]
+    code = (
+        f"import sys; sys.path[:0] = {paths!r}; import conftest, torch; "
+        f"torch.ops.flexattn_faults.run({fault!r}, torch.zeros(64, dtype=torch.int32))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ counted accesses
+
+counts_accesses = pytest.mark.skipif(BACKEND != "races", reason="accesses are counted in the build `races`")
+UNITS = {"LDS": "wavefronts", "STS": "wavefronts", "LDG": "sectors", "STG": "sectors"}
+
+
+@contextmanager
+def counting():
+    """(kind, bytes of a lane) -> (instructions, wavefronts or sectors, ideal) of what runs meanwhile."""
+    found = defaultdict(Counter)
+    torch.ops.flexattn_access_counts.start()
+    yield found
+    for entry in json.loads(torch.ops.flexattn_access_counts.json()):
+        found[entry["kind"], entry["width"]].update(
+            instructions=entry["instructions"],
+            units=entry[UNITS[entry["kind"]]],
+            ideal=entry["ideal"],
+        )
+    for key, total in found.items():
+        found[key] = (total["instructions"], total["units"], total["ideal"])
+
+
+def counts_of(pattern: str, stride: int = 0) -> dict:
+    with counting() as found:
+        torch.ops.flexattn_patterns.run(pattern, stride, torch.zeros(4096, dtype=torch.uint8))
+    return found
+
+
+@counts_accesses
+@pytest.mark.parametrize("layout, wavefronts", [("swizzled", 4), ("padded", 8), ("plain", 32)])
+def test_rows_of_keys_take_the_wavefronts_of_their_layout(layout, wavefronts):
+    """The 16 chunks of a row, a chunk at a time: permuted as by mma_volta.cuh, rows padded by 8 halves, plain rows."""
+    assert counts_of(layout)["LDS", 16] == (16, 16 * wavefronts, 16 * 4)
+
+
+@counts_accesses
+@pytest.mark.parametrize(
+    "access, width, stride, wavefronts, ideal",
+    [
+        ("LDS.32", 4, 4, 1, 1),
+        ("LDS.32", 4, 8, 2, 1),
+        ("LDS.32", 4, 128, 32, 1),
+        ("LDS.32", 4, 132, 1, 1),  # a word of padding for each row
+        ("LDS.32", 4, 0, 1, 1),  # one word for all
+        ("LDS.U16", 2, 2, 1, 1),  # two lanes to a word
+        ("LDS.U16", 2, 64, 16, 1),
+        ("LDS.64", 8, 8, 2, 2),
+        ("LDS.64", 8, 16, 4, 2),
+        ("LDS.128", 16, 16, 4, 4),
+        ("LDS.128", 16, 32, 8, 4),
+        ("STS.32", 4, 4, 1, 1),
+        ("STS.32", 4, 128, 32, 1),
+        ("STS.64", 8, 8, 2, 2),
+        ("STS.128", 16, 16, 4, 4),
+        ("STS.128", 16, 128, 32, 4),
+    ],
+)
+def test_strides_in_shared_memory_take_the_wavefronts_of_their_banks(access, width, stride, wavefronts, ideal):
+    assert counts_of(access, stride)[access[:3], width] == (1, wavefronts, ideal)
+
+
+@counts_accesses
+@pytest.mark.parametrize(
+    "access, width, stride, sectors, ideal",
+    [
+        ("STG.32", 4, 4, 4, 4),
+        ("STG.32", 4, 8, 8, 4),
+        ("STG.32", 4, 128, 32, 4),
+        ("STG.128", 16, 16, 16, 16),
+        ("STG.128", 16, 32, 32, 16),
+    ],
+)
+def test_strides_in_global_memory_take_their_sectors(access, width, stride, sectors, ideal):
+    assert counts_of(access, stride) == {("STG", width): (1, sectors, ideal)}, (
+        "arguments and threadIdx are no memory of the GPU"
+    )
+
+
+@counts_accesses
+def test_lanes_are_together_at_their_nth_access_and_apart_across_a_collective():
+    assert counts_of("triangle")["LDS", 4] == (31, 31, 31)
+    assert counts_of("turns")["LDS", 4] == (2, 2, 2)
+
+
+@counts_accesses
+def test_nothing_is_counted_when_it_was_not_asked_for():
+    torch.ops.flexattn_patterns.run("plain", 0, torch.zeros(4096, dtype=torch.uint8))
+    with counting() as found:
+        pass
+    assert found == {}
+
+
+@counts_accesses
+@pytest.mark.parametrize("d", [64, 96, 128])
+def test_tiles_of_the_volta_kernel_are_read_and_written_16_bytes_at_a_time_without_conflicts(d, monkeypatch):
+    monkeypatch.setenv("FLEXATTN_CAPABILITY", "70")
+    q, k, v = (torch.randn(1, 1, 64, d).half() for _ in range(3))
+    with counting() as found:
+        ops.hierarchical_attention(q, k, v)
+    loads, stores = (
+        4 * 2 * d // 2,
+        2 * 64 * d // 8 // 32,
+    )  # 4 warps read d / 2 times 16 bytes of K and V; a tile of each is stored
+    assert found["LDS", 16] == (loads, 4 * loads, 4 * loads)
+    assert found["STS", 16] == (stores, 4 * stores, 4 * stores)
+    assert found["LDG", 16][1] == found["LDG", 16][2] + 4 * d // 8 * 8, "only the query's rows are read by half sectors"
+    assert {kind for kind in found if kind[1] in (1, 2, 8)} == set()
+
+
+@counts_accesses
+@pytest.mark.parametrize("heads, kv_heads, d", [(32, 32, 128), (16, 16, 64)])
+def test_decoding_fills_a_v100_and_reads_keys_and_values_16_bytes_at_a_time(heads, kv_heads, d, monkeypatch):
+    """Batch 1, a prompt of 640 and a tenth of the HR tokens: two blocks for each of the 80 multiprocessors, or more."""
+    monkeypatch.setenv("FLEXATTN_CAPABILITY", "70")
+    keys, M = 640, 518
+    q, k, v = (torch.randn(1, h, n, d).half() for h, n in ((heads, 1), (kv_heads, keys), (kv_heads, keys)))
+    pool = [torch.randn(M, kv_heads, d).half() for _ in "kv"]
+    torch.ops.flexattn_access_counts.start()
+    ops.hierarchical_attention(
+        q, k, v, k_hr=pool[0], v_hr=pool[1], hr_slots=torch.arange(M, dtype=torch.int32)[None],
+        hr_count=torch.tensor([M], dtype=torch.int32), hr_rows=torch.zeros(1, 1, dtype=torch.int32),
+    )  # fmt: skip
+    splits = [
+        entry for entry in json.loads(torch.ops.flexattn_access_counts.json()) if entry["launch"].endswith("(decode)")
+    ]
+    blocks = splits[0]["blocks"]
+    assert {entry["blocks"] for entry in splits} == {blocks} and blocks >= 160
+    wide = sum(entry["sectors"] for entry in splits if entry["kind"] == "LDG" and entry["width"] == 16)
+    whole = (
+        2 * kv_heads * (keys + M) * d * 2 // 32
+    )  # K and V once; the rest are queries, and the last key of a chunk again
+    assert whole <= wide <= 1.03 * whole

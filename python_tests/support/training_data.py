@@ -1,0 +1,50 @@
+"""A little training data in LLaVA's format, and a model to train on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import small
+import small_checkpoint
+from PIL import Image
+
+from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor
+
+QUESTION = "Which digits stand on the red sign?"
+
+
+def record(image: Any = None, *said: str, **others: Any) -> dict[str, Any]:
+    """A record whose conversation is `said`, by turns, or a question and a short answer."""
+    said = said or (("<image>\n" if image is not None else "") + QUESTION, "42")
+    parts = [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(said)]
+    return ({} if image is None else {"image": image}) | {"conversations": parts} | others
+
+
+def write(folder: Path) -> tuple[Path, Path]:
+    """Eight records with answers of different lengths, one without an image, one with two questions -> (file, images)."""
+    images = folder / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    records = []
+    for number in range(8):
+        values = rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)
+        Image.fromarray(values).resize((160, 120)).save(images / f"{number}.png")
+        records.append(record(f"{number}.png", f"<image>\n{QUESTION}", "42 " * (1 + number % 3)))
+    records[3] = record(None, "Hello?", "Yes, who is there?")
+    records[5]["conversations"] += record(None, "And on the blue one?", "There is no blue one.")["conversations"]
+    data = folder / "data.json"
+    data.write_text(json.dumps(records))
+    return data, images
+
+
+def save_preset(folder: Path, preset: str) -> Path:
+    """The small checkpoint with the settings of `small.PRESETS`."""
+    small_checkpoint.save(folder)
+    processor = FlexAttnLlavaProcessor.from_pretrained(folder)
+    model = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder, flexattn=small.PRESETS[preset])
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

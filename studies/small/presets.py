@@ -1,0 +1,81 @@
+"""What the study compares, and how much is done for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from flexattn_cuda.mechanism.config import FlexAttnConfig, settings_of
+from studies.small.small_model import ModelSizes
+
+SYSTEMS = (
+    "llava",
+    "flexattn",
+    "hd",
+    "random",
+    "center",
+    "xattn",
+    "flexattn-paper",
+    "flexattn-zoom2",
+    "flexattn-zoom4",
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much is done. images: To train on, in the low-resolution stage and in fine-tuning; questions: Of the evaluation,
+    half of them about large objects; the steps of the stages, and of each system's fine-tuning, with its batch and its rate."""
+
+    images: int
+    questions: int
+    encoder_steps: int
+    localise_steps: int
+    answer_steps: int
+    steps: int
+    batch: int
+    rate: float
+    sizes: ModelSizes = ModelSizes()
+
+
+PRESETS = {
+    "tiny": Preset(
+        images=60,
+        questions=20,
+        encoder_steps=4,
+        localise_steps=3,
+        answer_steps=3,
+        steps=16,
+        batch=4,
+        rate=3.5e-3,
+    ),
+    "small": Preset(
+        images=9600,
+        questions=1600,
+        encoder_steps=4500,
+        localise_steps=150,
+        answer_steps=1500,
+        steps=1500,
+        batch=32,
+        rate=3.5e-3,
+    ),
+}
+
+
+def settings_for(system: str, sizes: ModelSizes, share: float = 0.1) -> FlexAttnConfig | None:
+    """A system at the study's sizes. "flexattn-zoom2" is FlexAttention at that zoom.
+
+    The grid of LR cells is small: selections are not pooled, and the first layer with HR tokens is the model's own.
+
+    Args:
+        share: Of the LR cells that "random" and "center" choose.
+    """
+    name, zoom = name_and_zoom(system)
+    settings = settings_of(name, sizes.lowres, zoom)
+    if settings is None or settings.system != "flexattn":
+        return settings
+    return dataclasses.replace(settings, first_layer=sizes.first_layer, pool=0, warmup=None, ratio=share)
+
+
+def name_and_zoom(system: str) -> tuple[str, int]:
+    name, _, zoom = system.partition("-zoom")
+    return name, int(zoom or 3)
