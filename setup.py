@@ -1,11 +1,11 @@
-"""Builds flexattn_cuda._C against the torch that is installed in the environment. pyproject.toml holds everything else.
+"""Build flexattn_cuda._C against the torch that is installed in the environment; pyproject.toml holds everything else.
 
-Switches (environment variables):
-    FLEXATTN_CUDA         1: with CUDA kernels, or fail; 0: without; auto (default): with them where a CUDA build of torch
-                          and a CUDA toolkit are found. Whether a GPU is present plays no part.
-    TORCH_CUDA_ARCH_LIST  GPU architectures, e.g. "7.0;8.0+PTX"; by default all of ARCHITECTURES that the compiler can target.
-    MAX_JOBS              Compiler processes at a time; by default what cores and free memory allow.
-    CUDA_HOME             The CUDA toolkit.
+Environment variables:
+    FLEXATTN_CUDA         1: with CUDA kernels or fail; 0: without; auto (default): with them if a CUDA build of torch
+                          and a CUDA toolkit are found. No GPU is needed to build.
+    TORCH_CUDA_ARCH_LIST  GPU architectures, e.g. "7.0;8.0+PTX"; by default what the compiler knows of ARCHITECTURES.
+    MAX_JOBS              Number of parallel compiler processes; by default what cores and free memory allow.
+    CUDA_HOME             Folder of the CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ import site
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent
 LOWEST_TORCH = (2, 6)
 ARCHITECTURES = ("7.0", "7.5", "8.0", "8.6", "8.9", "9.0")
-GIB_PER_JOB = {"cpu": 1.5, "cuda": 2.5}  # one compiler process at its largest
+GIB_PER_JOB = {"cpu": 1.5, "cuda": 2.5}  # peak memory of one compiler process
 
 
 class BuildError(SystemExit):
-    """Ends the build with one line."""
+    """Ends the build with one line instead of a traceback."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str) -> None:
         super().__init__(f"flexattn_cuda: {message}")
 
 
@@ -40,9 +42,9 @@ def say(message: str) -> None:
 
 
 def environment_paths() -> list[str]:
-    """Folders with the packages of the environment that is installed into.
+    """Return the package folders of the environment that the extension is installed into.
 
-    pip's isolated build hides them, but it runs the environment's own interpreter, which still knows where they are.
+    pip's isolated build hides them but runs the environment's own interpreter, which still knows where they are.
     """
     paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     if sys.prefix == sys.base_prefix:  # a virtual environment does not see the user's packages
@@ -50,10 +52,10 @@ def environment_paths() -> list[str]:
     return list(dict.fromkeys(path for path in paths if os.path.isdir(path)))
 
 
-def find_torch(paths: list[str]):
-    """torch and its torch.utils.cpp_extension, from the visible packages or else from `paths`.
+def find_torch(paths: list[str]) -> tuple[ModuleType, ModuleType]:
+    """Return torch and torch.utils.cpp_extension, from the visible packages or else from `paths`.
 
-    `paths` are searched last and for these imports alone: nothing else of the environment may leak into an isolated build.
+    `paths` are searched last and for these two only: nothing else of the environment may leak into an isolated build.
     """
     hidden = [path for path in paths if path not in sys.path]
     sys.path += hidden
@@ -66,7 +68,7 @@ def find_torch(paths: list[str]):
             raise BuildError(f"the installed torch cannot be imported: {error}") from None
         raise BuildError(
             "no torch in this environment: `pip install torch` (2.6 or newer) first, then install flexattn_cuda again"
-            " (with --no-build-isolation where another installer than pip hides it)"
+            " (with --no-build-isolation if an installer other than pip hides it)"
         ) from None
     except (ImportError, OSError) as error:
         raise BuildError(f"the installed torch cannot be imported: {error}") from None
@@ -77,6 +79,7 @@ def find_torch(paths: list[str]):
 
 
 def check_torch_version(version: str) -> None:
+    """End the build if torch is older than LOWEST_TORCH."""
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < LOWEST_TORCH:
         raise BuildError(f"torch {version} is installed; {LOWEST_TORCH[0]}.{LOWEST_TORCH[1]} or newer is needed")
 
@@ -84,8 +87,16 @@ def check_torch_version(version: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------- CUDA
 
 
-def find_toolkit(cuda_home: str | None) -> tuple[str, list[str]] | None:
-    """Version of the CUDA compiler and the architectures it can target, e.g. ("13.0", ["7.5", ...]); None: no compiler."""
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA compiler."""
+
+    version: str  # e.g. "13.0"
+    targets: list[str]  # architectures that it can target, e.g. ["7.5", ...]
+
+
+def find_toolkit(cuda_home: str | None) -> Toolkit | None:
+    """Return the CUDA toolkit in this folder, or None if there is no compiler that runs."""
     nvcc = Path(cuda_home or "") / "bin" / "nvcc"
     if not cuda_home or not nvcc.exists():
         return None
@@ -95,18 +106,18 @@ def find_toolkit(cuda_home: str | None) -> tuple[str, list[str]] | None:
     except (OSError, subprocess.CalledProcessError) as error:
         say(f"{nvcc} does not run: {error}")
         return None
-    return toolkit_facts(version, listed)
+    return parse_toolkit(version, listed)
 
 
-def toolkit_facts(version: str, listed: str) -> tuple[str, list[str]] | None:
-    """The same from what `nvcc --version` and `nvcc --list-gpu-arch` print."""
+def parse_toolkit(version: str, listed: str) -> Toolkit | None:
+    """Return the toolkit that `nvcc --version` and `nvcc --list-gpu-arch` describe."""
     found = re.search(r"release (\d+\.\d+)", version)
     targets = [f"{arch[:-1]}.{arch[-1]}" for arch in re.findall(r"compute_(\d+)\b", listed)]
-    return (found.group(1), targets) if found else None
+    return Toolkit(found.group(1), targets) if found else None
 
 
 def why_no_cuda(switch: str, torch_version: str, torch_cuda: str | None, toolkit: str | None) -> str | None:
-    """Why CUDA kernels are not built, or None where they are; with the switch at 1, a reason against them ends the build."""
+    """Return why CUDA kernels are not built, or None if they are; with switch "1", a reason ends the build."""
     switch = switch or "auto"
     if switch not in ("0", "1", "auto"):
         raise BuildError(f"FLEXATTN_CUDA is {switch!r}; allowed: 0, 1, auto")
@@ -117,7 +128,10 @@ def why_no_cuda(switch: str, torch_version: str, torch_cuda: str | None, toolkit
     elif toolkit is None:
         reason = "no CUDA toolkit was found (CUDA_HOME names the folder that holds bin/nvcc)"
     elif torch_cuda.split(".")[0] != toolkit.split(".")[0]:
-        reason = f"torch {torch_version} was built with CUDA {torch_cuda} and the toolkit is {toolkit}: their major versions must agree"
+        reason = (
+            f"torch {torch_version} was built with CUDA {torch_cuda} and the toolkit is {toolkit}:"
+            " their major versions must agree"
+        )
     else:
         return None
     if switch == "1":
@@ -126,50 +140,55 @@ def why_no_cuda(switch: str, torch_version: str, torch_cuda: str | None, toolkit
 
 
 def architectures(targets: list[str], chosen: str | None) -> list[str]:
-    """What is compiled for: the user's TORCH_CUDA_ARCH_LIST, or every one of ARCHITECTURES that the compiler can target.
+    """Return what to compile for: TORCH_CUDA_ARCH_LIST if set, else all of ARCHITECTURES that the compiler can target.
 
-    The last of the default list is also compiled to PTX, which newer GPUs run.
+    The last of the default list is also compiled to PTX, which newer GPUs can run.
     """
     if chosen and chosen.strip():
-        wanted = re.split(r"[;,\s]+", chosen.strip(" ;,"))
-        number = re.compile(r"(\d+\.\d)[af]?(\+PTX)?")
-        unknown = [arch for arch in wanted if not number.fullmatch(arch)]
-        if unknown:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST has {', '.join(unknown)}; it takes numbers such as 7.0;8.0+PTX")
-        impossible = [arch for arch in wanted if number.fullmatch(arch).group(1) not in targets]
-        if impossible:
-            raise BuildError(
-                f"TORCH_CUDA_ARCH_LIST asks for {', '.join(impossible)}, this CUDA compiler targets {', '.join(targets)}"
-            )
-        return wanted
+        return chosen_architectures(targets, chosen)
     if "7.0" not in targets:
-        say("this CUDA compiler cannot target the V100 (7.0): that takes a toolkit older than CUDA 13")
+        say("this CUDA compiler cannot target the V100 (7.0); that takes a toolkit older than CUDA 13")
     found = [arch for arch in ARCHITECTURES if arch in targets]
     if not found:
         raise BuildError(f"this CUDA compiler targets none of {', '.join(ARCHITECTURES)}; set TORCH_CUDA_ARCH_LIST")
     return [*found[:-1], found[-1] + "+PTX"]
 
 
+def chosen_architectures(targets: list[str], chosen: str) -> list[str]:
+    """Return the entries of TORCH_CUDA_ARCH_LIST; end the build if the compiler does not know one."""
+    wanted = re.split(r"[;,\s]+", chosen.strip(" ;,"))
+    numbers = {arch: re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", arch) for arch in wanted}
+    unknown = [arch for arch, number in numbers.items() if not number]
+    if unknown:
+        raise BuildError(f"TORCH_CUDA_ARCH_LIST has {', '.join(unknown)}; it takes numbers such as 7.0;8.0+PTX")
+    impossible = [arch for arch, number in numbers.items() if number.group(1) not in targets]
+    if impossible:
+        raise BuildError(
+            f"TORCH_CUDA_ARCH_LIST asks for {', '.join(impossible)}; this CUDA compiler targets {', '.join(targets)}"
+        )
+    return wanted
+
+
 # --------------------------------------------------------------------------------------------------------------- build
 
 
 def sources(*kinds: str) -> list[str]:
-    """Paths in csrc/sources.txt of these kinds (cpu, torch, cuda, bench, simt)."""
+    """Return the paths in csrc/sources.txt of these kinds (cpu, torch, cuda, bench, simt)."""
     lines = (line.split("#")[0].split() for line in (ROOT / "csrc" / "sources.txt").read_text().splitlines())
     return [f"csrc/{line[1]}" for line in lines if line and line[0] in kinds]
 
 
 def jobs(chosen: str | None, cores: int, free_gib: float, kind: str) -> int:
-    """Compiler processes at a time."""
+    """Return how many compiler processes to run in parallel: MAX_JOBS if set, else what cores and memory allow."""
     if chosen:
         if not chosen.isdigit() or int(chosen) < 1:
-            raise BuildError(f"MAX_JOBS is {chosen!r}; it must be a whole number from 1")
+            raise BuildError(f"MAX_JOBS is {chosen!r}; it must be a whole number of at least 1")
         return int(chosen)
     return max(1, min(cores, int(free_gib / GIB_PER_JOB[kind])))
 
 
 def free_memory_gib() -> float:
-    """Memory that new processes can have; without /proc, enough for one of them."""
+    """Return the memory available to new processes; without /proc, enough for one of them."""
     try:
         available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
         return int(available.group(1)) / 2**20
@@ -178,61 +197,69 @@ def free_memory_gib() -> float:
 
 
 def cores() -> int:
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def text(value: str) -> str:
-    """A string literal of C."""
+def package_version() -> str:
+    """Return `__version__` of the package, read and not imported: importing needs the extension."""
+    init = (ROOT / "flexattn_cuda" / "__init__.py").read_text()
+    return re.search(r'^__version__ = "(.+)"$', init, re.M).group(1)
+
+
+def c_literal(value: str) -> str:
+    """Return the C string literal of a value."""
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is built. The facts are compiled in, for `flexattn_cuda.build.build_info`."""
+
+    cuda: bool
+    sources: list[str]
+    facts: dict[str, str]
+
+
+def make_plan(torch: ModuleType, toolkit: Toolkit | None) -> Plan:
+    """Decide between a build with CUDA kernels and one without, and say which and why."""
+    reason = why_no_cuda(
+        os.environ.get("FLEXATTN_CUDA", ""), torch.__version__, torch.version.cuda, toolkit and toolkit.version
+    )
+    facts = {"VERSION": package_version(), "TORCH": torch.__version__}
+    if reason:
+        say(f"building for the CPU only: {reason}")
+        none = {"CUDA_TOOLKIT": "", "ARCHITECTURES": "", "NO_CUDA_REASON": reason}
+        return Plan(False, sources("cpu", "torch"), facts | none)
+    compiled_for = " ".join(architectures(toolkit.targets, os.environ.get("TORCH_CUDA_ARCH_LIST")))
+    say(f"building with CUDA kernels: toolkit {toolkit.version}, architectures {compiled_for}")
+    cuda = {"CUDA_TOOLKIT": toolkit.version, "ARCHITECTURES": compiled_for, "NO_CUDA_REASON": ""}
+    return Plan(True, sources("cpu", "torch", "cuda"), facts | cuda)
 
 
 def main() -> None:
     from setuptools import setup
 
     torch, cpp_extension = find_torch(environment_paths())
-    toolkit = find_toolkit(cpp_extension.CUDA_HOME)
-    reason = why_no_cuda(
-        os.environ.get("FLEXATTN_CUDA", ""),
-        torch.__version__,
-        torch.version.cuda,
-        toolkit and toolkit[0],
-    )
-    kind = "cpu" if reason else "cuda"
+    plan = make_plan(torch, find_toolkit(cpp_extension.CUDA_HOME))
+    kind = "cuda" if plan.cuda else "cpu"
     os.environ["MAX_JOBS"] = str(jobs(os.environ.get("MAX_JOBS"), cores(), free_memory_gib(), kind))
-
-    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
-    facts = {
-        "VERSION": version,
-        "NO_CUDA_REASON": reason or "",
-        "CUDA_TOOLKIT": "",
-        "ARCHITECTURES": "",
-    }
-    macros, extension, files = [], cpp_extension.CppExtension, sources("cpu", "torch")
-    if reason:
-        say(f"building for the CPU only: {reason}")
-    else:
-        compiled_for = architectures(toolkit[1], os.environ.get("TORCH_CUDA_ARCH_LIST"))
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(compiled_for)
-        facts |= {"CUDA_TOOLKIT": toolkit[0], "ARCHITECTURES": " ".join(compiled_for)}
-        macros, extension, files = (
-            [("FLEXATTN_WITH_CUDA", None)],
-            cpp_extension.CUDAExtension,
-            files + sources("cuda"),
-        )
-        say(f"building with CUDA kernels: toolkit {toolkit[0]}, architectures {' '.join(compiled_for)}")
-
+    macros: list[tuple[str, str | None]] = [
+        (f"FLEXATTN_{name}", c_literal(value)) for name, value in plan.facts.items()
+    ]
+    if plan.cuda:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = plan.facts["ARCHITECTURES"].replace(" ", ";")
+        macros.append(("FLEXATTN_WITH_CUDA", None))
+    extension = cpp_extension.CUDAExtension if plan.cuda else cpp_extension.CppExtension
     setup(
         ext_modules=[
             extension(
                 "flexattn_cuda._C",
-                files,
+                plan.sources,
                 include_dirs=[str(ROOT / "csrc" / "include")],
-                define_macros=macros + [(f"FLEXATTN_{name}", text(value)) for name, value in facts.items()],
+                define_macros=macros,
                 # torch adds the C++ standard that it needs. at::parallel_for is a serial loop without OpenMP.
-                extra_compile_args={
-                    "cxx": ["-O3", "-g0", "-fopenmp", "-Wno-psabi"],
-                    "nvcc": ["-O3"],
-                },
+                extra_compile_args={"cxx": ["-O3", "-g0", "-fopenmp", "-Wno-psabi"], "nvcc": ["-O3"]},
                 extra_link_args=["-fopenmp"],
             )
         ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flexattn_cuda import _C
+from flexattn_cuda.native import compiled
 
 
 def build_info() -> dict[str, str | tuple[str, ...] | None]:
@@ -14,7 +14,7 @@ def build_info() -> dict[str, str | tuple[str, ...] | None]:
     cuda_toolkit: Version, or None for a build without CUDA kernels. architectures: e.g. ("7.0", "8.0+PTX").
     no_cuda_reason: Why there are no CUDA kernels, or None.
     """
-    facts = {name: value or None for name, value in _C.build_info().items()}
+    facts = {name: value or None for name, value in compiled.build_info().items()}
     return facts | {"architectures": tuple((facts["architectures"] or "").split())}
 
 
@@ -37,7 +37,7 @@ def architecture_reason(capability: tuple[int, int], architectures: tuple[str, .
     Machine code runs on its own generation from its minor version on (9.0a: on exactly that), PTX on all that are not older.
     The operators say the same before they launch anything.
     """
-    return _C.architecture_reason(*capability, " ".join(architectures)) or None
+    return compiled.architecture_reason(*capability, " ".join(architectures)) or None
 
 
 def _why_torch_sees_none() -> str:

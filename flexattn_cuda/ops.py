@@ -1,11 +1,27 @@
-"""The operators, documented. `torch.ops.flexattn_cuda` holds them in C++ for CPU, CUDA and Meta tensors.
+"""The operators of FlexAttention on CPU and CUDA tensors.
 
-Names: B samples, R query rows with a map of their own, I images per sample, S x S the low-resolution (LR) grid, h x h
-the high-resolution (HR) grid, N query rows, Nk sequence keys, M selected HR tokens, H query heads, Hkv key heads, d head
-dimension. Grids are row-major, top-left first. Every index tensor is int32. Tensors that an operator writes are marked so;
-nothing returned shares memory with an argument. Wrong arguments raise one ValueError that lists every reason; values of
-index tensors are checked on the CPU only, where reading them costs no wait.
-`reference.py` has each operator again in a few lines of plain torch.
+They are also registered as `torch.ops.flexattn_cuda`, work under `torch.compile(fullgraph=True)`, and know no model.
+`flexattn_cuda.reference` defines each of them in a few lines of plain torch.
+
+Sizes in the shapes below:
+
+| size  | meaning                                                      |
+|-------|--------------------------------------------------------------|
+| B     | samples in the batch                                         |
+| R     | query rows with a map of their own                           |
+| I     | images per sample                                            |
+| S, h  | side of the low-resolution (LR) and high-resolution (HR) grid |
+| N, Nk | query rows, sequence keys                                    |
+| M, P  | selected HR tokens per sample, slots of the HR pool          |
+| H, Hkv | query heads, key heads                                      |
+| d     | head dimension                                               |
+
+Grids are row-major from the top left. Every index tensor is int32. "Dense last dimension" means stride 1 there and any
+strides elsewhere; such tensors are read in place. Results never share memory with arguments. Every operator is
+deterministic.
+
+Bad arguments raise one ValueError that lists every reason. The values of index tensors are checked on the CPU only,
+because reading them from a GPU would wait for it.
 """
 
 from __future__ import annotations
@@ -13,14 +29,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch import Tensor
 
-try:
-    from flexattn_cuda import _C  #  loading it registers the operators
-except ImportError as error:
-    raise ImportError(
-        f"the compiled part of flexattn_cuda is missing ({error}); build it with `pip install .` in its repository"
-    ) from error
+from flexattn_cuda import registration
+from flexattn_cuda.native import compiled
 
 _WORD = 32
 
@@ -28,208 +40,249 @@ _WORD = 32
 class SelectedTokens(NamedTuple):
     """Result of `select_tokens`.
 
-    mask: [B, R, I, h*h] bool, what each row selects.
-    index: [B, I*h*h] int32, `image * h*h + token` of the tokens that any row selects, ascending, then -1.
-    count: [B] int32, how many these are.
-    row_bits: [B, R, ceil(I*h*h / 32)] int32, bit m of row r: row r selects `index[m]`.
+    Attributes:
+        mask: [B, R, I, h*h] bool; the HR tokens that each row selects.
+        index: [B, I*h*h] int32; `image * h*h + token` of the tokens that any row selects, ascending, then -1.
+        count: [B] int32; the number of those tokens.
+        row_bits: [B, R, ceil(I*h*h / 32)] int32; bit m of row r is set if row r selects `index[m]`.
     """
 
-    mask: torch.Tensor
-    index: torch.Tensor
-    count: torch.Tensor
-    row_bits: torch.Tensor
+    mask: Tensor
+    index: Tensor
+    count: Tensor
+    row_bits: Tensor
 
 
 def select_tokens(
-    map: torch.Tensor,
-    live: torch.Tensor,
+    attention_map: Tensor,
+    valid_rect: Tensor,
     *,
     hr_side: int,
     scale: float,
     threshold: float,
     pool_side: int = 0,
 ) -> SelectedTokens:
-    """High-resolution tokens to attend to, from an attention map (section 4.2; margin and pool as released).
+    """Return the HR tokens to attend to, given the attention map of the layer before (section 4.2).
 
-    Per map: cells outside `live` are zeroed; the whole grid is min-max normalised to a; the cells with
-    `a * scale > threshold` are chosen; they are max-pooled adaptively to pool_side x pool_side (0: not); and each HR token
-    takes the nearest cell. A constant grid, or one with a NaN, selects nothing. Arithmetic is done in the map's dtype.
+    For each map, in its own dtype:
 
-    Args:
-        map: [B, R, I, S*S] float32 or float64, not negative.
-        live: [B, I, 4] int32: top, left, bottom, right of the image inside its padding, in LR cells, half-open.
-        hr_side: h.
-        scale, threshold: Two numbers, so that `a * 255 > 48` and `a * 1 > 0.1875` are both exact.
-        pool_side: Side of the pooled grid, at most S.
-    Returns:
-        `SelectedTokens`, on the map's device; counts are not read back.
-    Raises:
-        ValueError: Shapes, dtypes or devices do not fit; S*S is no square; `live` leaves the grid (CPU).
-        NotImplementedError: A CUDA tensor, and the build has no CUDA kernels.
-    """
-    return SelectedTokens(*torch.ops.flexattn_cuda.select_tokens(map, live, hr_side, scale, threshold, pool_side))
+    1. set the cells outside `valid_rect` to zero (as in the released code);
+    2. min-max normalise the grid to a;
+    3. choose the cells with `a * scale > threshold`;
+    4. max-pool the choice adaptively to `pool_side` x `pool_side`, unless that is 0 (as in the released code);
+    5. resize it to h x h by nearest neighbour.
 
-
-def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Selected rows of a table (f_SHR of section 4.2). Differentiable in `tokens`, deterministic.
+    A constant grid selects nothing, and neither does one with a NaN.
 
     Args:
-        tokens: [B, T, D] float32, float64, float16 or bfloat16; any strides with a dense last dimension.
-        index: [B, M] int32 in [0, T), or -1; no token twice in a row.
+        attention_map: [B, R, I, S*S] float32 or float64, not negative.
+        valid_rect: [B, I, 4] int32; top, left, bottom and right of the image inside its padding, in LR cells, half-open.
+        hr_side: h, at least 1.
+        scale: Factor on the normalised map. A second number beside the threshold makes both `a * 255 > 48` (released)
+            and `a * 1 > 0.1875` (paper) exact.
+        threshold: Value that `a * scale` must exceed.
+        pool_side: Side of the pooled grid, at most S; 0 for no pooling.
+
     Returns:
-        [B, M, D]: `tokens[b, index[b, m]]`, zero where the index is -1.
+        The selection, on the device of the map. Counts are not read back from a GPU.
+
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit; an index is out of range or doubled (CPU).
-        NotImplementedError: A CUDA tensor, and the build has no CUDA kernels.
+        ValueError: If a shape, dtype or device is wrong, S*S is not a square, or `valid_rect` leaves the grid (CPU only).
+        NotImplementedError: If the tensors are on a GPU and this build cannot run there.
     """
-    return torch.ops.flexattn_cuda.gather_tokens(tokens, index)
+    return SelectedTokens(
+        *registration.SELECT_TOKENS(attention_map, valid_rect, hr_side, scale, threshold, pool_side)
+    )
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """Return the selected rows of a table (f_SHR in section 4.2). Differentiable in `tokens`, any number of times.
+
+    Args:
+        tokens: [B, T, D] float32, float64, float16 or bfloat16, with a dense last dimension.
+        index: [B, M] int32 in [0, T) or -1. A row must not repeat a token.
+
+    Returns:
+        [B, M, D] in the dtype of `tokens`: `tokens[b, index[b, m]]`, or zeros where the index is -1.
+
+    Raises:
+        ValueError: If a shape, dtype or device is wrong, or an index is out of range or repeated (CPU only).
+        NotImplementedError: If the tensors are on a GPU and this build cannot run there, or a tensor carries a
+            forward-mode tangent.
+    """
+    return registration.call(registration.GATHER_TOKENS, tokens, index)  # type: ignore[no-any-return]
 
 
 class AssignedSlots(NamedTuple):
-    """Result of `assign_slots`, all int32.
+    """Result of `assign_slots`; all int32.
 
-    slots: [B, M] slot of `index[b, m]`; -1 beyond `count`, where the index is -1, and where no slot was left.
-    new_tokens: [B*M] `g*T + token` of the tokens that took their slot in this call, in the order (b, m), then -1.
-    new_slots: [B*M] their slots, ascending, then -1.
-    new_count: [1] how many these are.
-    overflow: [1] how many selected tokens found no slot; 0 when all is well.
+    Attributes:
+        slots: [B, M]; the slot of `index[b, m]`, or -1 beyond `count`, where the index is -1, and where no slot was left.
+        new_tokens: [B*M]; `g*T + token` of the tokens that took a slot in this call, in the order (b, m), then -1.
+        new_slots: [B*M]; the slots of `new_tokens`, ascending, then -1.
+        new_count: [1]; the number of new tokens.
+        overflow: [1]; the number of selected tokens that found no slot. Must be 0 for the slots to be usable.
     """
 
-    slots: torch.Tensor
-    new_tokens: torch.Tensor
-    new_slots: torch.Tensor
-    new_count: torch.Tensor
-    overflow: torch.Tensor
+    slots: Tensor
+    new_tokens: Tensor
+    new_slots: Tensor
+    new_count: Tensor
+    overflow: Tensor
 
 
 def assign_slots(
-    index: torch.Tensor,
-    count: torch.Tensor,
-    table: torch.Tensor,
-    next_free: torch.Tensor,
+    index: Tensor,
+    count: Tensor,
+    table: Tensor,
+    next_free: Tensor,
     *,
     capacity: int,
 ) -> AssignedSlots:
-    """Gives each selected token its slot in the pool of HR keys, for good: a token is projected once, when first selected.
+    """Give each selected token a permanent slot in the pool of HR keys, so that it is projected only once.
 
-    A pool, with its `table` and `next_free`, belongs to one layer and is shared by the batch; the beams of a prompt, rows that
-    follow each other, also share their row of the table, so that no token is stored twice. Tokens without a slot take
-    `next_free`, `next_free + 1`, ... in the order (b, m). When the pool is full the rest go without: slot -1, counted in
-    `overflow`, and still without a slot in the table. Deterministic; counts stay on the device.
+    A pool, with its `table` and `next_free`, belongs to one layer and is shared by the whole batch. Rows of the batch that
+    are beams of one prompt follow each other and share a row of the table, so no token is stored twice. Tokens without a
+    slot take `next_free`, `next_free + 1`, ... in the order (b, m). Once the pool is full, the rest get slot -1, count
+    towards `overflow`, and remain without a slot in the table.
 
-    `gather_tokens(features.view(1, G*T, D), new_tokens[None])` are the features to project, with zeros behind them,
-    `write_hr_kv(..., new_slots, ...)` stores what was made of them and skips the rest, and `slots` and `count` are the
-    `hr_slots` and `hr_count` of `hierarchical_attention`, which needs an overflow of 0.
+    The results feed the next operators. `gather_tokens(features.view(1, G*T, D), new_tokens[None])` returns the features to
+    project, followed by zeros; `write_hr_kv` stores their projections at `new_slots`; and `slots` and `count` are the
+    `hr_slots` and `hr_count` of `hierarchical_attention`.
+
+    This is a cache of this implementation, not part of the paper.
 
     Args:
-        index: [B, M] int32 in [0, T), or -1; no token twice in a row. As from `select_tokens`.
-        count: [B] int32, at most M: the places that are read. As from `select_tokens`.
-        table: [G, T] int32 slot of each token, -1 = none yet. Written. Any row stride. G divides B: row b of the batch
+        index: [B, M] int32 in [0, T) or -1, as from `select_tokens`. A row must not repeat a token.
+        count: [B] int32, at most M, as from `select_tokens`; only the first `count[b]` entries of a row are read.
+        table: [G, T] int32 slot of each token, or -1. Written in place. Any row stride. G divides B; row b of the batch
             belongs to row `b // (B / G)` of the table.
-        next_free: [1] int32 first free slot, at most `capacity`. Written.
-        capacity: P, the slots of the pool.
+        next_free: [1] int32 first free slot, at most `capacity`. Written in place.
+        capacity: P, the number of slots in the pool.
+
     Returns:
-        `AssignedSlots`.
+        Slots of all selected tokens and the list of new ones, on the device of `index`.
+
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit; a value is out of range, or an index doubled (CPU).
-        NotImplementedError: A CUDA tensor, and the build has no CUDA kernels.
+        ValueError: If a shape, dtype or device is wrong, a value is out of range or an index repeated (CPU only), or
+            `table` or `next_free` shares memory with itself or another argument or is a negative view.
+        NotImplementedError: If the tensors are on a GPU and this build cannot run there.
     """
-    return AssignedSlots(*torch.ops.flexattn_cuda.assign_slots(index, count, table, next_free, capacity))
+    return AssignedSlots(
+        *registration.call_writing(registration.ASSIGN_SLOTS, index, count, table, next_free, capacity)
+    )
 
 
 def write_hr_kv(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    slots: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
 ) -> None:
-    """Rotates new HR keys and writes them and their values into the pool, in one pass. Carries no gradient.
+    """Rotate new HR keys and write them and their values into the pool. Not differentiable.
 
-    With x = (x1, x2) in halves: `x * cos + (-x2, x1) * sin`, as transformers' Llama, but in float32 for half-precision
-    types (float64 for float64) and rounded once.
+    With x = (x1, x2) in halves, a key becomes `x * cos + (-x2, x1) * sin`, as in transformers' Llama. The rotation is
+    computed in float32 (float64 for float64) and rounded once.
 
     Args:
-        k, v: [M, Hkv, d] float32, float64, float16 or bfloat16, d even; any strides with a dense last dimension.
-        cos, sin: [M, d] rotary tables at the positions of the rows, in k's dtype or float32.
-        slots: [M] int32 in [0, P), or -1 = the row is not written; no slot twice. As `new_slots` of `assign_slots`.
-        k_pool, v_pool: [P, Hkv, d] in k's dtype; any strides with a dense last dimension. Written.
+        k: [M, Hkv, d] keys before rotation; float32, float64, float16 or bfloat16, d even, with a dense last dimension.
+        v: [M, Hkv, d] values in the dtype of `k`, with a dense last dimension.
+        cos: [M, d] cosines at the positions of the rows, in the dtype of `k` or float32, with a dense last dimension.
+        sin: [M, d] sines, in the dtype of `cos`, with a dense last dimension.
+        slots: [M] int32 in [0, P), or -1 to skip a row, as `new_slots` of `assign_slots`. No slot may be repeated.
+        k_pool: [P, Hkv, d] in the dtype of `k`, with a dense last dimension. Written in place.
+        v_pool: [P, Hkv, d], likewise. Written in place.
+
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit; a slot is out of range or doubled (CPU).
-        NotImplementedError: A CUDA tensor, and the build has no CUDA kernels.
+        ValueError: If a shape, dtype or device is wrong, a slot is out of range or repeated (CPU only), or a pool shares
+            memory with itself or another argument or is a negative view.
+        NotImplementedError: If the tensors are on a GPU and this build cannot run there, or a tensor carries a
+            forward-mode tangent.
     """
-    torch.ops.flexattn_cuda.write_hr_kv(k, v, cos, sin, slots, k_pool, v_pool)
+    registration.call_writing(registration.WRITE_HR_KV, k, v, cos, sin, slots, k_pool, v_pool)
 
 
 class Attention(NamedTuple):
-    """Result of `hierarchical_attention`; `lse`, `lse_seq` and `map` carry no gradient.
+    """Result of `hierarchical_attention`. Only `out` is differentiable.
 
-    out: [B, N, H, d] in q's dtype.
-    lse: [B, H, N] log-sum-exp over all the keys that a row sees; -inf where it sees none.
-    lse_seq: [B, H, N] the same over the sequence keys only.
-    map: [B, R, I, S*S] probabilities of each image's LR keys, summed over heads.
+    Attributes:
+        out: [B, N, H, d] in the dtype of `q`; zero in rows that see no key.
+        lse: [B, H, N]; log-sum-exp of the logits of all keys that a row sees, -inf if it sees none.
+        lse_seq: [B, H, N]; the same over its sequence keys only.
+        map: [B, R, I, S*S]; probabilities of each image's LR keys, summed over heads. The rows are those of `hr_rows`;
+            without it, R = 1 and the row is the last query.
 
-    The last three are float32, or float64 for float64 inputs.
+    All but `out` are float32, or float64 for float64 inputs.
     """
 
-    out: torch.Tensor
-    lse: torch.Tensor
-    lse_seq: torch.Tensor
-    map: torch.Tensor
+    out: Tensor
+    lse: Tensor
+    lse_seq: Tensor
+    map: Tensor
 
 
 def hierarchical_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
-    kv_start: torch.Tensor | None = None,
-    kv_len: torch.Tensor | None = None,
-    key_mask: torch.Tensor | None = None,
-    k_hr: torch.Tensor | None = None,
-    v_hr: torch.Tensor | None = None,
-    hr_slots: torch.Tensor | None = None,
-    hr_count: torch.Tensor | None = None,
-    hr_from: torch.Tensor | None = None,
-    hr_rows: torch.Tensor | None = None,
-    hr_row_bits: torch.Tensor | None = None,
-    alpha: torch.Tensor | None = None,
-    map_ranges: torch.Tensor | None = None,
+    kv_start: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    k_hr: Tensor | None = None,
+    v_hr: Tensor | None = None,
+    hr_slots: Tensor | None = None,
+    hr_count: Tensor | None = None,
+    hr_from: Tensor | None = None,
+    hr_rows: Tensor | None = None,
+    hr_row_bits: Tensor | None = None,
+    alpha: Tensor | None = None,
+    map_ranges: Tensor | None = None,
     map_size: int = 0,
     map_over_all: bool = False,
     scale: float | None = None,
 ) -> Attention:
-    """N x (N+M) attention (equations 3 to 7): causal over the sequence, full over the selected HR keys.
+    """Return N x (N+M) attention (equations 3 to 7): causal over the sequence, full over the selected HR keys.
 
-    Query n of sample b stands at position `kv_len[b] - N + n` and sees the sequence keys from `kv_start[b]` to that
-    position. Left padding, prefill, chunks, decoding and a static cache with an unfilled tail are this one rule. A row
-    that sees no key gives 0. No N x (N+M) matrix is held. Differentiable in q, k, v, k_hr and v_hr; deterministic.
+    Query n of sample b stands at position `kv_len[b] - N + n` and sees the sequence keys from `kv_start[b]` up to that
+    position. This one rule covers left padding, prefill, chunked prompts, decoding, and static caches with an unfilled
+    tail. No N x (N+M) matrix is held in memory. Differentiable once in `q`, `k`, `v`, `k_hr` and `v_hr`, in reverse mode.
+
+    HR keys are optional: `k_hr`, `v_hr`, `hr_slots` and `hr_count` are given together, and with them one of `hr_from` and
+    `hr_rows`, which say which rows see HR keys.
 
     Args:
-        q: [B, H, N, d] float32, float64, float16 or bfloat16; any strides with a dense last dimension, as are k, v, k_hr
-            and v_hr. Nothing is copied.
-        k, v: [B, Hkv, Nk, d]; Hkv divides H, N <= Nk.
-        kv_start: [B] int32 first visible key; zeros when absent.
-        kv_len: [B] int32 one past the last written key, from N to Nk; Nk when absent.
-        key_mask: [B, Nk] bool (False = hidden), or its bits [B, ceil(Nk / 32)] int32.
-        k_hr, v_hr: [P, Hkv, d] pool of HR keys (rotated) and values.
-        hr_slots: [B, M] int32 slots of the pool that a sample owns, no slot twice; read up to `hr_count`.
-        hr_count: [B] int32, at most M.
-        hr_from: [B] int32: the rows from there on see HR keys (the paper's form: 0). Or
-        hr_rows: [B, R] int32: these rows see them, -1 for none (the released form: the last row).
-        hr_row_bits: [B, R, ceil(M / 32)] int32: which of the sample's HR keys each listed row sees; all when absent.
-        alpha: [B] float32: a row that sees HR keys gives (1 - alpha) * plain + alpha * with_hr; 1 when absent.
-        map_ranges: [B, I, 2] int32: first LR key of each image and one past its last; equal for no image.
-        map_size: S*S, the length of a range.
-        map_over_all: Softmax of the map over the N+M keys (eq. 7) instead of the N sequence keys (released).
-        scale: Of the logits; 1 / sqrt(d) when absent.
+        q: [B, H, N, d] queries; float32, float64, float16 or bfloat16, with a dense last dimension.
+        k: [B, Hkv, Nk, d] sequence keys in the dtype of `q`, with a dense last dimension; Hkv divides H, N <= Nk.
+        v: [B, Hkv, Nk, d] sequence values, likewise.
+        kv_start: [B] int32 first visible key, 0 to Nk; 0 if absent.
+        kv_len: [B] int32 number of written keys, N to Nk; Nk if absent.
+        key_mask: [B, Nk] bool, False for hidden keys; or the same packed by `pack_bits`, [B, ceil(Nk / 32)] int32.
+        k_hr: [P, Hkv, d] pool of rotated HR keys in the dtype of `q`, with a dense last dimension.
+        v_hr: [P, Hkv, d] pool of HR values, likewise.
+        hr_slots: [B, M] int32 slots of the pool that belong to each sample, read up to `hr_count`, none repeated.
+        hr_count: [B] int32 number of HR keys of each sample, at most M.
+        hr_from: [B] int32, 0 to N; query rows from here on see HR keys (0 is the form of the paper).
+        hr_rows: [B, R] int32, -1 to N - 1; only these query rows see HR keys, -1 standing for none (the last row is the
+            form of the released code). A sample must not repeat a row.
+        hr_row_bits: [B, R, ceil(M / 32)] int32; the HR keys of the sample that each row of `hr_rows` sees; all if absent.
+        alpha: [B] float32; a row that sees HR keys returns (1 - alpha) * plain + alpha * with_hr; 1 if absent.
+        map_ranges: [B, I, 2] int32; first LR key of each image and one past its last. An empty range gives a map of zeros.
+        map_size: S*S, the length of every range that is not empty.
+        map_over_all: If True, the softmax behind the map covers all N+M keys (equation 7); if False, the N sequence keys
+            (released code).
+        scale: Factor on the logits; 1 / sqrt(d) if absent.
+
     Returns:
-        `Attention`. Map rows are those of `hr_rows`; without it R = 1 and the row is the last query.
+        Output, statistics and map.
+
     Raises:
-        ValueError: Lists every argument that does not fit.
-        NotImplementedError: A CUDA tensor, and the build has no CUDA kernels.
+        ValueError: If any argument is wrong; the message lists every reason.
+        NotImplementedError: If the tensors are on a GPU and this build cannot run there, a tensor carries a forward-mode
+            tangent, or a gradient is differentiated again.
     """
     if kv_start is None:
         kv_start = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
@@ -240,47 +293,34 @@ def hierarchical_attention(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return Attention(
-        *torch.ops.flexattn_cuda.hierarchical_attention(
-            q, k, v, kv_start, kv_len, key_mask, k_hr, v_hr, hr_slots, hr_count, hr_from, hr_rows, hr_row_bits, alpha,
-            map_ranges, map_size, map_over_all, scale,
+        *registration.call(
+            registration.ATTENTION, q, k, v, kv_start, kv_len, key_mask, k_hr, v_hr, hr_slots, hr_count, hr_from, hr_rows,
+            hr_row_bits, alpha, map_ranges, map_size, map_over_all, scale,
         )
     )  # fmt: skip
 
 
-@register_flop_formula(torch.ops.flexattn_cuda.hierarchical_attention)
-def attention_flops(
-    q, k, v, kv_start, kv_len, key_mask, k_hr, v_hr, hr_slots, hr_count, hr_from, hr_rows, *_, **__
-) -> int:
-    """For torch's FlopCounterMode, from shapes alone: 2 for each multiply-add of scores and outputs.
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack booleans into 32-bit words: element i becomes bit i % 32 of word i // 32.
 
-    As torch counts its own attention, causality saves nothing: N x Nk for the sequence. HR keys are counted for the rows
-    that see them: R x M with `hr_rows`, N x M with `hr_from`.
+    Args:
+        mask: [..., n] bool.
+
+    Returns:
+        [..., ceil(n / 32)] int32; unused bits are 0.
     """
-    B, H, N, d = q
-    pairs = N * k[2]
-    if hr_slots is not None:
-        pairs += (N if hr_rows is None else hr_rows[1]) * hr_slots[1]
-    return 4 * B * H * pairs * d
-
-
-@register_flop_formula(torch.ops.flexattn_cuda.hierarchical_attention_backward)
-def attention_backward_flops(grad_out, *inputs, **_) -> int:
-    """As torch counts its fused attention: five products where the forward pass has two."""
-    return attention_flops(*inputs) * 5 // 2
-
-
-def pack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """[..., n] bool -> [..., ceil(n / 32)] int32; element i is bit i % 32 of word i // 32."""
     bits = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % _WORD)).unflatten(-1, (-1, _WORD))
-    # Summed in int64, where 32 bits fit; the conversion keeps the low ones.
+    # Summed in int64, which holds all 32 bits; the conversion keeps the low ones.
     return (bits.to(torch.int64) << torch.arange(_WORD, device=mask.device)).sum(-1).to(torch.int32)
 
 
 class AttentionPath(NamedTuple):
     """Result of `attention_path`.
 
-    path: "cpu", "generic", "decode" (up to 16 query rows), or tensor cores: "volta" (mma.m8n8k4), "ampere" (mma.m16n8k16).
-    reasons: Why no faster kernel than the generic one takes the call; empty where one does.
+    Attributes:
+        path: "cpu"; "generic"; "decode", for up to 16 query rows; or a kernel on tensor cores: "volta" (mma.m8n8k4) or
+            "ampere" (mma.m16n8k16).
+        reasons: Why no kernel faster than the generic one takes the call; empty if one does.
     """
 
     path: str
@@ -288,25 +328,39 @@ class AttentionPath(NamedTuple):
 
 
 def attention_path(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
-    k_hr: torch.Tensor | None = None,
-    v_hr: torch.Tensor | None = None,
+    k_hr: Tensor | None = None,
+    v_hr: Tensor | None = None,
     scale: float | None = None,
     capability: tuple[int, int] | None = None,
 ) -> AttentionPath:
-    """Which kernel a call of `hierarchical_attention` takes, and why not a faster one.
+    """Return which kernel a call of `hierarchical_attention` takes, and why not a faster one.
+
+    The choice depends on dtype, sizes, strides and alignment only; no value is read.
 
     Args:
-        q, k, v, k_hr, v_hr, scale: As given to `hierarchical_attention`; only dtype, sizes, strides and alignment count.
-        capability: Of the GPU, e.g. (7, 0); by default that of q's device, and a CPU tensor takes the CPU kernel.
+        q: As for `hierarchical_attention`.
+        k: As for `hierarchical_attention`.
+        v: As for `hierarchical_attention`.
+        k_hr: As for `hierarchical_attention`.
+        v_hr: As for `hierarchical_attention`.
+        scale: As for `hierarchical_attention`.
+        capability: Compute capability of the GPU, e.g. (7, 0); that of the device of `q` if absent. A CPU tensor then
+            takes the CPU kernel.
+
+    Returns:
+        The kernel and the reasons against a faster one.
+
+    Raises:
+        ValueError: If `q` is not float32, float64, float16 or bfloat16.
     """
     if capability is None:
         if not q.is_cuda:
             return AttentionPath("cpu", (f"the tensors are on {q.device}",))
         capability = torch.cuda.get_device_capability(q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    path, reasons = _C.attention_path(q, k, v, k_hr, v_hr, scale, 10 * capability[0] + capability[1])
+    path, reasons = compiled.attention_path(q, k, v, k_hr, v_hr, scale, 10 * capability[0] + capability[1])
     return AttentionPath(path, tuple(reasons))

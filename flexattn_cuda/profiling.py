@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from flexattn_cuda import _C
+from flexattn_cuda.native import compiled
 
 DOMAIN = "flexattn_cuda"
 _Arguments = ParamSpec("_Arguments")
@@ -27,7 +27,7 @@ def nvtx(on: bool = True) -> None:
     """Turns the ranges on or off, for the whole process."""
     global _on
     _on = bool(on)
-    _C.nvtx_switch(_on)
+    compiled.nvtx_switch(_on)
 
 
 def phase(name: str) -> AbstractContextManager[None]:
@@ -52,11 +52,11 @@ def in_phase(name: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_A
 @contextmanager
 def _range(name: str) -> Iterator[None]:
     with torch.profiler.record_function(f"{DOMAIN}.{name}"):
-        _C.nvtx_push(name)
+        compiled.nvtx_push(name)
         try:
             yield
         finally:
-            _C.nvtx_pop()
+            compiled.nvtx_pop()
 
 
 if os.environ.get("FLEXATTN_NVTX", "0") not in ("", "0"):

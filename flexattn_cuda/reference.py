@@ -14,8 +14,8 @@ from flexattn_cuda.ops import AssignedSlots, Attention, SelectedTokens, pack_bit
 
 
 def select_tokens(
-    map: torch.Tensor,
-    live: torch.Tensor,
+    attention_map: torch.Tensor,
+    valid_rect: torch.Tensor,
     *,
     hr_side: int,
     scale: float,
@@ -23,14 +23,14 @@ def select_tokens(
     pool_side: int = 0,
 ) -> SelectedTokens:
     """Section 4.2: zero the margin, min-max normalise, binarise, pool, resize; then list what any row selects."""
-    B, R, I, cells = map.shape
+    B, R, I, cells = attention_map.shape
     S = int(cells**0.5)
-    line = torch.arange(S, device=map.device)
-    top, left, bottom, right = live.long()[:, None, :, :, None].unbind(3)  # [B, 1, I, 1] each
+    line = torch.arange(S, device=attention_map.device)
+    top, left, bottom, right = valid_rect.long()[:, None, :, :, None].unbind(3)  # [B, 1, I, 1] each
     inside_rows = (line >= top) & (line < bottom)
     inside_columns = (line >= left) & (line < right)
     inside = inside_rows[..., :, None] & inside_columns[..., None, :]
-    grid = torch.where(inside, map.view(B, R, I, S, S), torch.zeros((), dtype=map.dtype, device=map.device))
+    grid = torch.where(inside, attention_map.view(B, R, I, S, S), torch.zeros((), dtype=attention_map.dtype, device=attention_map.device))
     low, high = grid.amin((-1, -2), keepdim=True), grid.amax((-1, -2), keepdim=True)
     chosen = ((grid - low) / (high - low) * scale > threshold).float().flatten(0, 2)[:, None]
     if pool_side:
@@ -38,7 +38,7 @@ def select_tokens(
     mask = functional.interpolate(chosen, size=hr_side, mode="nearest").bool().view(B, R, I, -1)
 
     tokens = mask.flatten(2)  # [B, R, I*h*h]
-    index = torch.full((B, tokens.shape[2]), -1, dtype=torch.int32, device=map.device)
+    index = torch.full((B, tokens.shape[2]), -1, dtype=torch.int32, device=attention_map.device)
     bits = torch.zeros_like(tokens)
     for b in range(B):
         selected = tokens[b].any(0).nonzero().flatten()

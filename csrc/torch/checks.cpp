@@ -1,7 +1,16 @@
 #include "checks.h"
 
+#include <algorithm>
+
+#include "overlap.h"
+
 namespace flexattn::torch_binding {
 namespace {
+
+bool sizes_fit(at::IntArrayRef given, at::IntArrayRef expected) {
+  return std::equal(given.begin(), given.end(), expected.begin(), expected.end(),
+                    [](int64_t size, int64_t wanted) { return wanted < 0 || size == wanted; });
+}
 
 std::string sizes_text(at::IntArrayRef sizes) {
   std::ostringstream text;
@@ -17,25 +26,61 @@ std::string sizes_text(at::IntArrayRef sizes) {
   return text.str();
 }
 
+std::string dtypes_text(at::ArrayRef<at::ScalarType> dtypes) {
+  std::ostringstream text;
+  for (size_t i = 0; i < dtypes.size(); ++i) text << (i ? " or " : "") << dtypes[i];
+  return text.str();
+}
+
 }  // namespace
 
 bool Reasons::tensor(const char* name, const at::Tensor& t, at::IntArrayRef sizes, at::ArrayRef<at::ScalarType> dtypes,
                      at::Device device) {
   const size_t before = reasons_.size();
-  bool fits = t.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = sizes[i] < 0 || sizes[i] == t.size(i);
-  unless(fits, name, " has shape ", sizes_text(t.sizes()), ", it must be ", sizes_text(sizes));
-  bool known = false;
-  std::ostringstream allowed;
-  for (size_t i = 0; i < dtypes.size(); ++i) {
-    known |= t.scalar_type() == dtypes[i];
-    allowed << (i ? " or " : "") << dtypes[i];
-  }
-  unless(known, name, " has dtype ", t.scalar_type(), ", it must be ", allowed.str());
-  unless(t.device() == device, name, " is on ", t.device(), ", the first argument on ", device);
+  if (!sizes_fit(t.sizes(), sizes))
+    unless(false, name, " has shape ", sizes_text(t.sizes()), ", expected ", sizes_text(sizes));
+  if (std::find(dtypes.begin(), dtypes.end(), t.scalar_type()) == dtypes.end())
+    unless(false, name, " has dtype ", t.scalar_type(), ", expected ", dtypes_text(dtypes));
+  unless(t.device() == device, name, " is on ", t.device(), ", expected ", device, " as the first argument");
   unless(t.dim() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1, name, " has stride ", t.dim() ? t.stride(-1) : 0,
-         " in its last dimension, it must be 1");
+         " in its last dimension, expected 1");
   return reasons_.size() == before;
+}
+
+void Reasons::values_within(const char* name, const at::Tensor& index, int64_t min, int64_t max) {
+  if (!readable(index)) return;
+  const at::Tensor dense = index.contiguous();
+  const auto [found_min, found_max] = std::minmax_element(ints(dense), ints(dense) + dense.numel());
+  unless(*found_min >= min && *found_max <= max, name, " has values from ", *found_min, " to ", *found_max,
+         ", expected ", min, " to ", max);
+}
+
+void Reasons::distinct_in_rows(const char* name, const at::Tensor& index, int64_t count) {
+  if (!readable(index)) return;
+  const at::Tensor dense = index.contiguous();
+  const int64_t rows = dense.size(0), columns = dense.size(1);
+  std::vector<bool> seen;
+  for (int64_t row = 0; row < rows; ++row) {
+    seen.assign(count, false);
+    for (int64_t column = 0; column < columns; ++column) {
+      const int32_t value = ints(dense)[row * columns + column];
+      if (value < 0) continue;
+      unless(!seen[value], name, " holds ", value, " twice in row ", row);
+      if (seen[value]) return;
+      seen[value] = true;
+    }
+  }
+}
+
+void Reasons::writable(const char* name, const at::Tensor& t) {
+  unless(!t.is_neg(), name, " is written but is a negative view; pass a tensor of its own");
+  unless(!overlaps_itself(t), name, " is written but several of its elements share memory; pass a tensor of its own");
+}
+
+void Reasons::disjoint(const char* written_name, const at::Tensor& written, const char* other_name,
+                       const at::Tensor& other) {
+  unless(!overlap(written, other), written_name, " is written but shares memory with ", other_name,
+         "; pass separate tensors");
 }
 
 void Reasons::raise_if_any() const {
@@ -44,22 +89,6 @@ void Reasons::raise_if_any() const {
   text << "flexattn_cuda::" << operation_ << ": ";
   for (size_t i = 0; i < reasons_.size(); ++i) text << (i ? "; " : "") << reasons_[i];
   TORCH_CHECK_VALUE(false, text.str());
-}
-
-DType dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    default:
-      TORCH_CHECK_VALUE(false, "flexattn_cuda: dtype ", t.scalar_type(),
-                        " is not float64, float32, float16 or bfloat16");
-  }
 }
 
 }  // namespace flexattn::torch_binding

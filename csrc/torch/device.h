@@ -1,4 +1,4 @@
-// Where a call runs: the CPU launch functions, the CUDA ones on the current stream, or a clear refusal.
+// Where a call runs: on the CPU, on a GPU's current stream, or nowhere, with the reason.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -13,7 +13,7 @@
 
 namespace flexattn::torch_binding {
 
-// function(params, stream) of the namespace cpu or cuda, whichever fits the device of `like`; its result.
+// Calls function(params, stream) of the namespace cpu or cuda, whichever fits the device of `like`.
 #if defined(FLEXATTN_SIMT)  // tests: the CUDA kernels on CPU tensors (csrc/simt)
 #define FLEXATTN_LAUNCH(function, params, like) ::flexattn::cuda::function(params, nullptr)
 #elif defined(FLEXATTN_WITH_CUDA)
@@ -25,14 +25,14 @@ namespace flexattn::torch_binding {
     return ::flexattn::cuda::function(params, c10::cuda::getCurrentCUDAStream().stream()); \
   }()
 #else
-#define FLEXATTN_LAUNCH(function, params, like)                                                                     \
-  [&] {                                                                                                             \
-    TORCH_CHECK_NOT_IMPLEMENTED(                                                                                    \
-        !(like).is_cuda(), "flexattn_cuda::" #function ": this build has no CUDA kernels, but the tensors are on ", \
-        (like).device(),                                                                                            \
-        "; build it with a CUDA toolkit and a CUDA build of torch (`flexattn info` tells what was found), or move " \
-        "the tensors to the CPU");                                                                                  \
-    return ::flexattn::cpu::function(params, nullptr);                                                              \
+#define FLEXATTN_LAUNCH(function, params, like)                                                                       \
+  [&] {                                                                                                               \
+    TORCH_CHECK_NOT_IMPLEMENTED(                                                                                      \
+        !(like).is_cuda(), "flexattn_cuda::" #function ": this build has no CUDA kernels, but the tensors are on ",   \
+        (like).device(),                                                                                              \
+        "; rebuild with a CUDA toolkit and a CUDA build of torch (`flexattn info` shows what was found) or move the " \
+        "tensors to the CPU");                                                                                        \
+    return ::flexattn::cpu::function(params, nullptr);                                                                \
   }()
 #endif
 

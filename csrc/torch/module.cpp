@@ -1,16 +1,18 @@
-// flexattn_cuda._C: what is not an operator. Importing it also loads the operators' registrations.
+// flexattn_cuda._C: everything that is not an operator. Importing it registers the operators.
 // setup.py defines the FLEXATTN_ facts.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/version.h>
 
 #include "architectures.h"
-#include "checks.h"
+#include "attention_arguments.h"
 #include "flexattn/attention_path.h"
 #include "nvtx.h"
-#include "operators.h"
+
+// flexattn_cuda/native.py reads this from the bytes of a module that another torch cannot load.
+extern "C" __attribute__((used)) const char flexattn_built_with_torch[] =
+    "flexattn_cuda built with torch " FLEXATTN_TORCH;
 
 namespace {
 
@@ -27,7 +29,7 @@ const char* compiler() {
 pybind11::dict build_info() {
   pybind11::dict facts;
   facts["version"] = FLEXATTN_VERSION;
-  facts["torch"] = TORCH_VERSION;
+  facts["torch"] = FLEXATTN_TORCH;
   facts["compiler"] = compiler();
   facts["cuda_toolkit"] = FLEXATTN_CUDA_TOOLKIT;
   facts["architectures"] = FLEXATTN_ARCHITECTURES;
@@ -63,15 +65,15 @@ std::pair<std::string, std::vector<std::string>> attention_path(const at::Tensor
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Facts about the build of flexattn_cuda; its operators are in torch.ops.flexattn_cuda.";
-  module.def("build_info", &build_info, "What was compiled in, as a dict of strings; see flexattn_cuda.build.");
+  module.def("build_info", &build_info, "Return the facts behind flexattn_cuda.build.build_info as a dict of strings.");
   module.def("architecture_reason", &flexattn::torch_binding::architecture_reason,
-             "See flexattn_cuda.build.architecture_reason.");
+             "See flexattn_cuda.build.architecture_reason; `architectures` is one string.");
   module.def("attention_path", &attention_path, "See flexattn_cuda.ops.attention_path.");
 
   // flexattn_cuda.profiling
   using namespace flexattn::torch_binding;
-  module.def("nvtx_compiled_in", &nvtx_compiled_in, "Whether the ranges reach NVTX.");
-  module.def("nvtx_switch", [](bool on) { nvtx_switch() = on; }, "Turns the operators' ranges on or off.");
-  module.def("nvtx_push", &nvtx_push, "Begins a range on this thread, whatever the switch says.");
-  module.def("nvtx_pop", &nvtx_pop, "Ends the last one begun on this thread.");
+  module.def("nvtx_compiled_in", &nvtx_compiled_in, "Return whether ranges reach NVTX.");
+  module.def("nvtx_switch", [](bool on) { nvtx_switch() = on; }, "Turn the ranges of the operators on or off.");
+  module.def("nvtx_push", &nvtx_push, "Begin a range on this thread, even while ranges are off.");
+  module.def("nvtx_pop", &nvtx_pop, "End the innermost range of this thread.");
 }

@@ -1,5 +1,5 @@
-// NVTX ranges for Nsight Systems and Nsight Compute, in the domain "flexattn_cuda". Off until switched on; a build
-// without CUDA has none, and there the switch does nothing.
+// NVTX ranges for Nsight Systems and Nsight Compute, in the domain "flexattn_cuda". Off by default. In a build without
+// CUDA there are none and the switch does nothing.
 #pragma once
 
 #include <atomic>
@@ -44,20 +44,20 @@ inline void nvtx_push(const char*) {}
 inline void nvtx_pop() {}
 #endif
 
-// A range from here to the end of the scope. What was begun is ended, even where the switch is turned in between.
+// A range from here to the end of the scope. A range that began also ends if the switch is turned off in between.
 class NvtxRange {
  public:
-  explicit NvtxRange(const char* name) : begun_(nvtx_switch().load(std::memory_order_relaxed)) {
-    if (begun_) nvtx_push(name);
+  explicit NvtxRange(const char* name) : pushed_(nvtx_switch().load(std::memory_order_relaxed)) {
+    if (pushed_) nvtx_push(name);
   }
   ~NvtxRange() {
-    if (begun_) nvtx_pop();
+    if (pushed_) nvtx_pop();
   }
   NvtxRange(const NvtxRange&) = delete;
   NvtxRange& operator=(const NvtxRange&) = delete;
 
  private:
-  const bool begun_;
+  const bool pushed_;
 };
 
 }  // namespace flexattn::torch_binding

@@ -134,14 +134,19 @@ def test_selection_is_exact(device, case):
 def test_selection_of_several_photographs_is_exact(device):
     B, R, I = 2, 3, 4
     generator = torch.Generator().manual_seed(0)
-    map = torch.rand(B, R, I, GRID**2, generator=generator) ** 8
-    live = torch.tensor([0, 3, GRID, GRID - 2], dtype=torch.int32).expand(B, I, 4).clone()
-    check_selection(device, dict(map=map, live=live, hr_side=HR_GRID, scale=255.0, threshold=48.0, pool_side=0))
-    check_selection(device, dict(map=map, live=live, hr_side=HR_GRID, scale=255.0, threshold=128.0, pool_side=9))
+    case = dict(
+        attention_map=torch.rand(B, R, I, GRID**2, generator=generator) ** 8,
+        valid_rect=torch.tensor([0, 3, GRID, GRID - 2], dtype=torch.int32).expand(B, I, 4).clone(),
+        hr_side=HR_GRID,
+        scale=255.0,
+    )
+    check_selection(device, case | dict(threshold=48.0, pool_side=0))
+    check_selection(device, case | dict(threshold=128.0, pool_side=9))
 
 
 def check_selection(device, case):
-    ours = ops.select_tokens(**(case | {"map": case["map"].to(device), "live": case["live"].to(device)}))
+    placed = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in case.items()}
+    ours = ops.select_tokens(**placed)
     expected = reference.select_tokens(**case)
     for name in expected._fields:
         assert torch.equal(getattr(ours, name).cpu(), getattr(expected, name)), name
@@ -366,9 +371,9 @@ def calls(device: str) -> dict[str, tuple]:
     detached = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in attention)
     backward = (normal(*out.shape, grad=False), *detached[:14], lse, lse_seq, 0.35)
     table, index = normal(2, 7, 4), integers([[3, 0, -1], [6, -1, 1]])
-    map = torch.rand(2, 3, 1, 81, generator=generator).to(device)
+    attention_map = torch.rand(2, 3, 1, 81, generator=generator).to(device)
     return {
-        "select_tokens": (map, integers([[[0, 0, 9, 9]], [[2, 0, 7, 9]]]), 18, 255.0, 128.0, 3),
+        "select_tokens": (attention_map, integers([[[0, 0, 9, 9]], [[2, 0, 7, 9]]]), 18, 255.0, 128.0, 3),
         "gather_tokens": (table, index),
         "gather_tokens_backward": (normal(2, 3, 4, grad=False), index, 7),
         "assign_slots": (
@@ -428,11 +433,11 @@ def test_compiles_without_graph_breaks(device):
     leaves = [arguments[i] for i in (0, 1, 2, 6, 7)]
 
     def loss(q, k, v, k_hr, v_hr):
-        out, _, _, map = torch.ops.flexattn_cuda.hierarchical_attention(
+        out, _, _, attention_map = torch.ops.flexattn_cuda.hierarchical_attention(
             q, k, v, *arguments[3:6], k_hr, v_hr, *arguments[8:]
         )
-        live = torch.tensor([[[0, 0, SIDE, SIDE]]], dtype=torch.int32, device=q.device).expand(2, 1, 4)
-        selected = ops.select_tokens(map, live, hr_side=6, scale=255.0, threshold=48.0)
+        valid_rect = torch.tensor([[[0, 0, SIDE, SIDE]]], dtype=torch.int32, device=q.device).expand(2, 1, 4)
+        selected = ops.select_tokens(attention_map, valid_rect, hr_side=6, scale=255.0, threshold=48.0)
         rows = ops.gather_tokens(q.flatten(0, 1).repeat(1, 8, 1)[:2], selected.index[:, :36])
         return out.square().sum() + rows.sum()
 
@@ -456,32 +461,32 @@ def attention_arguments(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": torch.randn(2, 3, 11, 8)}, "q has 4 heads, which must be a multiple of k's 3"),
+        ({"k": torch.randn(2, 3, 11, 8)}, "q has 4 heads, expected a multiple of k's 3"),
         (
             {"k": torch.randn(2, 2, 11, 7)},
-            r"k has shape \[2, 2, 11, 7\], it must be \[2, \*, \*, 8\]",
+            r"k has shape \[2, 2, 11, 7\], expected \[2, \*, \*, 8\]",
         ),
-        ({"v": torch.randn(2, 2, 11, 8).double()}, "v has dtype Double, it must be Float"),
-        ({"q": torch.randn(4, 5, 8)}, r"q has shape \[4, 5, 8\], it must be \[\*, \*, \*, \*\]"),
+        ({"v": torch.randn(2, 2, 11, 8).double()}, "v has dtype Double, expected Float"),
+        ({"q": torch.randn(4, 5, 8)}, r"q has shape \[4, 5, 8\], expected \[\*, \*, \*, \*\]"),
         (
             {"q": torch.ones(2, 4, 5, 8, dtype=torch.int64)},
-            "q has dtype Long, it must be Float or Double or Half or BFloat16",
+            "q has dtype Long, expected Float or Double or Half or BFloat16",
         ),
-        ({"q": torch.randn(2, 4, 12, 8)}, "q has 12 queries, more than the 11 keys"),
-        ({"k_hr": None}, "must be given together; 3 of the four are"),
-        ({"hr_rows": None}, "k_hr needs hr_from or hr_rows"),
-        ({"hr_from": torch.zeros(2, dtype=torch.int32)}, "hr_from and hr_rows exclude each other"),
+        ({"q": torch.randn(2, 4, 12, 8)}, "q has 12 queries, expected at most the 11 of k's keys"),
+        ({"k_hr": None}, "3 of k_hr, v_hr, hr_slots and hr_count are given, expected all or none"),
+        ({"hr_rows": None}, "k_hr is given without hr_from or hr_rows"),
+        ({"hr_from": torch.zeros(2, dtype=torch.int32)}, "hr_from and hr_rows are both given, expected one of them"),
         (
             {"hr_slots": torch.full((2, 1), 9, dtype=torch.int32)},
-            "hr_slots has values from 9 to 9, they must lie in 0 to 8",
+            "hr_slots has values from 9 to 9, expected 0 to 8",
         ),
         (
             {"hr_count": torch.full((2,), 2, dtype=torch.int32)},
-            "hr_count has values from 2 to 2, they must lie in 0 to 1",
+            "hr_count has values from 2 to 2, expected 0 to 1",
         ),
         (
             {"hr_rows": torch.tensor([[5], [4]], dtype=torch.int32)},
-            "hr_rows has values from 4 to 5, they must lie in -1 to 4",
+            "hr_rows has values from 4 to 5, expected -1 to 4",
         ),
         (
             {"hr_rows": torch.tensor([[4, 4], [4, 3]], dtype=torch.int32)},
@@ -489,17 +494,17 @@ def attention_arguments(**changes):
         ),
         (
             {"kv_len": torch.tensor([11, 4], dtype=torch.int32)},
-            "kv_len has values from 4 to 11, they must lie in 5 to 11",
+            "kv_len has values from 4 to 11, expected 5 to 11",
         ),
-        ({"kv_len": torch.tensor([11, 11])}, "kv_len has dtype Long, it must be Int"),
-        ({"alpha": torch.ones(3)}, r"alpha has shape \[3\], it must be \[2\]"),
+        ({"kv_len": torch.tensor([11, 11])}, "kv_len has dtype Long, expected Int"),
+        ({"alpha": torch.ones(3)}, r"alpha has shape \[3\], expected \[2\]"),
         (
             {"map_ranges": torch.tensor([[[0, 4]], [[0, 9]]], dtype=torch.int32), "map_size": 9},
             "a range of 4 keys",
         ),
         (
             {"q": torch.randn(2, 4, 8, 5).transpose(2, 3)},
-            "q has stride 5 in its last dimension, it must be 1",
+            "q has stride 5 in its last dimension, expected 1",
         ),
     ],
 )
@@ -515,7 +520,7 @@ def test_an_error_lists_every_reason():
     q, k, v = (arguments.pop(name) for name in "qkv")
     with pytest.raises(ValueError) as error:
         ops.hierarchical_attention(q, k, v, **arguments)
-    assert "alpha has shape" in str(error.value) and "exclude each other" in str(error.value)
+    assert "alpha has shape" in str(error.value) and "are both given" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -531,7 +536,7 @@ def test_an_error_lists_every_reason():
         ),
         (
             lambda: ops.gather_tokens(torch.randn(1, 5, 3), torch.tensor([[2]])),
-            "index has dtype Long, it must be Int",
+            "index has dtype Long, expected Int",
         ),
         (
             lambda: ops.gather_tokens(torch.randn(5, 3), torch.tensor([[2]], dtype=torch.int32)),
@@ -543,42 +548,42 @@ def test_an_error_lists_every_reason():
         ),
         (
             lambda: assign(index=torch.tensor([[0, 7]], dtype=torch.int32)),
-            "index has values from 0 to 7, they must lie in -1 to 6",
+            "index has values from 0 to 7, expected -1 to 6",
         ),
         (
             lambda: assign(count=torch.tensor([3], dtype=torch.int32)),
-            "count has values from 3 to 3, they must lie in 0 to 2",
+            "count has values from 3 to 3, expected 0 to 2",
         ),
-        (lambda: assign(capacity=2), "next_free has values from 3 to 3, they must lie in 0 to 2"),
+        (lambda: assign(capacity=2), "next_free has values from 3 to 3, expected 0 to 2"),
         (lambda: assign(capacity=-1), "capacity is -1"),
-        (lambda: assign(table=torch.full((1, 7), -1)), "table has dtype Long, it must be Int"),
+        (lambda: assign(table=torch.full((1, 7), -1)), "table has dtype Long, expected Int"),
         (
             lambda: assign(table=torch.full((2, 7), -1, dtype=torch.int32)),
-            "table has 2 rows, which must divide the 1 of index",
+            "table has 2 rows, expected a divisor of the 1 rows of index",
         ),
-        (lambda: write(k=torch.ones(2, 3, 5)), "k has head_dim 5, it must be even"),
-        (lambda: write(v=torch.ones(2, 1, 4)), r"v has shape \[2, 1, 4\], it must be \[2, 3, 4\]"),
-        (lambda: write(cos=torch.ones(2, 4).half()), "cos has dtype Half, it must be Float"),
+        (lambda: write(k=torch.ones(2, 3, 5)), "k has head_dim 5, expected an even number"),
+        (lambda: write(v=torch.ones(2, 1, 4)), r"v has shape \[2, 1, 4\], expected \[2, 3, 4\]"),
+        (lambda: write(cos=torch.ones(2, 4).half()), "cos has dtype Half, expected Float"),
         (
             lambda: write(v_pool=torch.ones(6, 3, 4).double()),
-            "v_pool has dtype Double, it must be Float",
+            "v_pool has dtype Double, expected Float",
         ),
         (
             lambda: write(slots=torch.tensor([6, 0], dtype=torch.int32)),
-            "slots has values from 0 to 6, they must lie in -1 to 5",
+            "slots has values from 0 to 6, expected -1 to 5",
         ),
         (lambda: write(slots=torch.tensor([1, 1], dtype=torch.int32)), "slots holds 1 twice"),
-        (lambda: select(map=torch.rand(1, 1, 1, 8)), "8 cells, which must be the square"),
+        (lambda: select(attention_map=torch.rand(1, 1, 1, 8)), "attention_map has 8 cells per image, expected a square number"),
         (
-            lambda: select(map=torch.rand(1, 1, 1, 9).half()),
-            "map has dtype Half, it must be Float or Double",
+            lambda: select(attention_map=torch.rand(1, 1, 1, 9).half()),
+            "attention_map has dtype Half, expected Float or Double",
         ),
         (
-            lambda: select(live=torch.tensor([[[0, 0, 4, 3]]], dtype=torch.int32)),
-            "live has values from 0 to 4",
+            lambda: select(valid_rect=torch.tensor([[[0, 0, 4, 3]]], dtype=torch.int32)),
+            "valid_rect has values from 0 to 4",
         ),
         (lambda: select(hr_side=0), "hr_side is 0"),
-        (lambda: select(pool_side=4), r"pool_side is 4, it must be 0 \(no pooling\) to 3"),
+        (lambda: select(pool_side=4), r"pool_side is 4, expected 0 \(no pooling\) to 3"),
     ],
 )
 def test_bad_arguments(function, message):
@@ -595,16 +600,16 @@ def assign(**changes):
 
 
 def write(**changes):
-    rows, angles, pool = torch.ones(2, 3, 4), torch.ones(2, 4), torch.ones(6, 3, 4)
-    slots = torch.tensor([5, 0], dtype=torch.int32)
-    base = dict(k=rows, v=rows, cos=angles, sin=angles, slots=slots, k_pool=pool, v_pool=pool)
+    rows, angles = torch.ones(2, 3, 4), torch.ones(2, 4)
+    slots, pools = torch.tensor([5, 0], dtype=torch.int32), torch.ones(2, 6, 3, 4)
+    base = dict(k=rows, v=rows, cos=angles, sin=angles, slots=slots, k_pool=pools[0], v_pool=pools[1])
     return ops.write_hr_kv(**(base | changes))
 
 
 def select(**changes):
     base = dict(
-        map=torch.rand(1, 1, 1, 9),
-        live=torch.tensor([[[0, 0, 3, 3]]], dtype=torch.int32),
+        attention_map=torch.rand(1, 1, 1, 9),
+        valid_rect=torch.tensor([[[0, 0, 3, 3]]], dtype=torch.int32),
         hr_side=6,
         scale=1.0,
         threshold=0.5,

@@ -115,24 +115,25 @@ def selection_cases(draw) -> dict[str, Any]:
     B, R, I = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
     S = draw(st.sampled_from([1, 2, 5, 9, 12, 24]))
     kind = draw(st.sampled_from(["uniform", "peaks", "constant", "one", "nan"]))
-    map = torch.rand(B, R, I, S * S, generator=generator)
+    attention_map = torch.rand(B, R, I, S * S, generator=generator)
     if kind == "peaks":
-        map = map**12
+        attention_map = attention_map**12
     elif kind == "constant":
-        map[:] = 0.25
+        attention_map[:] = 0.25
     elif kind == "one":
-        map = (torch.arange(S * S) == S * S // 2).float().expand(B, R, I, -1).clone()
+        attention_map = (torch.arange(S * S) == S * S // 2).float().expand(B, R, I, -1).clone()
     elif kind == "nan":
-        map[0, 0, 0, 0] = torch.nan
-    corner = torch.randint(0, S + 1, (B, I, 2, 2), generator=generator).sort(2).values
-    live = corner.flatten(2).int() if draw(st.booleans()) else torch.tensor([0, 0, S, S]).int().expand(B, I, 4).clone()
+        attention_map[0, 0, 0, 0] = torch.nan
+    corners = torch.randint(0, S + 1, (B, I, 2, 2), generator=generator).sort(2).values
+    whole = torch.tensor([0, 0, S, S]).expand(B, I, 4)
+    valid_rect = (corners.flatten(2) if draw(st.booleans()) else whole).int().clone()
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     scale, threshold = draw(
         st.sampled_from([(255.0, 48.0), (255.0, 64.0), (1.0, 0.1875), (255.0, 0.0), (255.0, 254.0)])
     )
     return dict(
-        map=map.to(dtype),
-        live=live,
+        attention_map=attention_map.to(dtype),
+        valid_rect=valid_rect,
         hr_side=draw(st.sampled_from([1, S, 2 * S, 3 * S, 4 * S + 1])),
         scale=scale,
         threshold=threshold,
