@@ -90,9 +90,7 @@ def select_tokens(
         ValueError: If a shape, dtype or device is wrong, S*S is not a square, or `valid_rect` leaves the grid (CPU only).
         NotImplementedError: If the tensors are on a GPU and this build cannot run there.
     """
-    return SelectedTokens(
-        *registration.SELECT_TOKENS(attention_map, valid_rect, hr_side, scale, threshold, pool_side)
-    )
+    return SelectedTokens(*registration.SELECT_TOKENS(attention_map, valid_rect, hr_side, scale, threshold, pool_side))
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:

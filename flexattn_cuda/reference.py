@@ -30,7 +30,11 @@ def select_tokens(
     inside_rows = (line >= top) & (line < bottom)
     inside_columns = (line >= left) & (line < right)
     inside = inside_rows[..., :, None] & inside_columns[..., None, :]
-    grid = torch.where(inside, attention_map.view(B, R, I, S, S), torch.zeros((), dtype=attention_map.dtype, device=attention_map.device))
+    grid = torch.where(
+        inside,
+        attention_map.view(B, R, I, S, S),
+        torch.zeros((), dtype=attention_map.dtype, device=attention_map.device),
+    )
     low, high = grid.amin((-1, -2), keepdim=True), grid.amax((-1, -2), keepdim=True)
     chosen = ((grid - low) / (high - low) * scale > threshold).float().flatten(0, 2)[:, None]
     if pool_side:

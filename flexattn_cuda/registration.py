@@ -106,9 +106,7 @@ def _gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Ten
 
 
 @_shapes_of(ASSIGN_SLOTS)
-def _assign_slots(
-    index: Tensor, count: Tensor, table: Tensor, next_free: Tensor, capacity: int
-) -> tuple[Tensor, ...]:
+def _assign_slots(index: Tensor, count: Tensor, table: Tensor, next_free: Tensor, capacity: int) -> tuple[Tensor, ...]:
     B, M = index.shape
     return tuple(index.new_empty(size) for size in ((B, M), (B * M,), (B * M,), (1,), (1,)))
 

@@ -8,6 +8,7 @@ from accuracy import assert_as_good_as_eager
 from conftest import BACKEND
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_arguments import assign_arguments, attention_arguments, selection_arguments, write_arguments
 from strategies import (
     SIDE,
     AttentionCase,
@@ -448,16 +449,6 @@ def test_compiles_without_graph_breaks(device):
         torch.testing.assert_close(one, two)
 
 
-def attention_arguments(**changes):
-    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 11, 8), torch.randn(2, 2, 11, 8)
-    int32 = dict(dtype=torch.int32)
-    base = dict(
-        q=q, k=k, v=v, k_hr=torch.randn(9, 2, 8), v_hr=torch.randn(9, 2, 8), hr_slots=torch.zeros(2, 1, **int32),
-        hr_count=torch.ones(2, **int32), hr_rows=torch.tensor([[4], [4]], **int32),
-    )  # fmt: skip
-    return base | changes
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -510,111 +501,75 @@ def attention_arguments(**changes):
 )
 def test_bad_attention_arguments(changes, message):
     arguments = attention_arguments(**changes)
-    q, k, v = (arguments.pop(name) for name in "qkv")
     with pytest.raises(ValueError, match=message):
-        ops.hierarchical_attention(q, k, v, **arguments)
+        ops.hierarchical_attention(**arguments)
 
 
 def test_an_error_lists_every_reason():
     arguments = attention_arguments(alpha=torch.ones(3), hr_from=torch.zeros(1, dtype=torch.int32))
-    q, k, v = (arguments.pop(name) for name in "qkv")
-    with pytest.raises(ValueError) as error:
-        ops.hierarchical_attention(q, k, v, **arguments)
-    assert "alpha has shape" in str(error.value) and "are both given" in str(error.value)
+    with pytest.raises(ValueError, match="alpha has shape") as error:
+        ops.hierarchical_attention(**arguments)
+    assert "are both given" in str(error.value)
+
+
+def index_of(*rows):
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def bad(operator, message, arguments):
+    return pytest.param(operator, arguments, message, id=f"{operator.__name__}: {message}")
+
+
+def bad_gather(message, tokens=(2, 5, 3), **changes):
+    return bad(ops.gather_tokens, message, dict(tokens=torch.randn(tokens)) | changes)
+
+
+def bad_assignment(message, **changes):
+    return bad(ops.assign_slots, message, assign_arguments(**changes))
+
+
+def bad_write(message, **changes):
+    return bad(ops.write_hr_kv, message, write_arguments(**changes))
+
+
+def bad_selection(message, **changes):
+    return bad(ops.select_tokens, message, selection_arguments(**changes))
 
 
 @pytest.mark.parametrize(
-    ("function", "message"),
+    ("operator", "arguments", "message"),
     [
-        (
-            lambda: ops.gather_tokens(torch.randn(2, 5, 3), torch.tensor([[5], [0]], dtype=torch.int32)),
-            "index has values from 0 to 5",
+        bad_gather("index has values from 0 to 5", index=index_of([5], [0])),
+        bad_gather("index holds 2 twice in row 0", index=index_of([2, 2], [0, 1])),
+        bad_gather("index has dtype Long, expected Int", index=torch.tensor([[2], [0]])),
+        bad_gather("tokens has shape", tokens=(5, 3), index=index_of([2])),
+        bad_assignment("index holds 4 twice in row 0", index=index_of([4, 4])),
+        bad_assignment("index has values from 0 to 7, expected -1 to 6", index=index_of([0, 7])),
+        bad_assignment("count has values from 3 to 3, expected 0 to 2", count=index_of(3)),
+        bad_assignment("next_free has values from 3 to 3, expected 0 to 2", capacity=2),
+        bad_assignment("capacity is -1, expected 0", capacity=-1),
+        bad_assignment("table has dtype Long, expected Int", table=torch.full((1, 7), -1)),
+        bad_assignment(
+            "table has 2 rows, expected a divisor of the 1 rows of index", table=index_of([-1] * 7, [-1] * 7)
         ),
-        (
-            lambda: ops.gather_tokens(torch.randn(1, 5, 3), torch.tensor([[2, 2]], dtype=torch.int32)),
-            "index holds 2 twice in row 0",
+        bad_write("k has head_dim 5, expected an even number", k=torch.ones(2, 3, 5)),
+        bad_write(r"v has shape \[2, 1, 4\], expected \[2, 3, 4\]", v=torch.ones(2, 1, 4)),
+        bad_write("cos has dtype Half, expected Float", cos=torch.ones(2, 4).half()),
+        bad_write("v_pool has dtype Double, expected Float", v_pool=torch.ones(6, 3, 4).double()),
+        bad_write("slots has values from 0 to 6, expected -1 to 5", slots=index_of(6, 0)),
+        bad_write("slots holds 1 twice", slots=index_of(1, 1)),
+        bad_selection("8 cells per image, expected a square number", attention_map=torch.rand(1, 1, 1, 8)),
+        bad_selection(
+            "attention_map has dtype Half, expected Float or Double", attention_map=torch.rand(1, 1, 1, 9).half()
         ),
-        (
-            lambda: ops.gather_tokens(torch.randn(1, 5, 3), torch.tensor([[2]])),
-            "index has dtype Long, expected Int",
-        ),
-        (
-            lambda: ops.gather_tokens(torch.randn(5, 3), torch.tensor([[2]], dtype=torch.int32)),
-            "tokens has shape",
-        ),
-        (
-            lambda: assign(index=torch.tensor([[4, 4]], dtype=torch.int32)),
-            "index holds 4 twice in row 0",
-        ),
-        (
-            lambda: assign(index=torch.tensor([[0, 7]], dtype=torch.int32)),
-            "index has values from 0 to 7, expected -1 to 6",
-        ),
-        (
-            lambda: assign(count=torch.tensor([3], dtype=torch.int32)),
-            "count has values from 3 to 3, expected 0 to 2",
-        ),
-        (lambda: assign(capacity=2), "next_free has values from 3 to 3, expected 0 to 2"),
-        (lambda: assign(capacity=-1), "capacity is -1"),
-        (lambda: assign(table=torch.full((1, 7), -1)), "table has dtype Long, expected Int"),
-        (
-            lambda: assign(table=torch.full((2, 7), -1, dtype=torch.int32)),
-            "table has 2 rows, expected a divisor of the 1 rows of index",
-        ),
-        (lambda: write(k=torch.ones(2, 3, 5)), "k has head_dim 5, expected an even number"),
-        (lambda: write(v=torch.ones(2, 1, 4)), r"v has shape \[2, 1, 4\], expected \[2, 3, 4\]"),
-        (lambda: write(cos=torch.ones(2, 4).half()), "cos has dtype Half, expected Float"),
-        (
-            lambda: write(v_pool=torch.ones(6, 3, 4).double()),
-            "v_pool has dtype Double, expected Float",
-        ),
-        (
-            lambda: write(slots=torch.tensor([6, 0], dtype=torch.int32)),
-            "slots has values from 0 to 6, expected -1 to 5",
-        ),
-        (lambda: write(slots=torch.tensor([1, 1], dtype=torch.int32)), "slots holds 1 twice"),
-        (lambda: select(attention_map=torch.rand(1, 1, 1, 8)), "attention_map has 8 cells per image, expected a square number"),
-        (
-            lambda: select(attention_map=torch.rand(1, 1, 1, 9).half()),
-            "attention_map has dtype Half, expected Float or Double",
-        ),
-        (
-            lambda: select(valid_rect=torch.tensor([[[0, 0, 4, 3]]], dtype=torch.int32)),
-            "valid_rect has values from 0 to 4",
-        ),
-        (lambda: select(hr_side=0), "hr_side is 0"),
-        (lambda: select(pool_side=4), r"pool_side is 4, expected 0 \(no pooling\) to 3"),
+        bad_selection("valid_rect has values from 0 to 4", valid_rect=index_of([[0, 0, 4, 3]])),
+        bad_selection("hr_side is 0", hr_side=0),
+        bad_selection(r"pool_side is 4, expected 0 \(no pooling\) to 3", pool_side=4),
     ],
 )
-def test_bad_arguments(function, message):
+def test_bad_arguments(operator, arguments, message):
     with pytest.raises(ValueError, match=message):
-        function()
-
-
-def assign(**changes):
-    base = dict(
-        index=torch.tensor([[4, 2]], dtype=torch.int32), count=torch.tensor([2], dtype=torch.int32),
-        table=torch.full((1, 7), -1, dtype=torch.int32), next_free=torch.tensor([3], dtype=torch.int32), capacity=9,
-    )  # fmt: skip
-    return ops.assign_slots(**(base | changes))
-
-
-def write(**changes):
-    rows, angles = torch.ones(2, 3, 4), torch.ones(2, 4)
-    slots, pools = torch.tensor([5, 0], dtype=torch.int32), torch.ones(2, 6, 3, 4)
-    base = dict(k=rows, v=rows, cos=angles, sin=angles, slots=slots, k_pool=pools[0], v_pool=pools[1])
-    return ops.write_hr_kv(**(base | changes))
-
-
-def select(**changes):
-    base = dict(
-        attention_map=torch.rand(1, 1, 1, 9),
-        valid_rect=torch.tensor([[[0, 0, 3, 3]]], dtype=torch.int32),
-        hr_side=6,
-        scale=1.0,
-        threshold=0.5,
-    )
-    return ops.select_tokens(**(base | changes))
+        operator(**arguments)
 
 
 @settings(max_examples=20)

@@ -1,0 +1,70 @@
+"""Which derivatives the operators have, and that all others are refused instead of being silently wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operator_arguments import attention_arguments
+
+from flexattn_cuda import ops
+
+
+def small_attention(**changes):
+    return ops.hierarchical_attention(**attention_arguments(**changes)).out
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "k_hr", "v_hr"])
+def test_a_second_derivative_of_attention_is_refused(name):
+    leaf = attention_arguments()[name].requires_grad_()
+    (gradient,) = torch.autograd.grad(small_attention(**{name: leaf}).square().sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="hierarchical_attention cannot be differentiated twice; use"):
+        gradient.sum().backward()
+
+
+def test_a_second_derivative_under_torch_func_is_refused():
+    def loss(q):
+        return small_attention(q=q).square().sum()
+
+    with pytest.raises(NotImplementedError, match="hierarchical_attention cannot be differentiated twice; use"):
+        torch.func.jacrev(torch.func.jacrev(loss))(attention_arguments()["q"])
+
+
+def test_a_first_derivative_under_torch_func_equals_that_of_autograd():
+    arguments = attention_arguments()
+    leaf = arguments["q"].clone().requires_grad_()
+    small_attention(**arguments | {"q": leaf}).square().sum().backward()
+    gradient = torch.func.grad(lambda q: small_attention(**arguments | {"q": q}).square().sum())(leaf.detach())
+    assert torch.equal(gradient, leaf.grad)
+
+
+def test_a_first_derivative_may_be_part_of_a_graph_that_is_differentiated_elsewhere():
+    """A gradient penalty on another term of the loss: attention itself is differentiated once."""
+    q, other = attention_arguments()["q"].requires_grad_(), torch.ones(3, requires_grad=True)
+    loss = small_attention(q=q).square().sum() + other.pow(3).sum()
+    _, gradient = torch.autograd.grad(loss, (q, other), create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), other)
+    assert torch.equal(second, torch.full((3,), 6.0))
+
+
+def test_gather_is_twice_differentiable():
+    tokens = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([[4, -1, 0], [5, 2, 1]], dtype=torch.int32)
+    assert torch.autograd.gradgradcheck(lambda tokens: ops.gather_tokens(tokens, index), tokens)
+
+
+@pytest.mark.parametrize("operator", [ops.gather_tokens, torch.ops.flexattn_cuda.gather_tokens])
+def test_forward_mode_is_refused(operator):
+    tokens, index = torch.randn(1, 6, 3), torch.tensor([[4, -1, 0]], dtype=torch.int32)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tokens, torch.ones_like(tokens))
+        with pytest.raises(NotImplementedError, match="gather_tokens has no forward-mode derivative"):
+            operator(dual, index)
+        assert operator(tokens, index).shape == (1, 3, 3)
+
+
+def test_gradients_that_nobody_needs_are_absent():
+    q, k = attention_arguments()["q"].requires_grad_(), attention_arguments()["k"]
+    out = small_attention(q=q, k=k)
+    out.sum().backward()
+    assert q.grad is not None and k.grad is None
+    assert [node is not None for node, _ in out.grad_fn.next_functions].count(True) == 1

@@ -1,0 +1,50 @@
+"""Arguments of one small call of each operator. Any of them can be replaced by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def ints(values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def attention_arguments(**changes: Any) -> dict[str, Any]:
+    base = dict(
+        q=torch.randn(2, 4, 5, 8),
+        k=torch.randn(2, 2, 11, 8),
+        v=torch.randn(2, 2, 11, 8),
+        k_hr=torch.randn(9, 2, 8),
+        v_hr=torch.randn(9, 2, 8),
+        hr_slots=ints([[0], [0]]),
+        hr_count=ints([1, 1]),
+        hr_rows=ints([[4], [4]]),
+    )
+    return base | changes
+
+
+def selection_arguments(**changes: Any) -> dict[str, Any]:
+    base = dict(
+        attention_map=torch.rand(1, 1, 1, 9), valid_rect=ints([[[0, 0, 3, 3]]]), hr_side=6, scale=1.0, threshold=0.5
+    )
+    return base | changes
+
+
+def assign_arguments(**changes: Any) -> dict[str, Any]:
+    base = dict(index=ints([[4, 2]]), count=ints([2]), table=ints([[-1] * 7]), next_free=ints([3]), capacity=9)
+    return base | changes
+
+
+def write_arguments(**changes: Any) -> dict[str, Any]:
+    base = dict(
+        k=torch.randn(2, 3, 4),
+        v=torch.randn(2, 3, 4),
+        cos=torch.randn(2, 4),
+        sin=torch.randn(2, 4),
+        slots=ints([5, 0]),
+        k_pool=torch.zeros(6, 3, 4),
+        v_pool=torch.zeros(6, 3, 4),
+    )
+    return base | changes
