@@ -17,9 +17,9 @@ import site
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 LOWEST_TORCH = (2, 6)
@@ -87,8 +87,7 @@ def check_torch_version(version: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------- CUDA
 
 
-@dataclass(frozen=True)
-class Toolkit:
+class Toolkit(NamedTuple):
     """A CUDA compiler."""
 
     version: str  # e.g. "13.0"
@@ -212,8 +211,7 @@ def c_literal(value: str) -> str:
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What is built. The facts are compiled in, for `flexattn_cuda.build.build_info`."""
 
     cuda: bool

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import flexattn_cuda
 from flexattn_cuda import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,11 +73,11 @@ def test_a_new_torch_is_taken(setup, version):
 
 def test_what_nvcc_prints_is_understood(setup):
     version = "Cuda compilation tools, release 13.0, V13.0.88\nBuild cuda_13.0.r13.0/compiler.36424714_0"
-    assert setup.toolkit_facts(version, "compute_75\ncompute_90\ncompute_100\ncompute_121\n") == (
+    assert setup.parse_toolkit(version, "compute_75\ncompute_90\ncompute_100\ncompute_121\n") == setup.Toolkit(
         "13.0",
         ["7.5", "9.0", "10.0", "12.1"],
     )
-    assert setup.toolkit_facts("gibberish", "") is None
+    assert setup.parse_toolkit("gibberish", "") is None
 
 
 def test_a_folder_without_a_compiler_is_no_toolkit(setup, tmp_path):
@@ -132,7 +133,7 @@ def test_chosen_architectures_are_taken(setup, chosen):
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ("7.0;8.0", "TORCH_CUDA_ARCH_LIST asks for 7.0, this CUDA compiler targets 7.5"),
+        ("7.0;8.0", "TORCH_CUDA_ARCH_LIST asks for 7.0; this CUDA compiler targets 7.5"),
         ("Volta", "Volta; it takes numbers"),
     ],
 )
@@ -160,7 +161,7 @@ def test_compiler_processes_follow_from_cores_and_memory(setup, chosen, cores, f
 
 @pytest.mark.parametrize("chosen", ["0", "-1", "many"])
 def test_bad_max_jobs_is_refused(setup, chosen):
-    with pytest.raises(SystemExit, match="it must be a whole number from 1"):
+    with pytest.raises(SystemExit, match="it must be a whole number of at least 1"):
         setup.jobs(chosen, 2, 8, "cpu")
 
 
@@ -175,7 +176,13 @@ def test_every_native_source_is_listed_once(setup):
 
 
 def test_text_survives_the_compiler(setup):
-    assert setup.text('a "b" \\ c') == '"a \\"b\\" \\\\ c"'
+    assert setup.c_literal('a "b" \\ c') == '"a \\"b\\" \\\\ c"'
+
+
+def test_the_version_is_read_from_the_package_and_nowhere_else(setup):
+    assert setup.package_version() == flexattn_cuda.__version__
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version"]' in project and f'version = "{flexattn_cuda.__version__}"' not in project
 
 
 # --------------------------------------------------------------------------------------------------------------- facts
@@ -191,8 +198,8 @@ def test_build_info():
         "architectures",
         "no_cuda_reason",
     }
-    assert info["version"] == "0.1.0"
-    assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert info["version"] == flexattn_cuda.__version__
+    assert info["torch"] == torch.__version__
     assert (info["no_cuda_reason"] is None) == bool(info["cuda_toolkit"]) == bool(info["architectures"])
 
 

@@ -1,8 +1,9 @@
-"""Builds flexattn_cuda._C with the CUDA kernels for the executor of csrc/simt, in place of the CPU's kernels.
+"""Build flexattn_cuda._C with the CUDA kernels on the executor of csrc/simt in place of the CPU kernels.
 
-    python python_tests/simt_build.py races|sanitizers
+    python python_tests/support/simt_build.py races|sanitizers
 
-races: memory accesses are watched (csrc/simt/memory_checks.h). sanitizers: AddressSanitizer and UndefinedBehaviorSanitizer.
+With "races", memory accesses are watched (csrc/simt/memory_checks.h); "sanitizers" stands for AddressSanitizer and
+UndefinedBehaviorSanitizer.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ KINDS = {
 }  # fmt: skip
 FACTS = {
     "VERSION": "",
+    "TORCH": torch.__version__,
     "NO_CUDA_REASON": "",
     "CUDA_TOOLKIT": "executor on the CPU",
     "ARCHITECTURES": "",
@@ -35,48 +37,47 @@ FACTS = {
 
 
 def sources() -> list[Path]:
+    """Return every native source of such a build, the tests' own kernels included."""
     listed = [line.split() for line in (CSRC / "sources.txt").read_text().splitlines() if line and line[0] != "#"]
     wanted = [CSRC / path for kind, path in listed if kind in ("torch", "cuda", "simt")]
     return wanted + sorted((ROOT / "python_tests" / "simt").glob("*.c*"))
 
 
-def build(kind: str) -> Path:
-    """The module's path, built anew when a native source is newer."""
-    common, kernels, link = KINDS[kind]
-    folder = ROOT / "build" / "simt" / kind
-    folder.mkdir(parents=True, exist_ok=True)
-    newest = max(
-        path.stat().st_mtime
-        for part in (CSRC, ROOT / "python_tests" / "simt")
-        for path in part.rglob("*")
-        if path.is_file()
-    )
-    module = folder / "_C.so"
-    if module.exists() and module.stat().st_mtime > newest:
-        return module
-    include = [
-        CSRC / "simt",
-        CSRC / "include",
-        CSRC / "kernels",
-        CSRC / "torch",
-        sysconfig.get_path("include"),
-        *cpp_extension.include_paths(),
-    ]
-    flags = [
-        *common.split(),
+def is_current(module: Path) -> bool:
+    """Return whether the module is newer than every native source."""
+    folders = (CSRC, ROOT / "python_tests" / "simt")
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return module.exists() and module.stat().st_mtime > max(path.stat().st_mtime for path in files)
+
+
+def flags() -> list[str]:
+    """Return the compiler flags that every source takes."""
+    include = [CSRC / "simt", CSRC / "include", CSRC / "kernels", CSRC / "torch", sysconfig.get_path("include")]
+    return [
         "-std=c++17",
         "-fPIC",
         "-fvisibility=hidden",
         "-DFLEXATTN_SIMT",
         "-DTORCH_EXTENSION_NAME=_C",
         "-Wno-unknown-pragmas",
+        *(f'-DFLEXATTN_{name}="{value}"' for name, value in FACTS.items()),
+        *(f"-I{path}" for path in (*include, *cpp_extension.include_paths())),
     ]
-    flags += [f'-DFLEXATTN_{name}="{value}"' for name, value in FACTS.items()] + [f"-I{path}" for path in include]
+
+
+def build(kind: str) -> Path:
+    """Return the path of the module, rebuilt if a native source is newer."""
+    common, kernels, link = (options.split() for options in KINDS[kind])
+    folder = ROOT / "build" / "simt" / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    module = folder / "_C.so"
+    if is_current(module):
+        return module
 
     def compiled(source: Path) -> Path:
         target = folder / (source.name + ".o")
-        special = kernels.split() if source.suffix == ".cu" else ["-O2"] if source.parent.name == "simt" else []
-        command = ["g++", "-x", "c++", "-c", str(source), "-o", str(target), *flags, *special]
+        special = kernels if source.suffix == ".cu" else ["-O2"] if source.parent.name == "simt" else []
+        command = ["g++", "-x", "c++", "-c", str(source), "-o", str(target), *common, *flags(), *special]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
@@ -84,17 +85,14 @@ def build(kind: str) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, sources()))
-    folder_of_torch = Path(torch.__file__).parent / "lib"
-    subprocess.run(
-        ["g++", "-shared", "-o", str(module), *map(str, objects), *link.split(), f"-L{folder_of_torch}", f"-Wl,-rpath,{folder_of_torch}",
-         "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"],
-        check=True,
-    )  # fmt: skip
+    libraries = Path(torch.__file__).parent / "lib"
+    found = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+    subprocess.run(["g++", "-shared", "-o", str(module), *map(str, objects), *link, *found], check=True)
     return module
 
 
 def load(kind: str) -> Path:
-    """Has it stand for flexattn_cuda._C, which must not be imported yet: CPU tensors then go to the CUDA kernels."""
+    """Make it stand for flexattn_cuda._C, so that CPU tensors go to the CUDA kernels; _C must not be imported yet."""
     module, name = build(kind), "flexattn_cuda._C"
     loader = importlib.machinery.ExtensionFileLoader(name, str(module))
     sys.modules[name] = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
