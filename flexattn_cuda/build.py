@@ -1,4 +1,4 @@
-"""What this build can do on this machine, and why not more."""
+"""What this build can do on this machine, and why it cannot do more."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from flexattn_cuda.native import compiled
 
 
 def build_info() -> dict[str, str | tuple[str, ...] | None]:
-    """Facts compiled into the native part.
+    """Return the facts that the build left in the compiled part.
 
-    version: Of this package. torch: The one that it was built against. compiler: The host compiler.
-    cuda_toolkit: Version, or None for a build without CUDA kernels. architectures: e.g. ("7.0", "8.0+PTX").
-    no_cuda_reason: Why there are no CUDA kernels, or None.
+    Returns:
+        A dict with the keys
+
+        - `version`: version of this package;
+        - `torch`: version of torch that it was built with;
+        - `compiler`: the host compiler;
+        - `cuda_toolkit`: version of the CUDA toolkit, or None in a build without CUDA kernels;
+        - `architectures`: GPU architectures compiled for, e.g. ("7.0", "8.0+PTX");
+        - `no_cuda_reason`: why there are no CUDA kernels, or None.
     """
     facts = {name: value or None for name, value in compiled.build_info().items()}
     return facts | {"architectures": tuple((facts["architectures"] or "").split())}
 
 
 def cuda_unavailable_reason(device_index: int | None = None) -> str | None:
-    """Why the CUDA kernels cannot run on a GPU (by default the current one); None where they can."""
+    """Return why the CUDA kernels cannot run on a GPU (by default the current one), or None if they can."""
     info = build_info()
     if info["no_cuda_reason"]:
         return f"this build has no CUDA kernels: {info['no_cuda_reason']}"
@@ -32,16 +38,16 @@ def cuda_unavailable_reason(device_index: int | None = None) -> str | None:
 
 
 def architecture_reason(capability: tuple[int, int], architectures: tuple[str, ...]) -> str | None:
-    """Why no compiled code fits a GPU of this compute capability; None where some does.
+    """Return why no compiled code runs on a GPU of this compute capability, or None if some does.
 
-    Machine code runs on its own generation from its minor version on (9.0a: on exactly that), PTX on all that are not older.
-    The operators say the same before they launch anything.
+    Machine code runs on GPUs of its own major version and at least its minor version (9.0a on exactly 9.0), PTX on every
+    GPU that is not older. The operators raise the same sentence before they launch anything.
     """
     return compiled.architecture_reason(*capability, " ".join(architectures)) or None
 
 
 def _why_torch_sees_none() -> str:
-    """ ": " and what torch says, e.g. that the driver is too old; empty where it says nothing."""
+    """Return ": " and what torch says, e.g. that the driver is too old, or an empty string if it says nothing."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:

@@ -47,8 +47,8 @@ def _why_missing() -> str:
         return f"flexattn_cuda was built for another Python than {python} ({', '.join(others)}); {_rebuild()}"
     if (_ROOT / "setup.py").exists():
         return (
-            f"flexattn_cuda has not been built: {_FOLDER} holds its sources only; {_rebuild()}, or run Python from another"
-            " folder to use an installed flexattn_cuda"
+            f"flexattn_cuda has not been built: {_FOLDER} holds its sources only; {_rebuild()}, or run Python from"
+            " another folder to use an installed flexattn_cuda"
         )
     return f"the compiled part of flexattn_cuda is missing from {_FOLDER}; install flexattn_cuda again"
 
@@ -67,12 +67,12 @@ def _rebuild() -> str:
 
 
 def _release(version: str) -> list[str]:
-    """Return major and minor version; patch releases of torch keep their C++ interface."""
+    """Return the major and minor version; patch releases of torch keep the C++ interface."""
     return re.findall(r"\d+", version)[:2]
 
 
 def _torch_named_in(module: Path) -> str | None:
-    """Return the torch that a compiled module was built with, read from its bytes (csrc/torch/module.cpp puts it there)."""
+    """Return the torch version that csrc/torch/module.cpp left in the bytes of a compiled module, or None."""
     found = re.search(rb"flexattn_cuda built with torch ([^\0]+)\0", module.read_bytes())
     return found.group(1).decode() if found else None
 

@@ -1,8 +1,8 @@
 """Ranges that name the operators and the phases of the model in a profiler. Off by default.
 
-`nvtx(True)` or FLEXATTN_NVTX=1 in the environment turns them on. In a build with CUDA they are NVTX ranges of the domain
-"flexattn_cuda", for Nsight Systems and Nsight Compute; the phases are ranges of torch.profiler too, on any build; there
-the operators have their own entries anyway. docs/profiling.md shows the command lines.
+`nvtx(True)` or FLEXATTN_NVTX=1 in the environment turns them on. In a build with CUDA they are NVTX ranges in the domain
+"flexattn_cuda", for Nsight Systems and Nsight Compute. In any build the phases are also ranges of torch.profiler, which
+lists the operators anyway. docs/profiling.md shows the command lines.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _on = False
 
 
 def nvtx(on: bool = True) -> None:
-    """Turns the ranges on or off, for the whole process."""
+    """Turn the ranges on or off for the whole process."""
     global _on
     _on = bool(on)
     compiled.nvtx_switch(_on)
 
 
 def phase(name: str) -> AbstractContextManager[None]:
-    """A range of that name around a `with` block; nothing while switched off, nor inside compiled code."""
+    """Return a range of this name for a `with` block; it does nothing while ranges are off and in compiled code."""
     return _range(name) if _on and not torch.compiler.is_compiling() else nullcontext()
 
 
 def in_phase(name: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
-    """Decorator: every call of the function is a phase."""
+    """Return a decorator that makes every call of a function a phase of this name."""
 
     def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
         @functools.wraps(function)

@@ -1,7 +1,7 @@
 """What torch must know of the operators beside their kernels: output shapes, derivatives, version counters and FLOPs.
 
-csrc/torch registers the schemas and the CPU and CUDA implementations; importing this module adds the rest. The arguments
-of attention are looked up by the names that the schema gives them, so that their list is not repeated here.
+csrc/torch registers the schemas and the CPU and CUDA implementations; importing this module adds the rest. Arguments of
+attention are looked up by their names in the schema, so that their list is not repeated here.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # -------------------------------------------------------------------------------------------------------------- Calling
 #
-# What is registered from Python costs more than a small call itself. `call` and `call_writing` bypass it if it has nothing
-# to do; other callers of torch.ops.flexattn_cuda go through it and get the same results.
+# What is registered from Python costs more than a small call itself. `call` and `call_writing` bypass it if it has
+# nothing to do; other callers of torch.ops.flexattn_cuda go through it and get the same results.
 
 
 def call(operator: OpOverload, *arguments: Any) -> Any:
@@ -85,10 +85,10 @@ def _shapes_of(operator: OpOverload) -> Callable[[_Function], _Function]:
 def _select_tokens(
     attention_map: Tensor, valid_rect: Tensor, hr_side: int, scale: float, threshold: float, pool_side: int = 0
 ) -> tuple[Tensor, ...]:
-    B, R, I, _ = attention_map.shape
-    tokens = I * hr_side * hr_side
+    B, R, images, _ = attention_map.shape
+    tokens = images * hr_side * hr_side
     return (
-        attention_map.new_empty(B, R, I, hr_side * hr_side, dtype=torch.bool),
+        attention_map.new_empty(B, R, images, hr_side * hr_side, dtype=torch.bool),
         attention_map.new_empty(B, tokens, **_INT32),
         attention_map.new_empty(B, **_INT32),
         attention_map.new_empty(B, R, (tokens + _WORD - 1) // _WORD, **_INT32),
@@ -121,13 +121,13 @@ def _attention(*arguments: Any) -> tuple[Tensor, ...]:
     given = _by_name(ATTENTION, arguments)
     B, H, N, d = given.q.shape
     R = 1 if given.hr_rows is None else given.hr_rows.shape[1]
-    I = 0 if given.map_ranges is None else given.map_ranges.shape[1]
+    images = 0 if given.map_ranges is None else given.map_ranges.shape[1]
     statistics = {"dtype": torch.float64 if given.q.dtype == torch.float64 else torch.float32}
     return (
         given.q.new_empty(B, N, H, d),
         given.q.new_empty(B, H, N, **statistics),
         given.q.new_empty(B, H, N, **statistics),
-        given.q.new_empty(B, R, I, given.map_size, **statistics),
+        given.q.new_empty(B, R, images, given.map_size, **statistics),
     )
 
 
@@ -198,8 +198,8 @@ def _refuse_second_gradient(ctx: Any, *_: Tensor) -> None:
 def _derivative(operator: OpOverload, save: Callable[..., None], gradient: Callable[..., Any]) -> type[Function]:
     """Make the derivative of an operator and register it.
 
-    torch.library.register_autograd would do the same, but drops forward-mode tangents without a word, knows no torch.func,
-    and reads the whole schema for each argument of each call: 0.3 ms for attention.
+    Not torch.library.register_autograd: it drops forward-mode tangents without a word, does not support torch.func, and
+    reads the whole schema for each argument of each call, which takes 0.3 ms for attention.
     """
 
     def forward(*inputs: Any) -> Any:
@@ -239,10 +239,10 @@ _WRITTEN = {
 
 
 def _register_writing(operator: OpOverload) -> None:
-    """Have a call bump the version counters of what it writes, and negative views reach the checks of the operator.
+    """Make calls bump the version counters of what they write, and let negative views reach the operator's checks.
 
-    Without the first, a backward pass that needs an overwritten tensor is silently wrong; for the second torch has a
-    fallback of its own, which aborts the process if an operator writes two arguments.
+    Without the first, a backward pass that needs an overwritten tensor is silently wrong. Without the second, torch's own
+    fallback handles negative views and aborts the process if an operator writes two arguments.
     """
 
     def bump_versions(keyset: Any, *arguments: Any) -> Any:
@@ -267,8 +267,8 @@ for _operator in _WRITTEN:
 def attention_flops(*shapes: Any, **_: Any) -> int:
     """Return the FLOPs of attention for torch's FlopCounterMode: 2 for each multiply-add of scores and outputs.
 
-    As in torch's count of its own attention, causality saves nothing: N x Nk for the sequence. HR keys count for the rows
-    that see them: R x M with `hr_rows`, N x M with `hr_from`.
+    As in torch's count of its own attention, causality saves nothing: N x Nk for the sequence. HR keys count for the
+    rows that see them: R x M with `hr_rows`, N x M with `hr_from`.
     """
     given = _by_name(ATTENTION, shapes)
     B, H, N, d = given.q
@@ -280,5 +280,5 @@ def attention_flops(*shapes: Any, **_: Any) -> int:
 
 @register_flop_formula(torch.ops.flexattn_cuda.hierarchical_attention_backward)  # type: ignore[untyped-decorator]
 def attention_backward_flops(grad_out: Any, *inputs: Any, **_: Any) -> int:
-    """Return the FLOPs of the backward pass as torch counts its own: five products against the forward pass' two."""
+    """Return the FLOPs of the backward pass as torch counts its own: five products, where the forward pass has two."""
     return attention_flops(*inputs) * 5 // 2
