@@ -48,8 +48,8 @@ class SelectedTokens(NamedTuple):
     """
 
     mask: Tensor
-    index: Tensor
-    count: Tensor
+    index: Tensor  # type: ignore[assignment]  # a field, not the method of tuples
+    count: Tensor  # type: ignore[assignment]
     row_bits: Tensor
 
 
@@ -76,7 +76,8 @@ def select_tokens(
 
     Args:
         attention_map: [B, R, I, S*S] float32 or float64, not negative.
-        valid_rect: [B, I, 4] int32; top, left, bottom and right of the image inside its padding, in LR cells, half-open.
+        valid_rect: [B, I, 4] int32; top, left, bottom and right of the image inside its padding, in LR cells,
+            half-open.
         hr_side: h, at least 1.
         scale: Factor on the normalised map. A second number beside the threshold makes both `a * 255 > 48` (released)
             and `a * 1 > 0.1875` (paper) exact.
@@ -87,7 +88,8 @@ def select_tokens(
         The selection, on the device of the map. Counts are not read back from a GPU.
 
     Raises:
-        ValueError: If a shape, dtype or device is wrong, S*S is not a square, or `valid_rect` leaves the grid (CPU only).
+        ValueError: If a shape, dtype or device is wrong, S*S is not a square, or `valid_rect` leaves the grid (CPU
+            only).
         NotImplementedError: If the tensors are on a GPU and this build cannot run there.
     """
     return SelectedTokens(*registration.SELECT_TOKENS(attention_map, valid_rect, hr_side, scale, threshold, pool_side))
@@ -115,7 +117,8 @@ class AssignedSlots(NamedTuple):
     """Result of `assign_slots`; all int32.
 
     Attributes:
-        slots: [B, M]; the slot of `index[b, m]`, or -1 beyond `count`, where the index is -1, and where no slot was left.
+        slots: [B, M]; the slot of `index[b, m]`, or -1 beyond `count`, where the index is -1, and where no slot was
+            left.
         new_tokens: [B*M]; `g*T + token` of the tokens that took a slot in this call, in the order (b, m), then -1.
         new_slots: [B*M]; the slots of `new_tokens`, ascending, then -1.
         new_count: [1]; the number of new tokens.
@@ -139,14 +142,14 @@ def assign_slots(
 ) -> AssignedSlots:
     """Give each selected token a permanent slot in the pool of HR keys, so that it is projected only once.
 
-    A pool, with its `table` and `next_free`, belongs to one layer and is shared by the whole batch. Rows of the batch that
-    are beams of one prompt follow each other and share a row of the table, so no token is stored twice. Tokens without a
-    slot take `next_free`, `next_free + 1`, ... in the order (b, m). Once the pool is full, the rest get slot -1, count
-    towards `overflow`, and remain without a slot in the table.
+    A pool, with its `table` and `next_free`, belongs to one layer and is shared by the whole batch. Rows of the batch
+    that are beams of one prompt follow each other and share a row of the table, so no token is stored twice. Tokens
+    without a slot take `next_free`, `next_free + 1`, ... in the order (b, m). Once the pool is full, the rest get slot
+    -1, count towards `overflow`, and remain without a slot in the table.
 
-    The results feed the next operators. `gather_tokens(features.view(1, G*T, D), new_tokens[None])` returns the features to
-    project, followed by zeros; `write_hr_kv` stores their projections at `new_slots`; and `slots` and `count` are the
-    `hr_slots` and `hr_count` of `hierarchical_attention`.
+    The results feed the next operators. `gather_tokens(features.view(1, G*T, D), new_tokens[None])` returns the
+    features to project, followed by zeros; `write_hr_kv` stores their projections at `new_slots`; and `slots` and
+    `count` are the `hr_slots` and `hr_count` of `hierarchical_attention`.
 
     This is a cache of this implementation, not part of the paper.
 
@@ -195,8 +198,8 @@ def write_hr_kv(
         v_pool: [P, Hkv, d], likewise. Written in place.
 
     Raises:
-        ValueError: If a shape, dtype or device is wrong, a slot is out of range or repeated (CPU only), or a pool shares
-            memory with itself or another argument or is a negative view.
+        ValueError: If a shape, dtype or device is wrong, a slot is out of range or repeated (CPU only), or a pool
+            shares memory with itself or another argument or is a negative view.
         NotImplementedError: If the tensors are on a GPU and this build cannot run there, or a tensor carries a
             forward-mode tangent.
     """
@@ -222,7 +225,7 @@ class Attention(NamedTuple):
     map: Tensor
 
 
-def hierarchical_attention(
+def hierarchical_attention(  # noqa: PLR0913 (an operator)
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -247,10 +250,11 @@ def hierarchical_attention(
 
     Query n of sample b stands at position `kv_len[b] - N + n` and sees the sequence keys from `kv_start[b]` up to that
     position. This one rule covers left padding, prefill, chunked prompts, decoding, and static caches with an unfilled
-    tail. No N x (N+M) matrix is held in memory. Differentiable once in `q`, `k`, `v`, `k_hr` and `v_hr`, in reverse mode.
+    tail. No N x (N+M) matrix is held in memory. Differentiable once in `q`, `k`, `v`, `k_hr` and `v_hr`, in reverse
+    mode.
 
-    HR keys are optional: `k_hr`, `v_hr`, `hr_slots` and `hr_count` are given together, and with them one of `hr_from` and
-    `hr_rows`, which say which rows see HR keys.
+    HR keys are optional: `k_hr`, `v_hr`, `hr_slots` and `hr_count` are given together, and with them one of `hr_from`
+    and `hr_rows`, which say which rows see HR keys.
 
     Args:
         q: [B, H, N, d] queries; float32, float64, float16 or bfloat16, with a dense last dimension.
@@ -266,12 +270,14 @@ def hierarchical_attention(
         hr_from: [B] int32, 0 to N; query rows from here on see HR keys (0 is the form of the paper).
         hr_rows: [B, R] int32, -1 to N - 1; only these query rows see HR keys, -1 standing for none (the last row is the
             form of the released code). A sample must not repeat a row.
-        hr_row_bits: [B, R, ceil(M / 32)] int32; the HR keys of the sample that each row of `hr_rows` sees; all if absent.
+        hr_row_bits: [B, R, ceil(M / 32)] int32; the HR keys of the sample that each row of `hr_rows` sees; all if
+            absent.
         alpha: [B] float32; a row that sees HR keys returns (1 - alpha) * plain + alpha * with_hr; 1 if absent.
-        map_ranges: [B, I, 2] int32; first LR key of each image and one past its last. An empty range gives a map of zeros.
+        map_ranges: [B, I, 2] int32; first LR key of each image and one past its last. An empty range gives a map of
+            zeros.
         map_size: S*S, the length of every range that is not empty.
-        map_over_all: If True, the softmax behind the map covers all N+M keys (equation 7); if False, the N sequence keys
-            (released code).
+        map_over_all: If True, the softmax behind the map covers all N+M keys (equation 7); if False, the N sequence
+            keys (released code).
         scale: Factor on the logits; 1 / sqrt(d) if absent.
 
     Returns:
@@ -279,8 +285,8 @@ def hierarchical_attention(
 
     Raises:
         ValueError: If any argument is wrong; the message lists every reason.
-        NotImplementedError: If the tensors are on a GPU and this build cannot run there, a tensor carries a forward-mode
-            tangent, or a gradient is differentiated again.
+        NotImplementedError: If the tensors are on a GPU and this build cannot run there, a tensor carries a
+            forward-mode tangent, or a gradient is differentiated again.
     """
     if kv_start is None:
         kv_start = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
@@ -292,8 +298,8 @@ def hierarchical_attention(
         scale = q.shape[-1] ** -0.5
     return Attention(
         *registration.call(
-            registration.ATTENTION, q, k, v, kv_start, kv_len, key_mask, k_hr, v_hr, hr_slots, hr_count, hr_from, hr_rows,
-            hr_row_bits, alpha, map_ranges, map_size, map_over_all, scale,
+            registration.ATTENTION, q, k, v, kv_start, kv_len, key_mask, k_hr, v_hr, hr_slots, hr_count, hr_from,
+            hr_rows, hr_row_bits, alpha, map_ranges, map_size, map_over_all, scale,
         )
     )  # fmt: skip
 
@@ -307,7 +313,8 @@ def pack_bits(mask: Tensor) -> Tensor:
     Returns:
         [..., ceil(n / 32)] int32; unused bits are 0.
     """
-    bits = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % _WORD)).unflatten(-1, (-1, _WORD))
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % _WORD))
+    bits: Tensor = padded.unflatten(-1, (-1, _WORD))  # type: ignore[no-untyped-call]
     # Summed in int64, which holds all 32 bits; the conversion keeps the low ones.
     return (bits.to(torch.int64) << torch.arange(_WORD, device=mask.device)).sum(-1).to(torch.int32)
 

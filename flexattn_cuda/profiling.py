@@ -1,8 +1,8 @@
 """Ranges that name the operators and the phases of the model in a profiler. Off by default.
 
-`nvtx(True)` or FLEXATTN_NVTX=1 in the environment turns them on. In a build with CUDA they are NVTX ranges in the domain
-"flexattn_cuda", for Nsight Systems and Nsight Compute. In any build the phases are also ranges of torch.profiler, which
-lists the operators anyway. docs/profiling.md shows the command lines.
+`nvtx(True)` or FLEXATTN_NVTX=1 in the environment turns them on. In a build with CUDA they are NVTX ranges in the
+domain "flexattn_cuda", for Nsight Systems and Nsight Compute. In any build the phases are also ranges of
+torch.profiler, which lists the operators anyway. docs/profiling.md shows the command lines.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Every operator again in plain torch: the specification in code, and what the tests compare with.
+"""Every operator again in plain torch: the specification in code, which the tests compare with.
 
-Written for reading. The attention holds the whole N x (N+M) matrix and is meant for float64; gradients come from autograd.
-`select_tokens` computes in the dtype of the map, because its thresholds are exact in it. Arguments as in `ops`.
+Written for reading. The attention holds the whole N x (N+M) matrix and is meant for float64; gradients come from
+autograd. `select_tokens` computes in the dtype of the map, because its thresholds are exact in it. Arguments as in
+`ops`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from flexattn_cuda.mechanism.rotary import rotate
 from flexattn_cuda.ops import AssignedSlots, Attention, SelectedTokens, pack_bits
 
 
@@ -23,7 +23,7 @@ def select_tokens(
     pool_side: int = 0,
 ) -> SelectedTokens:
     """Section 4.2: zero the margin, min-max normalise, binarise, pool, resize; then list what any row selects."""
-    B, R, I, cells = attention_map.shape
+    B, R, images, cells = attention_map.shape
     S = int(cells**0.5)
     line = torch.arange(S, device=attention_map.device)
     top, left, bottom, right = valid_rect.long()[:, None, :, :, None].unbind(3)  # [B, 1, I, 1] each
@@ -32,14 +32,14 @@ def select_tokens(
     inside = inside_rows[..., :, None] & inside_columns[..., None, :]
     grid = torch.where(
         inside,
-        attention_map.view(B, R, I, S, S),
+        attention_map.view(B, R, images, S, S),
         torch.zeros((), dtype=attention_map.dtype, device=attention_map.device),
     )
     low, high = grid.amin((-1, -2), keepdim=True), grid.amax((-1, -2), keepdim=True)
     chosen = ((grid - low) / (high - low) * scale > threshold).float().flatten(0, 2)[:, None]
     if pool_side:
         chosen = functional.adaptive_max_pool2d(chosen, pool_side)
-    mask = functional.interpolate(chosen, size=hr_side, mode="nearest").bool().view(B, R, I, -1)
+    mask = functional.interpolate(chosen, size=hr_side, mode="nearest").bool().view(B, R, images, -1)
 
     tokens = mask.flatten(2)  # [B, R, I*h*h]
     index = torch.full((B, tokens.shape[2]), -1, dtype=torch.int32, device=attention_map.device)
@@ -116,7 +116,73 @@ def softmax(logits: torch.Tensor) -> torch.Tensor:
     return torch.where(seen, logits.masked_fill(~seen, 0).softmax(-1), 0)
 
 
-def hierarchical_attention(
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return x = (x1, x2), in halves, as x * cos + (-x2, x1) * sin."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def visible_keys(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    kv_start: torch.Tensor | None,
+    kv_len: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return which sequence keys each query sees, [B, N, Nk] bool."""
+    B, N, Nk = q.shape[0], q.shape[2], k.shape[2]
+    key = torch.arange(Nk, device=q.device)
+    end = kv_len.long() if kv_len is not None else torch.full((B,), Nk, device=q.device)
+    position = end[:, None] - N + torch.arange(N, device=q.device)  # [B, N]
+    visible = key <= position[..., None]
+    if kv_start is not None:
+        visible = visible & (key >= kv_start.long()[:, None, None])
+    if key_mask is not None:
+        visible = visible & (key_mask if key_mask.dtype == torch.bool else unpack_bits(key_mask, Nk))[:, None]
+    return visible
+
+
+def visible_hr_keys(
+    N: int,
+    M: int,
+    hr_count: torch.Tensor,
+    hr_from: torch.Tensor | None,
+    hr_rows: torch.Tensor | None,
+    hr_row_bits: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return which HR keys of its sample each query sees, [B, N, M] bool."""
+    device = hr_count.device
+    owned = torch.arange(M, device=device) < hr_count[:, None]  # [B, M]
+    if hr_from is not None:
+        return (torch.arange(N, device=device) >= hr_from[:, None])[..., None] & owned[:, None]
+    sees = torch.zeros(len(hr_count), N, M, dtype=torch.bool, device=device)
+    chosen = owned[:, None].expand(-1, hr_rows.shape[1], -1)
+    if hr_row_bits is not None:
+        chosen = chosen & unpack_bits(hr_row_bits, M)
+    for b, r in (hr_rows >= 0).nonzero().tolist():
+        sees[b, hr_rows[b, r]] = chosen[b, r]
+    return sees
+
+
+def maps(
+    probabilities: torch.Tensor, hr_rows: torch.Tensor | None, map_ranges: torch.Tensor | None, map_size: int
+) -> torch.Tensor:
+    """Return the maps [B, R, I, map_size] of probabilities [B, H, N, Nk], summed over heads."""
+    B, _, N, _ = probabilities.shape
+    R = 1 if hr_rows is None else hr_rows.shape[1]
+    images = 0 if map_ranges is None else map_ranges.shape[1]
+    result = probabilities.new_zeros(B, R, images, map_size)
+    for b in range(B):
+        for r in range(R):
+            row = N - 1 if hr_rows is None else int(hr_rows[b, r])
+            for i in range(images):
+                first, last = map_ranges[b, i].tolist()
+                if row >= 0 and last > first:
+                    result[b, r, i] = probabilities[b, :, row, first:last].sum(0)
+    return result
+
+
+def hierarchical_attention(  # noqa: PLR0913 (as the operator)
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -139,62 +205,30 @@ def hierarchical_attention(
 ) -> Attention:
     """Equations 3 to 7, with the released code's rows, mixing and map as options."""
     B, H, N, d = q.shape
-    Nk, group = k.shape[2], H // k.shape[1]
-    device, scale = q.device, d**-0.5 if scale is None else scale
+    Nk, group, scale = k.shape[2], H // k.shape[1], d**-0.5 if scale is None else scale
     keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-
-    # Who sees which sequence key.
-    key = torch.arange(Nk, device=device)
-    end = kv_len.long() if kv_len is not None else torch.full((B,), Nk, device=device)
-    position = end[:, None] - N + torch.arange(N, device=device)  # [B, N]
-    visible = key <= position[..., None]
-    if kv_start is not None:
-        visible = visible & (key >= kv_start.long()[:, None, None])
-    if key_mask is not None:
-        visible = visible & (key_mask if key_mask.dtype == torch.bool else unpack_bits(key_mask, Nk))[:, None]
+    visible = visible_keys(q, k, kv_start, kv_len, key_mask)
     logits = (q @ keys.transpose(-1, -2) * scale).masked_fill(~visible[:, None], -torch.inf)
 
-    # Who sees which HR key.
-    R = 1 if hr_rows is None else hr_rows.shape[1]
     M = 0 if k_hr is None else hr_slots.shape[1]
-    sees = torch.zeros(B, N, M, dtype=torch.bool, device=device)
+    sees = torch.zeros(B, N, M, dtype=torch.bool, device=q.device)
     hr_logits, hr_values = q.new_zeros(B, H, N, 0), q.new_zeros(B, H, 0, d)
     if M:
-        owned = torch.arange(M, device=device) < hr_count[:, None]  # [B, M]
-        if hr_from is not None:
-            sees = (torch.arange(N, device=device) >= hr_from[:, None])[..., None] & owned[:, None]
-        else:
-            chosen = owned[:, None].expand(B, R, M)
-            if hr_row_bits is not None:
-                chosen = chosen & unpack_bits(hr_row_bits, M)
-            for b, r in (hr_rows >= 0).nonzero().tolist():
-                sees[b, hr_rows[b, r]] = chosen[b, r]
+        sees = visible_hr_keys(N, M, hr_count, hr_from, hr_rows, hr_row_bits)
         slots = hr_slots.long().clamp(0, k_hr.shape[0] - 1)
         hr_keys = k_hr[slots].transpose(1, 2).repeat_interleave(group, 1)  # [B, H, M, d]
         hr_values = v_hr[slots].transpose(1, 2).repeat_interleave(group, 1)
         hr_logits = (q @ hr_keys.transpose(-1, -2) * scale).masked_fill(~sees[:, None], -torch.inf)
 
-    plain = softmax(logits)
-    full = softmax(torch.cat([logits, hr_logits], -1))
+    all_logits = torch.cat([logits, hr_logits], -1)
+    plain, full = softmax(logits), softmax(all_logits)
     with_hr = full[..., :Nk] @ values + full[..., Nk:] @ hr_values
     mixing = sees.any(-1)[:, None, :, None].to(q.dtype)
     if alpha is not None:
         mixing = mixing * alpha.to(q.dtype)[:, None, None, None]
     out = (1 - mixing) * (plain @ values) + mixing * with_hr
-
-    images = 0 if map_ranges is None else map_ranges.shape[1]
-    map = q.new_zeros(B, R, images, map_size)
-    probabilities = full[..., :Nk] if map_over_all else plain
-    for b in range(B):
-        for r in range(R):
-            row = N - 1 if hr_rows is None else int(hr_rows[b, r])
-            for i in range(images):
-                first, last = map_ranges[b, i].tolist()
-                if row >= 0 and last > first:
-                    map[b, r, i] = probabilities[b, :, row, first:last].sum(0)
-    lse_seq = logits.logsumexp(-1)
-    lse = torch.cat([logits, hr_logits], -1).logsumexp(-1)
-    return Attention(out.transpose(1, 2), lse, lse_seq, map)
+    attention_map = maps(full[..., :Nk] if map_over_all else plain, hr_rows, map_ranges, map_size)
+    return Attention(out.transpose(1, 2), all_logits.logsumexp(-1), logits.logsumexp(-1), attention_map)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -215,7 +249,8 @@ def llama(
 
     Args:
         weights: Of `FlexAttnLlavaForConditionalGeneration.state_dict()`.
-        x: [N, D] embeddings of the prompt. LLaVA: S*S image tokens stand in them; LLaVA-HD: these, then the h*h HR tokens.
+        x: [N, D] embeddings of the prompt. LLaVA: S*S image tokens stand in them; LLaVA-HD: these, then the h*h HR
+            tokens.
         heads, kv_heads, eps, theta: Of the text configuration; theta is the base of the rotary frequencies.
         hr_tokens: [T, D], what every row of LLaVA-XAttn also attends to.
     Returns:

@@ -241,8 +241,8 @@ _WRITTEN = {
 def _register_writing(operator: OpOverload) -> None:
     """Make calls bump the version counters of what they write, and let negative views reach the operator's checks.
 
-    Without the first, a backward pass that needs an overwritten tensor is silently wrong. Without the second, torch's own
-    fallback handles negative views and aborts the process if an operator writes two arguments.
+    Without the first, a backward pass that needs an overwritten tensor is silently wrong. Without the second, torch's
+    own fallback handles negative views and aborts the process if an operator writes two arguments.
     """
 
     def bump_versions(keyset: Any, *arguments: Any) -> Any:

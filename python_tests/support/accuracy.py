@@ -8,10 +8,10 @@ import torch
 def floor(dtype: torch.dtype, magnitude: float) -> float:
     """Absolute error that rounding alone explains.
 
-    Inputs are given in `dtype`, sums are kept in float32 (float64 for float64). A logit is a sum of d <= 128 products and
-    has an error of about sqrt(d) * eps_sum of its size; an output is an average of values of size `magnitude` with such
-    weights, rounded once to `dtype`: one unit of the storage type, and 64 of the type of the sums (sqrt(128) for the
-    logit, times a logit of size ~5).
+    Inputs are given in `dtype`, sums are kept in float32 (float64 for float64). A logit is a sum of d <= 128 products
+    and has an error of about sqrt(d) * eps_sum of its size; an output is an average of values of size `magnitude` with
+    such weights, rounded once to `dtype`: one unit of the storage type, and 64 of the type of the sums (sqrt(128) for
+    the logit, times a logit of size ~5).
     """
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     return magnitude * (torch.finfo(dtype).eps + 64 * torch.finfo(sums).eps)
