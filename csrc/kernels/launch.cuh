@@ -28,7 +28,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
       name, reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks), threads, shared_bytes,
       [&]() __attribute__((no_sanitize_thread)) { kernel(arguments...); });  // the arguments are constants on a GPU
 #else
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(arguments...);
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(cudaGetLastError(), name);
 #endif
 }
