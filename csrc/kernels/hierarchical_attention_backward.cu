@@ -75,7 +75,7 @@ __global__ void grad_query_rows(AttentionBackwardParams p) {
   }
   __syncwarp();
 
-  const int64_t start = first_key(in, b), end = end_of_keys(in, b, n), listed = listed_row(in, b, n);
+  const int64_t start = first_key(in, b), end = end_of_keys(in, b, n), listed = hr_row_of_query(in, b, n);
   const int64_t count = listed >= 0 ? hr_keys(in, b) : 0;
   const int32_t* bits = listed >= 0 ? row_bits(in, b, listed) : nullptr;
   const auto sees = [&](int64_t j) { return j < end && unmasked(in, b, j); };
@@ -200,7 +200,7 @@ __global__ void grad_pool_slots(AttentionBackwardParams p) {
     if (m < 0 || !(in.hr_rows || in.hr_from)) continue;
     // The rows that may see it: the listed ones, some of which are -1, or all from hr_from on.
     const int64_t first = in.hr_rows || in.hr_from[b] < 0 ? 0 : in.hr_from[b], end = in.hr_rows ? in.rows : in.queries;
-    const auto query = [&](int64_t i) { return in.hr_rows ? row_at(in, b, i) : i; };
+    const auto query = [&](int64_t i) { return in.hr_rows ? query_at(in, b, i) : i; };
     const auto sees = [&](int64_t i) {
       if (i >= end || query(i) < 0) return false;
       const int32_t* bits = row_bits(in, b, in.hr_rows ? i : 0);

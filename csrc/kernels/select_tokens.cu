@@ -45,8 +45,8 @@ __device__ void choose_tokens(const SelectTokensParams& p, int64_t item, A* scra
   Grid<A> grid{static_cast<const A*>(p.map) + item * S * S, p.live + (b * p.images + image) * 4, S};
   A low = -minus_infinity<A>(), high = minus_infinity<A>();
   for (int cell = threadIdx.x; cell < S * S; cell += kThreads) {
-    low = -larger(-low, -grid.value(cell));
-    high = larger(high, grid.value(cell));
+    low = -max_or_nan(-low, -grid.value(cell));
+    high = max_or_nan(high, grid.value(cell));
   }
   grid.low = -block_max(-low, scratch);
   grid.range = block_max(high, scratch) - grid.low;

@@ -24,7 +24,7 @@ __device__ A warp_sum(A x) {
 
 template <typename A>
 __device__ A warp_max(A x) {
-  for (int step = kWarp / 2; step > 0; step /= 2) x = larger(x, __shfl_xor_sync(kAllLanes, x, step));
+  for (int step = kWarp / 2; step > 0; step /= 2) x = max_or_nan(x, __shfl_xor_sync(kAllLanes, x, step));
   return x;
 }
 
@@ -34,7 +34,7 @@ __device__ A block_max(A x, A* scratch) {
   x = warp_max(x);
   if (lane() == 0) scratch[warp_in_block()] = x;
   __syncthreads();
-  for (int w = 0; w < warps_in_block(); ++w) x = larger(x, scratch[w]);
+  for (int w = 0; w < warps_in_block(); ++w) x = max_or_nan(x, scratch[w]);
   __syncthreads();
   return x;
 }

@@ -39,9 +39,6 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0, cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
-  return std::memset(data, value, bytes), cudaSuccess;
-}
 
 inline void __syncthreads() { flexattn::simt::block_barrier(); }
 inline void __syncwarp(unsigned = ~0u) { flexattn::simt::exchange("__syncwarp", "", 0); }
@@ -71,6 +68,8 @@ inline float __fmul_rn(float x, float y) { return x * y; }
 [[noreturn]] inline void __trap() { flexattn::simt::fail("__trap"); }
 
 using std::exp;
+using std::exp2;
+using std::fmax;
 using std::isnan;
 using std::log;
 using std::max;
