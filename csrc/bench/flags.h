@@ -1,4 +1,4 @@
-// What the driver is asked for.
+// The command line of the driver.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct Flags {
 inline const std::vector<std::string> kOperators{"attention", "select", "gather", "assign", "write"};
 
 inline const char* kHelp =
-    R"(flexattn_bench attention|select|gather|assign|write [flags]: times one operator on the current GPU.
+    R"(flexattn_bench attention|select|gather|assign|write [flags]: time one operator on the current GPU.
 
   --batch 1           samples
   --heads 32          query heads
@@ -33,22 +33,22 @@ inline const char* kHelp =
   --selected 576      selected high-resolution tokens of every sample
   --head-dim 128      channels of a head; gather moves rows of heads x head-dim, write of kv-heads x head-dim
   --hr-rows last      which query rows see the selected tokens: last or all
-  --lr-side 24        side of the low-resolution grid: of the map that attention returns (0: none) and that select reads
+  --lr-side 24        side of the low-resolution grid, that is, of the map that attention returns (0: none) and select reads
   --hr-side 72        side of the high-resolution grid
-  --pool 9            side of select's max-pool, 0 for none
-  --dtype fp16        fp16, bf16 or fp32; select's map is fp32 always, assign has integers only
+  --pool 9            side of the max-pool of select, 0 for none
+  --dtype fp16        fp16, bf16 or fp32; the map of select is always fp32, assign has only integers
   --path auto         which attention kernels: auto, volta (those of the V100) or generic (no tensor cores)
-  --iterations 50     measured calls
+  --iterations 50     timed calls
   --warmup 5          calls before them
-  --cold-l2           writes twice the size of the L2 cache before every measured call
-  --warm-l2           does not (default)
-  --profile           cudaProfilerStart and Stop around the measured calls
-  --peak-gbs, --peak-tflops   the roofline, where the device's own figures do not hold
+  --cold-l2           flush the L2 cache before every timed call
+  --warm-l2           do not (default)
+  --profile           cudaProfilerStart and Stop around the timed calls
+  --peak-gbs, --peak-tflops   the roofline, if the figures reported by the device are wrong
 
-Prints a line for people and, under its header, one of CSV. Exit 1: bad flags or a CUDA error; 2: no GPU.
+Prints one line of text and one of CSV with its header. Exit 1: bad flags or a CUDA error; 2: no GPU.
 )";
 
-// Throws std::invalid_argument with one sentence.
+// Parse the words of the command line. Throws std::invalid_argument with one sentence.
 inline Flags parse(int count, char** words) {
   Flags f;
   const std::map<std::string, std::variant<int64_t*, double*, std::string*>> values{{"--batch", &f.batch},
@@ -114,10 +114,9 @@ inline Flags parse(int count, char** words) {
   one_of("--hr-rows", f.hr_rows, {"last", "all"});
   if (f.kv_heads == 0) f.kv_heads = f.heads;
   if (f.keys == 0) f.keys = f.queries;
-  const auto at_least = [&](const char* name, int64_t value, int64_t least) {
-    if (value < least)
-      refuse(std::string(name) + " is " + std::to_string(value) + ", it must be at least " + std::to_string(least) +
-             ".");
+  const auto at_least = [&](const char* name, int64_t value, int64_t min) {
+    if (value < min)
+      refuse(std::string(name) + " is " + std::to_string(value) + ", it must be at least " + std::to_string(min) + ".");
   };
   at_least("--batch", f.batch, 1), at_least("--heads", f.heads, 1), at_least("--kv-heads", f.kv_heads, 1);
   at_least("--queries", f.queries, 1), at_least("--keys", f.keys, f.queries), at_least("--selected", f.selected, 0);

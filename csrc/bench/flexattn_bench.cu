@@ -1,4 +1,4 @@
-// Times one operator, without Python or torch: for nsys and ncu, and for figures against the roofline.
+// Time one operator without Python or torch, for nsys, ncu and comparison with the roofline.
 
 #include <cmath>
 #include <cstdlib>
@@ -15,9 +15,9 @@
 namespace flexattn::bench {
 namespace {
 
-// What a call must do at least, and how long it took.
+// The least work of a call, and how long it took.
 struct Result {
-  double bytes = 0;  // inputs that are read and outputs, each once
+  double bytes = 0;  // inputs and outputs, each once
   double flop = 0;   // products over visible keys only
   std::vector<double> microseconds;
 };
@@ -48,23 +48,46 @@ Result attention(const Flags& f) {
   const Buffer hr_slots = on_device(slots), map_ranges = on_device(ranges);
   const Buffer out(B * N * H * d * size), lse(B * H * N * 4), lse_seq(B * H * N * 4), map(B * cells * 4);
 
-  AttentionForwardParams p{};
-  AttentionInputs& in = p.in;
-  in.dtype = dtype;
-  in.batch = B, in.heads = H, in.kv_heads = G, in.queries = N, in.keys = Nk, in.head_dim = d,
-  in.scale = 1 / std::sqrt(static_cast<double>(d));
-  in.q = q.as(), in.k = k.as(), in.v = v.as();
-  in.q_strides = {H * N * d, N * d, d};
-  in.k_strides = in.v_strides = {G * Nk * d, Nk * d, d};
-  in.kv_start = start.as<int32_t>(), in.kv_len = length.as<int32_t>();
-  in.rows = 1;
-  if (M > 0) {
-    in.pool = pool, in.selected = M, in.k_hr = k_hr.as(), in.v_hr = v_hr.as();
-    in.k_hr_strides = in.v_hr_strides = {0, d, G * d};
-    in.hr_slots = hr_slots.as<int32_t>(), in.hr_count = count.as<int32_t>(), in.hr_from = from.as<int32_t>();
-  }
-  p.images = cells > 0, p.map_size = cells, p.map_ranges = map_ranges.as<int32_t>();
-  p.out = out.as(), p.lse = lse.as(), p.lse_seq = lse_seq.as(), p.map = map.as();
+  const bool any_hr = M > 0;
+  AttentionForwardParams p{.in = {.dtype = dtype,
+                                  .batch = B,
+                                  .heads = H,
+                                  .kv_heads = G,
+                                  .queries = N,
+                                  .keys = Nk,
+                                  .head_dim = d,
+                                  .scale = 1 / std::sqrt(static_cast<double>(d)),
+                                  .q = q.as(),
+                                  .k = k.as(),
+                                  .v = v.as(),
+                                  .q_strides = {.batch = H * N * d, .head = N * d, .row = d},
+                                  .k_strides = {.batch = G * Nk * d, .head = Nk * d, .row = d},
+                                  .v_strides = {.batch = G * Nk * d, .head = Nk * d, .row = d},
+                                  .kv_start = start.as<int32_t>(),
+                                  .kv_len = length.as<int32_t>(),
+                                  .key_mask = nullptr,
+                                  .pool = pool,
+                                  .selected = M,
+                                  .k_hr = any_hr ? k_hr.as() : nullptr,
+                                  .v_hr = any_hr ? v_hr.as() : nullptr,
+                                  .k_hr_strides = {.batch = 0, .head = d, .row = G * d},
+                                  .v_hr_strides = {.batch = 0, .head = d, .row = G * d},
+                                  .hr_slots = any_hr ? hr_slots.as<int32_t>() : nullptr,
+                                  .hr_count = any_hr ? count.as<int32_t>() : nullptr,
+                                  .rows = 1,
+                                  .hr_from = any_hr ? from.as<int32_t>() : nullptr,
+                                  .hr_rows = nullptr,
+                                  .hr_row_bits = nullptr,
+                                  .alpha = nullptr},
+                           .images = cells > 0,
+                           .map_size = cells,
+                           .map_ranges = map_ranges.as<int32_t>(),
+                           .map_over_all = false,
+                           .out = out.as(),
+                           .lse = lse.as(),
+                           .lse_seq = lse_seq.as(),
+                           .map = map.as(),
+                           .workspace = nullptr};
   const Buffer workspace(cuda::hierarchical_attention_workspace(p, nullptr));
   p.workspace = workspace.as();
 
@@ -80,35 +103,34 @@ Result select(const Flags& f) {
   std::vector<float> values(f.batch * cells);
   std::mt19937 generator(1);
   for (float& x : values)
-    x = std::pow(std::uniform_real_distribution<float>()(generator),
-                 27.f);  // 6 % of the cells stand out, the pool makes 4 of 10 of it
+    x = std::pow(std::uniform_real_distribution<float>()(generator), 27.f);  // selects 6 % of the cells, pooled 40 %
   std::vector<int32_t> rectangles;
   for (int64_t b = 0; b < f.batch; ++b)
     for (int64_t side : {int64_t{0}, int64_t{0}, f.lr_side, f.lr_side})
       rectangles.push_back(static_cast<int32_t>(side));
-  const Buffer map = on_device(values), live = on_device(rectangles);
+  const Buffer map = on_device(values), valid_rect = on_device(rectangles);
   const Buffer mask(f.batch * tokens), index(f.batch * tokens * 4), count(f.batch * 4),
       bits(f.batch * words_for_bits(tokens) * 4);
-  const SelectTokensParams p{DType::kFloat32,
-                             map.as(),
-                             live.as<int32_t>(),
-                             f.batch,
-                             1,
-                             1,
-                             f.lr_side,
-                             f.hr_side,
-                             f.pool,
-                             255.0,
-                             48.0,
-                             mask.as<bool>(),
-                             index.as<int32_t>(),
-                             count.as<int32_t>(),
-                             bits.as<int32_t>()};
-  const double bytes = map.bytes() + live.bytes() + mask.bytes() + index.bytes() + count.bytes() + bits.bytes();
+  const SelectTokensParams p{.dtype = DType::kFloat32,
+                             .map = map.as(),
+                             .valid_rect = valid_rect.as<int32_t>(),
+                             .batch = f.batch,
+                             .rows = 1,
+                             .images = 1,
+                             .lr_side = f.lr_side,
+                             .hr_side = f.hr_side,
+                             .pool_side = f.pool,
+                             .scale = 255.0,
+                             .threshold = 48.0,
+                             .mask = mask.as<bool>(),
+                             .index = index.as<int32_t>(),
+                             .count = count.as<int32_t>(),
+                             .row_bits = bits.as<int32_t>()};
+  const double bytes = map.bytes() + valid_rect.bytes() + mask.bytes() + index.bytes() + count.bytes() + bits.bytes();
   return {static_cast<double>(bytes), 0, timed(f, [&] { cuda::select_tokens(p, nullptr); })};
 }
 
-// Evenly spread over the high-resolution tokens, ascending: [B, M].
+// Tokens spread evenly over the high-resolution grid, ascending: [B, M].
 Buffer evenly_chosen(const Flags& f) {
   std::vector<int32_t> chosen(f.batch * f.selected);
   for (int64_t i = 0; i < f.batch * f.selected; ++i)
@@ -120,32 +142,40 @@ Result gather(const Flags& f) {
   const int64_t B = f.batch, T = f.hr_side * f.hr_side, M = f.selected, D = f.heads * f.head_dim;
   const DType dtype = dtype_of(f);
   const Buffer tokens = random(B * T * D, dtype, 1), index = evenly_chosen(f), rows(B * M * D * size_of(dtype));
-  const GatherTokensParams p{
-      static_cast<int64_t>(size_of(dtype)), B, T, M, D, index.as<int32_t>(), tokens.as(), T * D, D, rows.as()};
+  const GatherTokensParams p{.element_size = static_cast<int64_t>(size_of(dtype)),
+                             .batch = B,
+                             .tokens = T,
+                             .selected = M,
+                             .channels = D,
+                             .index = index.as<int32_t>(),
+                             .source = tokens.as(),
+                             .source_batch = T * D,
+                             .source_row = D,
+                             .result = rows.as()};
   return {2.0 * rows.bytes() + index.bytes(), 0, timed(f, [&] { cuda::gather_tokens(p, nullptr); })};
 }
 
-// After the first call every token has its slot: what a decode step asks whose selection stays.
+// After the first call every token has its slot, as in a decode step whose selection stays the same.
 Result assign(const Flags& f) {
   const int64_t B = f.batch, T = f.hr_side * f.hr_side, M = f.selected;
   const Buffer index = evenly_chosen(f), count = on_device(std::vector<int32_t>(B, static_cast<int32_t>(M)));
   const Buffer table = on_device(std::vector<int32_t>(B * T, -1)), next_free = on_device(std::vector<int32_t>{0});
   const Buffer slots(B * M * 4), new_tokens(B * M * 4), new_slots(B * M * 4), new_count(4), overflow(4);
-  const AssignSlotsParams p{B,
-                            B,
-                            T,
-                            M,
-                            B * T,
-                            index.as<int32_t>(),
-                            count.as<int32_t>(),
-                            table.as<int32_t>(),
-                            T,
-                            next_free.as<int32_t>(),
-                            slots.as<int32_t>(),
-                            new_tokens.as<int32_t>(),
-                            new_slots.as<int32_t>(),
-                            new_count.as<int32_t>(),
-                            overflow.as<int32_t>()};
+  const AssignSlotsParams p{.batch = B,
+                            .prompts = B,
+                            .tokens = T,
+                            .selected = M,
+                            .capacity = B * T,
+                            .index = index.as<int32_t>(),
+                            .count = count.as<int32_t>(),
+                            .table = table.as<int32_t>(),
+                            .table_batch = T,
+                            .next_free = next_free.as<int32_t>(),
+                            .slots = slots.as<int32_t>(),
+                            .new_tokens = new_tokens.as<int32_t>(),
+                            .new_slots = new_slots.as<int32_t>(),
+                            .new_count = new_count.as<int32_t>(),
+                            .overflow = overflow.as<int32_t>()};
   const double bytes =
       2.0 * index.bytes() + slots.bytes() + new_tokens.bytes() + new_slots.bytes();  // index, and as much of the table
   return {bytes, 0, timed(f, [&] { cuda::assign_slots(p, nullptr); })};
@@ -154,15 +184,31 @@ Result assign(const Flags& f) {
 Result write(const Flags& f) {
   const int64_t M = f.batch * f.selected, G = f.kv_heads, d = f.head_dim, row = G * d;
   const DType dtype = dtype_of(f);
-  std::vector<int32_t> places(M);
-  for (int64_t m = 0; m < M; ++m) places[m] = static_cast<int32_t>(m);
+  std::vector<int32_t> numbers(M);
+  for (int64_t m = 0; m < M; ++m) numbers[m] = static_cast<int32_t>(m);
   const Buffer k = random(M * row, dtype, 1), v = random(M * row, dtype, 2), cos = random(M * d, dtype, 3),
                sin = random(M * d, dtype, 4);
-  const Buffer slots = on_device(places), k_pool(k.bytes()), v_pool(v.bytes());
+  const Buffer slots = on_device(numbers), k_pool(k.bytes()), v_pool(v.bytes());
   const Strides strides{0, d, row};
-  const WriteHrKvParams p{dtype,   dtype,    M,           G,           d,       M,       slots.as<int32_t>(),
-                          k.as(),  v.as(),   k_pool.as(), v_pool.as(), strides, strides, strides,
-                          strides, cos.as(), sin.as(),    d,           d};
+  const WriteHrKvParams p{.dtype = dtype,
+                          .table_dtype = dtype,
+                          .rows = M,
+                          .heads = G,
+                          .head_dim = d,
+                          .pool = M,
+                          .slots = slots.as<int32_t>(),
+                          .k = k.as(),
+                          .v = v.as(),
+                          .k_pool = k_pool.as(),
+                          .v_pool = v_pool.as(),
+                          .k_strides = strides,
+                          .v_strides = strides,
+                          .k_pool_strides = strides,
+                          .v_pool_strides = strides,
+                          .cos = cos.as(),
+                          .sin = sin.as(),
+                          .cos_row = d,
+                          .sin_row = d};
   const double bytes = 2.0 * (k.bytes() + v.bytes()) + cos.bytes() + sin.bytes() + slots.bytes();
   return {bytes, 0, timed(f, [&] { cuda::write_hr_kv(p, nullptr); })};
 }
@@ -217,7 +263,7 @@ int run(const Flags& f) {
   }
   int device = 0;
   check(cudaGetDevice(&device), "device");
-  // The kernels choose by compute capability, which this makes smaller than it is.
+  // The kernels choose by compute capability, which this lowers.
   if (f.path != "auto") setenv("FLEXATTN_CAPABILITY", f.path == "volta" ? "70" : "60", 1);
   Peaks peaks = peaks_of(device, f.dtype != "fp32");
   if (f.peak_gbs > 0) peaks.gbs = f.peak_gbs, peaks.how += "; given: " + std::to_string(f.peak_gbs) + " GB/s";

@@ -65,7 +65,7 @@ def test_a_race_is_caught(fault, says):
 def test_a_barrier_that_some_threads_miss_is_caught():
     with pytest.raises(
         RuntimeError,
-        match="barrier, block 0, .* waits for ever at __syncthreads: not all threads reach it",
+        match="barrier, block 0, .* waits forever at __syncthreads: not all threads reach it",
     ):
         run("barrier")
 
