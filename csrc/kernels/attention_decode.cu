@@ -165,18 +165,24 @@ __device__ int end_of_chunk(const Chunk& chunk, const Shared<T, kDim, kRows>& sh
 
 // -------------------------------------------------------------------------------------------- the steps of the loop
 
-// This lane's channels of the keys or values of the chunk.
+// A lane's channels of rows of keys or values.
+template <typename T>
+struct LaneRows {
+  const T* data;
+  int64_t stride;
+};
+
 template <typename T, int kDim>
-__device__ const T* lane_data(const Chunk& chunk, const void* data, const Strides& strides) {
+__device__ LaneRows<T> lane_rows(const Chunk& chunk, const void* data, const Strides& strides) {
   using G = Groups<T, kDim>;
   const T* rows = row_of<T>(data, strides, chunk.hr ? 0 : chunk.b, chunk.kv_head, 0);
-  return rows + (G::has_channels() ? G::first_channel() : 0);
+  return {rows + (G::has_channels() ? G::first_channel() : 0), strides.row};
 }
 
 // Loads are unconditional, so that all of them are in flight; what stands in for a hidden key is never used.
 template <typename T, int kDim>
-__device__ __forceinline__ void load_batch(const Chunk& chunk, const int* key_rows, int end, const T* keys,
-                                           int64_t k_stride, const T* values, int64_t v_stride, Batch<T, kDim>& batch) {
+__device__ __forceinline__ void load_batch(const Chunk& chunk, const int* key_rows, int end, const LaneRows<T>& keys,
+                                           const LaneRows<T>& values, Batch<T, kDim>& batch) {
   using G = Groups<T, kDim>;
 #pragma unroll
   for (int i = 0; i < G::kBatch; ++i) {
@@ -184,9 +190,11 @@ __device__ __forceinline__ void load_batch(const Chunk& chunk, const int* key_ro
     batch.key_row[i] = j < end ? key_rows[j - chunk.begin] : -1;
   }
 #pragma unroll
-  for (int i = 0; i < G::kBatch; ++i) batch.k[i] = load<G::kChannels>(keys + max(batch.key_row[i], 0) * k_stride);
+  for (int i = 0; i < G::kBatch; ++i)
+    batch.k[i] = load<G::kChannels>(keys.data + max(batch.key_row[i], 0) * keys.stride);
 #pragma unroll
-  for (int i = 0; i < G::kBatch; ++i) batch.v[i] = load<G::kChannels>(values + max(batch.key_row[i], 0) * v_stride);
+  for (int i = 0; i < G::kBatch; ++i)
+    batch.v[i] = load<G::kChannels>(values.data + max(batch.key_row[i], 0) * values.stride);
 }
 
 // Every lane of a group ends with the logits of the group's keys.
@@ -265,7 +273,7 @@ __device__ void merge_groups(const Splits& s, const Chunk& chunk, const Shared<T
   const int c = threadIdx.x < kDim ? threadIdx.x : 0;
   for (int r = 0; r < count; ++r) {
     Softmax total;
-    for (int g = 0; g < kGroups; ++g) total.raise_max(shared.softmax[r][g].row_max);
+    for (int g = 0; g < kGroups; ++g) total.row_max = fmax(total.row_max, shared.softmax[r][g].row_max);
     float output = 0.f;
     for (int g = 0; g < kGroups; ++g) {
       total.merge(shared.softmax[r][g]);
@@ -284,10 +292,10 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2) attention_splits
   const AttentionInputs& in = p.in;
   const Chunk chunk = chunk_of_block(in, s);
   list_key_rows(in, chunk, shared.key_rows);
-  const Strides& k_strides = chunk.hr ? in.k_hr_strides : in.k_strides;
-  const Strides& v_strides = chunk.hr ? in.v_hr_strides : in.v_strides;
-  const T* keys = lane_data<T, kDim>(chunk, chunk.hr ? in.k_hr : in.k, k_strides);
-  const T* values = lane_data<T, kDim>(chunk, chunk.hr ? in.v_hr : in.v, v_strides);
+  const auto keys =
+      chunk.hr ? lane_rows<T, kDim>(chunk, in.k_hr, in.k_hr_strides) : lane_rows<T, kDim>(chunk, in.k, in.k_strides);
+  const auto values =
+      chunk.hr ? lane_rows<T, kDim>(chunk, in.v_hr, in.v_hr_strides) : lane_rows<T, kDim>(chunk, in.v, in.v_strides);
 
   // With more than kRows rows the chunk is read again, now from the cache.
   const int64_t rows = in.heads / in.kv_heads * in.queries;
@@ -301,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2) attention_splits
     const int end = end_of_chunk(chunk, shared, count);
     Batch<T, kDim> batch;
     for (batch.first = chunk.begin; batch.first < end; batch.first += G::kBatch * G::kCount) {
-      load_batch(chunk, shared.key_rows, end, keys, k_strides.row, values, v_strides.row, batch);
+      load_batch(chunk, shared.key_rows, end, keys, values, batch);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         if (r >= count || shared.rows[r].end <= batch.first) continue;
@@ -325,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2) attention_splits
 // The softmax over splits 0 .. count - 1 of a row. Called by a whole warp.
 __device__ Softmax merge_splits(const Softmax* parts, int count) {
   Softmax total;
-  for (int i = lane(); i < count; i += kWarp) total.raise_max(parts[i].row_max);
+  for (int i = lane(); i < count; i += kWarp) total.row_max = fmax(total.row_max, parts[i].row_max);
   total.row_max = warp_max(total.row_max);
   for (int i = lane(); i < count; i += kWarp) total.merge(parts[i]);
   total.row_sum = warp_sum(total.row_sum);
