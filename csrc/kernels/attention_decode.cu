@@ -362,8 +362,8 @@ __device__ void combine_row(const AttentionForwardParams& p, const Splits& s, in
     full += all.weight(part.row_max) * output;
     if (i < s.sequence) plain += sequence.weight(part.row_max) * output;
   }
-  full *= all.normalizer();
-  plain *= sequence.normalizer();
+  full = all.average(full);
+  plain = sequence.average(plain);
   static_cast<T*>(p.out)[((b * in.queries + n) * in.heads + head) * in.head_dim + c] =
       narrow<T>(alpha == 1.f ? full : alpha * full + (1.f - alpha) * plain);
 }

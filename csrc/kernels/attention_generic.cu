@@ -22,7 +22,7 @@ struct WarpSoftmax {
     add_rows(out, rescale, weight, factors, keys, d, value);
   }
 
-  __device__ A output(int64_t c) const { return out[c] * state.normalizer(); }
+  __device__ A output(int64_t c) const { return state.average(out[c]); }
 };
 
 // Shared memory per warp: query [d], output [d], the output over the sequence alone [d], factors [32].

@@ -138,7 +138,7 @@ __device__ __forceinline__ void write_lse(const AttentionForwardParams& p, const
   for (int which = 0; which < 2; ++which) {
     SoftmaxState<float> row = softmax[which];
     row.row_sum = Mma::over_row(row.row_sum, [](float x, float y) { return x + y; });
-    normalizer[which] = row.normalizer();
+    normalizer[which] = row.average(1.f);
     if (Mma::first_of_row() && block_row<Mma>(which) < work.rows)
       static_cast<float*>(lse)[first + block_row<Mma>(which)] = row.log_sum_exp();
   }

@@ -59,7 +59,7 @@ struct ValueLayout {
   static __device__ int chunk(int row, int c) { return Mma::value_chunk(row, c); }
 };
 template <typename Mma>
-constexpr int kTileElements = kTileKeys * Mma::kRowChunks * 8;
+constexpr int kTileElements = 8 * kTileKeys * Mma::kRowChunks;
 
 // A tile on its way, in Mma::kParts parts: issue<part>() starts loading, commit<part>() puts it into shared memory.
 template <typename Mma, int kD>

@@ -31,8 +31,8 @@ struct alignas(2 * sizeof(A)) SoftmaxState {
   // Add another set of keys, whose row_max does not exceed this one's.
   __device__ void merge(const SoftmaxState& part) { row_sum += weight(part.row_max) * part.row_sum; }
 
-  // What turns a sum under the weights into an average; 0 for a row that sees no key.
-  __device__ A normalizer() const { return row_sum == A(0) ? A(0) : A(1) / row_sum; }
+  // The average of values whose sum under the weights is `sum`; 0 for a row that sees no key.
+  __device__ A average(A sum) const { return row_sum == A(0) ? A(0) : sum / row_sum; }
   __device__ A log_sum_exp() const {  // in base e
     return row_sum == A(0) ? minus_infinity<A>() : row_max * A(kLn2) + log(row_sum);
   }
