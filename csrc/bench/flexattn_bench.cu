@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 
 #include "device.h"
 #include "flags.h"
@@ -31,71 +32,114 @@ DType dtype_of(const Flags& f) {
   return f.dtype == "fp16" ? DType::kFloat16 : f.dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32;
 }
 
+// 0, 1, ... count - 1.
+Buffer ascending(int64_t count) {
+  std::vector<int32_t> numbers(count);
+  std::iota(numbers.begin(), numbers.end(), 0);
+  return on_device(numbers);
+}
+
+// The tensors of a call of attention, and its parameters.
+class AttentionCase {
+ public:
+  explicit AttentionCase(const Flags& f)
+      : q_(random(f.batch * f.heads * f.queries * f.head_dim, dtype_of(f), 1)),
+        k_(random(f.batch * f.kv_heads * f.keys * f.head_dim, dtype_of(f), 2)),
+        v_(random(f.batch * f.kv_heads * f.keys * f.head_dim, dtype_of(f), 3)),
+        k_hr_(random(f.batch * f.selected * f.kv_heads * f.head_dim, dtype_of(f), 4)),
+        v_hr_(random(f.batch * f.selected * f.kv_heads * f.head_dim, dtype_of(f), 5)),
+        kv_start_(for_all(f, 0)),
+        kv_len_(for_all(f, f.keys)),
+        hr_slots_(ascending(f.batch * f.selected)),
+        hr_count_(for_all(f, f.selected)),
+        hr_from_(for_all(f, f.hr_rows == "all" ? 0 : f.queries - 1)),
+        map_ranges_(first_keys(f)),
+        out_(q_.bytes()),
+        lse_(f.batch * f.heads * f.queries * 4),
+        lse_seq_(lse_.bytes()),
+        map_(f.batch * f.lr_side * f.lr_side * 4),
+        params_{.in = inputs(f),
+                .images = f.lr_side > 0,
+                .map_size = f.lr_side * f.lr_side,
+                .map_ranges = map_ranges_.as<int32_t>(),
+                .map_over_all = false,
+                .out = out_.as(),
+                .lse = lse_.as(),
+                .lse_seq = lse_seq_.as(),
+                .map = map_.as(),
+                .workspace = nullptr},
+        workspace_(cuda::hierarchical_attention_workspace(params_, nullptr)) {
+    params_.workspace = workspace_.as();
+  }
+
+  void run() const { cuda::hierarchical_attention_forward(params_, nullptr); }
+
+  double bytes() const {
+    double total = 0;
+    for (const Buffer* buffer : {&q_, &k_, &v_, &k_hr_, &v_hr_, &out_, &lse_, &lse_seq_, &map_})
+      total += buffer->bytes();
+    return total;
+  }
+
+ private:
+  static Buffer for_all(const Flags& f, int64_t value) {
+    return on_device(std::vector<int32_t>(f.batch, static_cast<int32_t>(value)));
+  }
+  // The map is of the first keys of every sample.
+  static Buffer first_keys(const Flags& f) {
+    std::vector<int32_t> ranges(2 * f.batch);
+    for (int64_t b = 0; b < f.batch; ++b) ranges[2 * b + 1] = static_cast<int32_t>(f.lr_side * f.lr_side);
+    return on_device(ranges);
+  }
+
+  AttentionInputs inputs(const Flags& f) const {
+    const int64_t d = f.head_dim;
+    const bool any_hr = f.selected > 0;
+    const Strides kv{.batch = f.kv_heads * f.keys * d, .head = f.keys * d, .row = d};
+    const Strides kv_hr{.batch = 0, .head = d, .row = f.kv_heads * d};
+    return {.dtype = dtype_of(f),
+            .batch = f.batch,
+            .heads = f.heads,
+            .kv_heads = f.kv_heads,
+            .queries = f.queries,
+            .keys = f.keys,
+            .head_dim = d,
+            .scale = 1 / std::sqrt(static_cast<double>(d)),
+            .q = q_.as(),
+            .k = k_.as(),
+            .v = v_.as(),
+            .q_strides = {.batch = f.heads * f.queries * d, .head = f.queries * d, .row = d},
+            .k_strides = kv,
+            .v_strides = kv,
+            .kv_start = kv_start_.as<int32_t>(),
+            .kv_len = kv_len_.as<int32_t>(),
+            .key_mask = nullptr,
+            .pool = f.batch * f.selected,
+            .selected = f.selected,
+            .k_hr = any_hr ? k_hr_.as() : nullptr,
+            .v_hr = any_hr ? v_hr_.as() : nullptr,
+            .k_hr_strides = kv_hr,
+            .v_hr_strides = kv_hr,
+            .hr_slots = any_hr ? hr_slots_.as<int32_t>() : nullptr,
+            .hr_count = any_hr ? hr_count_.as<int32_t>() : nullptr,
+            .rows = 1,
+            .hr_from = any_hr ? hr_from_.as<int32_t>() : nullptr,
+            .hr_rows = nullptr,
+            .hr_row_bits = nullptr,
+            .alpha = nullptr};
+  }
+
+  Buffer q_, k_, v_, k_hr_, v_hr_, kv_start_, kv_len_, hr_slots_, hr_count_, hr_from_, map_ranges_;
+  Buffer out_, lse_, lse_seq_, map_;
+  AttentionForwardParams params_;
+  Buffer workspace_;
+};
+
 Result attention(const Flags& f) {
-  const int64_t B = f.batch, H = f.heads, G = f.kv_heads, N = f.queries, Nk = f.keys, M = f.selected, d = f.head_dim;
-  const int64_t cells = f.lr_side * f.lr_side, pool = B * M;
-  const DType dtype = dtype_of(f);
-  const size_t size = size_of(dtype);
-  const Buffer q = random(B * H * N * d, dtype, 1), k = random(B * G * Nk * d, dtype, 2),
-               v = random(B * G * Nk * d, dtype, 3);
-  const Buffer k_hr = random(pool * G * d, dtype, 4), v_hr = random(pool * G * d, dtype, 5);
-  std::vector<int32_t> slots(pool), ranges(2 * B);
-  for (int64_t i = 0; i < pool; ++i) slots[i] = static_cast<int32_t>(i);
-  for (int64_t b = 0; b < B; ++b) ranges[2 * b + 1] = static_cast<int32_t>(cells);
-  const auto for_all = [&](int64_t value) { return on_device(std::vector<int32_t>(B, static_cast<int32_t>(value))); };
-  const Buffer start = for_all(0), length = for_all(Nk), count = for_all(M),
-               from = for_all(f.hr_rows == "all" ? 0 : N - 1);
-  const Buffer hr_slots = on_device(slots), map_ranges = on_device(ranges);
-  const Buffer out(B * N * H * d * size), lse(B * H * N * 4), lse_seq(B * H * N * 4), map(B * cells * 4);
-
-  const bool any_hr = M > 0;
-  AttentionForwardParams p{.in = {.dtype = dtype,
-                                  .batch = B,
-                                  .heads = H,
-                                  .kv_heads = G,
-                                  .queries = N,
-                                  .keys = Nk,
-                                  .head_dim = d,
-                                  .scale = 1 / std::sqrt(static_cast<double>(d)),
-                                  .q = q.as(),
-                                  .k = k.as(),
-                                  .v = v.as(),
-                                  .q_strides = {.batch = H * N * d, .head = N * d, .row = d},
-                                  .k_strides = {.batch = G * Nk * d, .head = Nk * d, .row = d},
-                                  .v_strides = {.batch = G * Nk * d, .head = Nk * d, .row = d},
-                                  .kv_start = start.as<int32_t>(),
-                                  .kv_len = length.as<int32_t>(),
-                                  .key_mask = nullptr,
-                                  .pool = pool,
-                                  .selected = M,
-                                  .k_hr = any_hr ? k_hr.as() : nullptr,
-                                  .v_hr = any_hr ? v_hr.as() : nullptr,
-                                  .k_hr_strides = {.batch = 0, .head = d, .row = G * d},
-                                  .v_hr_strides = {.batch = 0, .head = d, .row = G * d},
-                                  .hr_slots = any_hr ? hr_slots.as<int32_t>() : nullptr,
-                                  .hr_count = any_hr ? count.as<int32_t>() : nullptr,
-                                  .rows = 1,
-                                  .hr_from = any_hr ? from.as<int32_t>() : nullptr,
-                                  .hr_rows = nullptr,
-                                  .hr_row_bits = nullptr,
-                                  .alpha = nullptr},
-                           .images = cells > 0,
-                           .map_size = cells,
-                           .map_ranges = map_ranges.as<int32_t>(),
-                           .map_over_all = false,
-                           .out = out.as(),
-                           .lse = lse.as(),
-                           .lse_seq = lse_seq.as(),
-                           .map = map.as(),
-                           .workspace = nullptr};
-  const Buffer workspace(cuda::hierarchical_attention_workspace(p, nullptr));
-  p.workspace = workspace.as();
-
-  const double seen =
-      B * H * (N * (Nk - N) + N * (N + 1) / 2.0 + (f.hr_rows == "all" ? N : 1) * static_cast<double>(M));
-  double bytes = 0;
-  for (const Buffer* buffer : {&q, &k, &v, &k_hr, &v_hr, &out, &lse, &lse_seq, &map}) bytes += buffer->bytes();
-  return {bytes, 4.0 * d * seen, timed(f, [&] { cuda::hierarchical_attention_forward(p, nullptr); })};
+  const AttentionCase attention(f);
+  const double N = f.queries, hr_rows = f.hr_rows == "all" ? N : 1;
+  const double pairs = f.batch * f.heads * (N * (f.keys - N) + N * (N + 1) / 2 + hr_rows * f.selected);
+  return {attention.bytes(), 4.0 * f.head_dim * pairs, timed(f, [&] { attention.run(); })};
 }
 
 Result select(const Flags& f) {
@@ -184,11 +228,9 @@ Result assign(const Flags& f) {
 Result write(const Flags& f) {
   const int64_t M = f.batch * f.selected, G = f.kv_heads, d = f.head_dim, row = G * d;
   const DType dtype = dtype_of(f);
-  std::vector<int32_t> numbers(M);
-  for (int64_t m = 0; m < M; ++m) numbers[m] = static_cast<int32_t>(m);
   const Buffer k = random(M * row, dtype, 1), v = random(M * row, dtype, 2), cos = random(M * d, dtype, 3),
                sin = random(M * d, dtype, 4);
-  const Buffer slots = on_device(numbers), k_pool(k.bytes()), v_pool(v.bytes());
+  const Buffer slots = ascending(M), k_pool(k.bytes()), v_pool(v.bytes());
   const Strides strides{0, d, row};
   const WriteHrKvParams p{.dtype = dtype,
                           .table_dtype = dtype,
