@@ -15,7 +15,7 @@
 
 #include "flexattn/types.h"
 
-// Of the runtime; its own header, cuda_profiler_api.h, is a part of the toolkit that is often left out.
+// Declared here since their header, cuda_profiler_api.h, is often not installed.
 extern "C" {
 cudaError_t CUDARTAPI cudaProfilerStart(void);
 cudaError_t CUDARTAPI cudaProfilerStop(void);
@@ -35,7 +35,7 @@ struct Peaks {
   std::string how;
 };
 
-// FLOP of an SM in a cycle: dense products of halves with float32 sums on tensor cores, or float32 FMA; 0 = not known.
+// FLOP per cycle of an SM: dense float16 products with float32 sums on tensor cores, or float32 FMA; 0 = not known.
 inline int flop_per_cycle(int capability, bool tensor) {
   switch (capability) {
     case 70:
@@ -107,7 +107,7 @@ Buffer on_device(const std::vector<T>& values) {
 
 inline size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// Normal numbers. A million of them are drawn and repeated, with an odd period, so that no two rows are alike.
+// Normally distributed numbers. A million are drawn and repeated with an odd period, so that no two rows are alike.
 inline Buffer random(int64_t count, DType dtype, unsigned seed) {
   constexpr int64_t kDrawn = (1 << 20) - 3;
   std::mt19937 generator(seed);
@@ -149,7 +149,7 @@ class Event {
   cudaEvent_t event_;
 };
 
-// Microseconds of every measured call, ascending. Nothing waits between the calls, so that launches do not count.
+// Microseconds of every timed call, ascending. Nothing waits between calls, so that launch overhead does not count.
 template <typename Call>
 std::vector<double> measure(const Call& call, int64_t warmup, int64_t iterations, bool cold_l2, bool profile) {
   int device = 0, l2 = 0;

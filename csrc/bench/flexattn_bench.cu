@@ -1,8 +1,9 @@
-// Times one operator, without Python or torch: for nsys and ncu, and for figures against the roofline.
+// Time one operator without Python or torch, for nsys, ncu and comparison with the roofline.
 
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 
 #include "device.h"
 #include "flags.h"
@@ -15,9 +16,9 @@
 namespace flexattn::bench {
 namespace {
 
-// What a call must do at least, and how long it took.
+// The least work of a call, and how long it took.
 struct Result {
-  double bytes = 0;  // inputs that are read and outputs, each once
+  double bytes = 0;  // inputs and outputs, each once
   double flop = 0;   // products over visible keys only
   std::vector<double> microseconds;
 };
@@ -31,48 +32,114 @@ DType dtype_of(const Flags& f) {
   return f.dtype == "fp16" ? DType::kFloat16 : f.dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32;
 }
 
-Result attention(const Flags& f) {
-  const int64_t B = f.batch, H = f.heads, G = f.kv_heads, N = f.queries, Nk = f.keys, M = f.selected, d = f.head_dim;
-  const int64_t cells = f.lr_side * f.lr_side, pool = B * M;
-  const DType dtype = dtype_of(f);
-  const size_t size = size_of(dtype);
-  const Buffer q = random(B * H * N * d, dtype, 1), k = random(B * G * Nk * d, dtype, 2),
-               v = random(B * G * Nk * d, dtype, 3);
-  const Buffer k_hr = random(pool * G * d, dtype, 4), v_hr = random(pool * G * d, dtype, 5);
-  std::vector<int32_t> slots(pool), ranges(2 * B);
-  for (int64_t i = 0; i < pool; ++i) slots[i] = static_cast<int32_t>(i);
-  for (int64_t b = 0; b < B; ++b) ranges[2 * b + 1] = static_cast<int32_t>(cells);
-  const auto for_all = [&](int64_t value) { return on_device(std::vector<int32_t>(B, static_cast<int32_t>(value))); };
-  const Buffer start = for_all(0), length = for_all(Nk), count = for_all(M),
-               from = for_all(f.hr_rows == "all" ? 0 : N - 1);
-  const Buffer hr_slots = on_device(slots), map_ranges = on_device(ranges);
-  const Buffer out(B * N * H * d * size), lse(B * H * N * 4), lse_seq(B * H * N * 4), map(B * cells * 4);
+// 0, 1, ... count - 1.
+Buffer ascending(int64_t count) {
+  std::vector<int32_t> numbers(count);
+  std::iota(numbers.begin(), numbers.end(), 0);
+  return on_device(numbers);
+}
 
-  AttentionForwardParams p{};
-  AttentionInputs& in = p.in;
-  in.dtype = dtype;
-  in.batch = B, in.heads = H, in.kv_heads = G, in.queries = N, in.keys = Nk, in.head_dim = d,
-  in.scale = 1 / std::sqrt(static_cast<double>(d));
-  in.q = q.as(), in.k = k.as(), in.v = v.as();
-  in.q_strides = {H * N * d, N * d, d};
-  in.k_strides = in.v_strides = {G * Nk * d, Nk * d, d};
-  in.kv_start = start.as<int32_t>(), in.kv_len = length.as<int32_t>();
-  in.rows = 1;
-  if (M > 0) {
-    in.pool = pool, in.selected = M, in.k_hr = k_hr.as(), in.v_hr = v_hr.as();
-    in.k_hr_strides = in.v_hr_strides = {0, d, G * d};
-    in.hr_slots = hr_slots.as<int32_t>(), in.hr_count = count.as<int32_t>(), in.hr_from = from.as<int32_t>();
+// The tensors of a call of attention, and its parameters.
+class AttentionCase {
+ public:
+  explicit AttentionCase(const Flags& f)
+      : q_(random(f.batch * f.heads * f.queries * f.head_dim, dtype_of(f), 1)),
+        k_(random(f.batch * f.kv_heads * f.keys * f.head_dim, dtype_of(f), 2)),
+        v_(random(f.batch * f.kv_heads * f.keys * f.head_dim, dtype_of(f), 3)),
+        k_hr_(random(f.batch * f.selected * f.kv_heads * f.head_dim, dtype_of(f), 4)),
+        v_hr_(random(f.batch * f.selected * f.kv_heads * f.head_dim, dtype_of(f), 5)),
+        kv_start_(for_all(f, 0)),
+        kv_len_(for_all(f, f.keys)),
+        hr_slots_(ascending(f.batch * f.selected)),
+        hr_count_(for_all(f, f.selected)),
+        hr_from_(for_all(f, f.hr_rows == "all" ? 0 : f.queries - 1)),
+        map_ranges_(first_keys(f)),
+        out_(q_.bytes()),
+        lse_(f.batch * f.heads * f.queries * 4),
+        lse_seq_(lse_.bytes()),
+        map_(f.batch * f.lr_side * f.lr_side * 4),
+        params_{.in = inputs(f),
+                .images = f.lr_side > 0,
+                .map_size = f.lr_side * f.lr_side,
+                .map_ranges = map_ranges_.as<int32_t>(),
+                .map_over_all = false,
+                .out = out_.as(),
+                .lse = lse_.as(),
+                .lse_seq = lse_seq_.as(),
+                .map = map_.as(),
+                .workspace = nullptr},
+        workspace_(cuda::hierarchical_attention_workspace(params_, nullptr)) {
+    params_.workspace = workspace_.as();
   }
-  p.images = cells > 0, p.map_size = cells, p.map_ranges = map_ranges.as<int32_t>();
-  p.out = out.as(), p.lse = lse.as(), p.lse_seq = lse_seq.as(), p.map = map.as();
-  const Buffer workspace(cuda::hierarchical_attention_workspace(p, nullptr));
-  p.workspace = workspace.as();
 
-  const double seen =
-      B * H * (N * (Nk - N) + N * (N + 1) / 2.0 + (f.hr_rows == "all" ? N : 1) * static_cast<double>(M));
-  double bytes = 0;
-  for (const Buffer* buffer : {&q, &k, &v, &k_hr, &v_hr, &out, &lse, &lse_seq, &map}) bytes += buffer->bytes();
-  return {bytes, 4.0 * d * seen, timed(f, [&] { cuda::hierarchical_attention_forward(p, nullptr); })};
+  void run() const { cuda::hierarchical_attention_forward(params_, nullptr); }
+
+  double bytes() const {
+    double total = 0;
+    for (const Buffer* buffer : {&q_, &k_, &v_, &k_hr_, &v_hr_, &out_, &lse_, &lse_seq_, &map_})
+      total += buffer->bytes();
+    return total;
+  }
+
+ private:
+  static Buffer for_all(const Flags& f, int64_t value) {
+    return on_device(std::vector<int32_t>(f.batch, static_cast<int32_t>(value)));
+  }
+  // The map is of the first keys of every sample.
+  static Buffer first_keys(const Flags& f) {
+    std::vector<int32_t> ranges(2 * f.batch);
+    for (int64_t b = 0; b < f.batch; ++b) ranges[2 * b + 1] = static_cast<int32_t>(f.lr_side * f.lr_side);
+    return on_device(ranges);
+  }
+
+  AttentionInputs inputs(const Flags& f) const {
+    const int64_t d = f.head_dim;
+    const bool any_hr = f.selected > 0;
+    const Strides kv{.batch = f.kv_heads * f.keys * d, .head = f.keys * d, .row = d};
+    const Strides kv_hr{.batch = 0, .head = d, .row = f.kv_heads * d};
+    return {.dtype = dtype_of(f),
+            .batch = f.batch,
+            .heads = f.heads,
+            .kv_heads = f.kv_heads,
+            .queries = f.queries,
+            .keys = f.keys,
+            .head_dim = d,
+            .scale = 1 / std::sqrt(static_cast<double>(d)),
+            .q = q_.as(),
+            .k = k_.as(),
+            .v = v_.as(),
+            .q_strides = {.batch = f.heads * f.queries * d, .head = f.queries * d, .row = d},
+            .k_strides = kv,
+            .v_strides = kv,
+            .kv_start = kv_start_.as<int32_t>(),
+            .kv_len = kv_len_.as<int32_t>(),
+            .key_mask = nullptr,
+            .pool = f.batch * f.selected,
+            .selected = f.selected,
+            .k_hr = any_hr ? k_hr_.as() : nullptr,
+            .v_hr = any_hr ? v_hr_.as() : nullptr,
+            .k_hr_strides = kv_hr,
+            .v_hr_strides = kv_hr,
+            .hr_slots = any_hr ? hr_slots_.as<int32_t>() : nullptr,
+            .hr_count = any_hr ? hr_count_.as<int32_t>() : nullptr,
+            .rows = 1,
+            .hr_from = any_hr ? hr_from_.as<int32_t>() : nullptr,
+            .hr_rows = nullptr,
+            .hr_row_bits = nullptr,
+            .alpha = nullptr};
+  }
+
+  Buffer q_, k_, v_, k_hr_, v_hr_, kv_start_, kv_len_, hr_slots_, hr_count_, hr_from_, map_ranges_;
+  Buffer out_, lse_, lse_seq_, map_;
+  AttentionForwardParams params_;
+  Buffer workspace_;
+};
+
+Result attention(const Flags& f) {
+  const AttentionCase attention(f);
+  const double N = f.queries, hr_rows = f.hr_rows == "all" ? N : 1;
+  const double pairs = f.batch * f.heads * (N * (f.keys - N) + N * (N + 1) / 2 + hr_rows * f.selected);
+  return {attention.bytes(), 4.0 * f.head_dim * pairs, timed(f, [&] { attention.run(); })};
 }
 
 Result select(const Flags& f) {
@@ -80,35 +147,34 @@ Result select(const Flags& f) {
   std::vector<float> values(f.batch * cells);
   std::mt19937 generator(1);
   for (float& x : values)
-    x = std::pow(std::uniform_real_distribution<float>()(generator),
-                 27.f);  // 6 % of the cells stand out, the pool makes 4 of 10 of it
+    x = std::pow(std::uniform_real_distribution<float>()(generator), 27.f);  // selects 6 % of the cells, pooled 40 %
   std::vector<int32_t> rectangles;
   for (int64_t b = 0; b < f.batch; ++b)
     for (int64_t side : {int64_t{0}, int64_t{0}, f.lr_side, f.lr_side})
       rectangles.push_back(static_cast<int32_t>(side));
-  const Buffer map = on_device(values), live = on_device(rectangles);
+  const Buffer map = on_device(values), valid_rect = on_device(rectangles);
   const Buffer mask(f.batch * tokens), index(f.batch * tokens * 4), count(f.batch * 4),
       bits(f.batch * words_for_bits(tokens) * 4);
-  const SelectTokensParams p{DType::kFloat32,
-                             map.as(),
-                             live.as<int32_t>(),
-                             f.batch,
-                             1,
-                             1,
-                             f.lr_side,
-                             f.hr_side,
-                             f.pool,
-                             255.0,
-                             48.0,
-                             mask.as<bool>(),
-                             index.as<int32_t>(),
-                             count.as<int32_t>(),
-                             bits.as<int32_t>()};
-  const double bytes = map.bytes() + live.bytes() + mask.bytes() + index.bytes() + count.bytes() + bits.bytes();
+  const SelectTokensParams p{.dtype = DType::kFloat32,
+                             .map = map.as(),
+                             .valid_rect = valid_rect.as<int32_t>(),
+                             .batch = f.batch,
+                             .rows = 1,
+                             .images = 1,
+                             .lr_side = f.lr_side,
+                             .hr_side = f.hr_side,
+                             .pool_side = f.pool,
+                             .scale = 255.0,
+                             .threshold = 48.0,
+                             .mask = mask.as<bool>(),
+                             .index = index.as<int32_t>(),
+                             .count = count.as<int32_t>(),
+                             .row_bits = bits.as<int32_t>()};
+  const double bytes = map.bytes() + valid_rect.bytes() + mask.bytes() + index.bytes() + count.bytes() + bits.bytes();
   return {static_cast<double>(bytes), 0, timed(f, [&] { cuda::select_tokens(p, nullptr); })};
 }
 
-// Evenly spread over the high-resolution tokens, ascending: [B, M].
+// Tokens spread evenly over the high-resolution grid, ascending: [B, M].
 Buffer evenly_chosen(const Flags& f) {
   std::vector<int32_t> chosen(f.batch * f.selected);
   for (int64_t i = 0; i < f.batch * f.selected; ++i)
@@ -120,32 +186,40 @@ Result gather(const Flags& f) {
   const int64_t B = f.batch, T = f.hr_side * f.hr_side, M = f.selected, D = f.heads * f.head_dim;
   const DType dtype = dtype_of(f);
   const Buffer tokens = random(B * T * D, dtype, 1), index = evenly_chosen(f), rows(B * M * D * size_of(dtype));
-  const GatherTokensParams p{
-      static_cast<int64_t>(size_of(dtype)), B, T, M, D, index.as<int32_t>(), tokens.as(), T * D, D, rows.as()};
+  const GatherTokensParams p{.element_size = static_cast<int64_t>(size_of(dtype)),
+                             .batch = B,
+                             .tokens = T,
+                             .selected = M,
+                             .channels = D,
+                             .index = index.as<int32_t>(),
+                             .source = tokens.as(),
+                             .source_batch = T * D,
+                             .source_row = D,
+                             .result = rows.as()};
   return {2.0 * rows.bytes() + index.bytes(), 0, timed(f, [&] { cuda::gather_tokens(p, nullptr); })};
 }
 
-// After the first call every token has its slot: what a decode step asks whose selection stays.
+// After the first call every token has its slot, as in a decode step whose selection stays the same.
 Result assign(const Flags& f) {
   const int64_t B = f.batch, T = f.hr_side * f.hr_side, M = f.selected;
   const Buffer index = evenly_chosen(f), count = on_device(std::vector<int32_t>(B, static_cast<int32_t>(M)));
   const Buffer table = on_device(std::vector<int32_t>(B * T, -1)), next_free = on_device(std::vector<int32_t>{0});
   const Buffer slots(B * M * 4), new_tokens(B * M * 4), new_slots(B * M * 4), new_count(4), overflow(4);
-  const AssignSlotsParams p{B,
-                            B,
-                            T,
-                            M,
-                            B * T,
-                            index.as<int32_t>(),
-                            count.as<int32_t>(),
-                            table.as<int32_t>(),
-                            T,
-                            next_free.as<int32_t>(),
-                            slots.as<int32_t>(),
-                            new_tokens.as<int32_t>(),
-                            new_slots.as<int32_t>(),
-                            new_count.as<int32_t>(),
-                            overflow.as<int32_t>()};
+  const AssignSlotsParams p{.batch = B,
+                            .prompts = B,
+                            .tokens = T,
+                            .selected = M,
+                            .capacity = B * T,
+                            .index = index.as<int32_t>(),
+                            .count = count.as<int32_t>(),
+                            .table = table.as<int32_t>(),
+                            .table_batch = T,
+                            .next_free = next_free.as<int32_t>(),
+                            .slots = slots.as<int32_t>(),
+                            .new_tokens = new_tokens.as<int32_t>(),
+                            .new_slots = new_slots.as<int32_t>(),
+                            .new_count = new_count.as<int32_t>(),
+                            .overflow = overflow.as<int32_t>()};
   const double bytes =
       2.0 * index.bytes() + slots.bytes() + new_tokens.bytes() + new_slots.bytes();  // index, and as much of the table
   return {bytes, 0, timed(f, [&] { cuda::assign_slots(p, nullptr); })};
@@ -154,15 +228,29 @@ Result assign(const Flags& f) {
 Result write(const Flags& f) {
   const int64_t M = f.batch * f.selected, G = f.kv_heads, d = f.head_dim, row = G * d;
   const DType dtype = dtype_of(f);
-  std::vector<int32_t> places(M);
-  for (int64_t m = 0; m < M; ++m) places[m] = static_cast<int32_t>(m);
   const Buffer k = random(M * row, dtype, 1), v = random(M * row, dtype, 2), cos = random(M * d, dtype, 3),
                sin = random(M * d, dtype, 4);
-  const Buffer slots = on_device(places), k_pool(k.bytes()), v_pool(v.bytes());
+  const Buffer slots = ascending(M), k_pool(k.bytes()), v_pool(v.bytes());
   const Strides strides{0, d, row};
-  const WriteHrKvParams p{dtype,   dtype,    M,           G,           d,       M,       slots.as<int32_t>(),
-                          k.as(),  v.as(),   k_pool.as(), v_pool.as(), strides, strides, strides,
-                          strides, cos.as(), sin.as(),    d,           d};
+  const WriteHrKvParams p{.dtype = dtype,
+                          .table_dtype = dtype,
+                          .rows = M,
+                          .heads = G,
+                          .head_dim = d,
+                          .pool = M,
+                          .slots = slots.as<int32_t>(),
+                          .k = k.as(),
+                          .v = v.as(),
+                          .k_pool = k_pool.as(),
+                          .v_pool = v_pool.as(),
+                          .k_strides = strides,
+                          .v_strides = strides,
+                          .k_pool_strides = strides,
+                          .v_pool_strides = strides,
+                          .cos = cos.as(),
+                          .sin = sin.as(),
+                          .cos_row = d,
+                          .sin_row = d};
   const double bytes = 2.0 * (k.bytes() + v.bytes()) + cos.bytes() + sin.bytes() + slots.bytes();
   return {bytes, 0, timed(f, [&] { cuda::write_hr_kv(p, nullptr); })};
 }
@@ -217,7 +305,7 @@ int run(const Flags& f) {
   }
   int device = 0;
   check(cudaGetDevice(&device), "device");
-  // The kernels choose by compute capability, which this makes smaller than it is.
+  // The kernels choose by compute capability, which this lowers.
   if (f.path != "auto") setenv("FLEXATTN_CAPABILITY", f.path == "volta" ? "70" : "60", 1);
   Peaks peaks = peaks_of(device, f.dtype != "fp32");
   if (f.peak_gbs > 0) peaks.gbs = f.peak_gbs, peaks.how += "; given: " + std::to_string(f.peak_gbs) + " GB/s";

@@ -5,10 +5,10 @@
 namespace flexattn::cpu {
 
 void assign_slots(const AssignSlotsParams& p, Stream) {
-  const int64_t places = p.batch * p.selected;
-  std::fill_n(p.slots, places, -1);
-  std::fill_n(p.new_tokens, places, -1);
-  std::fill_n(p.new_slots, places, -1);
+  const int64_t entries = p.batch * p.selected;
+  std::fill_n(p.slots, entries, -1);
+  std::fill_n(p.new_tokens, entries, -1);
+  std::fill_n(p.new_slots, entries, -1);
   *p.new_count = *p.overflow = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t prompt = b / (p.batch / p.prompts);

@@ -1,5 +1,5 @@
-// What the forward and the backward pass over the tiles of an attention matrix share: which queries and keys make a
-// tile, how they are read, and who sees what.
+// What the forward and the backward pass over the tiles of an attention matrix share: which queries and keys form a
+// tile, how they are read, and which query sees which key.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -21,7 +21,7 @@ namespace flexattn::cpu {
 
 constexpr int64_t kTileQueries = 64;
 constexpr int64_t kTileKeys = 128;
-constexpr int64_t kFewRows = 4;  // up to here queries are handled one by one, beyond in lanes
+constexpr int64_t kFewRows = 4;  // up to this many queries are handled one by one, more of them in lanes
 
 template <typename T>
 struct Accumulator {
@@ -32,22 +32,22 @@ struct Accumulator<double> {
   using type = double;
 };
 
-// A row-major matrix whose rows stand ld elements apart.
+// A row-major matrix whose rows are ld elements apart.
 template <typename A>
 struct Matrix {
   const A* data;
   int64_t ld;
 };
 
-// Rows of a tensor (those that `slots` names, if given) as accumulator values: where they lie if they are of that type
-// and follow each other, as the slots of a sample usually do; else as a copy in `scratch`.
+// Return rows of a tensor (those listed in `slots`, if given) as accumulator values: in place if they are of that type
+// and contiguous, as the slots of a sample usually are; else as a copy in `scratch`.
 template <typename T, typename A>
 Matrix<A> read_rows(const T* data, int64_t stride, const int32_t* slots, int64_t rows, int64_t d,
                     std::vector<A>& scratch) {
   if (slots) {
-    bool in_a_row = true;
-    for (int64_t i = 1; i < rows; ++i) in_a_row &= slots[i] == slots[0] + i;
-    if (in_a_row) data += slots[0] * stride, slots = nullptr;
+    bool contiguous = true;
+    for (int64_t i = 1; i < rows; ++i) contiguous &= slots[i] == slots[0] + i;
+    if (contiguous) data += slots[0] * stride, slots = nullptr;
   }
   if constexpr (std::is_same_v<T, A>)
     if (!slots) return {data, stride};
@@ -56,8 +56,8 @@ Matrix<A> read_rows(const T* data, int64_t stride, const int32_t* slots, int64_t
   return {scratch.data(), d};
 }
 
-// Tasks of unequal size, each taken by the next free thread. They must not depend on each other: the result is then the
-// same whoever does them.
+// Run tasks of unequal size, each on the next free thread. They must be independent: then the result does not depend on
+// which thread runs which.
 template <typename Function>
 void for_each_task(int64_t tasks, const Function& function) {
   std::atomic<int64_t> next{0};
@@ -82,13 +82,19 @@ struct QueryRows {
   int64_t statistic(int64_t row) const { return (b * in.heads + head(row)) * in.queries + query(row); }  // in [B, H, N]
 };
 
-// A query row that sees HR keys, and its place in hr_rows (0 when the rows are not listed).
+// A query that sees HR keys, and its index in hr_rows (0 if the rows are not listed).
 struct HrRow {
   int64_t query;
-  int64_t listed;
+  int64_t hr_row;
 };
 
-// One sample's answers to "who sees what".
+// The same, for a row of a tile.
+struct HrTileRow {
+  int64_t row;
+  int64_t hr_row;
+};
+
+// Which query of one sample sees which key.
 struct Sample {
   const AttentionInputs& in;
   int64_t b;
@@ -101,13 +107,12 @@ struct Sample {
   const int32_t* slots() const { return in.hr_slots + b * in.selected; }
   double alpha() const { return in.alpha ? in.alpha[b] : 1.0; }
   const int32_t* key_bits() const { return in.key_mask ? in.key_mask + b * words_for_bits(in.keys) : nullptr; }
-  // The bits of the HR keys that a listed row sees; null = all.
-  const int32_t* row_bits(int64_t listed) const {
-    return in.hr_row_bits ? in.hr_row_bits + (b * in.rows + listed) * words_for_bits(in.selected) : nullptr;
+  // Which HR keys row r of hr_rows sees, as bits; null = all.
+  const int32_t* row_bits(int64_t r) const {
+    return in.hr_row_bits ? in.hr_row_bits + (b * in.rows + r) * words_for_bits(in.selected) : nullptr;
   }
 
-  // -inf into the logits of the keys j0 .. j0 + n that are hidden from some of the queries; `query` gives the query of
-  // a row, and they ascend.
+  // Hide those of the keys j0 .. j0 + n - 1 that a query does not see. query(row) must ascend.
   template <class Logits, typename Query>
   void hide_sequence_keys(Logits& logits, int64_t rows, const Query& query, int64_t j0, int64_t n) const {
     if (end_of_keys(query(0)) < j0 + n)
@@ -120,9 +125,9 @@ struct Sample {
   }
 
   template <class Logits>
-  void hide_hr_keys(Logits& logits, const std::vector<HrRow>& hr_rows, int64_t j0, int64_t n) const {
+  void hide_hr_keys(Logits& logits, const std::vector<HrTileRow>& hr_rows, int64_t j0, int64_t n) const {
     for (size_t i = 0; i < hr_rows.size(); ++i)
-      if (const int32_t* bits = row_bits(hr_rows[i].listed))
+      if (const int32_t* bits = row_bits(hr_rows[i].hr_row))
         for (int64_t j = 0; j < n; ++j)
           if (!bit(bits, j0 + j)) logits.hide(i, j);
   }
@@ -142,20 +147,20 @@ struct Sample {
   }
 };
 
-// Which of the rows of a tile see HR keys, and their places in it. `query` gives the query of a row; queries ascend.
+// Which rows of a tile see HR keys, given the queries of the sample that do. query(row) must ascend.
 template <typename Query>
-void hr_rows_of_tile(const std::vector<HrRow>& of_sample, int64_t rows, const Query& query, std::vector<HrRow>& hr_rows,
-                     std::vector<int64_t>& places) {
+std::vector<HrTileRow> hr_rows_of_tile(const std::vector<HrRow>& of_sample, int64_t rows, const Query& query) {
+  std::vector<HrTileRow> hr_rows;
   auto next = std::lower_bound(of_sample.begin(), of_sample.end(), query(0),
                                [](const HrRow& x, int64_t n) { return x.query < n; });
-  for (int64_t i = 0; i < rows; ++i) {
-    while (next != of_sample.end() && next->query < query(i)) ++next;
-    if (next == of_sample.end() || next->query != query(i)) continue;
-    hr_rows.push_back(*next);
-    places.push_back(i);
+  for (int64_t row = 0; row < rows; ++row) {
+    while (next != of_sample.end() && next->query < query(row)) ++next;
+    if (next != of_sample.end() && next->query == query(row)) hr_rows.push_back({row, next->hr_row});
   }
+  return hr_rows;
 }
 
+// Call function(T()) with the storage type.
 template <typename Function>
 void dispatch(DType dtype, const Function& function) {
   switch (dtype) {

@@ -1,4 +1,4 @@
-// N x (N+M) attention, forward: tiles of logits, an online softmax, and nothing of the size of the attention matrix.
+// N x (N+M) attention, forward: tiles of logits and an online softmax; nothing has the size of the attention matrix.
 
 #include <cmath>
 
@@ -7,9 +7,8 @@
 namespace flexattn::cpu {
 namespace {
 
-// Running softmax of a tile of queries: logits of the keys at hand, largest logit, sum of exponentials, unnormalised
-// output. Two layouts with one interface: many queries lie in lanes, [d, queries] and [keys, queries]; few are rows of
-// their own.
+// The online softmax of a tile of queries: logits of the current keys, max and sum so far, unnormalised output. Two
+// layouts with one interface: many queries lie in lanes, [d, queries] and [keys, queries]; few are rows of their own.
 template <typename A>
 class ManyQueries {
  public:
@@ -19,27 +18,27 @@ class ManyQueries {
         queries_(d * lanes_),
         logits_(kTileKeys * lanes_),
         out_(d * lanes_),
-        largest_(lanes_, -std::numeric_limits<A>::infinity()),
-        sum_(lanes_) {}
+        row_max_(lanes_, -std::numeric_limits<A>::infinity()),
+        row_sum_(lanes_) {}
 
   A& query(int64_t i, int64_t c) { return queries_[c * lanes_ + i]; }
   A& out(int64_t i, int64_t c) { return out_[c * lanes_ + i]; }
-  A& largest(int64_t i) { return largest_[i]; }
-  A& sum(int64_t i) { return sum_[i]; }
+  A& row_max(int64_t i) { return row_max_[i]; }
+  A& row_sum(int64_t i) { return row_sum_[i]; }
   A logit(int64_t i, int64_t j) const { return logits_[j * lanes_ + i]; }
   void hide(int64_t i, int64_t j) { logits_[j * lanes_ + i] = -std::numeric_limits<A>::infinity(); }
 
-  void meet(Matrix<A> keys, int64_t n) {
+  void multiply_keys(Matrix<A> keys, int64_t n) {
     multiply<A>(keys.data, keys.ld, 1, queries_.data(), lanes_, logits_.data(), lanes_, n, lanes_, d_, false);
   }
-  void absorb(Matrix<A> values, int64_t n) {
-    softmax_step(logits_.data(), n, lanes_, largest_.data(), sum_.data(), out_.data(), d_);
+  void update(Matrix<A> values, int64_t n) {
+    softmax_step(logits_.data(), n, lanes_, row_max_.data(), row_sum_.data(), out_.data(), d_);
     multiply<A>(values.data, 1, values.ld, logits_.data(), lanes_, out_.data(), lanes_, d_, lanes_, n, true);
   }
 
  private:
   int64_t d_, lanes_;
-  std::vector<A> queries_, logits_, out_, largest_, sum_;
+  std::vector<A> queries_, logits_, out_, row_max_, row_sum_;
 };
 
 template <typename A>
@@ -51,28 +50,28 @@ class FewQueries {
         queries_(rows * d),
         logits_(rows * kTileKeys),
         out_(rows * d),
-        largest_(rows, -std::numeric_limits<A>::infinity()),
-        sum_(rows) {}
+        row_max_(rows, -std::numeric_limits<A>::infinity()),
+        row_sum_(rows) {}
 
   A& query(int64_t i, int64_t c) { return queries_[i * d_ + c]; }
   A& out(int64_t i, int64_t c) { return out_[i * d_ + c]; }
-  A& largest(int64_t i) { return largest_[i]; }
-  A& sum(int64_t i) { return sum_[i]; }
+  A& row_max(int64_t i) { return row_max_[i]; }
+  A& row_sum(int64_t i) { return row_sum_[i]; }
   A logit(int64_t i, int64_t j) const { return logits_[i * kTileKeys + j]; }
   void hide(int64_t i, int64_t j) { logits_[i * kTileKeys + j] = -std::numeric_limits<A>::infinity(); }
 
-  void meet(Matrix<A> keys, int64_t n) {
+  void multiply_keys(Matrix<A> keys, int64_t n) {
     for (int64_t i = 0; i < rows_; ++i) dot_rows(&queries_[i * d_], keys.data, keys.ld, n, d_, &logits_[i * kTileKeys]);
   }
-  void absorb(Matrix<A> values, int64_t n) {
+  void update(Matrix<A> values, int64_t n) {
     for (int64_t i = 0; i < rows_; ++i)
-      softmax_step_of_row(&logits_[i * kTileKeys], n, &largest_[i], &sum_[i], &out_[i * d_], values.data, values.ld,
+      softmax_step_of_row(&logits_[i * kTileKeys], n, &row_max_[i], &row_sum_[i], &out_[i * d_], values.data, values.ld,
                           d_);
   }
 
  private:
   int64_t d_, rows_;
-  std::vector<A> queries_, logits_, out_, largest_, sum_;
+  std::vector<A> queries_, logits_, out_, row_max_, row_sum_;
 };
 
 template <typename T>
@@ -88,7 +87,7 @@ class Forward {
     const int64_t pairs = in_.batch * in_.kv_heads, rows = QueryRows{in_, 0, 0}.count();
     const int64_t tiles = (rows + kTileQueries - 1) / kTileQueries;
     for_each_task(pairs * tiles, [&](int64_t task) {
-      const int64_t tile = tiles - 1 - task / pairs;  // the last tiles see most keys: they go first
+      const int64_t tile = tiles - 1 - task / pairs;  // the last tiles see most keys, so they go first
       const QueryRows queries{in_, task % pairs / in_.kv_heads, task % pairs % in_.kv_heads};
       const int64_t first = tile * kTileQueries, count = std::min(kTileQueries, rows - first);
       count > kFewRows ? attend<ManyQueries<A>>(queries, first, count) : attend<FewQueries<A>>(queries, first, count);
@@ -128,69 +127,70 @@ class Forward {
     const int64_t end = sample.end_of_keys(query_of(rows - 1));
     for (int64_t j = sample.first_key(); j < end; j += kTileKeys) {
       const int64_t n = std::min(kTileKeys, end - j), ks = in_.k_strides.row, vs = in_.v_strides.row;
-      plain.meet(read_rows(k + j * ks, ks, nullptr, n, d_, scratch.keys), n);
+      plain.multiply_keys(read_rows(k + j * ks, ks, nullptr, n, d_, scratch.keys), n);
       sample.hide_sequence_keys(plain, rows, query_of, j, n);
       if (params_.images > 0) keep_logits(queries, first, rows, plain, j, n);
-      plain.absorb(read_rows(v + j * vs, vs, nullptr, n, d_, scratch.values), n);
+      plain.update(read_rows(v + j * vs, vs, nullptr, n, d_, scratch.values), n);
     }
 
     for (int64_t i = 0; i < rows; ++i) write_row(queries, first + i, plain, i, log_sum_exp(plain, i));
-    std::vector<HrRow> hr_rows;
-    std::vector<int64_t> places;
-    hr_rows_of_tile(hr_rows_[queries.b], rows, query_of, hr_rows, places);
+    const std::vector<HrTileRow> hr_rows = hr_rows_of_tile(hr_rows_[queries.b], rows, query_of);
     const int64_t count = hr_rows.size();
     if (count > kFewRows)
-      attend_hr<ManyQueries<A>>(queries, first, hr_rows, places, plain, scratch);
+      attend_hr<ManyQueries<A>>(queries, first, hr_rows, plain, scratch);
     else if (count > 0)
-      attend_hr<FewQueries<A>>(queries, first, hr_rows, places, plain, scratch);
+      attend_hr<FewQueries<A>>(queries, first, hr_rows, plain, scratch);
   }
 
-  // The queries that see HR keys go on from where the sequence left them.
+  // The queries that see HR keys continue from the state that the sequence left.
   template <class State, class Plain>
-  void attend_hr(const QueryRows& queries, int64_t first, const std::vector<HrRow>& hr_rows,
-                 const std::vector<int64_t>& places, Plain& plain, Scratch& scratch) {
+  void attend_hr(const QueryRows& queries, int64_t first, const std::vector<HrTileRow>& hr_rows, Plain& plain,
+                 Scratch& scratch) {
     const Sample sample{in_, queries.b};
     const int64_t rows = hr_rows.size();
     State full(rows, d_);
     for (int64_t i = 0; i < rows; ++i) {
-      full.largest(i) = plain.largest(places[i]);
-      full.sum(i) = plain.sum(places[i]);
+      const int64_t row = hr_rows[i].row;
+      full.row_max(i) = plain.row_max(row);
+      full.row_sum(i) = plain.row_sum(row);
       for (int64_t c = 0; c < d_; ++c) {
-        full.query(i, c) = plain.query(places[i], c);
-        full.out(i, c) = plain.out(places[i], c);
+        full.query(i, c) = plain.query(row, c);
+        full.out(i, c) = plain.out(row, c);
       }
     }
     const T* k = of_head(in_.k_hr, in_.k_hr_strides, 0, queries.kv_head);
     const T* v = of_head(in_.v_hr, in_.v_hr_strides, 0, queries.kv_head);
     for (int64_t j = 0; j < sample.hr_keys(); j += kTileKeys) {
       const int64_t n = std::min(kTileKeys, sample.hr_keys() - j);
-      full.meet(read_rows(k, in_.k_hr_strides.row, sample.slots() + j, n, d_, scratch.keys), n);
+      full.multiply_keys(read_rows(k, in_.k_hr_strides.row, sample.slots() + j, n, d_, scratch.keys), n);
       sample.hide_hr_keys(full, hr_rows, j, n);
-      full.absorb(read_rows(v, in_.v_hr_strides.row, sample.slots() + j, n, d_, scratch.values), n);
+      full.update(read_rows(v, in_.v_hr_strides.row, sample.slots() + j, n, d_, scratch.values), n);
     }
 
     const A alpha = static_cast<A>(sample.alpha());
     for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = hr_rows[i].row;
       if (alpha != A(1)) {
-        const A of_plain = (A(1) - alpha) * full.sum(i) * inverse(plain.sum(places[i]));
-        for (int64_t c = 0; c < d_; ++c) full.out(i, c) = alpha * full.out(i, c) + of_plain * plain.out(places[i], c);
+        const A of_plain = (A(1) - alpha) * full.row_sum(i) * inverse(plain.row_sum(row));
+        for (int64_t c = 0; c < d_; ++c) full.out(i, c) = alpha * full.out(i, c) + of_plain * plain.out(row, c);
       }
-      write_row(queries, first + places[i], full, i, log_sum_exp(plain, places[i]));
+      write_row(queries, first + row, full, i, log_sum_exp(plain, row));
     }
   }
 
-  // A sum of 0 belongs to a row that sees nothing; a NaN must show.
+  // The sum is 0 for a row that sees no key; a NaN must show.
   static A inverse(A sum) { return sum == 0 ? A(0) : A(1) / sum; }
   template <class State>
   static A log_sum_exp(State& state, int64_t i) {
-    return state.sum(i) == 0 ? -std::numeric_limits<A>::infinity() : state.largest(i) + std::log(state.sum(i));
+    if (state.row_sum(i) == 0) return -std::numeric_limits<A>::infinity();
+    return state.row_max(i) + std::log(state.row_sum(i));
   }
 
   template <class State>
   void write_row(const QueryRows& queries, int64_t row, State& state, int64_t i, A lse_seq) {
     const int64_t n = queries.query(row), head = queries.head(row);
     T* out = static_cast<T*>(params_.out) + ((queries.b * in_.queries + n) * in_.heads + head) * d_;
-    const A factor = inverse(state.sum(i));
+    const A factor = inverse(state.row_sum(i));
     for (int64_t c = 0; c < d_; ++c) out[c] = static_cast<T>(factor == 0 ? A(0) : state.out(i, c) * factor);
     static_cast<A*>(params_.lse)[queries.statistic(row)] = log_sum_exp(state, i);
     static_cast<A*>(params_.lse_seq)[queries.statistic(row)] = lse_seq;
@@ -207,12 +207,12 @@ class Forward {
           map_rows_[b * in_.queries + n] = r;
   }
 
-  // Logits of a row of the map in one head, over one image: [S*S] of the workspace [B, R, I, H, S*S].
+  // Logits [S*S] of a row of the map in one head over one image, in the workspace [B, R, I, H, S*S].
   A* kept_logits(int64_t b, int64_t r, int64_t image, int64_t head) const {
     return static_cast<A*>(params_.workspace) +
            (((b * in_.rows + r) * params_.images + image) * in_.heads + head) * params_.map_size;
   }
-  // The keys of an image that query n of a sample may see, from the image's first.
+  // Keys of an image: its first, and those that a query sees.
   struct Range {
     int64_t first, begin, end;
   };
@@ -237,7 +237,7 @@ class Forward {
     }
   }
 
-  // The heads summed in their order.
+  // Sum the heads in their order.
   void write_map(int64_t b, int64_t r, int64_t image) {
     A* map = static_cast<A*>(params_.map) + ((b * in_.rows + r) * params_.images + image) * params_.map_size;
     std::fill_n(map, params_.map_size, A(0));
@@ -258,7 +258,7 @@ class Forward {
   const AttentionInputs& in_;
   const int64_t d_;
   std::vector<std::vector<HrRow>> hr_rows_;
-  std::vector<int64_t> map_rows_;  // [B, N]: place of a query in the map, or -1
+  std::vector<int64_t> map_rows_;  // [B, N]: row of the map that a query has, or -1
 };
 
 }  // namespace

@@ -1,14 +1,15 @@
-// Gradients of N x (N+M) attention. Probabilities are computed again from the log-sum-exps, tile by tile.
+// Gradients of N x (N+M) attention. Probabilities are recomputed from the log-sum-exps, tile by tile.
 //
-//   out_i = sum_j w_ij v_j         w = (1 - alpha) P_seq + alpha P_full       (P_seq alone for a row that sees no HR
-//   key) dv_j += w_ij dout_i ds_ij = (1 - alpha) P_seq (dp_ij - E_seq) + alpha P_full (dp_ij - E_full)   with dp_ij =
-//   dout_i . v_j E     = sum_j P_ij dp_ij, found in a first pass over the tiles
+//   out_i  = sum_j w_ij v_j           w_ij  = (1 - alpha) P_seq + alpha P_full   (P_seq for a row that sees no HR key)
+//   dv_j  += w_ij dout_i              dp_ij = dout_i . v_j
+//   dk_j  += scale ds_ij q_i          ds_ij = (1 - alpha) P_seq (dp_ij - E_seq) + alpha P_full (dp_ij - E_full)
+//   dq_i  += scale ds_ij k_j          E     = sum_j P_ij dp_ij, found in a first pass over the tiles
 //
 // On the sequence keys P_full = share P_seq with share_i = exp(lse_seq_i - lse_i), so that both terms are one product
-// with P_seq; on the HR keys only the second is there.
+// with P_seq; on the HR keys there is only the second term.
 //
-// A task is one key/value head; it walks over the samples and tiles of queries in a fixed order, so that every sum,
-// also into a slot of the pool that several samples share, has one order.
+// A task is one key/value head. It walks over the samples and tiles of queries in a fixed order, so that every sum has
+// one order, including those into a pool slot that several samples share.
 
 #include <cmath>
 
@@ -17,7 +18,7 @@
 namespace flexattn::cpu {
 namespace {
 
-// Queries handled together, in lanes: what their probabilities are made of, and the gradients.
+// Queries handled together, in lanes: what their probabilities depend on, and the gradients.
 template <typename A>
 struct Tile {
   Tile(int64_t rows, int64_t d)
@@ -40,14 +41,14 @@ struct Tile {
     queries[c * lanes + i] = query_rows[i * columns + c] = query;
     grads[c * lanes + i] = grad_rows[i * columns + c] = grad;
   }
-  // Where there is nothing to see, +inf makes every probability 0.
+  // For a row that sees no key, +inf makes every probability 0.
   void set_lse(int64_t i, A value) {
     lse[i] = value == -std::numeric_limits<A>::infinity() ? std::numeric_limits<A>::infinity() : value;
   }
   void hide(int64_t i, int64_t j) { logits[j * lanes + i] = -std::numeric_limits<A>::infinity(); }
 
   // logits = q k^T and dp = dout v^T, both [n, lanes]
-  void meet(Matrix<A> keys, Matrix<A> values, int64_t n) {
+  void multiply_keys(Matrix<A> keys, Matrix<A> values, int64_t n) {
     multiply<A>(keys.data, keys.ld, 1, queries.data(), lanes, logits.data(), lanes, n, lanes, d, false);
     multiply<A>(values.data, values.ld, 1, grads.data(), lanes, dp.data(), lanes, n, lanes, d, false);
   }
@@ -124,37 +125,44 @@ class Backward {
   void tile(const Sample& sample, const QueryRows& queries, int64_t first, int64_t rows, KeyGradients& sequence,
             KeyGradients& hr) {
     Tile<A> all = read_tile(queries, first, rows);
-    std::vector<HrRow> hr_rows;
-    std::vector<int64_t> places;
-    hr_rows_of_tile(hr_rows_[sample.b], rows, [&](int64_t i) { return queries.query(first + i); }, hr_rows, places);
-    Tile<A> seeing = part(all, queries, first, places);
+    const std::vector<HrTileRow> hr_rows =
+        hr_rows_of_tile(hr_rows_[sample.b], rows, [&](int64_t i) { return queries.query(first + i); });
+    Tile<A> seeing = rows_seeing_hr(all, queries, first, hr_rows);
 
     Scratch scratch;
     walk_sequence(sample, queries, first, all, scratch, nullptr);
-    const A alpha = static_cast<A>(sample.alpha());
     std::fill_n(all.weight.begin(), rows, A(1));
-    if (!places.empty()) {
+    if (!hr_rows.empty()) {
       walk_hr(sample, queries.kv_head, hr_rows, seeing, scratch, nullptr);
-      for (size_t i = 0; i < places.size(); ++i) {
-        const int64_t place = places[i];
-        const A share = std::isinf(all.lse[place]) ? A(0) : std::exp(all.lse[place] - seeing.lse[i]);
-        const A e_seq = all.expectation[place], e_full = seeing.expectation[i] + share * e_seq;
-        all.weight[place] = (A(1) - alpha) + alpha * share;
-        all.expectation[place] = (A(1) - alpha) * e_seq + alpha * share * e_full;
-        seeing.weight[i] = alpha;
-        seeing.expectation[i] = alpha * e_full;
-      }
+      mix_expectations(static_cast<A>(sample.alpha()), hr_rows, all, seeing);
       walk_hr(sample, queries.kv_head, hr_rows, seeing, scratch, &hr);
     }
     walk_sequence(sample, queries, first, all, scratch, &sequence);
 
-    for (size_t i = 0; i < places.size(); ++i)
+    for (size_t i = 0; i < hr_rows.size(); ++i)
       for (int64_t c = 0; c < d_; ++c)
-        all.grad_queries[c * all.lanes + places[i]] += seeing.grad_queries[c * seeing.lanes + i];
-    for (int64_t i = 0; i < rows; ++i) {
+        all.grad_queries[c * all.lanes + hr_rows[i].row] += seeing.grad_queries[c * seeing.lanes + i];
+    write_grad_queries(queries, first, all);
+  }
+
+  // Turn the sums of both passes into the weights and expectations of the gradient, for the rows that see HR keys.
+  void mix_expectations(A alpha, const std::vector<HrTileRow>& hr_rows, Tile<A>& all, Tile<A>& seeing) const {
+    for (size_t i = 0; i < hr_rows.size(); ++i) {
+      const int64_t row = hr_rows[i].row;
+      const A share = std::isinf(all.lse[row]) ? A(0) : std::exp(all.lse[row] - seeing.lse[i]);
+      const A e_seq = all.expectation[row], e_full = seeing.expectation[i] + share * e_seq;
+      all.weight[row] = (A(1) - alpha) + alpha * share;
+      all.expectation[row] = (A(1) - alpha) * e_seq + alpha * share * e_full;
+      seeing.weight[i] = alpha;
+      seeing.expectation[i] = alpha * e_full;
+    }
+  }
+
+  void write_grad_queries(const QueryRows& queries, int64_t first, const Tile<A>& tile) const {
+    for (int64_t i = 0; i < tile.rows; ++i) {
       T* grad_q = static_cast<T*>(params_.grad_q) + queries.statistic(first + i) * d_;
       for (int64_t c = 0; c < d_; ++c)
-        grad_q[c] = static_cast<T>(all.grad_queries[c * all.lanes + i] * static_cast<A>(in_.scale));
+        grad_q[c] = static_cast<T>(tile.grad_queries[c * tile.lanes + i] * static_cast<A>(in_.scale));
     }
   }
 
@@ -172,18 +180,20 @@ class Backward {
     return tile;
   }
 
-  // The queries of a tile that see HR keys, with the log-sum-exp over all their keys.
-  Tile<A> part(const Tile<A>& tile, const QueryRows& queries, int64_t first, const std::vector<int64_t>& places) const {
-    Tile<A> result(places.size(), d_);
-    for (size_t i = 0; i < places.size(); ++i) {
+  // The rows of a tile that see HR keys, with the log-sum-exp over all their keys.
+  Tile<A> rows_seeing_hr(const Tile<A>& tile, const QueryRows& queries, int64_t first,
+                         const std::vector<HrTileRow>& hr_rows) const {
+    Tile<A> result(hr_rows.size(), d_);
+    for (size_t i = 0; i < hr_rows.size(); ++i) {
+      const int64_t row = hr_rows[i].row;
       for (int64_t c = 0; c < d_; ++c)
-        result.set(i, c, tile.query_rows[places[i] * columns_ + c], tile.grad_rows[places[i] * columns_ + c]);
-      result.set_lse(i, static_cast<const A*>(params_.lse)[queries.statistic(first + places[i])]);
+        result.set(i, c, tile.query_rows[row * columns_ + c], tile.grad_rows[row * columns_ + c]);
+      result.set_lse(i, static_cast<const A*>(params_.lse)[queries.statistic(first + row)]);
     }
     return result;
   }
 
-  // Over the tiles of keys: towards the expectation, or, where there is a place for them, the gradients.
+  // Walk over the tiles of keys; sum the expectation or, if `grads` is given, the gradients.
   void walk_sequence(const Sample& sample, const QueryRows& queries, int64_t first, Tile<A>& tile, Scratch& scratch,
                      KeyGradients* grads) {
     const auto query_of = [&](int64_t i) { return queries.query(first + i); };
@@ -194,7 +204,7 @@ class Backward {
     for (int64_t j = sample.first_key(); j < end; j += kTileKeys) {
       const int64_t n = std::min(kTileKeys, end - j);
       const Matrix<A> keys = read_rows(k + j * ks.row, ks.row, nullptr, n, d_, scratch.keys);
-      tile.meet(keys, read_rows(v + j * vs.row, vs.row, nullptr, n, d_, scratch.values), n);
+      tile.multiply_keys(keys, read_rows(v + j * vs.row, vs.row, nullptr, n, d_, scratch.values), n);
       sample.hide_sequence_keys(tile, tile.rows, query_of, j, n);
       if (grads)
         tile.add_gradients(keys, n, &grads->k[j * columns_], &grads->v[j * columns_]);
@@ -203,7 +213,7 @@ class Backward {
     }
   }
 
-  void walk_hr(const Sample& sample, int64_t kv_head, const std::vector<HrRow>& hr_rows, Tile<A>& tile,
+  void walk_hr(const Sample& sample, int64_t kv_head, const std::vector<HrTileRow>& hr_rows, Tile<A>& tile,
                Scratch& scratch, KeyGradients* grads) {
     const T* k = static_cast<const T*>(in_.k_hr) + kv_head * in_.k_hr_strides.head;
     const T* v = static_cast<const T*>(in_.v_hr) + kv_head * in_.v_hr_strides.head;
@@ -211,7 +221,7 @@ class Backward {
       const int64_t n = std::min(kTileKeys, sample.hr_keys() - j);
       const int32_t* slots = sample.slots() + j;
       const Matrix<A> keys = read_rows(k, in_.k_hr_strides.row, slots, n, d_, scratch.keys);
-      tile.meet(keys, read_rows(v, in_.v_hr_strides.row, slots, n, d_, scratch.values), n);
+      tile.multiply_keys(keys, read_rows(v, in_.v_hr_strides.row, slots, n, d_, scratch.values), n);
       sample.hide_hr_keys(tile, hr_rows, j, n);
       if (grads)
         tile.add_gradients(keys, n, &grads->k[j * columns_], &grads->v[j * columns_]);

@@ -14,26 +14,26 @@ namespace {
 
 // The cells of the S x S grid that one map chooses.
 template <typename A>
-void choose_cells(const SelectTokensParams& p, const A* map, const int32_t* live, std::vector<uint8_t>& cells) {
+void choose_cells(const SelectTokensParams& p, const A* map, const int32_t* valid_rect, std::vector<uint8_t>& cells) {
   const int64_t S = p.lr_side;
   const auto value = [&](int64_t y, int64_t x) {
-    const bool inside = live[0] <= y && y < live[2] && live[1] <= x && x < live[3];
+    const bool inside = valid_rect[0] <= y && y < valid_rect[2] && valid_rect[1] <= x && x < valid_rect[3];
     return inside ? map[y * S + x] : A(0);
   };
-  A lowest = std::numeric_limits<A>::infinity(), highest = -lowest;
-  bool is_number = true;
+  A low = std::numeric_limits<A>::infinity(), high = -low;
+  bool has_nan = false;
   for (int64_t y = 0; y < S; ++y)
     for (int64_t x = 0; x < S; ++x) {
       const A a = value(y, x);
-      is_number &= a == a;
-      lowest = std::min(lowest, a);
-      highest = std::max(highest, a);
+      has_nan |= a != a;
+      low = std::min(low, a);
+      high = std::max(high, a);
     }
-  const A range = highest - lowest, scale = static_cast<A>(p.scale), threshold = static_cast<A>(p.threshold);
+  const A range = high - low, scale = static_cast<A>(p.scale), threshold = static_cast<A>(p.threshold);
   cells.assign(S * S, 0);
-  if (!is_number) return;
+  if (has_nan) return;
   for (int64_t y = 0; y < S; ++y)  // a constant map gives 0 / 0, which is above no threshold
-    for (int64_t x = 0; x < S; ++x) cells[y * S + x] = (value(y, x) - lowest) / range * scale > threshold;
+    for (int64_t x = 0; x < S; ++x) cells[y * S + x] = (value(y, x) - low) / range * scale > threshold;
 }
 
 // Adaptive max-pool S x S -> P x P.
@@ -46,29 +46,23 @@ void pool_cells(int64_t S, int64_t P, std::vector<uint8_t>& cells) {
   cells.swap(pooled);
 }
 
-template <typename A>
-void select_sample(const SelectTokensParams& p, int64_t b) {
-  const int64_t S = p.lr_side, h = p.hr_side, side = p.pool_side ? p.pool_side : S, tokens = p.images * h * h;
-  const float ratio = static_cast<float>(side) / static_cast<float>(h);
-  std::vector<int64_t> source(h);
-  for (int64_t i = 0; i < h; ++i) source[i] = std::min<int64_t>(std::floor(static_cast<float>(i) * ratio), side - 1);
+// For each row or column of the HR grid, the nearest one of a grid of `side`, as torch computes it in float32.
+std::vector<int64_t> nearest_cells(int64_t side, int64_t hr_side) {
+  const float ratio = static_cast<float>(side) / static_cast<float>(hr_side);
+  std::vector<int64_t> nearest(hr_side);
+  for (int64_t i = 0; i < hr_side; ++i)
+    nearest[i] = std::min<int64_t>(std::floor(static_cast<float>(i) * ratio), side - 1);
+  return nearest;
+}
 
-  bool* masks = p.mask + b * p.rows * tokens;
-  std::vector<uint8_t> cells;
-  for (int64_t r = 0; r < p.rows; ++r)
-    for (int64_t i = 0; i < p.images; ++i) {
-      const A* map = static_cast<const A*>(p.map) + ((b * p.rows + r) * p.images + i) * S * S;
-      choose_cells(p, map, p.live + (b * p.images + i) * 4, cells);
-      if (p.pool_side) pool_cells(S, side, cells);
-      bool* mask = masks + r * tokens + i * h * h;
-      for (int64_t y = 0; y < h; ++y)
-        for (int64_t x = 0; x < h; ++x) mask[y * h + x] = cells[source[y] * side + source[x]];
-    }
-
+// index, count and row_bits of sample b, from its masks.
+void compact_tokens(const SelectTokensParams& p, int64_t b) {
+  const int64_t tokens = p.images * p.hr_side * p.hr_side, words = words_for_bits(tokens);
+  const bool* masks = p.mask + b * p.rows * tokens;  // [R, tokens]
   int32_t* index = p.index + b * tokens;
-  int32_t* bits = p.row_bits + b * p.rows * words_for_bits(tokens);
+  int32_t* bits = p.row_bits + b * p.rows * words;
   std::fill_n(index, tokens, -1);
-  std::fill_n(bits, p.rows * words_for_bits(tokens), 0);
+  std::fill_n(bits, p.rows * words, 0);
   int64_t count = 0;
   for (int64_t t = 0; t < tokens; ++t) {
     bool any = false;
@@ -76,10 +70,26 @@ void select_sample(const SelectTokensParams& p, int64_t b) {
     if (!any) continue;
     for (int64_t r = 0; r < p.rows; ++r)
       if (masks[r * tokens + t])
-        bits[r * words_for_bits(tokens) + count / kBitsPerWord] |= static_cast<int32_t>(1u << (count % kBitsPerWord));
+        bits[r * words + count / kBitsPerWord] |= static_cast<int32_t>(1u << (count % kBitsPerWord));
     index[count++] = static_cast<int32_t>(t);
   }
   p.count[b] = static_cast<int32_t>(count);
+}
+
+template <typename A>
+void select_sample(const SelectTokensParams& p, int64_t b) {
+  const int64_t S = p.lr_side, h = p.hr_side, side = p.pool_side ? p.pool_side : S, maps = p.rows * p.images;
+  const std::vector<int64_t> nearest = nearest_cells(side, h);
+  std::vector<uint8_t> cells;
+  for (int64_t item = b * maps; item < (b + 1) * maps; ++item) {  // over [B, R, I]
+    const int64_t image = item % p.images;
+    choose_cells(p, static_cast<const A*>(p.map) + item * S * S, p.valid_rect + (b * p.images + image) * 4, cells);
+    if (p.pool_side) pool_cells(S, side, cells);
+    bool* mask = p.mask + item * h * h;
+    for (int64_t y = 0; y < h; ++y)
+      for (int64_t x = 0; x < h; ++x) mask[y * h + x] = cells[nearest[y] * side + nearest[x]];
+  }
+  compact_tokens(p, b);
 }
 
 }  // namespace

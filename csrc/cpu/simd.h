@@ -1,5 +1,5 @@
-// One source, several instruction sets: kernels are written once with the compiler's vector types, compiled for each
-// machine of the list below, and the best one is chosen when they are called.
+// One source, several instruction sets: kernels are written once with the compiler's vector types and compiled for each
+// machine below; the call picks the best one that the CPU has.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace flexattn::cpu {
 
-// Rows and columns of a block that stays in registers: `height` rows of `width` vectors of `bytes` each.
+// A block in registers has `height` rows of `width` vectors of `bytes` each.
 template <int bytes_, int height_, int width_>
 struct Machine {
   static constexpr int bytes = bytes_, height = height_, width = width_;
@@ -65,8 +65,8 @@ inline int best_machine() {
 }
 #endif
 
-// Kernel::run<Machine>(arguments...) on the best machine. `run` and all that it calls must be FLEXATTN_INLINE: only
-// what is inlined into these functions is compiled for their instruction set.
+// Call Kernel::run<Machine>(arguments...) for the best machine. `run` and everything it calls must be FLEXATTN_INLINE:
+// only what is inlined here is compiled for that instruction set.
 template <class Kernel, typename... Arguments>
 void run_best(Arguments... arguments) {
 #if defined(__x86_64__)

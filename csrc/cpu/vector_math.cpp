@@ -10,8 +10,8 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------------ exponential
 
-// exp for x <= 0, relative error below 2e-7: 2^n * 2^f with n the nearest integer to x * log2(e), and 2^f by its Taylor
-// polynomial on |f| <= 1/2. Below -87 the result is 0, which also holds for -inf; NaN stays NaN.
+// exp(x) for x <= 0, relative error below 2e-7: 2^n * 2^f with n the integer nearest to x * log2(e), and 2^f by its
+// Taylor polynomial on |f| <= 1/2. The result is 0 below -87, so for -inf too; NaN stays NaN.
 template <class M>
 FLEXATTN_INLINE Vector<float, M> exp_of_nonpositive(Vector<float, M> x) {
   using V = Vector<float, M>;
@@ -42,20 +42,20 @@ FLEXATTN_INLINE Vector<double, M> exp_of_nonpositive(Vector<double, M> x) {
 }
 
 template <class V>
-FLEXATTN_INLINE V larger(V x, V y) {
+FLEXATTN_INLINE V max_of(V x, V y) {
   return x > y ? x : y;
 }
 
-// What is subtracted before the exponential: the largest logit, or 0 where none is finite (-inf - -inf is no number).
+// What is subtracted before the exponential: row_max, or 0 if no key was seen, since -inf - -inf is NaN.
 template <typename A, class V>
-FLEXATTN_INLINE V shift_of(V largest) {
+FLEXATTN_INLINE V reference_of(V row_max) {
   const V nothing = V{} - std::numeric_limits<A>::infinity();
-  return largest == nothing ? V{} : largest;
+  return row_max == nothing ? V{} : row_max;
 }
 
 // -------------------------------------------------------------------------------------------------------- products
 
-// A block of `rows` x `width` vectors of c, which stays in registers while k runs.
+// A block of `rows` x `width` vectors of c that stays in registers while k runs.
 template <class M, int rows, int width, typename A>
 FLEXATTN_INLINE void multiply_block(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c,
                                     int64_t ldc, int64_t k, bool accumulate) {
@@ -98,8 +98,7 @@ struct Multiply {
   }
 };
 
-// Memory that a row far from its neighbour lies in is asked for this many rows ahead: hardware fetches ahead within a
-// page.
+// Rows are prefetched this many ahead: a row may be far from the one before, and hardware prefetches within a page.
 constexpr int64_t kRowsAhead = 12;
 template <typename A>
 FLEXATTN_INLINE void prefetch_row(const A* row, int64_t d) {
@@ -114,7 +113,7 @@ FLEXATTN_INLINE A sum_of_lanes(Vector<A, M> x) {
   return sum;
 }
 
-// Four rows at a time, so that four sums are under way.
+// Four rows at a time, for four independent sums.
 struct DotRows {
   template <class M, int rows, typename A>
   static FLEXATTN_INLINE void some(const A* x, const A* y, int64_t ld, int64_t d, A* out) {
@@ -144,22 +143,22 @@ struct DotRows {
 
 struct SoftmaxStep {
   template <class M, typename A>
-  static FLEXATTN_INLINE void run(A* logits, int64_t keys, int64_t lanes, A* largest, A* sum, A* out, int64_t d) {
+  static FLEXATTN_INLINE void run(A* logits, int64_t keys, int64_t lanes, A* row_max, A* row_sum, A* out, int64_t d) {
     using V = Vector<A, M>;
     for (int64_t i = 0; i < lanes; i += VectorOf<A, M>::lanes) {
-      const V before = load<M>(largest + i);
-      V highest = before;
-      for (int64_t j = 0; j < keys; ++j) highest = larger(highest, load<M>(logits + j * lanes + i));
-      const V shift = shift_of<A>(highest), shrink = exp_of_nonpositive<M>(before - shift);
-      V total = load<M>(sum + i) * shrink;
+      const V before = load<M>(row_max + i);
+      V after = before;
+      for (int64_t j = 0; j < keys; ++j) after = max_of(after, load<M>(logits + j * lanes + i));
+      const V reference = reference_of<A>(after), rescale = exp_of_nonpositive<M>(before - reference);
+      V total = load<M>(row_sum + i) * rescale;
       for (int64_t j = 0; j < keys; ++j) {
-        const V p = exp_of_nonpositive<M>(load<M>(logits + j * lanes + i) - shift);
+        const V p = exp_of_nonpositive<M>(load<M>(logits + j * lanes + i) - reference);
         total += p;
         store<M>(logits + j * lanes + i, p);
       }
-      for (int64_t c = 0; c < d; ++c) store<M>(out + c * lanes + i, load<M>(out + c * lanes + i) * shrink);
-      store<M>(largest + i, highest);
-      store<M>(sum + i, total);
+      for (int64_t c = 0; c < d; ++c) store<M>(out + c * lanes + i, load<M>(out + c * lanes + i) * rescale);
+      store<M>(row_max + i, after);
+      store<M>(row_sum + i, total);
     }
   }
 };
@@ -221,30 +220,38 @@ FLEXATTN_INLINE void add_weighted(const A* weight, const A* rows, int64_t ld, in
   for (int v = 0; v < width; ++v) store<M>(out + v * lanes, sum[v]);
 }
 
+// The max of x and n logits.
+template <class M, typename A>
+FLEXATTN_INLINE A max_of_row(const A* logits, int64_t n, A x) {
+  constexpr int64_t lanes = VectorOf<A, M>::lanes;
+  Vector<A, M> of_lanes = Vector<A, M>{} + x;
+  int64_t j = 0;
+  for (; j + lanes <= n; j += lanes) of_lanes = max_of(of_lanes, load<M>(logits + j));
+  for (int64_t i = 0; i < lanes; ++i) x = max_of(x, A(of_lanes[i]));
+  for (; j < n; ++j) x = max_of(x, logits[j]);
+  return x;
+}
+
 struct SoftmaxStepOfRow {
   template <class M, typename A>
-  static FLEXATTN_INLINE void run(A* logits, int64_t keys, A* largest, A* sum, A* out, const A* values, int64_t ld,
+  static FLEXATTN_INLINE void run(A* logits, int64_t keys, A* row_max, A* row_sum, A* out, const A* values, int64_t ld,
                                   int64_t d) {
     constexpr int64_t lanes = VectorOf<A, M>::lanes;
-    A highest = *largest;
-    int64_t j = 0;
-    Vector<A, M> highest_lanes = Vector<A, M>{} + highest;
-    for (; j + lanes <= keys; j += lanes) highest_lanes = larger(highest_lanes, load<M>(logits + j));
-    for (int64_t i = 0; i < lanes; ++i) highest = larger(highest, A(highest_lanes[i]));
-    for (; j < keys; ++j) highest = larger(highest, logits[j]);
-    if (highest == -std::numeric_limits<A>::infinity()) return;  // nothing seen so far
-    if (highest > *largest) {
-      const A shrink = std::exp(*largest - highest);
-      *sum *= shrink;
-      for (int64_t c = 0; c < d; ++c) out[c] *= shrink;
-      *largest = highest;
+    const A after = max_of_row<M>(logits, keys, *row_max);
+    if (after == -std::numeric_limits<A>::infinity()) return;  // no key seen so far
+    if (after > *row_max) {
+      const A rescale = std::exp(*row_max - after);
+      *row_sum *= rescale;
+      for (int64_t c = 0; c < d; ++c) out[c] *= rescale;
+      *row_max = after;
     }
-    ExpShifted::run<M>(logits, keys, highest);
+    ExpShifted::run<M>(logits, keys, after);
+    int64_t j = 0;
     Vector<A, M> total = {};
-    for (j = 0; j + lanes <= keys; j += lanes) total += load<M>(logits + j);
+    for (; j + lanes <= keys; j += lanes) total += load<M>(logits + j);
     A rest = sum_of_lanes<M, A>(total);
     for (; j < keys; ++j) rest += logits[j];
-    *sum += rest;
+    *row_sum += rest;
 
     int64_t c = 0;
     for (; c + 4 * lanes <= d; c += 4 * lanes) add_weighted<M, 4>(logits, values + c, ld, keys, out + c);
@@ -265,7 +272,7 @@ FLEXATTN_INLINE float from_bits(uint32_t bits) {
 FLEXATTN_INLINE float widen(float x) { return x; }
 FLEXATTN_INLINE double widen(double x) { return x; }
 FLEXATTN_INLINE float widen(c10::BFloat16 x) { return from_bits(static_cast<uint32_t>(x.x) << 16); }
-// Moves the exponent and the fraction to their places; the product corrects the exponent's bias, also of subnormals.
+// Shift exponent and fraction into position; the product corrects the bias of the exponent, of subnormals too.
 FLEXATTN_INLINE float widen(c10::Half x) {
   const uint32_t bits = static_cast<uint32_t>(x.x), magnitude = bits & 0x7fffu;
   const float finite = from_bits(magnitude << 13) * 0x1p112f;
@@ -296,8 +303,8 @@ void multiply(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t l
   run_best<Multiply>(a, a_row, a_column, b, ldb, c, ldc, m, n, k, accumulate);
 }
 template <typename A>
-void softmax_step(A* logits, int64_t keys, int64_t lanes, A* largest, A* sum, A* out, int64_t d) {
-  run_best<SoftmaxStep>(logits, keys, lanes, largest, sum, out, d);
+void softmax_step(A* logits, int64_t keys, int64_t lanes, A* row_max, A* row_sum, A* out, int64_t d) {
+  run_best<SoftmaxStep>(logits, keys, lanes, row_max, row_sum, out, d);
 }
 template <typename A>
 void add_expectation(const A* logits, const A* dp, int64_t keys, int64_t lanes, const A* lse, A* expectation) {
@@ -309,8 +316,9 @@ void logit_gradients(A* logits, A* dp, int64_t keys, int64_t lanes, const A* lse
   run_best<LogitGradients>(logits, dp, keys, lanes, lse, weight, expectation);
 }
 template <typename A>
-void softmax_step_of_row(A* logits, int64_t keys, A* largest, A* sum, A* out, const A* values, int64_t ld, int64_t d) {
-  run_best<SoftmaxStepOfRow>(logits, keys, largest, sum, out, values, ld, d);
+void softmax_step_of_row(A* logits, int64_t keys, A* row_max, A* row_sum, A* out, const A* values, int64_t ld,
+                         int64_t d) {
+  run_best<SoftmaxStepOfRow>(logits, keys, row_max, row_sum, out, values, ld, d);
 }
 template <typename A>
 void dot_rows(const A* x, const A* rows, int64_t ld, int64_t n, int64_t d, A* out) {

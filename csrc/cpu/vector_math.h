@@ -1,7 +1,7 @@
-// The arithmetic of tiles. A tile of logits is held transposed, [keys, queries]: the queries lie beside each other in
-// the lanes of a vector, so that a softmax over the keys needs no sum across lanes, and a product needs no tile
-// transposed but that of the queries. A call with few queries would leave most lanes empty; for it there are functions
-// that work along the head dimension instead (dot_rows, add_weighted_rows). Everything comes in float and double.
+// The arithmetic of tiles. A tile of logits is stored transposed, [keys, queries]: the queries lie side by side in the
+// lanes of a vector, so that a softmax over the keys needs no sum across lanes, and only the queries have to be
+// transposed. A call with few queries would leave most lanes empty; dot_rows and softmax_step_of_row work along the
+// head dimension instead. Everything comes in float and double.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -11,35 +11,35 @@
 
 namespace flexattn::cpu {
 
-// Lanes are handled in groups of this many: dimensions that lie in lanes are padded to a multiple.
+// Dimensions that lie in lanes are padded to a multiple of this.
 constexpr int64_t kLaneGroup = 16;
 constexpr int64_t padded(int64_t n) { return (n + kLaneGroup - 1) / kLaneGroup * kLaneGroup; }
 
 // c[m, n] = (accumulate ? c[m, n] : 0) + sum over k of a(m, k) b[k, n], where a(m, k) = a[m * a_row + k * a_column] and
-// the rows of b and c stand ldb and ldc apart. n is a multiple of kLaneGroup.
+// the rows of b and c are ldb and ldc apart. n is a multiple of kLaneGroup.
 template <typename A>
 void multiply(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c, int64_t ldc, int64_t m,
               int64_t n, int64_t k, bool accumulate);
 
-// One step of the online softmax of `lanes` queries: turns their logits [keys, lanes] into exp(logit - largest), and
-// updates each lane's largest logit, sum of exponentials and output [d, lanes]. A lane without a finite logit gives
-// zeros.
+// One step of the online softmax of `lanes` queries: turn their logits [keys, lanes] into exp(logit - row_max), and
+// update each lane's row_max, row_sum and output [d, lanes]. A lane without a finite logit gives zeros.
 template <typename A>
-void softmax_step(A* logits, int64_t keys, int64_t lanes, A* largest, A* sum, A* out, int64_t d);
+void softmax_step(A* logits, int64_t keys, int64_t lanes, A* row_max, A* row_sum, A* out, int64_t d);
 
-// The backward pass computes the probabilities p = exp(logit - lse) [keys, lanes] again, where lse = +inf gives zeros.
-// First it adds each lane's sum over the keys of p * dp to `expectation`.
+// The backward pass recomputes the probabilities p = exp(logit - lse) [keys, lanes]; lse = +inf gives zeros. First add
+// each lane's sum over the keys of p * dp to `expectation`.
 template <typename A>
 void add_expectation(const A* logits, const A* dp, int64_t keys, int64_t lanes, const A* lse, A* expectation);
-// Then it turns the logits into weight * p, and dp into the logits' gradient, p * (weight * dp - expectation).
+// Then turn the logits into weight * p, and dp into the gradient of the logits, p * (weight * dp - expectation).
 template <typename A>
 void logit_gradients(A* logits, A* dp, int64_t keys, int64_t lanes, const A* lse, const A* weight,
                      const A* expectation);
 
-// softmax_step for a single query, whose logits [keys] and output [d] are dense; it adds the values' part of the output
-// as well. Row j of the values is values[j * ld].
+// softmax_step for a single query with dense logits [keys] and output [d], which also adds the values under the new
+// weights to the output. Row j of the values is values[j * ld].
 template <typename A>
-void softmax_step_of_row(A* logits, int64_t keys, A* largest, A* sum, A* out, const A* values, int64_t ld, int64_t d);
+void softmax_step_of_row(A* logits, int64_t keys, A* row_max, A* row_sum, A* out, const A* values, int64_t ld,
+                         int64_t d);
 
 // out[j] = x . rows[j * ld] for n rows of d elements.
 template <typename A>

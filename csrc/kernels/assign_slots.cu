@@ -1,4 +1,4 @@
-// One block walks over the selected tokens of the batch in order, so that slots are numbered the same at every run.
+// One block walks over the selected tokens of the batch in order, so that every run numbers the slots alike.
 
 #include "flexattn/assign_slots.h"
 #include "require.cuh"
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads) number_new_tokens(AssignSlotsParams 
   const int64_t free = *p.next_free;
   require("assign_slots: next_free", free, 0, p.capacity);
   const int64_t left = p.capacity - free;
-  int64_t wanted = 0;  // new tokens so far, those that found no slot among them
+  int64_t wanted = 0;  // new tokens so far, including those that found the pool full
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t count = p.count[b];
     require("assign_slots: count", count, 0, p.selected);

@@ -1,273 +1,354 @@
 // N x (N+M) attention for few query rows (decoding), bound by the bandwidth with which K and V are read.
 //
-// Split-KV: the keys of a sample, first those of the sequence, then the high-resolution ones, are cut into chunks; a
-// block takes one chunk of one key head for every query row and head that reads it, and leaves (largest logit, sum,
-// output) per row in the workspace. A chunk never holds keys of both kinds, so the softmax over the sequence alone
-// falls out. A second kernel puts the chunks together in their order, and makes the map of the logits that the first
-// one left. No tensor cores: at one query row there is one multiplication for each number read.
+// Split-KV: the keys of a sample, first those of the sequence, then the high-resolution ones, are cut into chunks. A
+// block takes one chunk of one key head, for every query row and head that reads it, and leaves the softmax state and
+// the output of each row in the workspace. A chunk never holds keys of both kinds, so the softmax over the sequence
+// alone falls out. A second kernel merges the chunks in their order, and makes the map from the logits that the first
+// one kept. No tensor cores: with one query row there is one multiplication per number read.
 
 #include "attention_decode.h"
-#include "visibility.cuh"
+#include "attention_map.cuh"
+#include "vector.cuh"
 
 namespace flexattn::cuda {
 namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kLeastChunk = 64, kMostChunk = 256;
-constexpr int64_t kWantedBlocks =
-    320;  // four for each of a V100's 80 multiprocessors, which hold two or three at a time
+constexpr int kMinChunk = 64, kMaxChunk = 256;
+// Four for each of a V100's 80 multiprocessors, which hold two or three at a time.
+constexpr int64_t kWantedBlocks = 320;
 
 constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
 
 // ------------------------------------------------------------------------------------------------ what goes where
 
-// A softmax over some of the keys.
-struct alignas(8) Statistics {
-  float largest, sum;  // sum of exp(logit - largest)
-
-  // What logits are taken relative to; 0 where nothing was seen, as exp(-inf - -inf) is no number.
-  __device__ float base() const { return largest == minus_infinity<float>() ? 0.f : largest; }
-  __device__ float log_sum_exp() const { return sum == 0.f ? minus_infinity<float>() : largest + logf(sum); }
-};
+using Softmax = SoftmaxState<float>;
 
 // How the keys are cut, from upper bounds that the host knows, and where the parts are in the workspace.
 struct Splits {
-  int chunk;               // keys in a split
-  int sequence, all;       // splits of the sequence; with the HR keys'
-  float* outputs;          // [B, H, N, all, d], relative to the largest logit; not written where the sum is 0
-  Statistics* statistics;  // [B, H, N, all]
-  float* logits;           // [B, R, H, Nk] of the rows that have a map, or null
+  int chunk;          // keys in a split
+  int sequence, all;  // splits of the sequence; of sequence and HR keys
+  float* outputs;     // [B, H, N, all, d], not normalised; not written where the row sees no key of the split
+  Softmax* softmax;   // [B, H, N, all]
+  float* logits;      // [B, R, H, Nk] of the rows that have a map, or null
   int64_t bytes;
 
   explicit Splits(const AttentionForwardParams& p) {
     const AttentionInputs& in = p.in;
-    for (chunk = kMostChunk;; chunk /= 2) {
+    for (chunk = kMaxChunk;; chunk /= 2) {
       sequence = static_cast<int>(blocks_for(in.keys, chunk));
       all = sequence + static_cast<int>(in.k_hr ? blocks_for(in.selected, chunk) : 0);
-      if (chunk == kLeastChunk || in.batch * in.kv_heads * all >= kWantedBlocks) break;
+      if (chunk == kMinChunk || in.batch * in.kv_heads * all >= kWantedBlocks) break;
     }
     const int64_t parts = in.batch * in.heads * in.queries * all;
     outputs = static_cast<float*>(p.workspace);
-    statistics = reinterpret_cast<Statistics*>(outputs + parts * in.head_dim);
-    logits = p.images ? reinterpret_cast<float*>(statistics + parts) : nullptr;
-    bytes = parts * (in.head_dim * sizeof(float) + sizeof(Statistics));
+    softmax = reinterpret_cast<Softmax*>(outputs + parts * in.head_dim);
+    logits = p.images ? reinterpret_cast<float*>(softmax + parts) : nullptr;
+    bytes = parts * (in.head_dim * sizeof(float) + sizeof(Softmax));
     if (p.images) bytes += in.batch * in.rows * in.heads * in.keys * sizeof(float);
   }
-};
 
-// 16 bytes of a row: what a lane reads at once.
-template <typename T>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(T);
-  T values[kSize];
+  __device__ float* logits_of(const AttentionInputs& in, int64_t b, int64_t r, int64_t head) const {
+    return logits + ((b * in.rows + r) * in.heads + head) * in.keys;
+  }
 };
 
 // A key is read by a group of lanes, one vector each; groups take keys in turn, a batch of them in flight at a time.
 template <typename T, int kDim>
 struct Groups {
-  static constexpr int kUsedLanes = kDim / Vector<T>::kSize;
-  static constexpr int kLanes = power_of_two_from(kUsedLanes);
+  static constexpr int kChannels = kVectorBytes / sizeof(T);  // of a lane
+  static constexpr int kLanes = power_of_two_from(kDim / kChannels);
   static constexpr int kCount = kThreads / kLanes;
-  static constexpr int kBatch = kLeastChunk / kCount < 8 ? kLeastChunk / kCount : 8;
+  static constexpr int kBatch = kMinChunk / kCount < 8 ? kMinChunk / kCount : 8;
+
+  static __device__ int lane_in_group() { return threadIdx.x % kLanes; }
+  static __device__ int group() { return threadIdx.x / kLanes; }
+  static __device__ int first_channel() { return lane_in_group() * kChannels; }
+  static __device__ bool has_channels() { return first_channel() < kDim; }
+  static __device__ int key(int first, int i) { return first + i * kCount + group(); }  // of the batch from `first` on
+};
+
+// What a block reads: keys begin .. end - 1 of one kind.
+struct Chunk {
+  int64_t b, kv_head, split;
+  bool hr;
+  int begin, end;
 };
 
 // What a block knows of a query row.
 struct Row {
-  int64_t at;           // in [B, H, N]
-  int end;              // one past the last key of the chunk's kind that it may see
+  int64_t index;        // in [B, H, N]
+  int end;              // one past the last key of the chunk's kind that the row may see
   const int32_t* bits;  // which HR keys it sees; null = all
-  float* logits;        // [Nk], or null
+  float* logits;        // [Nk], to keep for the map, or null
 };
 
-template <int kDim, int kRows, int kGroups>
+template <typename T, int kDim, int kRows>
 struct Shared {
-  float query[kRows][kDim];  // times scale
+  static constexpr int kGroups = Groups<T, kDim>::kCount;
+  float query[kRows][kDim];  // times scale and log2(e): products with keys are logits in base 2
   float outputs[kRows][kGroups][kDim];
-  Statistics statistics[kRows][kGroups];
+  Softmax softmax[kRows][kGroups];
   Row rows[kRows];
-  int places[kMostChunk];  // row of K and V of each key in the chunk; -1 = masked
+  int key_rows[kMaxChunk];  // row of K and V of each key in the chunk; -1 = masked
 };
 
-// ------------------------------------------------------------------------------------------------------ a chunk
+// A batch of keys and their values, in registers.
+template <typename T, int kDim>
+struct Batch {
+  using G = Groups<T, kDim>;
+  int first;               // key i of the lane's group is G::key(first, i)
+  int key_row[G::kBatch];  // -1: not seen by any row
+  Vector<T, G::kChannels> k[G::kBatch], v[G::kBatch];
+};
 
-// Place of row n in the map, or -1. Asked by a whole warp.
-__device__ int64_t map_row(const AttentionForwardParams& p, int64_t b, int64_t n) {
-  return p.in.hr_rows ? place_of_row(p.in, b, n) : n == p.in.queries - 1 ? 0 : -1;
+// --------------------------------------------------------------------------------------------- before the keys pass
+
+__device__ Chunk chunk_of_block(const AttentionInputs& in, const Splits& s) {
+  Chunk chunk;
+  chunk.split = blockIdx.x % s.all;
+  chunk.kv_head = blockIdx.x / s.all % in.kv_heads;
+  chunk.b = blockIdx.x / s.all / in.kv_heads;
+  chunk.hr = chunk.split >= s.sequence;
+  const int64_t first = (chunk.hr ? chunk.split - s.sequence : chunk.split) * s.chunk;
+  const int64_t end = chunk.hr ? hr_keys(in, chunk.b) : end_of_keys(in, chunk.b, in.queries - 1);
+  chunk.begin = static_cast<int>(chunk.hr ? first : max(first, first_key(in, chunk.b)));
+  chunk.end = static_cast<int>(min(first + s.chunk, end));
+  return chunk;
 }
 
-// Asked by a whole warp.
-__device__ Row describe_row(const AttentionForwardParams& p, const Splits& s, int64_t b, int64_t head, int64_t n,
-                            bool hr) {
-  const AttentionInputs& in = p.in;
+__device__ void list_key_rows(const AttentionInputs& in, const Chunk& chunk, int* key_rows) {
+  for (int j = chunk.begin + threadIdx.x; j < chunk.end; j += kThreads)
+    key_rows[j - chunk.begin] = static_cast<int>(chunk.hr ? slot(in, chunk.b, j) : unmasked(in, chunk.b, j) ? j : -1);
+}
+
+// Called by a whole warp.
+__device__ Row describe_row(const AttentionInputs& in, const Splits& s, const Chunk& chunk, int64_t head, int64_t n) {
+  const int64_t b = chunk.b;
   Row row{(b * in.heads + head) * in.queries + n, 0, nullptr, nullptr};
-  if (hr) {
-    const int64_t listed = listed_row(in, b, n);
-    if (listed < 0) return row;
+  if (chunk.hr) {
+    const int64_t r = hr_row_of_query(in, b, n);
+    if (r < 0) return row;
     row.end = static_cast<int>(hr_keys(in, b));
-    row.bits = row_bits(in, b, listed);
+    row.bits = row_bits(in, b, r);
   } else {
     row.end = static_cast<int>(end_of_keys(in, b, n));
-    const int64_t place = s.logits ? map_row(p, b, n) : -1;
-    if (place >= 0) row.logits = s.logits + ((b * in.rows + place) * in.heads + head) * in.keys;
+    const int64_t r = s.logits ? map_row_of_query(in, b, n) : -1;
+    if (r >= 0) row.logits = s.logits_of(in, b, r, head);
   }
   return row;
+}
+
+// Rows first .. first + count - 1 of those that read the chunk's key head.
+template <typename T, int kDim, int kRows>
+__device__ void load_rows(const AttentionInputs& in, const Splits& s, const Chunk& chunk, int64_t first, int count,
+                          Shared<T, kDim, kRows>& shared) {
+  const float scale = static_cast<float>(in.scale * kLog2e);
+  for (int r = warp_in_block(); r < count; r += kWarps) {
+    const int64_t n = (first + r) % in.queries;
+    const int64_t head = chunk.kv_head * (in.heads / in.kv_heads) + (first + r) / in.queries;
+    const Row row = describe_row(in, s, chunk, head, n);
+    if (lane() == 0) shared.rows[r] = row;
+    const T* q = row_of<T>(in.q, in.q_strides, chunk.b, head, n);
+    for (int c = lane(); c < kDim; c += kWarp) shared.query[r][c] = scale * widen(q[c]);
+  }
+}
+
+// One past the last key of the chunk that any of the rows may see.
+template <typename T, int kDim, int kRows>
+__device__ int end_of_chunk(const Chunk& chunk, const Shared<T, kDim, kRows>& shared, int count) {
+  int end = 0;
+  for (int r = 0; r < count; ++r) end = max(end, shared.rows[r].end);
+  return min(end, chunk.end);
+}
+
+// -------------------------------------------------------------------------------------------- the steps of the loop
+
+// A lane's channels of rows of keys or values.
+template <typename T>
+struct LaneRows {
+  const T* data;
+  int64_t stride;
+};
+
+template <typename T, int kDim>
+__device__ LaneRows<T> lane_rows(const Chunk& chunk, const void* data, const Strides& strides) {
+  using G = Groups<T, kDim>;
+  const T* rows = row_of<T>(data, strides, chunk.hr ? 0 : chunk.b, chunk.kv_head, 0);
+  return {rows + (G::has_channels() ? G::first_channel() : 0), strides.row};
+}
+
+// Loads are unconditional, so that all of them are in flight; what stands in for a hidden key is never used.
+template <typename T, int kDim>
+__device__ __forceinline__ void load_batch(const Chunk& chunk, const int* key_rows, int end, const LaneRows<T>& keys,
+                                           const LaneRows<T>& values, Batch<T, kDim>& batch) {
+  using G = Groups<T, kDim>;
+#pragma unroll
+  for (int i = 0; i < G::kBatch; ++i) {
+    const int j = G::key(batch.first, i);
+    batch.key_row[i] = j < end ? key_rows[j - chunk.begin] : -1;
+  }
+#pragma unroll
+  for (int i = 0; i < G::kBatch; ++i)
+    batch.k[i] = load<G::kChannels>(keys.data + max(batch.key_row[i], 0) * keys.stride);
+#pragma unroll
+  for (int i = 0; i < G::kBatch; ++i)
+    batch.v[i] = load<G::kChannels>(values.data + max(batch.key_row[i], 0) * values.stride);
+}
+
+// Every lane of a group ends with the logits of the group's keys.
+template <typename T, int kDim>
+__device__ __forceinline__ void multiply_keys(const Batch<T, kDim>& batch, const float* query,
+                                              float (&logit)[Groups<T, kDim>::kBatch]) {
+  using G = Groups<T, kDim>;
+#pragma unroll
+  for (int i = 0; i < G::kBatch; ++i) {
+    logit[i] = 0.f;
+#pragma unroll
+    for (int c = 0; c < G::kChannels; ++c)
+      if (G::has_channels()) logit[i] += query[G::first_channel() + c] * widen(batch.k[i].element[c]);
+  }
+#pragma unroll
+  for (int step = G::kLanes / 2; step > 0; step /= 2)
+#pragma unroll
+    for (int i = 0; i < G::kBatch; ++i) logit[i] += __shfl_xor_sync(kAllLanes, logit[i], step);
+}
+
+// Hide what the row does not see, and keep the other logits if the row has a map: lane i of a group keeps key i.
+template <typename T, int kDim>
+__device__ __forceinline__ void mask_and_keep_logits(const Batch<T, kDim>& batch, const Row& row,
+                                                     float (&logit)[Groups<T, kDim>::kBatch]) {
+  using G = Groups<T, kDim>;
+#pragma unroll
+  for (int i = 0; i < G::kBatch; ++i) {
+    const int j = G::key(batch.first, i);
+    const bool seen = batch.key_row[i] >= 0 && j < row.end && (!row.bits || bit(row.bits, j));
+    if (!seen) logit[i] = minus_infinity<float>();
+    if (seen && row.logits && G::lane_in_group() == i) row.logits[j] = logit[i];
+  }
+}
+
+// Take the batch into the softmax and the output of a row.
+template <typename T, int kDim>
+__device__ __forceinline__ void softmax_step(const Batch<T, kDim>& batch, const float (&logit)[Groups<T, kDim>::kBatch],
+                                             Softmax& softmax, float (&output)[Groups<T, kDim>::kChannels]) {
+  using G = Groups<T, kDim>;
+  float max_logit = minus_infinity<float>();
+#pragma unroll
+  for (int i = 0; i < G::kBatch; ++i) max_logit = fmax(max_logit, logit[i]);
+  const float rescale = softmax.raise_max(max_logit);
+#pragma unroll
+  for (int c = 0; c < G::kChannels; ++c) output[c] *= rescale;
+#pragma unroll
+  for (int i = 0; i < G::kBatch; ++i) {
+    const float weight = softmax.weight(logit[i]);
+    softmax.row_sum += weight;
+    if (weight == 0.f) continue;  // a NaN in the values of a hidden key stays hidden
+#pragma unroll
+    for (int c = 0; c < G::kChannels; ++c) output[c] += weight * widen(batch.v[i].element[c]);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ after the loop
+
+template <typename T, int kDim, int kRows>
+__device__ __forceinline__ void store_groups(const Softmax (&softmax)[kRows],
+                                             const float (&output)[kRows][Groups<T, kDim>::kChannels],
+                                             Shared<T, kDim, kRows>& shared) {
+  using G = Groups<T, kDim>;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (G::lane_in_group() == 0) shared.softmax[r][G::group()] = softmax[r];
+#pragma unroll
+    for (int c = 0; c < G::kChannels; ++c)
+      if (G::has_channels()) shared.outputs[r][G::group()][G::first_channel() + c] = output[r][c];
+  }
+}
+
+// Merge the groups, in their order, into the workspace; a thread per channel.
+template <typename T, int kDim, int kRows>
+__device__ void merge_groups(const Splits& s, const Chunk& chunk, const Shared<T, kDim, kRows>& shared, int count) {
+  constexpr int kGroups = Groups<T, kDim>::kCount;
+  const int c = threadIdx.x < kDim ? threadIdx.x : 0;
+  for (int r = 0; r < count; ++r) {
+    Softmax total;
+    for (int g = 0; g < kGroups; ++g) total.row_max = fmax(total.row_max, shared.softmax[r][g].row_max);
+    float output = 0.f;
+    for (int g = 0; g < kGroups; ++g) {
+      total.merge(shared.softmax[r][g]);
+      output += total.weight(shared.softmax[r][g].row_max) * shared.outputs[r][g][c];
+    }
+    const int64_t part = shared.rows[r].index * s.all + chunk.split;
+    if (threadIdx.x == 0) s.softmax[part] = total;
+    if (threadIdx.x < kDim && total.row_sum != 0.f) s.outputs[part * kDim + c] = output;
+  }
 }
 
 template <typename T, int kDim, int kRows>
 __global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2) attention_splits(AttentionForwardParams p, Splits s) {
   using G = Groups<T, kDim>;
-  constexpr int kChannels = Vector<T>::kSize, kBatch = G::kBatch;
-  auto& shared = *shared_memory<Shared<kDim, kRows, G::kCount>>();
+  auto& shared = *shared_memory<Shared<T, kDim, kRows>>();
   const AttentionInputs& in = p.in;
-  const int64_t split = blockIdx.x % s.all, group = blockIdx.x / s.all % in.kv_heads,
-                b = blockIdx.x / s.all / in.kv_heads;
-  const int64_t heads = in.heads / in.kv_heads, rows = heads * in.queries;
-  const bool hr = split >= s.sequence;
+  const Chunk chunk = chunk_of_block(in, s);
+  list_key_rows(in, chunk, shared.key_rows);
+  const auto keys =
+      chunk.hr ? lane_rows<T, kDim>(chunk, in.k_hr, in.k_hr_strides) : lane_rows<T, kDim>(chunk, in.k, in.k_strides);
+  const auto values =
+      chunk.hr ? lane_rows<T, kDim>(chunk, in.v_hr, in.v_hr_strides) : lane_rows<T, kDim>(chunk, in.v, in.v_strides);
 
-  const int64_t from = (hr ? split - s.sequence : split) * s.chunk;
-  const int begin = static_cast<int>(hr ? from : max(from, first_key(in, b)));
-  const int end = static_cast<int>(min(from + s.chunk, hr ? hr_keys(in, b) : end_of_keys(in, b, in.queries - 1)));
-  for (int j = begin + threadIdx.x; j < end; j += kThreads)
-    shared.places[j - begin] = static_cast<int>(hr ? slot(in, b, j) : unmasked(in, b, j) ? j : -1);
-
-  const int channel = threadIdx.x % G::kLanes * kChannels, first = threadIdx.x / G::kLanes;
-  const bool used = channel < kDim;
-  const Strides& k_strides = hr ? in.k_hr_strides : in.k_strides;
-  const Strides& v_strides = hr ? in.v_hr_strides : in.v_strides;
-  const int64_t sample = hr ? 0 : b, k_row = k_strides.row, v_row = v_strides.row;
-  const T* keys = row_of<T>(hr ? in.k_hr : in.k, k_strides, sample, group, 0) + (used ? channel : 0);
-  const T* values = row_of<T>(hr ? in.v_hr : in.v, v_strides, sample, group, 0) + (used ? channel : 0);
-
-  // More than kRows rows: the chunk is read again, now from the cache.
+  // With more than kRows rows the chunk is read again, now from the cache.
+  const int64_t rows = in.heads / in.kv_heads * in.queries;
   for (int64_t row0 = 0; row0 < rows; row0 += kRows) {
-    const int here = static_cast<int>(min(rows - row0, static_cast<int64_t>(kRows)));
-    for (int r = warp_in_block(); r < here; r += kWarps) {
-      const int64_t n = (row0 + r) % in.queries, head = group * heads + (row0 + r) / in.queries;
-      const Row row = describe_row(p, s, b, head, n, hr);
-      if (lane() == 0) shared.rows[r] = row;
-      const T* q = row_of<T>(in.q, in.q_strides, b, head, n);
-      for (int c = lane(); c < kDim; c += kWarp) shared.query[r][c] = static_cast<float>(in.scale) * widen(q[c]);
-    }
+    const int count = static_cast<int>(min(rows - row0, static_cast<int64_t>(kRows)));
+    load_rows(in, s, chunk, row0, count, shared);
     __syncthreads();
-    int stop = 0;  // one past the last key that any of these rows may see
-    for (int r = 0; r < here; ++r) stop = max(stop, shared.rows[r].end);
-    stop = min(stop, end);
 
-    Statistics softmax[kRows];
-    float output[kRows][kChannels];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      softmax[r] = {minus_infinity<float>(), 0.f};
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) output[r][c] = 0.f;
-    }
-
-    for (int j0 = begin; j0 < stop; j0 += kBatch * G::kCount) {
-      int place[kBatch];
-      Vector<T> k[kBatch], v[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int j = j0 + i * G::kCount + first;
-        place[i] = j < stop ? shared.places[j - begin] : -1;
-      }
-      // Without conditions, so that all of them are in flight: what stands in for a hidden key is never used.
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) k[i] = *reinterpret_cast<const Vector<T>*>(keys + max(place[i], 0) * k_row);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) v[i] = *reinterpret_cast<const Vector<T>*>(values + max(place[i], 0) * v_row);
-
+    Softmax softmax[kRows];
+    float output[kRows][G::kChannels] = {};
+    const int end = end_of_chunk(chunk, shared, count);
+    Batch<T, kDim> batch;
+    for (batch.first = chunk.begin; batch.first < end; batch.first += G::kBatch * G::kCount) {
+      load_batch(chunk, shared.key_rows, end, keys, values, batch);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        if (r >= here || shared.rows[r].end <= j0) continue;
+        if (r >= count || shared.rows[r].end <= batch.first) continue;
         const Row row = shared.rows[r];
-        float logit[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          logit[i] = 0.f;
-#pragma unroll
-          for (int c = 0; c < kChannels; ++c)
-            if (used) logit[i] += shared.query[r][channel + c] * widen(k[i].values[c]);
-        }
-#pragma unroll
-        for (int step = G::kLanes / 2; step > 0; step /= 2)
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i) logit[i] += __shfl_xor_sync(kAllLanes, logit[i], step);
-
-        float highest = softmax[r].largest;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const int j = j0 + i * G::kCount + first;
-          const bool seen = place[i] >= 0 && j < row.end && (!row.bits || bit(row.bits, j));
-          if (!seen) logit[i] = minus_infinity<float>();
-          if (seen && row.logits && threadIdx.x % G::kLanes == i) row.logits[j] = logit[i];
-          highest = larger(highest, logit[i]);
-        }
-        const float before = softmax[r].largest;
-        softmax[r].largest = highest;
-        const float base = softmax[r].base(), shrink = expf(before - base);
-        softmax[r].sum *= shrink;
-#pragma unroll
-        for (int c = 0; c < kChannels; ++c) output[r][c] *= shrink;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const float weight = expf(logit[i] - base);
-          softmax[r].sum += weight;
-          if (weight == 0.f) continue;  // a NaN in the values of a hidden key stays hidden
-#pragma unroll
-          for (int c = 0; c < kChannels; ++c) output[r][c] += weight * widen(v[i].values[c]);
-        }
+        float logit[G::kBatch];
+        multiply_keys(batch, shared.query[r], logit);
+        mask_and_keep_logits(batch, row, logit);
+        softmax_step(batch, logit, softmax[r], output[r]);
       }
     }
 
-    // The groups together, in their order.
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (threadIdx.x % G::kLanes == 0) shared.statistics[r][first] = softmax[r];
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c)
-        if (used) shared.outputs[r][first][channel + c] = output[r][c];
-    }
+    store_groups(softmax, output, shared);
     __syncthreads();
-    for (int r = 0; r < here; ++r) {
-      Statistics total{minus_infinity<float>(), 0.f};
-      float sum = 0.f;
-      const int c = threadIdx.x < kDim ? threadIdx.x : 0;
-      for (int g = 0; g < G::kCount; ++g) total.largest = larger(total.largest, shared.statistics[r][g].largest);
-      for (int g = 0; g < G::kCount; ++g) {
-        const float factor = expf(shared.statistics[r][g].largest - total.base());
-        total.sum += factor * shared.statistics[r][g].sum;
-        sum += factor * shared.outputs[r][g][c];
-      }
-      const int64_t part = shared.rows[r].at * s.all + split;
-      if (threadIdx.x == 0) s.statistics[part] = total;
-      if (threadIdx.x < kDim && total.sum != 0.f) s.outputs[part * kDim + c] = sum;
-    }
+    merge_groups(s, chunk, shared, count);
     __syncthreads();
   }
 }
 
 // ------------------------------------------------------------------------------------------- all chunks of a row
 
-// The softmax over splits [0, count) of a row. Asked by a whole warp.
-__device__ Statistics merge(const Statistics* parts, int count) {
-  Statistics total{minus_infinity<float>(), 0.f};
-  for (int i = lane(); i < count; i += kWarp) total.largest = larger(total.largest, parts[i].largest);
-  total.largest = warp_max(total.largest);
-  for (int i = lane(); i < count; i += kWarp) total.sum += parts[i].sum * expf(parts[i].largest - total.base());
-  total.sum = warp_sum(total.sum);
+// The softmax over splits 0 .. count - 1 of a row. Called by a whole warp.
+__device__ Softmax merge_splits(const Softmax* parts, int count) {
+  Softmax total;
+  for (int i = lane(); i < count; i += kWarp) total.row_max = fmax(total.row_max, parts[i].row_max);
+  total.row_max = warp_max(total.row_max);
+  for (int i = lane(); i < count; i += kWarp) total.merge(parts[i]);
+  total.row_sum = warp_sum(total.row_sum);
   return total;
 }
 
-// out, lse and lse_seq of one row: a block, whose threads take a channel each.
+// out, lse and lse_seq of a row: a block, with a thread per channel.
 template <typename T>
 __device__ void combine_row(const AttentionForwardParams& p, const Splits& s, int64_t row) {
   const AttentionInputs& in = p.in;
   const int64_t n = row % in.queries, head = row / in.queries % in.heads, b = row / in.queries / in.heads,
                 c = threadIdx.x;
-  const Statistics* parts = s.statistics + row * s.all;
-  const Statistics all = merge(parts, s.all), sequence = merge(parts, s.sequence);
-  const float alpha = listed_row(in, b, n) >= 0 ? mixing<float>(in, b) : 1.f;
+  const Softmax* parts = s.softmax + row * s.all;
+  const Softmax all = merge_splits(parts, s.all), sequence = merge_splits(parts, s.sequence);
+  const float alpha = hr_row_of_query(in, b, n) >= 0 ? mixing<float>(in, b) : 1.f;
   if (c == 0) {
     static_cast<float*>(p.lse)[row] = all.log_sum_exp();
     static_cast<float*>(p.lse_seq)[row] = sequence.log_sum_exp();
@@ -276,44 +357,36 @@ __device__ void combine_row(const AttentionForwardParams& p, const Splits& s, in
   float full = 0.f, plain = 0.f;
 #pragma unroll 8
   for (int i = 0; i < s.all; ++i) {
-    const Statistics part = parts[i];
-    const float output = part.sum == 0.f ? 0.f : s.outputs[(row * s.all + i) * in.head_dim + c];
-    full += expf(part.largest - all.base()) * output;
-    if (i < s.sequence) plain += expf(part.largest - sequence.base()) * output;
+    const Softmax part = parts[i];
+    const float output = part.row_sum == 0.f ? 0.f : s.outputs[(row * s.all + i) * in.head_dim + c];
+    full += all.weight(part.row_max) * output;
+    if (i < s.sequence) plain += sequence.weight(part.row_max) * output;
   }
-  full = all.sum == 0.f ? 0.f : full / all.sum;
-  plain = sequence.sum == 0.f ? 0.f : plain / sequence.sum;
+  full = all.average(full);
+  plain = sequence.average(plain);
   static_cast<T*>(p.out)[((b * in.queries + n) * in.heads + head) * in.head_dim + c] =
       narrow<T>(alpha == 1.f ? full : alpha * full + (1.f - alpha) * plain);
 }
 
-// map[b, r, i, cell] = sum over heads, in their order, of exp(logit - lse): a block per kThreads cells of a row of the
-// map.
+// Cells of the map: a block per kThreads cells of one of its rows.
 __device__ void combine_map(const AttentionForwardParams& p, const Splits& s, int64_t block) {
   const AttentionInputs& in = p.in;
-  const int64_t cells = p.images * p.map_size, blocks = (cells + kThreads - 1) / kThreads;
-  const int64_t at = block % blocks * kThreads + threadIdx.x, r = block / blocks % in.rows,
-                b = block / blocks / in.rows;
-  const int64_t n = in.hr_rows ? row_at(in, b, r) : in.queries - 1;
+  const int64_t cells = p.images * p.map_size, blocks = blocks_for(cells, kThreads), map_row = block / blocks;
+  const int64_t b = map_row / in.rows, n = query_of_map_row(in, b, map_row % in.rows);
+  // p.lse is written by other blocks of this launch.
   float* lse = shared_memory<float>();  // [H]
   for (int64_t head = warp_in_block(); n >= 0 && head < in.heads; head += kWarps) {
-    const Statistics* parts = s.statistics + ((b * in.heads + head) * in.queries + n) * s.all;
-    const float value = merge(parts, p.map_over_all ? s.all : s.sequence).log_sum_exp();
+    const Softmax* parts = s.softmax + ((b * in.heads + head) * in.queries + n) * s.all;
+    const float value = merge_splits(parts, p.map_over_all ? s.all : s.sequence).log_sum_exp();
     if (lane() == 0) lse[head] = value;
   }
   __syncthreads();
-  if (at >= cells) return;
-  const int32_t* range = p.map_ranges + (b * p.images + at / p.map_size) * 2;
-  require("hierarchical_attention: map_ranges", range[0], 0, in.keys);
-  require("hierarchical_attention: map_ranges", range[1], range[0], in.keys);
-  const int64_t j = range[0] + at % p.map_size;
-  float sum = 0.f;
-  if (n >= 0 && j < range[1] && j >= first_key(in, b) && j < end_of_keys(in, b, n) && unmasked(in, b, j)) {
-    const float* logits = s.logits + (b * in.rows + r) * in.heads * in.keys + j;
-#pragma unroll 8
-    for (int64_t head = 0; head < in.heads; ++head) sum += expf(logits[head * in.keys] - lse[head]);
-  }
-  static_cast<float*>(p.map)[(b * in.rows + r) * cells + at] = sum;
+  const int64_t index = block % blocks * kThreads + threadIdx.x;
+  if (index >= cells) return;
+  const MapCell cell = map_cell(p, map_row * cells + index);
+  const float* logits = s.logits_of(in, b, cell.r, 0) + cell.key;
+  write_map_cell<float, 8>(
+      p, cell, [&](int64_t head) { return logits[head * in.keys]; }, [&](int64_t head) { return lse[head]; });
 }
 
 template <typename T>
@@ -330,7 +403,7 @@ __global__ void __launch_bounds__(kThreads) combine_splits(AttentionForwardParam
 template <typename T, int kDim, int kRows>
 void launch_splits(const AttentionForwardParams& p, const Splits& s, Stream stream) {
   launch("hierarchical_attention (decode)", attention_splits<T, kDim, kRows>, p.in.batch * p.in.kv_heads * s.all,
-         kThreads, sizeof(Shared<kDim, kRows, Groups<T, kDim>::kCount>), stream, p, s);
+         kThreads, sizeof(Shared<T, kDim, kRows>), stream, p, s);
 }
 
 template <typename T, int kDim>

@@ -1,4 +1,4 @@
-// The kernel for few query rows. attention_path.h decides when it is called.
+// The kernel for few query rows; attention_path.h decides when it runs.
 #pragma once
 
 #include "flexattn/hierarchical_attention.h"

@@ -1,120 +1,114 @@
 // N x (N+M) attention for any head size and dtype: a warp per query row, an online softmax over 32 keys at a time.
-// Straightforward on purpose: the yardstick of faster kernels, and the path for what they do not take.
+// Simple on purpose: the yardstick for the faster kernels, and the path for what they do not take.
 
 #include "attention_generic.h"
-#include "visibility.cuh"
+#include "attention_map.cuh"
 
 namespace flexattn::cuda {
 namespace {
 
-// A warp's running softmax.
+// The softmax of a warp's row, and its output.
 template <typename A>
-struct OnlineSoftmax {
-  A* out;      // [d] in shared memory: the output, not yet divided by `sum`
+struct WarpSoftmax {
+  A* out;      // [d] in shared memory, not normalised
   A* factors;  // [32] in shared memory
-  A largest = minus_infinity<A>();
-  A sum = 0;
+  SoftmaxState<A> state;
 
-  // Takes in one logit per lane (-inf = hidden); value(j) is the row of values of lane j's key.
+  // Take in `keys` keys: lane j brings the logit of key j (-inf = hidden), value(j) is the row of its values.
   template <typename Value>
-  __device__ void absorb(A logit, int keys, int64_t d, const Value& value) {
-    const A highest = larger(largest, warp_max(logit));
-    if (highest == minus_infinity<A>()) return;  // nothing seen so far: exp(-inf - -inf) is no number
-    const A shrink = exp(largest - highest), weight = exp(logit - highest);
-    largest = highest;
-    sum = sum * shrink + warp_sum(weight);
-    add_rows(out, shrink, weight, factors, keys, d, value);
+  __device__ void step(A logit, int keys, int64_t d, const Value& value) {
+    const A rescale = state.raise_max(warp_max(logit)), weight = state.weight(logit);
+    state.row_sum += warp_sum(weight);
+    add_rows(out, rescale, weight, factors, keys, d, value);
   }
 
-  __device__ A normalised(int64_t c) const { return sum == A(0) ? A(0) : out[c] / sum; }
-  __device__ A log_sum_exp() const { return sum == A(0) ? minus_infinity<A>() : largest + log(sum); }
+  __device__ A output(int64_t c) const { return state.average(out[c]); }
 };
 
 // Shared memory per warp: query [d], output [d], the output over the sequence alone [d], factors [32].
 FLEXATTN_HOST_DEVICE constexpr int64_t scratch_size(int64_t d) { return 3 * d + kWarp; }
 
+template <typename T, typename A>
+__device__ void attend_sequence(const AttentionInputs& in, int64_t b, int64_t kv_head, int64_t n, const A* query,
+                                WarpSoftmax<A>& softmax) {
+  const int64_t end = end_of_keys(in, b, n), d = in.head_dim;
+  for (int64_t j0 = first_key(in, b); j0 < end; j0 += kWarp) {
+    const int64_t j = j0 + lane();
+    const bool seen = j < end && unmasked(in, b, j);
+    const A logit = seen ? dot(query, row_of<T>(in.k, in.k_strides, b, kv_head, j), d) : minus_infinity<A>();
+    softmax.step(logit, lanes_used(j0, end), d,
+                 [&](int i) { return row_of<T>(in.v, in.v_strides, b, kv_head, j0 + i); });
+  }
+}
+
+template <typename T, typename A>
+__device__ void attend_hr(const AttentionInputs& in, int64_t b, int64_t kv_head, const int32_t* bits, const A* query,
+                          WarpSoftmax<A>& softmax) {
+  const int64_t count = hr_keys(in, b), d = in.head_dim;
+  for (int64_t m0 = 0; m0 < count; m0 += kWarp) {
+    const int64_t m = m0 + lane();
+    const bool seen = m < count && (!bits || bit(bits, m));
+    const A logit =
+        seen ? dot(query, row_of<T>(in.k_hr, in.k_hr_strides, 0, kv_head, slot(in, b, m)), d) : minus_infinity<A>();
+    softmax.step(logit, lanes_used(m0, count), d,
+                 [&](int i) { return row_of<T>(in.v_hr, in.v_hr_strides, 0, kv_head, slot(in, b, m0 + i)); });
+  }
+}
+
 template <typename T>
 __global__ void attention_rows(AttentionForwardParams p) {
   using A = typename Accumulator<T>::type;
   const AttentionInputs& in = p.in;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_in_block();
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_in_block();  // in [B, H, N]
   if (row >= in.batch * in.heads * in.queries) return;  // a whole warp; no barrier of the block follows
   const int64_t n = row % in.queries, head = row / in.queries % in.heads, b = row / in.queries / in.heads;
-  const int64_t group = head / (in.heads / in.kv_heads), d = in.head_dim;
-  const A scale = static_cast<A>(in.scale);
-  A* query = shared_memory<A>() + warp_in_block() * scratch_size(d);
+  const int64_t kv_head = head / (in.heads / in.kv_heads), d = in.head_dim;
+  A* query = shared_memory<A>() + warp_in_block() * scratch_size(d);  // times scale and log2(e)
   A* plain = query + 2 * d;
-  OnlineSoftmax<A> softmax{query + d, query + 3 * d};
+  WarpSoftmax<A> softmax{query + d, query + 3 * d};
   const T* q = row_of<T>(in.q, in.q_strides, b, head, n);
   for (int64_t c = lane(); c < d; c += kWarp) {
-    query[c] = widen(q[c]);
+    query[c] = static_cast<A>(in.scale * kLog2e) * widen(q[c]);
     softmax.out[c] = 0;
   }
   __syncwarp();
 
-  const int64_t end = end_of_keys(in, b, n);
-  for (int64_t j0 = first_key(in, b); j0 < end; j0 += kWarp) {
-    const int64_t j = j0 + lane();
-    const bool seen = j < end && unmasked(in, b, j);
-    const A logit = seen ? scale * dot(query, row_of<T>(in.k, in.k_strides, b, group, j), d) : minus_infinity<A>();
-    softmax.absorb(logit, lanes_used(j0, end), d,
-                   [&](int i) { return row_of<T>(in.v, in.v_strides, b, group, j0 + i); });
-  }
-  const A lse_seq = softmax.log_sum_exp();
-
-  const int64_t listed = listed_row(in, b, n);
-  const A alpha = listed >= 0 ? mixing<A>(in, b) : A(1);
-  if (listed >= 0) {
-    for (int64_t c = lane(); c < d; c += kWarp) plain[c] = softmax.normalised(c);
-    const int32_t* bits = row_bits(in, b, listed);
-    const int64_t count = hr_keys(in, b);
-    for (int64_t m0 = 0; m0 < count; m0 += kWarp) {
-      const int64_t m = m0 + lane();
-      const bool seen = m < count && (!bits || bit(bits, m));
-      const A logit = seen ? scale * dot(query, row_of<T>(in.k_hr, in.k_hr_strides, 0, group, slot(in, b, m)), d)
-                           : minus_infinity<A>();
-      softmax.absorb(logit, lanes_used(m0, count), d,
-                     [&](int i) { return row_of<T>(in.v_hr, in.v_hr_strides, 0, group, slot(in, b, m0 + i)); });
-    }
+  attend_sequence<T>(in, b, kv_head, n, query, softmax);
+  const A lse_seq = softmax.state.log_sum_exp();
+  const int64_t r = hr_row_of_query(in, b, n);
+  const A alpha = r >= 0 ? mixing<A>(in, b) : A(1);
+  if (r >= 0) {
+    for (int64_t c = lane(); c < d; c += kWarp) plain[c] = softmax.output(c);
+    attend_hr<T>(in, b, kv_head, row_bits(in, b, r), query, softmax);
   }
 
   T* out = static_cast<T*>(p.out) + ((b * in.queries + n) * in.heads + head) * d;
   for (int64_t c = lane(); c < d; c += kWarp) {
-    const A full = softmax.normalised(c);
+    const A full = softmax.output(c);
     out[c] = narrow<T>(alpha == A(1) ? full : alpha * full + (A(1) - alpha) * plain[c]);
   }
   if (lane() == 0) {
-    static_cast<A*>(p.lse)[row] = softmax.log_sum_exp();  // row runs over [B, H, N]
+    static_cast<A*>(p.lse)[row] = softmax.state.log_sum_exp();
     static_cast<A*>(p.lse_seq)[row] = lse_seq;
   }
 }
 
-// map[b, r, i, cell] = sum over heads, in their order, of exp(logit - lse). A thread per cell.
+// The map; its logits are computed once more. A thread per cell.
 template <typename T>
 __global__ void attention_map(AttentionForwardParams p) {
   using A = typename Accumulator<T>::type;
   const AttentionInputs& in = p.in;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= in.batch * in.rows * p.images * p.map_size) return;
-  const int64_t cell = at % p.map_size, image = at / p.map_size % p.images;
-  const int64_t r = at / p.map_size / p.images % in.rows, b = at / p.map_size / p.images / in.rows;
-  const int64_t n = in.hr_rows ? row_at(in, b, r) : in.queries - 1;
-  const int32_t* range = p.map_ranges + (b * p.images + image) * 2;
-  require("hierarchical_attention: map_ranges", range[0], 0, in.keys);
-  require("hierarchical_attention: map_ranges", range[1], range[0], in.keys);
-  const int64_t j = range[0] + cell;
-  A sum = 0;
-  if (n >= 0 && j < range[1] && j >= first_key(in, b) && j < end_of_keys(in, b, n) && unmasked(in, b, j)) {
-    for (int64_t head = 0; head < in.heads; ++head) {
-      const A lse = static_cast<const A*>(p.map_over_all ? p.lse : p.lse_seq)[(b * in.heads + head) * in.queries + n];
-      const T* q = row_of<T>(in.q, in.q_strides, b, head, n);
-      const T* k = row_of<T>(in.k, in.k_strides, b, head / (in.heads / in.kv_heads), j);
-      A logit = 0;
-      for (int64_t c = 0; c < in.head_dim; ++c) logit += widen(q[c]) * widen(k[c]);
-      sum += exp(static_cast<A>(in.scale) * logit - lse);
-    }
-  }
-  static_cast<A*>(p.map)[at] = sum;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (index >= map_cells(p)) return;
+  const MapCell cell = map_cell(p, index);
+  const auto logit = [&](int64_t head) {
+    const T* q = row_of<T>(in.q, in.q_strides, cell.b, head, cell.query);
+    const T* k = row_of<T>(in.k, in.k_strides, cell.b, head / (in.heads / in.kv_heads), cell.key);
+    A product = 0;
+    for (int64_t c = 0; c < in.head_dim; ++c) product += widen(q[c]) * widen(k[c]);
+    return static_cast<A>(in.scale * kLog2e) * product;
+  };
+  write_map_cell<A, 1>(p, cell, logit, [&](int64_t head) { return lse_of_map<A>(p, cell, head); });
 }
 
 template <typename T>
@@ -126,8 +120,7 @@ void forward(const AttentionForwardParams& p, Stream stream) {
   launch("hierarchical_attention", attention_rows<T>, blocks_for(in.batch * in.heads * in.queries, warps),
          warps * kWarp, warps * scratch, stream, p);
   constexpr int kThreads = 128;
-  launch("hierarchical_attention (map)", attention_map<T>,
-         blocks_for(in.batch * in.rows * p.images * p.map_size, kThreads), kThreads, 0, stream, p);
+  launch("hierarchical_attention (map)", attention_map<T>, blocks_for(map_cells(p), kThreads), kThreads, 0, stream, p);
 }
 
 }  // namespace

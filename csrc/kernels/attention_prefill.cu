@@ -1,4 +1,4 @@
-// Which tensor-core kernel takes a call, and the map that its logits become.
+// Choice and launch of the tensor-core kernel, and the map from its logits.
 
 #include "attention_prefill.cuh"
 #include "attention_prefill.h"
@@ -15,7 +15,7 @@ void launch_prefill(const AttentionForwardParams& p, Stream stream) {
          prefill_shared_bytes<Mma>(p.in.selected), stream, p);
 }
 
-// Head sizes between these run as the next one, with zeros for the channels that they lack.
+// Other head sizes run as the next larger of these, with zeros for the missing channels.
 template <template <int> typename Mma>
 void prefill_of(const AttentionForwardParams& p, Stream stream) {
   if (p.in.head_dim <= 64) return launch_prefill<Mma<64>, 64>(p, stream);
@@ -28,33 +28,23 @@ using AmpereHalf = AmpereMma<__half, kD>;
 template <int kD>
 using AmpereBFloat = AmpereMma<__nv_bfloat16, kD>;
 
-// map[b, r, i, cell] = sum over heads, in their order, of exp(logit - lse). A thread per cell.
+// The map from the logits that prefill_tiles has kept. A thread per cell.
 __global__ void map_of_logits(AttentionForwardParams p) {
-  const AttentionInputs& in = p.in;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= in.batch * in.rows * p.images * p.map_size) return;
-  const int64_t cell = at % p.map_size, image = at / p.map_size % p.images;
-  const int64_t place = at / p.map_size / p.images, b = place / in.rows;
-  const int64_t n = in.hr_rows ? row_at(in, b, place % in.rows) : in.queries - 1;
-  const int32_t* range = p.map_ranges + (b * p.images + image) * 2;
-  const int64_t j = range[0] + cell;
-  float sum = 0;
-  if (n >= 0 && j < range[1] && j >= first_key(in, b) && j < end_of_keys(in, b, n)) {
-    const float* lse = static_cast<const float*>(p.map_over_all ? p.lse : p.lse_seq) + b * in.heads * in.queries + n;
-    const float* logits =
-        static_cast<const float*>(p.workspace) + (place * in.heads * p.images + image) * p.map_size + cell;
-    for (int64_t head = 0; head < in.heads; ++head) {
-      const float logit = logits[head * p.images * p.map_size];
-      if (logit != -INFINITY) sum += expf(logit - lse[head * in.queries]);
-    }
-  }
-  static_cast<float*>(p.map)[at] = sum;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (index >= map_cells(p)) return;
+  const MapCell cell = map_cell(p, index);
+  const int64_t head_cells = p.images * p.map_size;
+  const float* logits = static_cast<const float*>(p.workspace) +
+                        (cell.b * p.in.rows + cell.r) * p.in.heads * head_cells + cell.image * p.map_size + cell.cell;
+  write_map_cell<float, 8>(
+      p, cell, [&](int64_t head) { return logits[head * head_cells]; },
+      [&](int64_t head) { return lse_of_map<float>(p, cell, head); });
 }
 
 }  // namespace
 
 int64_t attention_prefill_workspace(const AttentionForwardParams& p) {
-  return p.in.batch * p.in.rows * p.in.heads * p.images * p.map_size * static_cast<int64_t>(sizeof(float));
+  return map_cells(p) * p.in.heads * static_cast<int64_t>(sizeof(float));
 }
 
 void attention_prefill(const AttentionForwardParams& p, TensorCores cores, Stream stream) {
@@ -65,8 +55,7 @@ void attention_prefill(const AttentionForwardParams& p, TensorCores cores, Strea
   else
     prefill_of<AmpereBFloat>(p, stream);
   constexpr int kThreads = 128;
-  launch("hierarchical_attention (map)", map_of_logits,
-         blocks_for(p.in.batch * p.in.rows * p.images * p.map_size, kThreads), kThreads, 0, stream, p);
+  launch("hierarchical_attention (map)", map_of_logits, blocks_for(map_cells(p), kThreads), kThreads, 0, stream, p);
 }
 
 }  // namespace flexattn::cuda

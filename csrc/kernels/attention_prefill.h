@@ -1,4 +1,4 @@
-// The tensor-core kernel for many query rows. attention_path.h decides when it is called.
+// The tensor-core kernel for many query rows; attention_path.h decides when it runs.
 #pragma once
 
 #include "flexattn/hierarchical_attention.h"

@@ -7,7 +7,7 @@
 
 namespace flexattn::cuda {
 
-// 10 * major + minor. FLEXATTN_CAPABILITY makes it a smaller one, to run an older GPU's kernels on a newer GPU.
+// 10 * major + minor. FLEXATTN_CAPABILITY lowers it, to run an older GPU's kernels on a newer GPU.
 inline int compute_capability() {
   int device = 0, major = 0, minor = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");

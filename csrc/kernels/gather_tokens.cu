@@ -1,4 +1,5 @@
-// Rows in, rows out, each byte once: 16 bytes per access where addresses and sizes allow, else one element.
+// Copies of rows, each byte read and written once: 16 bytes per access where addresses and sizes allow, else one
+// element.
 
 #include "flexattn/gather_tokens.h"
 #include "require.cuh"
@@ -21,8 +22,7 @@ struct Rows {
   Unit* result;
 };
 
-// A warp writes a row: a copy of source, or zero where that is null. A lane has several loads under way before it
-// stores.
+// A warp writes a row: a copy of source, or zeros if that is null. A lane has several loads in flight before it stores.
 template <typename Unit>
 __device__ void write_row(Unit* __restrict__ result, const Unit* __restrict__ source, int64_t width) {
   constexpr int kLoads = 4;
@@ -48,39 +48,39 @@ __global__ void __launch_bounds__(kThreads) gather_rows(Rows<Unit> p) {
             p.width);
 }
 
-// A block per 32 tokens of the result. It reads the whole index of its sample to learn which of them are selected, and
-// from where; no token stands there twice. Shared memory: for each of its tokens the place in the index, or -1.
+// A block per 32 tokens of the result. It reads the whole index of its sample to learn which of them are selected and
+// where; no token occurs twice. Shared memory: position of each of its tokens in the index, or -1.
 constexpr int kTile = 32;
 
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads) scatter_rows(Rows<Unit> p) {
   const int64_t tiles = blocks_for(p.tokens, kTile), b = blockIdx.x / tiles, first = blockIdx.x % tiles * kTile;
-  int32_t* place = shared_memory<int32_t>();
-  if (threadIdx.x < kTile) place[threadIdx.x] = -1;
+  int32_t* position = shared_memory<int32_t>();
+  if (threadIdx.x < kTile) position[threadIdx.x] = -1;
   __syncthreads();
   for (int64_t m = threadIdx.x; m < p.selected; m += kThreads) {
     const int64_t token = p.index[b * p.selected + m];
     require("gather_tokens_backward: index", token, -1, p.tokens - 1);
-    if (first <= token && token < first + kTile) place[token - first] = static_cast<int32_t>(m);
+    if (first <= token && token < first + kTile) position[token - first] = static_cast<int32_t>(m);
   }
   __syncthreads();
   for (int64_t t = warp_in_block(); t < kTile && first + t < p.tokens; t += kWarps)
     write_row(p.result + (b * p.tokens + first + t) * p.width,
-              place[t] < 0 ? nullptr : p.source + b * p.source_batch + place[t] * p.source_row, p.width);
+              position[t] < 0 ? nullptr : p.source + b * p.source_batch + position[t] * p.source_row, p.width);
 }
 
 template <typename Unit>
 void move_units(const GatherTokensParams& p, bool scatter, Stream stream) {
   const int64_t per_unit = sizeof(Unit) / p.element_size, width = p.channels / per_unit;
-  const Rows<Unit> rows{p.batch,
-                        p.tokens,
-                        p.selected,
-                        width,
-                        p.index,
-                        static_cast<const Unit*>(p.source),
-                        p.source_batch / per_unit,
-                        p.source_row / per_unit,
-                        static_cast<Unit*>(p.result)};
+  const Rows<Unit> rows{.batch = p.batch,
+                        .tokens = p.tokens,
+                        .selected = p.selected,
+                        .width = width,
+                        .index = p.index,
+                        .source = static_cast<const Unit*>(p.source),
+                        .source_batch = p.source_batch / per_unit,
+                        .source_row = p.source_row / per_unit,
+                        .result = static_cast<Unit*>(p.result)};
   if (scatter)
     launch("gather_tokens_backward", scatter_rows<Unit>, p.batch * blocks_for(p.tokens, kTile), kThreads,
            kTile * sizeof(int32_t), stream, rows);

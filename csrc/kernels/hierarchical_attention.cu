@@ -1,4 +1,4 @@
-// hierarchical_attention's forward pass: the choice of its kernel.
+// The forward pass of hierarchical_attention: choice of the kernel.
 
 #include "flexattn/hierarchical_attention.h"
 

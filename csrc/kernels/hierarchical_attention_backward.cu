@@ -2,15 +2,15 @@
 //
 //   grad_query_rows     a warp per query row:     D of both softmaxes, then grad_q
 //   grad_sequence_keys  a warp per sequence key:  grad_k, grad_v over the rows that see it
-//   grad_pool_slots     a warp per pool slot:     grad_k_hr, grad_v_hr over the samples that own it and the rows that
-//   see it
+//   grad_pool_slots     a warp per pool slot:     grad_k_hr, grad_v_hr over the samples that own it and their rows
 //
-//   out_i = sum_j w_ij v_j        w    = (1 - alpha) P_seq + alpha P_full
-//   dv_j += w_ij dout_i           ds_ij = (1 - alpha) P_seq (dp_ij - D_seq) + alpha P_full (dp_ij - D_full), dp_ij =
-//   dout_i . v_j dk_j += scale ds_ij q_i       D    = sum_j P_ij dp_ij
+//   out_i  = sum_j w_ij v_j           w_ij  = (1 - alpha) P_seq + alpha P_full
+//   dv_j  += w_ij dout_i              dp_ij = dout_i . v_j
+//   dk_j  += scale ds_ij q_i          ds_ij = (1 - alpha) P_seq (dp_ij - D_seq) + alpha P_full (dp_ij - D_full)
+//   dq_i  += scale ds_ij k_j          D     = sum_j P_ij dp_ij
 //
-// The forward pass leaves lse == lse_seq for a row that sees no HR key, so that P_full == P_seq there and mixing
-// changes nothing: no kernel here asks which rows see HR keys to know the weight of a sequence key.
+// The forward pass writes lse == lse_seq for a row that sees no HR key, so that P_full == P_seq there and mixing
+// changes nothing: no kernel has to ask which rows see HR keys for the weight of a sequence key.
 
 #include "flexattn/hierarchical_attention.h"
 #include "visibility.cuh"
@@ -33,7 +33,7 @@ struct RowState {
   __device__ A hr_gradient(A logit, A dp) const { return alpha * full(logit) * (dp - d_full); }
 };
 
-// D is read from delta; grad_query_rows writes it there.
+// D comes from delta, where grad_query_rows has written it.
 template <typename A>
 __device__ RowState<A> row_state(const AttentionBackwardParams& p, int64_t b, int64_t head, int64_t n) {
   const int64_t at = (b * p.in.heads + head) * p.in.queries + n;
@@ -52,8 +52,7 @@ __device__ const T* grad_row(const AttentionBackwardParams& p, int64_t b, int64_
   return row_of<T>(p.grad_out, p.grad_out_strides, b, head, n);
 }
 
-// Shared memory of a warp. Rows: query, grad_out, grad_q [d] each; keys: key, value, grad_k, grad_v [d] each. Factors
-// [32].
+// Shared memory of a warp: query, grad_out, grad_q [d] for rows; key, value, grad_k, grad_v [d] for keys; factors [32].
 FLEXATTN_HOST_DEVICE constexpr int64_t row_scratch(int64_t d) { return 3 * d + kWarp; }
 FLEXATTN_HOST_DEVICE constexpr int64_t key_scratch(int64_t d) { return 4 * d + kWarp; }
 
@@ -64,7 +63,7 @@ __global__ void grad_query_rows(AttentionBackwardParams p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_in_block();
   if (row >= in.batch * in.heads * in.queries) return;  // a whole warp; no barrier of the block follows
   const int64_t n = row % in.queries, head = row / in.queries % in.heads, b = row / in.queries / in.heads;
-  const int64_t group = head / (in.heads / in.kv_heads), d = in.head_dim;
+  const int64_t kv_head = head / (in.heads / in.kv_heads), d = in.head_dim;
   const A scale = static_cast<A>(in.scale);
   A* query = shared_memory<A>() + warp_in_block() * row_scratch(d);
   A *grad = query + d, *grad_q = query + 2 * d, *factors = query + 3 * d;
@@ -75,15 +74,15 @@ __global__ void grad_query_rows(AttentionBackwardParams p) {
   }
   __syncwarp();
 
-  const int64_t start = first_key(in, b), end = end_of_keys(in, b, n), listed = listed_row(in, b, n);
-  const int64_t count = listed >= 0 ? hr_keys(in, b) : 0;
-  const int32_t* bits = listed >= 0 ? row_bits(in, b, listed) : nullptr;
+  const int64_t start = first_key(in, b), end = end_of_keys(in, b, n), r = hr_row_of_query(in, b, n);
+  const int64_t count = r >= 0 ? hr_keys(in, b) : 0;
+  const int32_t* bits = r >= 0 ? row_bits(in, b, r) : nullptr;
   const auto sees = [&](int64_t j) { return j < end && unmasked(in, b, j); };
   const auto sees_hr = [&](int64_t m) { return m < count && (!bits || bit(bits, m)); };
-  const auto k = [&](int64_t j) { return row_of<T>(in.k, in.k_strides, b, group, j); };
-  const auto v = [&](int64_t j) { return row_of<T>(in.v, in.v_strides, b, group, j); };
-  const auto k_hr = [&](int64_t m) { return row_of<T>(in.k_hr, in.k_hr_strides, 0, group, slot(in, b, m)); };
-  const auto v_hr = [&](int64_t m) { return row_of<T>(in.v_hr, in.v_hr_strides, 0, group, slot(in, b, m)); };
+  const auto k = [&](int64_t j) { return row_of<T>(in.k, in.k_strides, b, kv_head, j); };
+  const auto v = [&](int64_t j) { return row_of<T>(in.v, in.v_strides, b, kv_head, j); };
+  const auto k_hr = [&](int64_t m) { return row_of<T>(in.k_hr, in.k_hr_strides, 0, kv_head, slot(in, b, m)); };
+  const auto v_hr = [&](int64_t m) { return row_of<T>(in.v_hr, in.v_hr_strides, 0, kv_head, slot(in, b, m)); };
 
   RowState<A> state{static_cast<const A*>(p.lse)[row], static_cast<const A*>(p.lse_seq)[row], 0, 0, mixing<A>(in, b)};
   for (int64_t j = start + lane(); j < end; j += kWarp) {
@@ -148,15 +147,15 @@ __global__ void grad_sequence_keys(AttentionBackwardParams p) {
   const AttentionInputs& in = p.in;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_in_block();  // over [B, Hkv, Nk]
   if (item >= in.batch * in.kv_heads * in.keys) return;
-  const int64_t j = item % in.keys, group = item / in.keys % in.kv_heads, b = item / in.keys / in.kv_heads,
+  const int64_t j = item % in.keys, kv_head = item / in.keys % in.kv_heads, b = item / in.keys / in.kv_heads,
                 d = in.head_dim;
   const int64_t heads = in.heads / in.kv_heads;
   const A scale = static_cast<A>(in.scale);
-  KeyGradient<T> key(row_of<T>(in.k, in.k_strides, b, group, j), row_of<T>(in.v, in.v_strides, b, group, j), d);
-  // The rows that see the key: those that stand at its position or later.
+  KeyGradient<T> key(row_of<T>(in.k, in.k_strides, b, kv_head, j), row_of<T>(in.v, in.v_strides, b, kv_head, j), d);
+  // The rows that see the key are those at its position or later.
   const int64_t start = j - first_position(in, b), first = start > 0 ? start : 0;
   const int64_t end = j >= first_key(in, b) && unmasked(in, b, j) ? in.queries : 0;
-  for (int64_t head = group * heads; head < (group + 1) * heads; ++head)
+  for (int64_t head = kv_head * heads; head < (kv_head + 1) * heads; ++head)
     for (int64_t n0 = first; n0 < end; n0 += kWarp) {
       const int64_t n = n0 + lane();
       A weight = 0, ds = 0;
@@ -173,7 +172,7 @@ __global__ void grad_sequence_keys(AttentionBackwardParams p) {
   key.store(p.grad_k, p.grad_v, item * d);
 }
 
-// slot_to_key [B, P]: position of a slot in the sample's hr_slots, or -1.
+// slot_to_key [B, P]: index of a slot in the sample's hr_slots, or -1.
 __global__ void clear_slot_table(int32_t* table, int64_t size) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < size) table[i] = -1;
@@ -191,22 +190,22 @@ __global__ void grad_pool_slots(AttentionBackwardParams p) {
   const AttentionInputs& in = p.in;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_in_block();  // over [P, Hkv]
   if (item >= in.pool * in.kv_heads) return;
-  const int64_t group = item % in.kv_heads, at = item / in.kv_heads, d = in.head_dim, heads = in.heads / in.kv_heads;
+  const int64_t kv_head = item % in.kv_heads, at = item / in.kv_heads, d = in.head_dim, heads = in.heads / in.kv_heads;
   const A scale = static_cast<A>(in.scale);
-  KeyGradient<T> key(row_of<T>(in.k_hr, in.k_hr_strides, 0, group, at),
-                     row_of<T>(in.v_hr, in.v_hr_strides, 0, group, at), d);
+  KeyGradient<T> key(row_of<T>(in.k_hr, in.k_hr_strides, 0, kv_head, at),
+                     row_of<T>(in.v_hr, in.v_hr_strides, 0, kv_head, at), d);
   for (int64_t b = 0; b < in.batch; ++b) {
     const int64_t m = p.slot_to_key[b * in.pool + at];
     if (m < 0 || !(in.hr_rows || in.hr_from)) continue;
-    // The rows that may see it: the listed ones, some of which are -1, or all from hr_from on.
+    // The rows that may see it: those listed, some of which are -1, or all from hr_from on.
     const int64_t first = in.hr_rows || in.hr_from[b] < 0 ? 0 : in.hr_from[b], end = in.hr_rows ? in.rows : in.queries;
-    const auto query = [&](int64_t i) { return in.hr_rows ? row_at(in, b, i) : i; };
+    const auto query = [&](int64_t i) { return in.hr_rows ? query_at(in, b, i) : i; };
     const auto sees = [&](int64_t i) {
       if (i >= end || query(i) < 0) return false;
       const int32_t* bits = row_bits(in, b, in.hr_rows ? i : 0);
       return !bits || bit(bits, m);
     };
-    for (int64_t head = group * heads; head < (group + 1) * heads; ++head)
+    for (int64_t head = kv_head * heads; head < (kv_head + 1) * heads; ++head)
       for (int64_t i0 = first; i0 < end; i0 += kWarp) {
         const int64_t i = i0 + lane();
         A weight = 0, ds = 0;

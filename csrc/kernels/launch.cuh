@@ -1,4 +1,4 @@
-// The one place where kernels are started and shared memory is had.
+// The only code that launches kernels or names shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@
 namespace flexattn::cuda {
 
 constexpr int kWarp = 32;
-constexpr size_t kSharedBytes = 48 * 1024;  // what every GPU gives a block without being asked
+constexpr size_t kSharedBytes = 48 * 1024;  // available to a block on every GPU without opting in
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess)
@@ -24,24 +24,21 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
             Stream stream, Arguments... arguments) {
   if (blocks == 0) return;
 #ifdef FLEXATTN_SIMT
-  simt::launch(
-      name, reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks), threads, shared_bytes,
-      [&]() __attribute__((no_sanitize_thread)) { kernel(arguments...); });  // the arguments are constants on a GPU
+  simt::launch(name, reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks), threads, shared_bytes,
+               [&]() __attribute__((no_sanitize_thread)) {
+                 kernel(arguments...);
+               });  // arguments are constant memory on a GPU: no race to watch
 #else
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(arguments...);
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(cudaGetLastError(), name);
 #endif
-}
-
-inline void clear(void* data, size_t bytes, Stream stream) {
-  check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "clear");
 }
 
 FLEXATTN_HOST_DEVICE constexpr int64_t blocks_for(int64_t items, int64_t per_block) {
   return (items + per_block - 1) / per_block;
 }
 
-// Warps in a block whose warps need this much shared memory each.
+// Warps per block, at most 4, if each needs this much shared memory. Throws std::runtime_error if not even one fits.
 inline int warps_that_fit(const char* name, size_t bytes_per_warp) {
   const size_t warps = std::min<size_t>(4, kSharedBytes / bytes_per_warp);
   if (warps == 0)

@@ -21,7 +21,7 @@ struct AmpereMma {
   using Element = T;
   static constexpr int kScores = 32, kOutputs = kD / 2;
   static constexpr int kRowChunks = kD <= 64 ? 8 : 16;
-  static constexpr bool kAsync = true;  // cp.async brings tiles to shared memory, each in one part
+  static constexpr bool kAsync = true;  // cp.async brings tiles to shared memory in one part
   static constexpr int kParts = 1;
 
   // ldmatrix reads one chunk of 8 consecutive rows at a time.

@@ -23,8 +23,8 @@ struct VoltaMma {
   using Element = __half;
   static constexpr int kScores = 32, kOutputs = kD / 2;
   static constexpr int kRowChunks = kD <= 64 ? 8 : 16;  // 16-byte chunks of a row in shared memory
-  static constexpr bool kAsync = false;                 // tiles pass through registers,
-  static constexpr int kParts = kD == 96 ? 2 : 4;       // a part at a time
+  static constexpr bool kAsync = false;                 // tiles pass through registers
+  static constexpr int kParts = kD == 96 ? 2 : 4;       // in parts
 
   // Chunks are permuted within their row, so that the 8 lanes that shared memory serves at a time read 8 different
   // 16-byte groups of banks: for the keys these are 8 rows (0-3 and 8-11, or 4-7 and 12-15) of one chunk, for the

@@ -1,8 +1,9 @@
-// Storage types, the type their sums are kept in, and dispatch over both.
+// Storage types, the type in which their sums are kept, and dispatch over storage types.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 #include <cmath>
 
@@ -42,9 +43,9 @@ __device__ A minus_infinity() {
   return -static_cast<A>(INFINITY);
 }
 
-// The larger one; a NaN wins, so that it shows in the result and all lanes of a warp agree.
+// The max of two, or NaN if either is NaN, so that it shows in the result and all lanes of a warp agree.
 template <typename A>
-__device__ A larger(A x, A y) {
+__device__ A max_or_nan(A x, A y) {
   return x > y || x != x ? x : y;
 }
 

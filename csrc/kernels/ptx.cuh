@@ -32,27 +32,28 @@ __device__ __forceinline__ void mma_m8n8k4_row_row(float (&d)[8], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(b[1]));
 }
 
+// What follows takes sm_80. For older GPUs it compiles to a trap; attention_path.h never launches it there.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-#define FLEXATTN_SM80(...) __VA_ARGS__
+#define FLEXATTN_ASM_SM80 asm volatile
 #else
-#define FLEXATTN_SM80(...) __trap()  // never launched there: attention_path.h
+#define FLEXATTN_ASM_SM80(...) __trap()
 #endif
 
-// d += a b, 16x8x16; T is __half or __nv_bfloat16.
+// clang-format off: it does not recognise the operands of asm inside a macro
+
+// d += a b, 16x8x16, for __half or __nv_bfloat16. a: row-major; b: column-major.
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<T, __half>) {
-    FLEXATTN_SM80(
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                     "{%0,%1,%2,%3};" : "+f"(d[0]),
-                     "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]),
-                     "r"(b[1])));
+    FLEXATTN_ASM_SM80(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
-    FLEXATTN_SM80(
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                     "{%0,%1,%2,%3};" : "+f"(d[0]),
-                     "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]),
-                     "r"(b[1])));
+    FLEXATTN_ASM_SM80(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 }
 
@@ -60,28 +61,32 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Four 8x8 matrices of 16-bit elements; lane l brings the address of row l % 8 of matrix l / 8 (16 bytes, aligned).
+// Load four 8x8 matrices of 16-bit elements. Lane l brings the address of row l % 8 of matrix l / 8: 16 aligned bytes.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-  FLEXATTN_SM80(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]),
-                             "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory"));
+  FLEXATTN_ASM_SM80(
+      "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
-  FLEXATTN_SM80(asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]),
-                             "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory"));
+  FLEXATTN_ASM_SM80(
+      "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 
-// 16 bytes from global to shared memory, zeros where not valid; there after its group was waited for.
+// Copy 16 bytes from global to shared memory, zeros if not valid. They are there once their group was waited for.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
-  FLEXATTN_SM80(asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-                             "r"(valid ? 16 : 0) : "memory"));
+  FLEXATTN_ASM_SM80(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;"
+      : : "r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() {
-  FLEXATTN_SM80(asm volatile("cp.async.commit_group;" :: : "memory"));
+  FLEXATTN_ASM_SM80("cp.async.commit_group;" : : : "memory");
 }
 template <int n>
 __device__ __forceinline__ void cp_async_wait() {
-  FLEXATTN_SM80(asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"));
+  FLEXATTN_ASM_SM80("cp.async.wait_group %0;" : : "n"(n) : "memory");
 }
+// clang-format on
 
 }  // namespace flexattn::cuda
 #endif

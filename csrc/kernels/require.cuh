@@ -1,5 +1,5 @@
 // How device code refuses: one line on standard output, then the launch fails. Index tensors are on the device, where
-// no check of the host can read them without a wait; going on would return another tensor's memory as if it were right.
+// the host cannot check them without a synchronisation; going on would return some other memory as if it were right.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@ __device__ __noinline__ inline void refuse(const char* what, int64_t value, int6
   __trap();
 }
 
-// `what` names operator and argument.
+// Refuse if value is not in [low, high]. `what` names the operator and the argument.
 __device__ inline void require(const char* what, int64_t value, int64_t low, int64_t high) {
   if (value < low || value > high) refuse(what, value, low, high);
 }

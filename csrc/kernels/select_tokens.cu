@@ -1,5 +1,5 @@
-// A block per sample, in one launch: margin, min-max, threshold, pool and resize of its maps one after the other, then
-// the ordered compaction of what any row selects.
+// One launch, a block per sample: margin, min-max, threshold, pool and resize of its maps one after the other, then the
+// ordered compaction of what any row selects.
 
 #include "flexattn/select_tokens.h"
 #include "visibility.cuh"
@@ -10,18 +10,19 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 
-// The cells of one map: zero in the margin, and chosen where they exceed the threshold. A constant map gives 0 / 0 and
-// one with a NaN has NaN for its extremes: neither is above any threshold.
+// The cells of one map: zero in the margin, chosen if above the threshold. A constant map gives 0 / 0, and one with a
+// NaN has NaN for its min and max: neither is above any threshold.
 template <typename A>
 struct Grid {
-  const A* map;         // [S, S]
-  const int32_t* live;  // top, left, bottom, right
-  int side;             // S
+  const A* map;               // [S, S]
+  const int32_t* valid_rect;  // top, left, bottom, right
+  int side;                   // S
   A low, range, scale, threshold;
 
   __device__ A value(int cell) const {
     const int y = cell / side, x = cell % side;
-    return live[0] <= y && y < live[2] && live[1] <= x && x < live[3] ? map[cell] : A(0);
+    const bool inside = valid_rect[0] <= y && y < valid_rect[2] && valid_rect[1] <= x && x < valid_rect[3];
+    return inside ? map[cell] : A(0);
   }
   __device__ bool chosen(int cell) const { return (value(cell) - low) / range * scale > threshold; }
 
@@ -36,17 +37,17 @@ struct Grid {
 
 FLEXATTN_HOST_DEVICE constexpr int64_t grid_words(int64_t side) { return words_for_bits(side * side); }
 
-// Mask of one map: item over [B, R, I]. scratch: an A per warp; cells: a bit per cell of the (pooled) grid.
+// The mask of one map, number `item` of [B, R, I]. scratch: an A per warp; cells: a bit per cell of the (pooled) grid.
 template <typename A>
 __device__ void choose_tokens(const SelectTokensParams& p, int64_t item, A* scratch, int32_t* cells) {
   const int S = static_cast<int>(p.lr_side), h = static_cast<int>(p.hr_side),
             side = p.pool_side ? static_cast<int>(p.pool_side) : S;
   const int64_t image = item % p.images, b = item / p.images / p.rows;
-  Grid<A> grid{static_cast<const A*>(p.map) + item * S * S, p.live + (b * p.images + image) * 4, S};
+  Grid<A> grid{static_cast<const A*>(p.map) + item * S * S, p.valid_rect + (b * p.images + image) * 4, S};
   A low = -minus_infinity<A>(), high = minus_infinity<A>();
   for (int cell = threadIdx.x; cell < S * S; cell += kThreads) {
-    low = -larger(-low, -grid.value(cell));
-    high = larger(high, grid.value(cell));
+    low = -max_or_nan(-low, -grid.value(cell));
+    high = max_or_nan(high, grid.value(cell));
   }
   grid.low = -block_max(-low, scratch);
   grid.range = block_max(high, scratch) - grid.low;
@@ -62,18 +63,18 @@ __device__ void choose_tokens(const SelectTokensParams& p, int64_t item, A* scra
   }
   __syncthreads();
 
-  // Nearest cell in torch's arithmetic, which float32 rounding is a part of.
+  // The nearest cell as torch computes it, float32 rounding included.
   const float ratio = __fdiv_rn(static_cast<float>(side), static_cast<float>(h));
-  const auto source = [&](int i) {
-    const int at = static_cast<int>(floorf(__fmul_rn(static_cast<float>(i), ratio)));
-    return at < side ? at : side - 1;
+  const auto nearest = [&](int i) {
+    const int cell = static_cast<int>(floorf(__fmul_rn(static_cast<float>(i), ratio)));
+    return cell < side ? cell : side - 1;
   };
   bool* mask = p.mask + item * h * h;
-  for (int t = threadIdx.x; t < h * h; t += kThreads) mask[t] = bit(cells, source(t / h) * side + source(t % h));
-  __syncthreads();  // the next map's cells take the place of these, and compaction reads the masks
+  for (int t = threadIdx.x; t < h * h; t += kThreads) mask[t] = bit(cells, nearest(t / h) * side + nearest(t % h));
+  __syncthreads();  // the next map overwrites the cells, and compaction reads the masks
 }
 
-// index, count and row bits of sample b. scratch: an int per warp.
+// index, count and row_bits of sample b. scratch: an int per warp.
 __device__ void compact_tokens(const SelectTokensParams& p, int64_t b, int* scratch) {
   const int64_t tokens = p.images * p.hr_side * p.hr_side, words = words_for_bits(tokens);
   const bool* masks = p.mask + b * p.rows * tokens;  // [R, tokens]
@@ -90,7 +91,7 @@ __device__ void compact_tokens(const SelectTokensParams& p, int64_t b, int* scra
   for (int64_t i = count + threadIdx.x; i < tokens; i += kThreads) index[i] = -1;
   if (threadIdx.x == 0) p.count[b] = static_cast<int32_t>(count);
   __syncthreads();
-  // A warp per word, a lane per bit: bit m of row r says that the row selects index[m].
+  // A warp per word, a lane per bit: bit m of row r is set if the row selects index[m].
   for (int64_t i = warp_in_block(); i < p.rows * words; i += kWarps) {
     const int64_t r = i / words, m = i % words * kBitsPerWord + lane();
     const unsigned bits = votes(m < count && masks[r * tokens + index[m]]);
@@ -114,7 +115,7 @@ void select(const SelectTokensParams& p, Stream stream) {
   const size_t shared = kWarps * sizeof(A) + grid_words(side) * sizeof(int32_t);
   if (shared > kSharedBytes)
     throw std::runtime_error("flexattn_cuda: select_tokens: a grid of side " + std::to_string(side) +
-                             " is too large, 600 is possible");
+                             " is too large, up to 600 is possible");
   launch("select_tokens", select_sample<A>, p.batch, kThreads, shared, stream, p);
 }
 

@@ -1,5 +1,7 @@
-// Memory in pieces of 16 bytes, the most that a thread can load or store at once.
+// Memory in pieces of 16 bytes, the max that a thread can load or store at once.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -23,9 +25,10 @@ __device__ void store(T* data, const Vector<T, N>& vector) {
   *reinterpret_cast<Vector<T, N>*>(data) = vector;
 }
 
+// Whether a pointer is aligned for them.
 inline bool in_vectors(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0; }
 
-// Sizes and strides in elements: whether each is a whole number of vectors.
+// Whether each size or stride, in elements, is a whole number of vectors.
 inline bool in_vectors(std::initializer_list<int64_t> elements, int64_t element_size) {
   for (const int64_t count : elements)
     if (count * element_size % kVectorBytes != 0) return false;

@@ -1,15 +1,12 @@
-// Who sees what: the rules of hierarchical_attention.h as device functions, and the rows that they point at.
+// Which query sees which key: the rules of hierarchical_attention.h as device functions, and the rows they refer to.
 #pragma once
 
+#include "bits.cuh"
 #include "flexattn/hierarchical_attention.h"
 #include "require.cuh"
 #include "warp.cuh"
 
 namespace flexattn::cuda {
-
-__device__ inline bool bit(const int32_t* words, int64_t i) {
-  return (static_cast<uint32_t>(words[i / kBitsPerWord]) >> (i % kBitsPerWord)) & 1u;
-}
 
 // ------------------------------------------------------------------------------------------------- the sequence
 
@@ -18,7 +15,7 @@ __device__ inline int64_t first_key(const AttentionInputs& in, int64_t b) {
   return in.kv_start[b];
 }
 
-// Position of the first query.
+// Position of query 0.
 __device__ inline int64_t first_position(const AttentionInputs& in, int64_t b) {
   require("hierarchical_attention: kv_len", in.kv_len[b], in.queries, in.keys);
   return in.kv_len[b] - in.queries;
@@ -47,37 +44,38 @@ __device__ inline int64_t slot(const AttentionInputs& in, int64_t b, int64_t m) 
   return at;
 }
 
-// Query row that stands at place r of hr_rows, or -1.
-__device__ inline int64_t row_at(const AttentionInputs& in, int64_t b, int64_t r) {
+// Query at index r of hr_rows, or -1.
+__device__ inline int64_t query_at(const AttentionInputs& in, int64_t b, int64_t r) {
   const int64_t n = in.hr_rows[b * in.rows + r];
   require("hierarchical_attention: hr_rows", n, -1, in.queries - 1);
   return n;
 }
 
-// Place of query row n in hr_rows, or -1. Asked by a whole warp.
-__device__ inline int64_t place_of_row(const AttentionInputs& in, int64_t b, int64_t n) {
+// Index of query n in hr_rows, or -1. Called by a whole warp.
+__device__ inline int64_t find_hr_row(const AttentionInputs& in, int64_t b, int64_t n) {
   for (int64_t r0 = 0; in.hr_rows && r0 < in.rows; r0 += kWarp) {
     const int64_t r = r0 + lane();
-    const unsigned found = votes(r < in.rows && row_at(in, b, r) == n);
+    const unsigned found = votes(r < in.rows && query_at(in, b, r) == n);
     if (found) return r0 + __ffs(static_cast<int>(found)) - 1;
   }
   return -1;
 }
 
-// The same of a row that sees HR keys (0 where the rows are not listed); -1 when it sees none. Asked by a whole warp.
-__device__ inline int64_t listed_row(const AttentionInputs& in, int64_t b, int64_t n) {
+// Row of the selection by which query n sees HR keys: its index in hr_rows, 0 where rows are not listed, -1 if it sees
+// none. Called by a whole warp.
+__device__ inline int64_t hr_row_of_query(const AttentionInputs& in, int64_t b, int64_t n) {
   if (hr_keys(in, b) == 0) return -1;
   if (in.hr_from) return n >= in.hr_from[b] ? 0 : -1;
-  return place_of_row(in, b, n);
+  return find_hr_row(in, b, n);
 }
 
-// The bits of the HR keys that a listed row sees; null = all.
-__device__ inline const int32_t* row_bits(const AttentionInputs& in, int64_t b, int64_t listed) {
-  return in.hr_row_bits ? in.hr_row_bits + (b * in.rows + listed) * words_for_bits(in.selected) : nullptr;
+// Which HR keys row r of the selection sees, as bits; null = all.
+__device__ inline const int32_t* row_bits(const AttentionInputs& in, int64_t b, int64_t r) {
+  return in.hr_row_bits ? in.hr_row_bits + (b * in.rows + r) * words_for_bits(in.selected) : nullptr;
 }
 
-// Share of the softmax over all keys in the output of a row that sees HR keys; the rest is the softmax over the
-// sequence.
+// alpha: the weight of the softmax over all keys in the output of a row that sees HR keys; the softmax over the
+// sequence has the rest.
 template <typename A>
 __device__ A mixing(const AttentionInputs& in, int64_t b) {
   return in.alpha ? static_cast<A>(in.alpha[b]) : A(1);
@@ -90,7 +88,7 @@ __device__ const T* row_of(const void* data, const Strides& s, int64_t b, int64_
   return static_cast<const T*>(data) + b * s.batch + head * s.head + row * s.row;
 }
 
-// x [d] widened, y [d] as it is stored.
+// x . y over d channels; x is widened, y as stored.
 template <typename T, typename A>
 __device__ A dot(const A* x, const T* y, int64_t d) {
   A sum = 0;
@@ -98,8 +96,8 @@ __device__ A dot(const A* x, const T* y, int64_t d) {
   return sum;
 }
 
-// total[c] = keep * total[c] + sum over j < rows of factor_j * row(j)[c], where lane j brings factor_j. Rows of factor
-// 0 are not read. Lane c owns the channels c, c+32, ...; factors: room for 32 in shared memory.
+// total[c] = keep * total[c] + sum over j < rows of factor_j * row(j)[c], where factor_j is the argument of lane j.
+// Rows with factor 0 are not read. Lane c owns channels c, c + 32, ...; factors: shared memory for 32 values.
 template <typename A, typename Row>
 __device__ void add_rows(A* total, A keep, A factor, A* factors, int rows, int64_t d, const Row& row) {
   factors[lane()] = factor;
@@ -113,6 +111,7 @@ __device__ void add_rows(A* total, A keep, A factor, A* factors, int rows, int64
   __syncwarp();
 }
 
+// Lanes that have work when a warp takes first .. end - 1, one each.
 __device__ inline int lanes_used(int64_t first, int64_t end) {
   return end - first < kWarp ? static_cast<int>(end - first) : kWarp;
 }

@@ -1,4 +1,4 @@
-// What the threads of a warp and of a block do together. Results never depend on which thread came first.
+// What the threads of a warp or a block compute together. Results never depend on which thread comes first.
 #pragma once
 
 #include "launch.cuh"
@@ -15,7 +15,7 @@ __device__ inline int warps_in_block() { return blockDim.x / kWarp; }
 // Bit i: whether the flag of lane i is set.
 __device__ inline unsigned votes(bool flag) { return __ballot_sync(kAllLanes, flag); }
 
-// Butterflies: every lane ends with the same result.
+// Butterflies: every lane ends with the same result. With a NaN the max is NaN.
 template <typename A>
 __device__ A warp_sum(A x) {
   for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
@@ -24,7 +24,7 @@ __device__ A warp_sum(A x) {
 
 template <typename A>
 __device__ A warp_max(A x) {
-  for (int step = kWarp / 2; step > 0; step /= 2) x = larger(x, __shfl_xor_sync(kAllLanes, x, step));
+  for (int step = kWarp / 2; step > 0; step /= 2) x = max_or_nan(x, __shfl_xor_sync(kAllLanes, x, step));
   return x;
 }
 
@@ -34,12 +34,12 @@ __device__ A block_max(A x, A* scratch) {
   x = warp_max(x);
   if (lane() == 0) scratch[warp_in_block()] = x;
   __syncthreads();
-  for (int w = 0; w < warps_in_block(); ++w) x = larger(x, scratch[w]);
+  for (int w = 0; w < warps_in_block(); ++w) x = max_or_nan(x, scratch[w]);
   __syncthreads();
   return x;
 }
 
-// How many threads before this one have the flag set, and how many of the whole block.
+// How many threads before this one have the flag set, and how many in the whole block.
 struct Rank {
   int before, total;
 };

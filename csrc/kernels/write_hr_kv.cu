@@ -1,5 +1,5 @@
-// A block per new token: its threads share the heads and the channels. A thread holds a piece of each half of a head,
-// which the rotation mixes: 16 bytes each where addresses, strides and d allow, else one element.
+// A block per new token; its threads share the heads and channels. A thread holds a piece of each half of a head, since
+// the rotation mixes them: 16 bytes each where addresses, strides and d allow, else one element.
 
 #include "flexattn/write_hr_kv.h"
 #include "launch.cuh"
@@ -24,11 +24,11 @@ __global__ void __launch_bounds__(kThreads) rotate_and_write(WriteHrKvParams p) 
   const C* sin = static_cast<const C*>(p.sin) + row * p.sin_row;
   for (int i = threadIdx.x; i < work; i += kThreads) {
     const int head = i / pieces, c = i % pieces * N;
-    const auto place = [&](const Strides& s, int64_t at) { return at * s.row + head * s.head + c; };
-    const T* k = static_cast<const T*>(p.k) + place(p.k_strides, row);
-    const T* v = static_cast<const T*>(p.v) + place(p.v_strides, row);
-    T* k_slot = static_cast<T*>(p.k_pool) + place(p.k_pool_strides, slot);
-    T* v_slot = static_cast<T*>(p.v_pool) + place(p.v_pool_strides, slot);
+    const auto offset = [&](const Strides& s, int64_t index) { return index * s.row + head * s.head + c; };
+    const T* k = static_cast<const T*>(p.k) + offset(p.k_strides, row);
+    const T* v = static_cast<const T*>(p.v) + offset(p.v_strides, row);
+    T* k_slot = static_cast<T*>(p.k_pool) + offset(p.k_pool_strides, slot);
+    T* v_slot = static_cast<T*>(p.v_pool) + offset(p.v_pool_strides, slot);
 
     const auto x1 = load<N>(k), x2 = load<N>(k + half), v1 = load<N>(v), v2 = load<N>(v + half);
     const auto cos1 = load<N>(cos + c), cos2 = load<N>(cos + c + half), sin1 = load<N>(sin + c),

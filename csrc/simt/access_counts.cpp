@@ -17,10 +17,10 @@ bool counting = false;
 
 namespace {
 
-constexpr int kMostWarps = 32;
+constexpr int kMaxWarps = 32;
 constexpr uintptr_t kWord = 4, kBanks = 32, kSector = 32, kWidest = 16;
 
-// A place in the code, and what it does there.
+// An access in the code.
 struct Site {
   const void* at;
   bool shared;
@@ -57,16 +57,16 @@ struct Count {
   uint64_t instructions = 0, units = 0, ideal = 0;  // units: wavefronts or sectors
 };
 
-// What is known of a site in a kernel.
+// Counts of a site in a kernel.
 struct Entry {
   const char* launch = "";
-  unsigned blocks = 0;  // of the largest launch
+  unsigned blocks = 0;  // of the launch with most blocks
   Count count;
 };
 
 const char* launch_name;
 const void* running_kernel;
-std::array<Warp, kMostWarps> warps;
+std::array<Warp, kMaxWarps> warps;
 std::map<std::pair<const void*, decltype(Site().key())>, Entry> counts;
 
 uint64_t distinct(std::vector<uintptr_t> values) {
@@ -88,10 +88,10 @@ void count_wavefronts(const WarpInstruction& instruction, size_t width, Count& c
         words[word % kBanks].push_back(word);
         all.push_back(word);
       }
-    uint64_t most = 0;
-    for (const auto& of_bank : words) most = std::max(most, distinct(of_bank));
-    count.units += most;
-    phases += most > 0;
+    uint64_t max_words = 0;
+    for (const auto& of_bank : words) max_words = std::max(max_words, distinct(of_bank));
+    count.units += max_words;
+    phases += max_words > 0;
   }
   count.ideal += std::max(divided_up(distinct(all), kBanks), phases);
 }
@@ -120,7 +120,7 @@ void finish(Warp& warp) {
   warp.sites.clear();
 }
 
-uintptr_t place(const void* code) {
+uintptr_t offset_in_library(const void* code) {
   Dl_info library;
   return dladdr(code, &library) ? reinterpret_cast<uintptr_t>(code) - reinterpret_cast<uintptr_t>(library.dli_fbase)
                                 : 0;
@@ -145,9 +145,9 @@ std::string access_counts() {
       return std::string(", \"") + label + "\": " + std::to_string(value);
     };
     json += std::string(json.empty() ? "[" : ",\n ") + "{\"launch\": \"" + launch + "\", \"kind\": \"" + kind + "\"" +
-            field("kernel", place(kernel)) + field("blocks", blocks) + field("at", place(at)) + field("width", width) +
-            field("instructions", count.instructions) + field(shared ? "wavefronts" : "sectors", count.units) +
-            field("ideal", count.ideal) + "}";
+            field("kernel", offset_in_library(kernel)) + field("blocks", blocks) + field("at", offset_in_library(at)) +
+            field("width", width) + field("instructions", count.instructions) +
+            field(shared ? "wavefronts" : "sectors", count.units) + field("ideal", count.ideal) + "}";
   }
   return json.empty() ? "[]" : json + "]";
 }

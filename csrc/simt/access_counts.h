@@ -1,10 +1,10 @@
 // What the memory accesses of a launch cost: wavefronts of shared memory and 32-byte sectors of global memory, for each
-// place in the kernels' code that accesses memory.
+// access in the code of the kernels.
 //
-// A warp's instruction is made of its lanes' accesses: those from one place in the code that are each lane's n-th there
-// since the last __syncthreads or collective of the warp, which all lanes pass alike. Lanes that leave a place out in
-// one iteration of a loop without collectives, and come to it in the next, are thus counted as if they had been there
-// in the first one.
+// An instruction of a warp consists of the accesses of its lanes: those at one address in the code that are each lane's
+// n-th there since the last __syncthreads or collective of the warp, which all lanes pass alike. So a lane that skips
+// an access in one iteration of a loop without collectives, and makes it in the next, counts as if it had made it in
+// the first.
 //
 // Shared memory has 32 banks of 4 bytes. A wavefront serves one word of each bank, to any number of lanes. Accesses of
 // up to 4 bytes are served to all lanes at a time, those of 8 bytes in two phases of 16 lanes, those of 16 bytes in
@@ -28,15 +28,15 @@ namespace flexattn::simt {
 
 void start_counting();  // from zero
 // Ends counting. A list of {launch, blocks, kernel, at, kind: LDS, STS, LDG or STG, width in bytes, instructions,
-// ideal, and wavefronts or sectors}. kernel and at are places in this library: of the kernel's function, and behind the
-// access.
+// ideal, and wavefronts or sectors}. kernel and at are offsets in this library: of the kernel's function, and of the
+// instruction after the access.
 std::string access_counts();
 
-// memory_checks tells what happens. interval: another one for every barrier and collective that the thread has passed.
+// Called by memory_checks. interval changes with every barrier and collective that the thread passes.
 extern bool counting;
 void count_launch(const char* name, const void* kernel);
 void count_access(int thread, uint64_t interval, const void* at, bool shared, Access access, uintptr_t address,
                   size_t size);
-void finish_counts();  // no instruction goes on after this: the block has ended
+void finish_counts();  // the block has ended: no instruction continues after this
 
 }  // namespace flexattn::simt

@@ -35,12 +35,9 @@ enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapab
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-// As new a GPU as the kernels know; FLEXATTN_CAPABILITY makes it older.
+// The newest GPU that the kernels know; FLEXATTN_CAPABILITY makes it older.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0, cudaSuccess;
-}
-inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
-  return std::memset(data, value, bytes), cudaSuccess;
 }
 
 inline void __syncthreads() { flexattn::simt::block_barrier(); }
@@ -71,6 +68,8 @@ inline float __fmul_rn(float x, float y) { return x * y; }
 [[noreturn]] inline void __trap() { flexattn::simt::fail("__trap"); }
 
 using std::exp;
+using std::exp2;
+using std::fmax;
 using std::isnan;
 using std::log;
 using std::max;

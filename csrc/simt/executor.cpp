@@ -28,8 +28,8 @@ namespace {
 
 constexpr int kCopyBytes = 16;
 
-// Where a fiber, or the scheduler, left off. swapcontext would do, but for its system call at every switch.
-using Place = void* [5];
+// Where a fiber or the scheduler left off. Unlike swapcontext, switching makes no system call.
+using Resumption = void* [5];
 
 struct Copy {
   unsigned char* to;
@@ -38,17 +38,17 @@ struct Copy {
 
 // Runs one thread of a block after the other, on the same stack.
 struct Fiber {
-  Place place;
+  Resumption resumption;
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
   bool started = false;
   bool finished = false;            // with this block's thread
-  const void* waits_for = nullptr;  // a barrier's or warp's meeting; null = can run
+  const void* waits_for = nullptr;  // the meeting of a barrier or a warp; null = can run
   int64_t round = 0;                // of that meeting
   std::vector<Copy> open;           // cp.async not yet committed
   std::deque<std::vector<Copy>> groups;
 };
 
-// Where threads meet: a round is over when all of them have come.
+// Where threads meet: a round is over when all of them have arrived.
 struct Meeting {
   int64_t round = 0;
   int arrived = 0;
@@ -57,7 +57,7 @@ struct Meeting {
 
 struct Warp : Meeting {
   int live = 0;
-  WarpBytes bytes[2];  // of the round under way and of the last one, which slow lanes still read
+  WarpBytes bytes[2];  // of the current round and of the last one, which slow lanes still read
 };
 
 const char* kernel_name = "";
@@ -66,7 +66,7 @@ std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 Meeting barrier;
 int live, current;
-Place scheduler;
+Resumption scheduler;
 std::vector<unsigned char> shared;
 std::exception_ptr error;
 std::mt19937 order(1);
@@ -79,13 +79,13 @@ size_t scheduler_size;
 // AddressSanitizer would take a jump for the end of all frames that it leaves.
 #define FLEXATTN_SWITCH __attribute__((noinline, no_sanitize("address")))
 
-FLEXATTN_SWITCH void jump(Place& to) { __builtin_longjmp(to, 1); }
-FLEXATTN_SWITCH void switch_to(Place& from, Place& to) {
+FLEXATTN_SWITCH void jump(Resumption& to) { __builtin_longjmp(to, 1); }
+FLEXATTN_SWITCH void switch_to(Resumption& from, Resumption& to) {
   if (!__builtin_setjmp(from)) jump(to);
 }
 
 void run_fiber();
-FLEXATTN_SWITCH void start(Place& from, unsigned char* stack) {
+FLEXATTN_SWITCH void start(Resumption& from, unsigned char* stack) {
   ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = stack;
@@ -100,7 +100,7 @@ void switch_to_scheduler() {
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, scheduler_stack, scheduler_size);
 #endif
-  switch_to(fibers[current].place, scheduler);
+  switch_to(fibers[current].resumption, scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake, &scheduler_stack, &scheduler_size);
 #endif
@@ -131,7 +131,7 @@ void resume(int thread) {
   __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStackBytes);
 #endif
   if (fiber.started) {
-    switch_to(scheduler, fiber.place);
+    switch_to(scheduler, fiber.resumption);
   } else {
     fiber.started = true;
     start(scheduler, fiber.stack.get());
@@ -147,7 +147,7 @@ void note_fault(const std::string& what) {
                                                  ", thread " + std::to_string(thread_index.x) + ": " + what));
 }
 
-// `size`: how many threads must come. A thread of the meeting that has ended, or waits elsewhere, will never come.
+// Wait until `size` threads have arrived. A thread that has ended, or waits elsewhere, never will.
 void meet(Meeting& meeting, int size, const char* operation) {
   if (meeting.arrived > 0 && meeting.operation != operation && std::strcmp(meeting.operation, operation) != 0)
     fail((std::string("comes to ") + operation + " while others of its warp are at " + meeting.operation).c_str());
@@ -195,12 +195,12 @@ void run_block(unsigned threads) {
       if (error) break;
     }
     if (progress || error) continue;
-    // Everyone that is left waits for someone who will not come.
+    // Every thread that is left waits for one that will never arrive.
     for (const int thread : turn) {
       if (fibers[thread].finished) continue;
       current = thread;
       thread_index = {static_cast<unsigned>(thread), 0, 0};
-      note_fault(std::string("waits for ever at ") + static_cast<const Meeting*>(fibers[thread].waits_for)->operation +
+      note_fault(std::string("waits forever at ") + static_cast<const Meeting*>(fibers[thread].waits_for)->operation +
                  ": not all threads reach it");
       break;
     }
@@ -232,8 +232,8 @@ void launch(const char* name, const void* kernel, unsigned blocks, unsigned thre
   begin_launch(name, kernel);
   for (unsigned block = 0; block < blocks && !error; ++block) {
     block_index = {block, 0, 0};
-    shared = std::vector<unsigned char>(
-        shared_bytes);  // new for each block: one that is too small is seen by AddressSanitizer
+    // New for each block, so that AddressSanitizer sees accesses past its end.
+    shared = std::vector<unsigned char>(shared_bytes);
     run_block(threads);
   }
   end_launch();
@@ -288,12 +288,11 @@ bool belongs_to_executor(const void* address) {
   return false;
 }
 
-// Nothing is thrown through a kernel, which the compiler may take for one that does not throw: its fiber is left where
-// it is.
+// Nothing is thrown through a kernel, which the compiler may assume not to throw: its fiber is abandoned where it is.
 void fail(const char* what) {
   note_fault(what);
   switch_to_scheduler();
-  std::abort();  // never comes here
+  std::abort();  // not reached
 }
 
 }  // namespace flexattn::simt

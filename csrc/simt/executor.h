@@ -1,9 +1,9 @@
 // The CUDA execution model on one CPU thread, for tests: the threads of a block are fibers, blocks run one after
 // another.
 //
-// What goes wrong on a GPU by chance goes wrong here for sure: threads run in a shuffled order, shared memory begins as
-// NaN, data of cp.async arrives only when it is waited for, and a barrier that part of the block misses is an error.
-// Faults are thrown as std::runtime_error out of launch().
+// What fails on a GPU by chance fails here for certain: threads run in a shuffled order, shared memory starts as NaN,
+// data of cp.async arrives only when it is waited for, and a barrier that part of the block misses is an error.
+// launch() throws faults as std::runtime_error.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +22,7 @@ constexpr int kLanes = 32;
 // Of the running thread.
 extern dim3 thread_index, block_index, block_size, grid_size;
 
-// kernel: the function, by which its accesses are counted; body: calls it with its arguments.
+// Run body, which calls `kernel` with its arguments, in every thread. Accesses are counted by kernel.
 void launch(const char* name, const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes,
             const std::function<void()>& body);
 
@@ -34,8 +34,8 @@ void block_barrier();
 constexpr size_t kLaneBytes = 64;
 using WarpBytes = unsigned char[kLanes][kLaneBytes];
 
-// Waits until every lane of the warp has come here with its bytes; then all lanes' bytes. `operation`: in error
-// messages.
+// Wait until every lane of the warp has arrived with its bytes, and return those of all lanes. `operation` is named in
+// error messages.
 const WarpBytes& exchange(const char* operation, const void* bytes, size_t size);
 
 template <typename T>
@@ -45,7 +45,7 @@ T from_lane(const char* operation, T mine, int source) {
   return result;
 }
 
-// 16 bytes on their way to shared memory, zeros where `from` is null: there after wait_copies(groups still under way).
+// Copy 16 bytes to shared memory, zeros if `from` is null. They arrive with wait_copies(groups still in flight).
 void start_copy(void* shared, const void* from);
 void commit_copies();
 void wait_copies(int groups_left);
@@ -53,11 +53,11 @@ void wait_copies(int groups_left);
 constexpr size_t kStackBytes = 256 * 1024;
 extern uintptr_t stack_begin;  // of the running thread
 inline bool on_stack(const void* address) { return reinterpret_cast<uintptr_t>(address) - stack_begin < kStackBytes; }
-// threadIdx and the like, what lanes exchange, or the launch's body.
+// Whether the address is of threadIdx and the like, of what lanes exchange, or of the body of the launch.
 bool belongs_to_executor(const void* address);
-// Not memory of the GPU.
+// Whether the address would not be memory on a GPU.
 inline bool is_own(const void* address) { return on_stack(address) || belongs_to_executor(address); }
 
-[[noreturn]] void fail(const char* what);  // names kernel, block and thread
+[[noreturn]] void fail(const char* what);  // adds kernel, block and thread to the message
 
 }  // namespace flexattn::simt

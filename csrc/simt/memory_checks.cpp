@@ -14,10 +14,10 @@
 namespace flexattn::simt {
 namespace {
 
-constexpr int kMostThreads = 1024;
+constexpr int kMaxThreads = 1024;
 
-// One access. A phase is what lies between two barriers of a block; phases of all blocks are numbered in one row.
-// Collectives are those that the thread has passed in this phase.
+// One access. A phase is what lies between two barriers of a block; the phases of all blocks are numbered
+// consecutively. Collectives are those that the thread has passed in this phase.
 struct Event {
   uint32_t phase = 0;  // 0: never
   uint32_t thread : 10, collectives : 22;
@@ -54,8 +54,8 @@ std::unordered_map<uintptr_t, Page> global_pages;  // by address / kPage
 std::array<std::pair<uintptr_t, Page*>, 4096> recent;
 std::vector<Page> shared_pages;  // of the running block
 uintptr_t shared_begin, shared_end;
-std::array<Event, kMostThreads> clocks;  // of the running block's threads: what they do now
-std::vector<uint32_t> first_phases;      // of the blocks up to the running one
+std::array<Event, kMaxThreads> clocks;  // of the running block's threads: what they do now
+std::vector<uint32_t> first_phases;     // of the blocks up to the running one
 uint32_t last_phase;
 
 bool is_shared(uintptr_t address) { return address >= shared_begin && address < shared_end; }
@@ -114,7 +114,7 @@ void begin_launch(const char* name, const void* kernel) {
   recent.fill({});
   first_phases.clear();
   last_phase = 0;
-#if !defined(__SANITIZE_ADDRESS__)  // there the kernels do not tell what they access
+#if !defined(__SANITIZE_ADDRESS__)  // whose kernels do not report their accesses
   watching = true;
 #endif
 }
@@ -125,7 +125,7 @@ void begin_block(const void* shared, size_t shared_bytes) {
   shared_end = shared_begin + shared_bytes;
   shared_pages.assign(shared_end / kPage - shared_begin / kPage + 1, {});
   first_phases.push_back(++last_phase);
-  for (int i = 0; i < kMostThreads; ++i) {
+  for (int i = 0; i < kMaxThreads; ++i) {
     clocks[i].phase = last_phase;
     clocks[i].thread = i;
     clocks[i].collectives = 0;
@@ -144,14 +144,14 @@ void pass_warp(int thread) { ++clocks[thread].collectives; }
 
 namespace {
 
-// place: in the kernel's code.
-void record(const void* pointer, size_t size, Access access, const void* place) {
+// code: address of the access in the kernel.
+void record(const void* pointer, size_t size, Access access, const void* code) {
   if (!watching || is_own(pointer)) return;
   const Event now = clocks[thread_index.x];
   const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer), end = begin + size;
   if (counting) {
     const uint64_t interval = static_cast<uint64_t>(now.phase) << 32 | now.collectives;
-    count_access(now.thread, interval, place, is_shared(begin), access, is_shared(begin) ? begin - shared_begin : begin,
+    count_access(now.thread, interval, code, is_shared(begin), access, is_shared(begin) ? begin - shared_begin : begin,
                  size);
   }
   const int alignment = __builtin_ctzll(begin | size | (1 << kCoarsest));  // a power of two
@@ -172,7 +172,7 @@ void record_access(const void* address, size_t size, Access access) {
 
 }  // namespace flexattn::simt
 
-// What -fsanitize=thread calls.
+// Called by code that is compiled with -fsanitize=thread.
 #define FLEXATTN_RECORD(size, access) \
   flexattn::simt::record(at, size, flexattn::simt::Access::access, __builtin_return_address(0))
 extern "C" {

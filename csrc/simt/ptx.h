@@ -1,4 +1,4 @@
-// The instructions of csrc/kernels/ptx.cuh, lane by lane after the fragment layouts of the PTX manual. Sums are in
+// The instructions of csrc/kernels/ptx.cuh, lane by lane, with the fragment layouts of the PTX manual. Sums are in
 // float32, one product after the other.
 #pragma once
 

@@ -1,5 +1,6 @@
 """The executor itself: faults that were planted are caught, what has none passes, and memory accesses cost what they should."""
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def test_a_race_is_caught(fault, says):
 def test_a_barrier_that_some_threads_miss_is_caught():
     with pytest.raises(
         RuntimeError,
-        match="barrier, block 0, .* waits for ever at __syncthreads: not all threads reach it",
+        match="barrier, block 0, .* waits forever at __syncthreads: not all threads reach it",
     ):
         run("barrier")
 
@@ -85,6 +86,16 @@ def test_a_read_out_of_bounds_is_caught(fault):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr
+
+
+@pytest.mark.parametrize("capability", [60, 70, 90])
+@pytest.mark.parametrize("queries", ["one query", "many queries"])
+def test_a_map_range_longer_than_the_map_is_refused_on_the_device(queries, capability, monkeypatch, capfd):
+    monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
+    with pytest.raises(RuntimeError, match="hierarchical_attention.*: __trap"):
+        run(f"map range, {queries}")
+    ctypes.CDLL(None).fflush(None)  # what the kernel printed
+    assert "hierarchical_attention: map_ranges is 8, it must lie in 0 to 4" in capfd.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------ counted accesses

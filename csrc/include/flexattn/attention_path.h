@@ -1,4 +1,5 @@
-// Which kernel takes a call of hierarchical_attention, and why not a faster one. Plain C++: every build can tell.
+// Which kernel runs a call of hierarchical_attention, and why not a faster one. Plain C++, so that every build can
+// tell.
 #pragma once
 
 #include <cstdint>
@@ -16,11 +17,11 @@ enum class AttentionPath {
   kAmpere,   // tensor cores: m16n8k16
 };
 
-constexpr int64_t kMostDecodeRows = 16;
+constexpr int64_t kMaxDecodeRows = 16;
 
 struct PathChoice {
   AttentionPath path;
-  std::vector<std::string> reasons;  // against a faster path than the generic one
+  std::vector<std::string> reasons;  // why not a faster path than the generic one
 };
 
 // capability: 10 * major + minor of the GPU.
@@ -29,7 +30,7 @@ inline PathChoice choose_attention_path(const AttentionInputs& in, int capabilit
   const auto against = [&](bool condition, const std::string& reason) {
     if (condition) choice.reasons.push_back(reason);
   };
-  const bool decode = in.queries <= kMostDecodeRows;
+  const bool decode = in.queries <= kMaxDecodeRows;
   const bool half = in.dtype == DType::kFloat16, bfloat = in.dtype == DType::kBFloat16;
   const std::string here = std::to_string(capability / 10) + "." + std::to_string(capability % 10);
   const int64_t d = in.head_dim, element = in.dtype == DType::kFloat64 ? 8 : in.dtype == DType::kFloat32 ? 4 : 2;
@@ -39,7 +40,7 @@ inline PathChoice choose_attention_path(const AttentionInputs& in, int capabilit
             "head_dim is " + std::to_string(d) + ", few query rows take 64, 80, 96 or 128");
   } else {
     against(!half && !bfloat, "the dtype is neither float16 nor bfloat16, which more than " +
-                                  std::to_string(kMostDecodeRows) + " query rows take");
+                                  std::to_string(kMaxDecodeRows) + " query rows take");
     against(bfloat && capability < 80, "bfloat16 takes compute capability 8.0, this is " + here);
     against(half && capability < 70, "tensor cores take compute capability 7.0, this is " + here);
     against(d > 128 || d % 8, "head_dim is " + std::to_string(d) + ", it must be a multiple of 8 up to 128");
@@ -48,7 +49,7 @@ inline PathChoice choose_attention_path(const AttentionInputs& in, int capabilit
   against(in.queries >= int64_t{1} << 31 || in.keys >= int64_t{1} << 31 || in.selected >= int64_t{1} << 31,
           "a size passes 2^31");
 
-  // 16-byte loads: data and every stride but the last.
+  // 16-byte loads need aligned data and aligned strides, but for the last.
   struct Layout {
     const char* name;
     const void* data;

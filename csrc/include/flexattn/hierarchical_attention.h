@@ -1,12 +1,12 @@
 // N x (N+M) attention (equations 3 to 7 of the paper): causal over the sequence, full over the selected high-resolution
-// tokens, and the attention map of the rows whose selection the next layer needs. No N x (N+M) matrix is ever held.
+// tokens, with the attention map of the rows whose selection the next layer needs. No N x (N+M) matrix is ever stored.
 #pragma once
 
 #include "flexattn/types.h"
 
 namespace flexattn {
 
-// What a query row sees, common to the forward and the backward pass.
+// What a query row sees; common to the forward and the backward pass.
 struct AttentionInputs {
   DType dtype;       // of q, k, v, k_hr, v_hr, out and the gradients; statistics are float32 (float64 for float64)
   int64_t batch;     // B
@@ -28,7 +28,7 @@ struct AttentionInputs {
   const int32_t* kv_len;    // [B]
   const int32_t* key_mask;  // [B, ceil(Nk / 32)] or null
 
-  // High-resolution keys: a pool of slots; sample b owns the slots hr_slots[b, 0 .. hr_count[b]). Null when there are
+  // High-resolution keys: a pool of slots, of which sample b owns hr_slots[b, 0 .. hr_count[b]). Null if there are
   // none.
   int64_t pool;      // P
   int64_t selected;  // M
@@ -40,7 +40,7 @@ struct AttentionInputs {
 
   // Which rows see them: rows n >= hr_from[b]; or the rows listed in hr_rows (-1 = none), each with its own choice of
   // the sample's keys where hr_row_bits is given. At most one of hr_from and hr_rows is set.
-  int64_t rows;                // R; 1 when hr_rows is null
+  int64_t rows;                // R; 1 if hr_rows is null
   const int32_t* hr_from;      // [B] or null
   const int32_t* hr_rows;      // [B, R] or null; no row twice
   const int32_t* hr_row_bits;  // [B, R, ceil(M / 32)] or null (every key)
@@ -54,35 +54,36 @@ struct AttentionForwardParams {
 
   // The map: for the rows in hr_rows (without hr_rows: the last query row), the probabilities of the keys of each
   // image, summed over heads.
-  int64_t images;             // I; 0 = no map
-  int64_t map_size;           // S*S
-  const int32_t* map_ranges;  // [B, I, 2]: first key of the image and one past its last; an empty range gives zeros
-  bool map_over_all;          // softmax over the N+M keys that the row sees instead of its N sequence keys
+  int64_t images;    // I; 0 = no map
+  int64_t map_size;  // S*S
+  // [B, I, 2]: first key of the image and one past its last; S*S keys, or an empty range, which gives zeros.
+  const int32_t* map_ranges;
+  bool map_over_all;  // softmax over the N+M keys that the row sees instead of its N sequence keys
 
   void* out;      // [B, N, H, d] dense
   void* lse;      // [B, H, N]: log-sum-exp over all the keys that the row sees; -inf where it sees none
   void* lse_seq;  // [B, H, N]: the same over the sequence keys only
   void* map;      // [B, R, I, S*S] dense, zero for a row of -1
 
-  void* workspace;  // hierarchical_attention_workspace() bytes, 16-byte aligned; null when that is 0
+  void* workspace;  // hierarchical_attention_workspace() bytes, 16-byte aligned; null if that is 0
 };
 
 struct AttentionBackwardParams {
   AttentionInputs in;
   const void* grad_out;  // [B, N, H, d]: strides as in Strides{batch, head, row}
   Strides grad_out_strides;
-  const void* lse;  // [B, H, N] dense, as the forward pass left them
+  const void* lse;  // [B, H, N] dense, as written by the forward pass
   const void* lse_seq;
 
   void* grad_q;  // [B, H, N, d] dense
   void* grad_k;  // [B, Hkv, Nk, d] dense
   void* grad_v;
-  void* grad_k_hr;  // [P, Hkv, d] dense; null when there is no pool
+  void* grad_k_hr;  // [P, Hkv, d] dense; null if there is no pool
   void* grad_v_hr;
 
   // Scratch, allocated by the caller. delta[b, h, n, {0: with HR, 1: sequence only}] = grad_out . out of that softmax.
   void* delta;           // [B, H, N, 2], statistics dtype
-  int32_t* slot_to_key;  // [B, P]: position of a slot in the sample's hr_slots, or -1; null when there is no pool
+  int32_t* slot_to_key;  // [B, P]: index of a slot in the sample's hr_slots, or -1; null if there is no pool
 };
 
 namespace cpu {

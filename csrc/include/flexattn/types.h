@@ -1,4 +1,4 @@
-// Types shared by every operator's interface. No torch, no Python, no CUDA header: g++ and nvcc both read this.
+// Types shared by all operators' interfaces. No torch, Python or CUDA header, so that g++ and nvcc both read it.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace flexattn {
 
 enum class DType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
 
-// An opaque cudaStream_t; null (the default stream) on the CPU, which ignores it.
+// An opaque cudaStream_t; the CPU ignores it.
 using Stream = void*;
 
 // Element strides of a [batch, head, row, channel] tensor whose last dimension is dense:
@@ -18,7 +18,7 @@ struct Strides {
   int64_t row = 0;
 };
 
-// For functions that kernels call too.
+// For functions that both host and device call.
 #ifdef __CUDACC__
 #define FLEXATTN_HOST_DEVICE __host__ __device__
 #else

@@ -1,4 +1,4 @@
-// New high-resolution keys, rotated, and values into their slots of the pool.
+// Write new high-resolution keys, rotated, and values into their slots of the pool.
 #pragma once
 
 #include "flexattn/types.h"
@@ -6,13 +6,13 @@
 namespace flexattn {
 
 struct WriteHrKvParams {
-  DType dtype;           // of k, v and the pool; the rotation is done in float32 (float64 for float64), rounded once
+  DType dtype;           // of k, v and the pool; the rotation runs in float32 (float64 for float64) and is rounded once
   DType table_dtype;     // of cos and sin: dtype or float32
   int64_t rows;          // M
   int64_t heads;         // Hkv
   int64_t head_dim;      // d, even
   int64_t pool;          // P
-  const int32_t* slots;  // [M] dense: a slot in [0, P), or -1 = this row is not written; no slot twice
+  const int32_t* slots;  // [M] dense: a slot in [0, P), or -1 to skip the row; no slot twice
 
   // x[m, g, c] = data[m * row + g * head + c]; .batch unused
   const void* k;  // [M, Hkv, d]
@@ -21,7 +21,7 @@ struct WriteHrKvParams {
   void* v_pool;
   Strides k_strides, v_strides, k_pool_strides, v_pool_strides;
 
-  // With x = (x1, x2) in halves of d/2: x * cos + (-x2, x1) * sin, as in Llama.
+  // x = (x1, x2) in halves of d/2 becomes x * cos + (-x2, x1) * sin, as in Llama.
   const void* cos;  // [M, d]: cos[m, c] = data[m * cos_row + c]
   const void* sin;
   int64_t cos_row, sin_row;

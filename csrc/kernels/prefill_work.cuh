@@ -1,0 +1,128 @@
+// What a block of the tensor-core kernel has to do: its query rows, and which tiles of keys they see.
+#pragma once
+
+#include "attention_map.cuh"
+#include "attention_tiles.cuh"
+
+namespace flexattn::cuda {
+
+// Lives in shared memory: registers are scarcest in this kernel.
+struct BlockWork {
+  int sample, head, kv_head;
+  int first_row, rows;         // queries first_row .. first_row + rows - 1
+  int first_position;          // of first_row
+  int first_key, end_of_keys;  // sequence keys that the last row sees
+  int hr_count;                // HR keys; 0 if no row of the block sees them
+  int hr_from;                 // rows from here on see HR keys, unless rows are listed in hr_rows
+  float alpha;                 // of the rows that see HR keys
+  int sequence_tiles, tiles;   // tiles of the sequence; of sequence and HR keys
+  int hr_row[kTileRows];       // of each row: its index in hr_rows (0 for the last query if none are listed), or -1
+
+  // Behind the struct, with hr_row_bits: a bit per HR tile, whether some row sees a key of it.
+  __device__ int32_t* seen_tiles() { return reinterpret_cast<int32_t*>(this + 1); }
+  __device__ const int32_t* seen_tiles() const { return reinterpret_cast<const int32_t*>(this + 1); }
+
+  __device__ KeyTile tile(int t) const {
+    if (t < sequence_tiles) return {false, first_key + t * kTileKeys, end_of_keys};
+    return {true, (t - sequence_tiles) * kTileKeys, hr_count};
+  }
+
+  // The first tile from t on of which some row sees a key.
+  __device__ int seen_tile_from(const AttentionInputs& in, int t) const {
+    if (!in.hr_row_bits) return t;
+    while (sequence_tiles <= t && t < tiles && !bit(seen_tiles(), t - sequence_tiles)) ++t;
+    return t;
+  }
+
+  __device__ bool sees_hr(const AttentionInputs& in, int row) const {
+    return in.hr_rows ? hr_row[row] >= 0 : first_row + row >= hr_from;
+  }
+
+  // Whether every row sees every key of the tile.
+  __device__ bool sees_all(const AttentionInputs& in, const KeyTile& tile) const {
+    if (tile.hr) return in.hr_from && !in.hr_row_bits && first_row >= hr_from && tile.first + kTileKeys <= tile.end;
+    return !in.key_mask && tile.first + kTileKeys <= first_position + 1;
+  }
+
+  // The keys of the tile that a row sees, as bits.
+  __device__ uint64_t visible_keys(const AttentionInputs& in, const KeyTile& tile, int row) const {
+    if (tile.hr) {
+      if (!sees_hr(in, row)) return 0;
+      const uint64_t keys = low_bits(tile.end - tile.first);
+      return in.hr_row_bits ? keys & bits_from(row_bits(in, sample, hr_row[row]), tile.first, in.selected) : keys;
+    }
+    const uint64_t keys = low_bits(min(first_position + row + 1, tile.end) - tile.first);
+    return in.key_mask ? keys & bits_from(in.key_mask + sample * words_for_bits(in.keys), tile.first, in.keys) : keys;
+  }
+};
+
+inline size_t work_bytes(int64_t selected) {
+  return sizeof(BlockWork) + words_for_bits(blocks_for(selected, kTileKeys)) * sizeof(int32_t);
+}
+
+// Sample, head and query rows from the block's number, and the sequence keys they see. One thread.
+__device__ inline void assign_rows(const AttentionInputs& in, BlockWork& work) {
+  // The last rows see most keys: their blocks start first.
+  const int heads = static_cast<int>(in.heads), samples = static_cast<int>(in.batch);
+  const int block = static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x), sample = block / heads % samples;
+  work.sample = sample;
+  work.head = block % heads;
+  work.kv_head = work.head / static_cast<int>(in.heads / in.kv_heads);
+  work.first_row = block / (heads * samples) * kTileRows;
+  work.rows = min(kTileRows, static_cast<int>(in.queries) - work.first_row);
+  work.first_position = static_cast<int>(first_position(in, sample)) + work.first_row;
+  work.first_key = static_cast<int>(first_key(in, sample));
+  work.end_of_keys = work.first_position + work.rows;
+  work.sequence_tiles = static_cast<int>(blocks_for(max(0, work.end_of_keys - work.first_key), kTileKeys));
+}
+
+// Which rows are listed in hr_rows. The whole block.
+__device__ inline void find_listed_rows(const AttentionInputs& in, BlockWork& work) {
+  for (int row = threadIdx.x; row < kTileRows; row += kTileThreads)
+    work.hr_row[row] = !in.hr_rows && work.first_row + row == in.queries - 1 ? 0 : -1;
+  __syncthreads();
+  for (int r = threadIdx.x; in.hr_rows && r < in.rows; r += kTileThreads) {
+    const int row = static_cast<int>(query_at(in, work.sample, r)) - work.first_row;
+    if (0 <= row && row < work.rows) work.hr_row[row] = r;
+  }
+  __syncthreads();
+}
+
+// HR keys, if any row of the block sees them. One thread.
+__device__ inline void assign_hr_keys(const AttentionInputs& in, BlockWork& work) {
+  work.hr_from = in.hr_from ? in.hr_from[work.sample] : static_cast<int>(in.queries);
+  bool any = !in.hr_rows && work.first_row + work.rows > work.hr_from;
+  for (int row = 0; in.hr_rows && row < kTileRows; ++row) any |= work.hr_row[row] >= 0;
+  work.hr_count = any ? static_cast<int>(hr_keys(in, work.sample)) : 0;
+  work.alpha = work.hr_count > 0 ? mixing<float>(in, work.sample) : 1.f;
+  work.tiles = work.sequence_tiles + static_cast<int>(blocks_for(work.hr_count, kTileKeys));
+}
+
+// Which HR tiles some row sees a key of. The whole block, a word per thread.
+__device__ inline void find_seen_tiles(const AttentionInputs& in, BlockWork& work) {
+  const int hr_tiles = work.tiles - work.sequence_tiles;
+  for (int word = threadIdx.x; word * kBitsPerWord < hr_tiles; word += kTileThreads) {
+    uint32_t seen = 0;
+    for (int row = 0; row < work.rows; ++row)
+      for (int t = 0; work.hr_row[row] >= 0 && t < kBitsPerWord && word * kBitsPerWord + t < hr_tiles; ++t) {
+        const int first = (word * kBitsPerWord + t) * kTileKeys;
+        if (bits_from(row_bits(in, work.sample, work.hr_row[row]), first, in.selected)) seen |= 1u << t;
+      }
+    work.seen_tiles()[word] = static_cast<int32_t>(seen);
+  }
+}
+
+// Fill in `work`. Called by the whole block.
+__device__ inline void describe_work(const AttentionForwardParams& p, BlockWork& work) {
+  if (threadIdx.x == 0) assign_rows(p.in, work);
+  __syncthreads();
+  for (int64_t image = threadIdx.x; image < p.images; image += kTileThreads) image_keys(p, work.sample, image);
+  find_listed_rows(p.in, work);
+  if (threadIdx.x == 0) assign_hr_keys(p.in, work);
+  __syncthreads();
+  if (!p.in.hr_row_bits) return;
+  find_seen_tiles(p.in, work);
+  __syncthreads();
+}
+
+}  // namespace flexattn::cuda
