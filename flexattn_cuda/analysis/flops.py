@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.families.llava.config import as_system as llava_as_system
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
-from flexattn_cuda.mechanism.context import Call
+from flexattn_cuda.mechanism.counts import KnownCounts
 
 # A part is what runs in modules of these names and in no other named here inside them.
 _MODULES = {
@@ -139,25 +139,33 @@ def count(
         config = config.with_settings(dataclasses.replace(config.flexattn, hr_rows="all"))
     with torch.device("meta"):
         model = FlexAttnLlavaForConditionalGeneration(config).eval()
-    model.call_class = _told(selected, tiles)
-    with torch.no_grad(), _no_autocast_on_meta(), counted(model) as flops:
+    text = model.model.language_model
+    text.rotary_emb = _TablesFromCPU(text.config, type(text.rotary_emb))
+    with torch.no_grad(), counted(model) as flops:
         model(
             **prompt(config, text_tokens, "meta"),
             tiles_on_demand=not published,
             logits_to_keep=0 if published else 1,
+            hr_counts=KnownCounts(selected, tiles),
         )
     return flops
 
 
-@contextlib.contextmanager
-def _no_autocast_on_meta() -> Iterator[None]:
-    """transformers 5.0 asks whether autocast is on for the device that it runs on, which torch refuses to say of "meta"."""
-    real = torch.is_autocast_enabled
-    torch.is_autocast_enabled = lambda *device: False if device == ("meta",) else real(*device)
-    try:
-        yield
-    finally:
-        torch.is_autocast_enabled = real
+class _TablesFromCPU(nn.Module):
+    """Rotary tables of a model on meta tensors, computed on the CPU, at positions that do not matter to the count.
+
+    transformers 5.0 asks torch whether autocast is on for the device of the hidden states, which torch refuses to say of
+    the meta device.
+    """
+
+    def __init__(self, config: PreTrainedConfig, rotary_class: type[nn.Module]) -> None:
+        super().__init__()
+        self.tables = rotary_class(config)
+
+    def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        on_cpu = torch.empty(0, dtype=hidden.dtype)
+        tables = self.tables(on_cpu, position_ids=torch.zeros(position_ids.shape, dtype=torch.long))
+        return tuple(table.to(hidden.device) for table in tables)
 
 
 def prompt(config: FlexAttnLlavaConfig, text_tokens: int, device: str) -> dict[str, torch.Tensor]:
@@ -192,17 +200,6 @@ def _checked(config: FlexAttnLlavaConfig, text_tokens: int, selected: int | None
             f"{selected} selected tokens do not fit into {tiles} tiles of {tokens // all_tiles} tokens each"
         )
     return selected, tiles
-
-
-def _told(selected: int, tiles: int) -> type[Call]:
-    class Told(Call):
-        """Is told how much was selected: on meta tensors there is nothing to read."""
-
-        def _read_back(self, numbers: torch.Tensor, tokens: torch.Tensor) -> list[int]:
-            self.images.encode_tiles(range(tiles), self._encode)
-            return [selected, selected, 0]
-
-    return Told
 
 
 @contextlib.contextmanager

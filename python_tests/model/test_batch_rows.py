@@ -47,7 +47,7 @@ def answer(model, inputs):
         **inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True,
         flexattn_trace=trace,
     )  # fmt: skip
-    live = HRCache.beside(output.past_key_values).live
+    live = HRCache.beside(output.past_key_values).layout.valid_rect
     return output.sequences[:, -TOKENS:], torch.stack(output.logits, 1), trace, live
 
 

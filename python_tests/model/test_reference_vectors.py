@@ -6,6 +6,7 @@ base, thresholds and layers are read from its json files, and a case of an unkno
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from functools import cache
@@ -21,8 +22,12 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaForConditionalGeneration, Trace, ops
 from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor
 from flexattn_cuda.mechanism.cache import HRCache
-from flexattn_cuda.mechanism.context import Call, Rows
-from flexattn_cuda.mechanism.rotary import hr_rotary_tables
+from flexattn_cuda.mechanism.context import ContextOptions, HRContext
+from flexattn_cuda.mechanism.grid import Grid
+from flexattn_cuda.mechanism.layout import ImageLayout
+from flexattn_cuda.mechanism.rotary import RotaryTables, hr_rotary_tables
+from flexattn_cuda.mechanism.rows import Rows
+from flexattn_cuda.mechanism.tokens import HRTokens
 
 FOLDER = Path(os.environ.get("FLEXATTN_REFERENCE_VECTORS") or Path(__file__).parents[1] / "data" / "reference_vectors")
 RELEASED_IMAGE_ID = -200
@@ -33,6 +38,7 @@ LOGITS, MAPS, LAYER_OUTPUTS, FEATURES, PIXELS = (
     1e-4,
     1e-5,
 )  # the set's README, float32
+HR_STRIDE, LR_STRIDE = 36, 12  # of the pixel samples, at every image size
 
 
 def read_json(name: str) -> dict:
@@ -115,19 +121,22 @@ class Layer:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj", "k_proj_hd", "v_proj_hd"):
             getattr(self.attention, name).weight.data = self.array(f"w_{name}")
         self.rotary = LlamaRotaryEmbedding(config)
-        self.side, self.hr_side = case["lr_side"], case["hr_side"]
+        lr_grid, hr_grid = Grid(*2 * [case["lr_side"]]), Grid(*2 * [case["hr_side"]])
         self.config = FlexAttnConfig(threshold=float(case["threshold"]), first_layer=1)
         begin, end = case["image_begin"], case["image_end"]
-        tables = self.rotary(self.array("hidden_states"), torch.arange(begin, end)[None])
-        self.cos, self.sin = hr_rotary_tables(tuple(table[0] for table in tables), self.hr_side)
+        cos, sin = self.rotary(self.array("hidden_states"), torch.arange(begin, end)[None])
+        self.tables = hr_rotary_tables(RotaryTables(cos[0], sin[0]), lr_grid, hr_grid)
+        valid_rect = torch.tensor([[valid_rect_of(*case["ori_size_wh"], lr_grid.rows)]], dtype=torch.int32)
+        ranges = torch.tensor([[[begin, end]]], dtype=torch.int32)
         self.images = HRCache(
             settings=self.config,
-            lr_side=self.side,
-            features=tensor("layer", f"shared.hd_features_{self.hr_side}")[None],
-            cos=self.cos[None],
-            sin=self.sin[None],
-            ranges=torch.tensor([[[begin, end]]], dtype=torch.int32),
-            live=torch.tensor([[valid_rect_of(*case["ori_size_wh"], self.side)]], dtype=torch.int32),
+            layout=ImageLayout(lr_grid, hr_grid, ranges, valid_rect),
+            tokens=HRTokens(
+                grid=hr_grid,
+                tile_grid=Grid(self.config.zoom, self.config.zoom),
+                features=tensor("layer", f"shared.hd_features_{hr_grid.rows}")[None],
+                tables=RotaryTables(*(table[None] for table in self.tables)),
+            ),
         )
 
     def array(self, name: str) -> torch.Tensor:
@@ -136,14 +145,14 @@ class Layer:
     def run(self, hidden, first, rows, masks=None, cache=None, alpha=1.0):
         """-> output rows [N, D], and map [R, S*S] and mask [R, h*h] for the next layer."""
         trace = Trace()
-        call = Call(self.images, rows, 2, alpha, trace)
-        if masks is None:
-            call.config = FlexAttnConfig(threshold=float(self.case["threshold"]), first_layer=2)  # the layer before
-        else:
-            call.selected[0] = selection_of(masks)
+        first_layer = 2 if masks is None else 1  # without masks it is the layer before the first one with HR tokens
+        self.images.settings = dataclasses.replace(self.config, first_layer=first_layer)
+        context = HRContext(self.images, rows, 2, options=ContextOptions(alpha, trace))
+        if masks is not None:
+            context.selected[0] = selection_of(masks)
         positions = torch.arange(first, first + hidden.shape[0])[None]
         out, _ = self.attention(
-            hidden[None], self.rotary(hidden, positions), None, past_key_values=cache, flexattn=call
+            hidden[None], self.rotary(hidden, positions), None, past_key_values=cache, flexattn=context
         )
         traced = trace.steps[0][1]
         return out[0], traced.map[0, :, 0], traced.mask[0, :, 0]
@@ -169,7 +178,7 @@ def test_layer(case):
     assert hidden.shape[0] == case["N"]
     for name in ("cos", "sin"):
         sample = layer.array(f"hr_{name}_sample")
-        assert_close(getattr(layer, name)[::97], sample, 1e-5, f"HR {name} table")
+        assert_close(getattr(layer.tables, name)[::97], sample, 1e-5, f"HR {name} table")
 
     if case["mode"] == "inference":
         last = Rows(listed=torch.tensor([[case["N"] - 1]], dtype=torch.int32))
@@ -241,12 +250,10 @@ def test_whole_model(case):
 
     model = load_model(case["extra_override"])
     pixels = preprocess(model, case["image"])
-    sampled = expected("pixel_sample")
-    step = pixels["pixel_values_hr"].shape[-1] // sampled.shape[-1]
-    assert_close(pixels["pixel_values_hr"][0, :, ::step, ::step], sampled, PIXELS, "high-resolution pixels")
-    sampled = expected("lowres_sample")
-    step = pixels["pixel_values"].shape[-1] // sampled.shape[-1]
-    assert_close(pixels["pixel_values"][0, :, ::step, ::step], sampled, PIXELS, "low-resolution pixels")
+    sampled = pixels["pixel_values_hr"][0, :, ::HR_STRIDE, ::HR_STRIDE]
+    assert_close(sampled, expected("pixel_sample"), PIXELS, "high-resolution pixels")
+    sampled = pixels["pixel_values"][0, :, ::LR_STRIDE, ::LR_STRIDE]
+    assert_close(sampled, expected("lowres_sample"), PIXELS, "low-resolution pixels")
 
     raw = expected("input_ids")
     input_ids = expand(model, raw, raw, model.config.image_token_id)[None]
@@ -288,7 +295,7 @@ def test_whole_model(case):
 
     # Which features a case holds differs: all, a sample, or means and norms.
     prefill = model(input_ids=input_ids, tiles_on_demand=False, **pixels)
-    features = HRCache.beside(prefill.past_key_values).features[0]
+    features = HRCache.beside(prefill.past_key_values).tokens.features[0]
     held = {key.partition(".")[2] for key in arrays("model_cases") if key.startswith(f"{name}.")}
     if "hd_features" in held:
         assert_close(features, expected("hd_features"), FEATURES, "HR features")

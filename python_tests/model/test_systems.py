@@ -24,6 +24,10 @@ from flexattn_cuda.baselines import cross_attention
 from flexattn_cuda.families.llava.config import as_system
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.config import SYSTEMS, settings_of
+from flexattn_cuda.mechanism.grid import Grid
+from flexattn_cuda.mechanism.layout import ImageLayout
+from flexattn_cuda.mechanism.rotary import RotaryTables
+from flexattn_cuda.mechanism.tokens import HRTokens
 
 LOW = small.SIDE * small.PATCH
 HD, XATTN = settings_of("hd", LOW), settings_of("xattn", LOW)
@@ -219,24 +223,19 @@ def test_cross_attention_on_another_device_than_the_images():
     """Meta stands in for a second GPU: whatever is computed there must have been brought there."""
     module = cross_attention.CrossAttention(small.flex(XATTN).config.text_config, 0).to("meta")
     images = images_of(2)
-    out = module(torch.zeros(2, 5, 32, device="meta"), cross_attention.HRTokens(images, cached=True))
+    out = module(torch.zeros(2, 5, 32, device="meta"), cross_attention.CrossContext(images, cached=True))
     assert out.shape == (2, 5, 32) and out.device.type == "meta"
 
 
 def images_of(prompts: int) -> HRCache:
     """Images of so many prompts, the last of which has none."""
-    side = (small.SIDE * small.ZOOM) ** 2
+    lr_grid, hr_grid = Grid(small.SIDE, small.SIDE), Grid(*2 * [small.SIDE * small.ZOOM])
     ranges = torch.tensor([[[1, 37]]] * (prompts - 1) + [[[0, 0]]], dtype=torch.int32)
-    empty = torch.zeros(prompts, 0, 8)
+    empty = torch.zeros(prompts, 0, 0)
     return HRCache(
         XATTN,
-        small.SIDE,
-        torch.zeros(prompts, side, 32),
-        empty,
-        empty,
-        ranges,
-        torch.zeros(prompts, 1, 4),
-        last_end=37,
+        ImageLayout(lr_grid, hr_grid, ranges, torch.zeros(prompts, 1, 4), last_end=37),
+        HRTokens(hr_grid, Grid(3, 3), torch.zeros(prompts, hr_grid.cells, 32), RotaryTables(empty, empty)),
     )
 
 
@@ -397,7 +396,7 @@ def test_memory_of_a_system_is_what_it_takes(settings):
     kept = getattr(cache, "flexattn", None)
     crossed = [] if kept is None else [part for pair in kept.crossed.values() for part in pair]
     assert estimate.hr_cache_all == estimate.hr_cache_selected == sum(part.nbytes for part in crossed)
-    assert estimate.hr_features == (0 if kept is None else kept.features.nbytes)
+    assert estimate.hr_features == (0 if kept is None else kept.tokens.features.nbytes)
 
 
 def test_there_is_nothing_to_trace():

@@ -7,6 +7,7 @@ import dataclasses
 from transformers import AutoConfig, LlavaConfig
 
 from flexattn_cuda.mechanism.config import FlexAttnConfig, settings_of
+from flexattn_cuda.mechanism.grid import Grid
 
 
 class FlexAttnLlavaConfig(LlavaConfig):
@@ -32,19 +33,27 @@ class FlexAttnLlavaConfig(LlavaConfig):
         return changed
 
     @property
-    def lr_side(self) -> int:
-        """Side S of the square grid of low-resolution image tokens."""
+    def lr_grid(self) -> Grid:
+        """Grid of the low-resolution tokens of an image. LLaVA's images are padded to squares."""
         size = self.vision_config.image_size if self.flexattn is None else self.flexattn.lowres_size
-        return size // self.vision_config.patch_size
+        return Grid(*2 * [size // self.vision_config.patch_size])
+
+    @property
+    def hr_grid(self) -> Grid:
+        """Grid of the high-resolution tokens of an image; 0 x 0 for a plain LLaVA."""
+        if self.flexattn is None:
+            return Grid(0, 0)
+        return Grid(*2 * [self.flexattn.tile_size // self.vision_config.patch_size * self.flexattn.zoom])
+
+    @property
+    def lr_side(self) -> int:
+        """Side S of `lr_grid`."""
+        return self.lr_grid.rows
 
     @property
     def hr_side(self) -> int:
-        """Side h of the square grid of high-resolution tokens; 0 for a plain LLaVA."""
-        return (
-            0
-            if self.flexattn is None
-            else self.flexattn.tile_size // self.vision_config.patch_size * self.flexattn.zoom
-        )
+        """Side h of `hr_grid`."""
+        return self.hr_grid.rows
 
     @property
     def system(self) -> str:
@@ -54,7 +63,7 @@ class FlexAttnLlavaConfig(LlavaConfig):
     @property
     def image_tokens(self) -> int:
         """Positions of the sequence that an image with both resolutions takes: S*S, with LLaVA-HD S*S + h*h."""
-        return self.lr_side**2 + (self.hr_side**2 if self.system == "hd" else 0)
+        return self.lr_grid.cells + (self.hr_grid.cells if self.system == "hd" else 0)
 
     @property
     def hr_layers(self) -> range:
