@@ -85,7 +85,7 @@ def _twin(text_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTra
 
 
 def _largest_difference(twin: PreTrainedModel, layers: range) -> float:
-    """Run three tokens through the twin; return how far our keys and values are from its own, as a share of the largest."""
+    """Run three tokens through the twin and compare our keys and values with its own, as a share of the largest."""
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5 + (weight.ndim == 1)
@@ -96,19 +96,18 @@ def _largest_difference(twin: PreTrainedModel, layers: range) -> float:
     entered = _Recorder(twin, layers)
     arguments = dict(inputs_embeds=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
     torch.func.functional_call(twin, weights, kwargs=arguments)
+    tables = twin.rotary_emb(tokens, position_ids=positions)
     differences = [_relative(entered.first, tokens)]  # a model that scales its embeddings needs scaled HR tokens too
     for layer in layers:
-        ours = [
-            entered.attention[layer] @ weights[f"layers.{layer}.self_attn.{name}.weight"].T
-            for name in ("k_proj", "v_proj")
+        head_dim, kept = twin.layers[layer].self_attn.head_dim, cache.layers[layer]
+        if tables[0].shape[-1] != head_dim:
+            raise ValueError(f"their rotary embedding covers {tables[0].shape[-1]} of {head_dim} dimensions")
+        projected = [
+            entered.attention[layer] @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
+            for name in (f"layers.{layer}.self_attn.k_proj", f"layers.{layer}.self_attn.v_proj")
         ]
-        for number, name in enumerate(("k_proj", "v_proj")):
-            ours[number] = ours[number] + weights.get(f"layers.{layer}.self_attn.{name}.bias", 0.0)
-        keys = rotate(ours[0], *twin.rotary_emb(tokens, position_ids=positions))
-        differences += [
-            _relative(keys, cache.layers[layer].keys[:, 0]),
-            _relative(ours[1], cache.layers[layer].values[:, 0]),
-        ]
+        differences.append(_relative(rotate(projected[0], *tables), kept.keys[:, 0]))
+        differences.append(_relative(projected[1], kept.values[:, 0]))
     return max(differences)
 
 
