@@ -1,8 +1,9 @@
-"""LLaVA-XAttn: CogAgent's operator on LLaVA (section 5.1 of the paper). Every layer adds cross-attention, from its hidden
-states to all high-resolution (HR) tokens of the row's images, between self-attention and the MLP.
+"""LLaVA-XAttn: CogAgent's operator on LLaVA (section 5.1 of the paper).
 
-The rows of a call see every image that came with it or before. So where a conversation brings an image in a later turn,
-training on it in one call shows that image to the earlier turns too, which do not see it when they are generated.
+Every layer adds cross-attention, from its hidden states to all high-resolution (HR) tokens of the row's images, between
+self-attention and the MLP. The rows of a call see every image that came with it or before. So where a conversation
+brings an image in a later turn, training on it in one call shows that image to the earlier turns too, which do not see
+it when they are generated.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class CrossAttentionLayer(LlamaDecoderLayer):
         hidden_states = hidden_states + attended
         if cross_attention is not None:
             hidden_states = hidden_states + self.cross_attn(hidden_states, cross_attention)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        out: torch.Tensor = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return out
 
 
 class CrossContext:

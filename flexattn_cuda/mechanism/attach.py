@@ -1,5 +1,5 @@
-"""FlexAttention on the language model of any vision-language model: projections for high-resolution (HR) tokens, and a hook
-that builds the context of each forward call.
+"""FlexAttention on the language model of any vision-language model: projections for high-resolution (HR) tokens, and a
+hook that builds the context of each forward call.
 
 The hook runs before the language model, where embeddings, positions and the key/value cache are known. What the caller
 asked for comes down to it as the keyword argument `flexattn_request`, an `HRRequest`; the context goes on to every
@@ -67,7 +67,14 @@ class Family(Protocol):
 
 @dataclass(frozen=True)
 class HRCall:
-    """A forward call that sees images: what it is, what its caller asks, and the positions up to the end of the prompt."""
+    """A forward call that sees images.
+
+    Attributes:
+        request: What its caller asks of the mechanism.
+        shape: What the call is.
+        prompt_length: Positions up to the end of the prompt.
+        device: Of the hidden states.
+    """
 
     request: HRRequest
     shape: CallShape
@@ -103,7 +110,7 @@ class Attachment:
                 setattr(module, f"{name}_hd", nn.Linear(plain.in_features, plain.out_features, bias))
 
     def context(self, images: HRCache, call: HRCall) -> dict[str, Any]:
-        """Return the keyword arguments that carry the context to the layers; none if no row of the call sees HR tokens."""
+        """Return the keyword arguments that carry the context to the layers; none if no row sees HR tokens."""
         self._check_attention()
         rows = _rows(images.settings, call)
         if rows is None:
@@ -227,8 +234,8 @@ class Attachment:
         used = self.family.text_model.config._attn_implementation
         if used != attention.NAME:
             raise ValueError(
-                f"high-resolution tokens need attention implementation {attention.NAME!r} on the language model, but it is "
-                f"{used!r}; call set_attn_implementation({attention.NAME!r}) on it"
+                f"high-resolution tokens need attention implementation {attention.NAME!r} on the language model, but "
+                f"it is {used!r}; call set_attn_implementation({attention.NAME!r}) on it"
             )
 
 

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from flexattn_cuda import ops
-from flexattn_cuda.mechanism.context import HRArguments, HRContext
+from flexattn_cuda.mechanism.context import AttentionModule, HRArguments, HRContext
 
 NAME = "flexattn"
 
@@ -34,7 +34,7 @@ class VisibleKeys(NamedTuple):
     holes: torch.Tensor | None
 
 
-def visible_keys(
+def visible_keys(  # noqa: PLR0913 (transformers' mask interface)
     batch_size: int,
     kv_length: int,
     q_length: int | None = None,
@@ -59,10 +59,11 @@ def visible_keys(
         _check_mask(mask_function, local_size, kv_length)
     if cache_position is not None:
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
+    assert q_length is not None
     if isinstance(kv_offset, int) and kv_offset:
         raise ValueError(
-            f"the key/value cache has dropped its first {kv_offset} positions, but flexattn attention needs all of them; "
-            "pass a cache without a window"
+            f"the key/value cache has dropped its first {kv_offset} positions, but flexattn attention needs all of "
+            "them; pass a cache without a window"
         )
     if attention_mask is not None:
         device = attention_mask.device
@@ -95,8 +96,8 @@ def _check_mask(mask_function: Callable[..., Any], window: int | None, kv_length
         )
     if kv_length > window:
         raise ValueError(
-            f"the model's attention window is {window} positions, but there are {kv_length} keys, and flexattn attention "
-            "has no window; shorten the sequence or the static cache"
+            f"the model's attention window is {window} positions, but there are {kv_length} keys, and flexattn "
+            "attention has no window; shorten the sequence or the static cache"
         )
 
 
@@ -113,7 +114,7 @@ def _same_closure(one: object, other: object) -> bool:
 
 
 def flexattn_attention(
-    module: nn.Module,
+    module: AttentionModule,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -173,7 +174,7 @@ def flexattn_attention(
     return attended.out, None
 
 
-def _check_options(module: nn.Module, keys: int, options: dict[str, Any]) -> None:
+def _check_options(module: AttentionModule, keys: int, options: dict[str, Any]) -> None:
     """Raise if an option of transformers' attention interface would change the result."""
     name = type(module).__name__
     is_causal = options.get("is_causal")
@@ -188,8 +189,8 @@ def _check_options(module: nn.Module, keys: int, options: dict[str, Any]) -> Non
     window = options.get("sliding_window")
     if window is not None and keys > window:
         raise ValueError(
-            f"{name} has a sliding window of {window} positions, but there are {keys} keys, and flexattn attention has no "
-            "window; shorten the sequence"
+            f"{name} has a sliding window of {window} positions, but there are {keys} keys, and flexattn attention has "
+            "no window; shorten the sequence"
         )
 
 

@@ -1,14 +1,13 @@
 """What is kept beside a key/value cache: the images of its conversations and the keys made of their HR tokens.
 
-The key/value cache of transformers becomes the owner of an `HRCache`: whatever reorders, selects, repeats, crops, resets,
-copies or pickles the one does so with the other.
+The key/value cache of transformers becomes the owner of an `HRCache`: what reorders, selects, repeats, crops, resets,
+copies or pickles the one does the same to the other.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -71,7 +70,7 @@ class HRCache:
     def keep_beside(self, cache: Cache) -> None:
         """Make a key/value cache the owner of this one."""
         if not isinstance(cache, _OwnsHRCache):
-            cache.__class__ = _with_hr_cache(type(cache))
+            cache.__class__ = _owner_class(type(cache))
         setattr(cache, _ATTRIBUTE, self)
 
     @property
@@ -102,7 +101,7 @@ class HRCache:
         self.settings = later.settings
 
     def begin(self, cache: Cache | None, rows: int, length: int, prompt_length: int) -> None:
-        """Note a call that ends at position `length`. With a cache it counts as unfinished until its layers have run."""
+        """Note a call that ends at position `length`; with a cache it is unfinished until its layers have run."""
         self.rows, self.length, self.prompt_length = rows, length, prompt_length
         if cache is not None:
             self.keep_beside(cache)
@@ -148,8 +147,8 @@ class HRCache:
             )
         if not_projected:
             raise PoolOverflow(
-                f"{not_projected} selected tokens did not fit into one step, in which a layer takes {NEW_AT_ONCE} new ones "
-                "for each row of the batch; decode without hr_capacity"
+                f"{not_projected} selected tokens did not fit into one step, in which a layer takes {NEW_AT_ONCE} new "
+                "ones for each row of the batch; decode without hr_capacity"
             )
 
     def _select_prompts(self, prompts: torch.Tensor) -> None:
@@ -174,14 +173,11 @@ def _runs_of_equals(values: torch.Tensor) -> torch.Tensor:
 
 # ---------------------------------------------------------------------------------------------- transformers' own cache
 
-if TYPE_CHECKING:
-    _Base = Cache
-else:
-    _Base = object
+_OWNERS: dict[type, type] = {}  # by class of a key/value cache, its subclass whose objects own an HR cache
 
 
-class _OwnsHRCache(_Base):
-    """What a key/value cache of any class does to the HR cache beside it. Mixed into the class of the one cache object."""
+class _OwnsHRCache(Cache):
+    """What a key/value cache does to the HR cache beside it; mixed into the class of the object that owns one."""
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -210,7 +206,7 @@ class _OwnsHRCache(_Base):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as an object of the cache's own class, to which the HR cache is given back."""
-        return _restore, (type(self).__mro__[2],), dict(self.__dict__)
+        return _restore, (type(self).__bases__[1],), dict(self.__dict__)
 
 
 def forget_images(cache: Cache) -> None:
@@ -219,12 +215,12 @@ def forget_images(cache: Cache) -> None:
         delattr(cache, _ATTRIBUTE)
 
 
-@functools.cache
-def _with_hr_cache(cache_class: type[Cache]) -> type[Cache]:
+def _owner_class(cache_class: type) -> type:
     """Return the subclass of a cache class whose objects own an HR cache."""
-    return type(cache_class.__name__, (_OwnsHRCache, cache_class), {})
+    if cache_class not in _OWNERS:
+        _OWNERS[cache_class] = type(cache_class.__name__, (_OwnsHRCache, cache_class), {})
+    return _OWNERS[cache_class]
 
 
-def _restore(cache_class: type[Cache]) -> Cache:
-    subclass = _with_hr_cache(cache_class)
-    return subclass.__new__(subclass)
+def _restore(cache_class: type) -> Cache:
+    return object.__new__(_owner_class(cache_class))

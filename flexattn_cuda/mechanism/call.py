@@ -136,6 +136,6 @@ def _check_cache(cache: Cache | None, length: int) -> None:
         window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None
         if window is not None and length > window:
             raise ValueError(
-                f"the key/value cache keeps a window of {window} positions, but this call ends at position {length} and "
-                "flexattn attention needs all of them; pass a cache without a window or a shorter sequence"
+                f"the key/value cache keeps a window of {window} positions, but this call ends at position {length} "
+                "and flexattn attention needs all of them; pass a cache without a window or a shorter sequence"
             )

@@ -1,5 +1,5 @@
-"""The state of one forward call on its way through the layers: which rows see high-resolution (HR) tokens, and what each
-layer's map selected. Selections are keyed by layer, so that gradient checkpointing may run a layer again.
+"""The state of one forward call on its way through the layers: which rows see high-resolution (HR) tokens, and what
+each layer's map selected. Selections are keyed by layer, so that gradient checkpointing may run a layer again.
 
 What outlives the call is in cache.py.
 """
@@ -7,7 +7,7 @@ What outlives the call is in cache.py.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,6 +24,15 @@ from flexattn_cuda.mechanism.rows import Rows
 from flexattn_cuda.mechanism.selection import select
 from flexattn_cuda.mechanism.tokens import EncodeTiles
 from flexattn_cuda.mechanism.trace import LayerTrace, Trace
+
+
+class AttentionModule(Protocol):
+    """A self-attention module of transformers, with the projections of HR tokens where its layer attends to them."""
+
+    layer_idx: int
+    head_dim: int
+    k_proj_hd: nn.Linear
+    v_proj_hd: nn.Linear
 
 
 @dataclass
@@ -116,9 +125,9 @@ class HRContext:
     def config(self) -> FlexAttnConfig:
         return self.images.settings
 
-    def before_attention(self, module: nn.Module, device: torch.device) -> HRArguments:
+    def before_attention(self, module: AttentionModule, device: torch.device) -> HRArguments:
         """Return what the attention of a layer needs for its HR keys and for its map."""
-        layer, arguments = layer_of(module), HRArguments()
+        layer, arguments = module.layer_idx, HRArguments()
         if self._emits_map(layer):
             arguments.map_ranges = self._layout(device).ranges
             arguments.map_size = self.images.layout.lr_grid.cells
@@ -129,9 +138,9 @@ class HRContext:
             arguments.hr_rows = self.rows.listed.to(device)
         return arguments
 
-    def after_attention(self, module: nn.Module, attention_map: torch.Tensor) -> None:
+    def after_attention(self, module: AttentionModule, attention_map: torch.Tensor) -> None:
         """Turn the layer's map [B, R, I, S*S] into the selection that the next layer reads."""
-        layer = layer_of(module)
+        layer = module.layer_idx
         if not self._emits_map(layer):
             return
         attention_map = attention_map.detach()
@@ -145,9 +154,9 @@ class HRContext:
             self._traced[layer] = LayerTrace(attention_map, selected.mask)
 
     @profiling.in_phase("project_hr_keys")
-    def _add_hr_keys(self, arguments: HRArguments, module: nn.Module, device: torch.device) -> None:
+    def _add_hr_keys(self, arguments: HRArguments, module: AttentionModule, device: torch.device) -> None:
         """Add the keys and values of what the layer before selected; those that this layer lacks are projected."""
-        selected = ops.SelectedTokens(*(part.to(device) for part in self.selected[layer_of(module) - 1]))
+        selected = ops.SelectedTokens(*(part.to(device) for part in self.selected[module.layer_idx - 1]))
         pool = self._pool(module, device)
         assigned = pool.assign(selected)
         if self.options.reads_back:
@@ -158,7 +167,7 @@ class HRContext:
     def _add_counted_keys(
         self,
         arguments: HRArguments,
-        module: nn.Module,
+        module: AttentionModule,
         pool: HRPool,
         selected: ops.SelectedTokens,
         assigned: ops.AssignedSlots,
@@ -190,7 +199,7 @@ class HRContext:
     def _add_keys_of_fixed_shape(
         self,
         arguments: HRArguments,
-        module: nn.Module,
+        module: AttentionModule,
         pool: HRPool,
         selected: ops.SelectedTokens,
         assigned: ops.AssignedSlots,
@@ -198,7 +207,7 @@ class HRContext:
         """Project NEW_AT_ONCE tokens for each row, however many are new: nothing is read back."""
         at_once = NEW_AT_ONCE * self.rows.batch
         new = self._project(module, assigned.new_tokens[:at_once], selected.count.device)
-        ops.write_hr_kv(new.k, new.v, *new.tables, assigned.new_slots[:at_once], pool.k, pool.v)
+        pool.write(new.k, new.v, new.tables, assigned.new_slots[:at_once])
         missing = torch.cat([assigned.overflow, (assigned.new_count - at_once).clamp(min=0)])
         pool.overflow.add_(missing)
         arguments.k_hr, arguments.v_hr, arguments.hr_slots = pool.k, pool.v, assigned.slots
@@ -207,14 +216,14 @@ class HRContext:
         arguments.alpha = self._alpha(selected.count.device)
 
     def _counts(
-        self, module: nn.Module, pool: HRPool, selected: ops.SelectedTokens, assigned: ops.AssignedSlots
+        self, module: AttentionModule, pool: HRPool, selected: ops.SelectedTokens, assigned: ops.AssignedSlots
     ) -> Counts:
         """Return how much was selected, with the tiles that it lies in encoded."""
         tokens = self.images.tokens
         counts = self.options.read_counts(selected, assigned, tokens)
         if counts.overflow:
             raise PoolOverflow(
-                f"layer {layer_of(module)} has no room for {counts.overflow} selected tokens: "
+                f"layer {module.layer_idx} has no room for {counts.overflow} selected tokens: "
                 f"hr_capacity={pool.capacity} is too small"
             )
         if tokens.waiting and counts.tiles:
@@ -222,9 +231,9 @@ class HRContext:
             self.images.counters.encoded += tokens.encode(counts.tiles, self._encode)
         return counts
 
-    def _pool(self, module: nn.Module, device: torch.device) -> HRPool:
+    def _pool(self, module: AttentionModule, device: torch.device) -> HRPool:
         """Return the layer's pool: the one beside the cache, or an empty one that lives for this layer alone."""
-        layer, images = layer_of(module), self.images
+        layer, images = module.layer_idx, self.images
         if not self.options.cached:
             return HRPool(images.prompts, images.tokens.count, device)
         if layer not in images.pools:
@@ -235,7 +244,7 @@ class HRContext:
             images.pools[layer] = pool
         return images.pools[layer]
 
-    def _project(self, module: nn.Module, tokens: torch.Tensor, device: torch.device) -> ProjectedTokens:
+    def _project(self, module: AttentionModule, tokens: torch.Tensor, device: torch.device) -> ProjectedTokens:
         """Project tokens [n], counted over prompts, -1 for none."""
         rows = self.images.tokens.gather(tokens, device)
         k = module.k_proj_hd(rows.features).unflatten(-1, (-1, module.head_dim))
@@ -262,9 +271,3 @@ class HRContext:
                 ranges, valid_rect = ranges.repeat_interleave(repeats, 0), valid_rect.repeat_interleave(repeats, 0)
             self._layout_on[device] = ImageLayout(layout.lr_grid, layout.hr_grid, ranges, valid_rect)
         return self._layout_on[device]
-
-
-def layer_of(module: nn.Module) -> int:
-    """Return the number of an attention module's layer, counted from 0."""
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    return layer

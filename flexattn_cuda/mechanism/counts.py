@@ -1,7 +1,7 @@
 """How many tokens a layer selected: the one thing that the host must know of a selection.
 
-A `CountReader` answers it. `read_counts` waits for the device; `KnownCounts` is told, for a model on meta tensors, where
-there is nothing to read (analysis/flops.py).
+A `CountReader` answers it. `read_counts` waits for the device; `KnownCounts` is told, for a model on meta tensors,
+where there is nothing to read (analysis/flops.py).
 """
 
 from __future__ import annotations

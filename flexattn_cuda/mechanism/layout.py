@@ -16,7 +16,8 @@ class ImageLayout:
     Attributes:
         lr_grid: S x S, the grid of an image's low-resolution tokens, which stand in the sequence.
         hr_grid: h x h, the grid of its high-resolution tokens, which do not.
-        ranges: [G, I, 2] int32, the first sequence key of each image's LR tokens and one past the last; (0, 0) when absent.
+        ranges: [G, I, 2] int32, the first sequence key of each image's LR tokens and one past the last; (0, 0) when
+            absent.
         valid_rect: [G, I, 4] int32, the image inside its padding in LR cells; all 0 when absent.
         last_end: One past the last LR token of any image.
     """

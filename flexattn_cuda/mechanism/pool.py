@@ -59,10 +59,15 @@ class HRPool:
         return ops.assign_slots(selected.index, selected.count, self.table, self.next_free, capacity=capacity)
 
     def store(self, keys: torch.Tensor, values: torch.Tensor, tables: RotaryTables, slots: torch.Tensor) -> None:
-        """Rotate the keys of new tokens and write both: keys, values [new, Hkv, d], tables [new, d], slots [new]."""
+        """Write new tokens as `write` does, into a pool that grows as far as it must."""
         self.ensure_capacity(self.used + len(keys), keys)
-        ops.write_hr_kv(keys, values, *tables, slots, self.k, self.v)
+        self.write(keys, values, tables, slots)
         self.used += len(keys)
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, tables: RotaryTables, slots: torch.Tensor) -> None:
+        """Rotate keys and write both: keys, values [n, Hkv, d], tables [n, d], slots [n] with -1 for rows to skip."""
+        assert self.k is not None and self.v is not None
+        ops.write_hr_kv(keys, values, tables.cos, tables.sin, slots, self.k, self.v)
 
     def ensure_capacity(self, slots: int, like: torch.Tensor) -> None:
         """Grow to at least this many slots; `like` gives the shape of a slot, dtype and device."""

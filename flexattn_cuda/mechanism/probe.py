@@ -1,8 +1,9 @@
 """Whether a language model makes its keys as this package makes those of high-resolution (HR) tokens.
 
-An HR key must be what the layer itself would make of the token: projected, and rotated in LLaMA's half-split form. Models
-that also normalise their keys, rotate them in another form or in part, or have layers without positions would attend to
-wrong keys without any error, so a small twin of the model is asked before the model is built.
+An HR key must be what the layer itself would make of the token: projected, and rotated in LLaMA's half-split form.
+Models that also normalise their keys, rotate them in another form or only in part, or have layers without positions
+would attend to wrong keys without any error. So when a model is built, a small twin of it is run and its keys are
+compared with ours.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from flexattn_cuda.mechanism.rotary import rotate
 
 _POSITIONS = ((3, 11, 12),)
 _TOLERANCE = 1e-4  # of the largest key; float32 rounding is 1e-6, another rotation or norm changes the first digit
+_SUPPORTED: set[tuple[type, str, range]] = set()  # classes, configurations and layers that were checked
 _WIDTH = 16  # of the twin's hidden states, where head_dim does not depend on it
 
 
@@ -35,36 +37,22 @@ def check_keys(text: PreTrainedModel, layers: range) -> None:
     Raises:
         ValueError: If its architecture is not supported.
     """
-    _check_architecture(type(text), text.config.to_json_string(use_diff=False), layers, _Config(text.config))
-
-
-class _Config:
-    """A configuration that compares by nothing, so that the cache below goes by its text alone."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.config = config
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Config)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@functools.lru_cache(maxsize=32)
-def _check_architecture(text_class: type[PreTrainedModel], _: str, layers: range, config: _Config) -> None:
-    kind = config.config.model_type
+    key = (type(text), text.config.to_json_string(use_diff=False), layers)
+    if key in _SUPPORTED:
+        return
+    kind = text.config.model_type
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-            difference = _largest_difference(_twin(text_class, config.config), layers)
+            difference = _max_difference(_twin(type(text), text.config), layers)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"flexattn does not support language models of type {kind!r}: {reason}") from error
     if not difference <= _TOLERANCE:
         raise ValueError(
-            f"flexattn does not support language models of type {kind!r}: their keys or values are not plain projections "
-            f"rotated as in LLaMA (ours would differ by {difference:.0%})"
+            f"flexattn does not support language models of type {kind!r}: their keys or values are not plain "
+            f"projections rotated as in LLaMA (ours would differ by {difference:.0%})"
         )
+    _SUPPORTED.add(key)
 
 
 def _twin(text_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -84,7 +72,7 @@ def _twin(text_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTra
     return twin
 
 
-def _largest_difference(twin: PreTrainedModel, layers: range) -> float:
+def _max_difference(twin: PreTrainedModel, layers: range) -> float:
     """Run three tokens through the twin and compare our keys and values with its own, as a share of the largest."""
     generator = torch.Generator().manual_seed(0)
     weights = {

@@ -81,8 +81,8 @@ class Rows:
         if last_prompt_row >= queries:
             if config.hr_rows == "all":
                 raise ValueError(
-                    "with hr_rows='all' (the paper's form) every prompt row needs the last prompt row's selection: pass "
-                    f"all {prompt_length} positions of the prompt in one call, not the first {past + queries} alone"
+                    "with hr_rows='all' (the paper's form) every prompt row needs the last prompt row's selection: "
+                    f"pass all {prompt_length} prompt positions in one call, not only the first {past + queries}"
                 )
             return None
         if config.hr_rows == "all" and last_prompt_row > 0:

@@ -1,4 +1,4 @@
-"""What transformers does to a key/value cache happens to the images beside it; and a failed call never goes on silently."""
+"""What transformers does to a key/value cache is done to the images beside it, and a failed call is never continued."""
 
 from __future__ import annotations
 
@@ -149,7 +149,8 @@ def test_moving_rows_of_a_prompt_copies_nothing(model):
     assert (images.rows, images.prompts, images.tokens.features.data_ptr()) == (6, 1, features)
 
 
-# --------------------------------------------------------------------------------------------- calls that end in an error
+# --------------------------------------------------------------------------------------------- calls that end in an
+# error
 
 
 class Failing(torch.nn.Module):

@@ -262,7 +262,8 @@ def test_rows_that_the_cache_does_not_know_are_refused():
         )
 
 
-# ---------------------------------------------------------------------------------------------------- pools of fixed size
+# ---------------------------------------------------------------------------------------------------- pools of fixed
+# size
 
 
 def decode_in_fixed_pools(model, step, inputs, capacity, steps):
@@ -384,9 +385,9 @@ def test_the_caller_may_use_the_pixels_again(model):
 
 @torch.no_grad()
 def test_a_question_taken_back_is_asked_anew(model):
-    """After the crop one token stands for the whole new question: it sees the photograph.
+    """After the crop one token stands for the whole new question: it sees the image.
 
-    (In the paper's form the rows before it keep what they saw with the old question's selection, so there it is not equal.)
+    In the paper's form the rows before it keep what they saw with the old question's selection, so they differ there.
     """
     ids = image_question(text=12)
     cache, fresh = (DynamicCache(config=model.config.text_config) for _ in range(2))

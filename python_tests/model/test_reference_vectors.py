@@ -1,7 +1,7 @@
 """The released implementation's own numbers, in the format of data/reference_vectors/README.md.
 
-FLEXATTN_REFERENCE_VECTORS names another folder in that format. Nothing about its cases is known here: sizes, heads, rope
-base, thresholds and layers are read from its json files, and a case of an unknown kind fails.
+FLEXATTN_REFERENCE_VECTORS names another folder in that format. Nothing about its cases is known here: sizes, heads,
+rope base, thresholds and layers are read from its json files, and a case of an unknown kind fails.
 """
 
 from __future__ import annotations
@@ -182,24 +182,24 @@ def test_layer(case):
 
     if case["mode"] == "inference":
         last = Rows(listed=torch.tensor([[case["N"] - 1]], dtype=torch.int32))
-        out, map, mask = layer.run(hidden, 0, last)
+        out, attention_map, mask = layer.run(hidden, 0, last)
         assert_close(out[-1], layer.array("out_prefill_nohr_last"), LAYER_OUTPUTS, "last row without HR")
-        assert_close(map[0], layer.array("map_nohr"), MAPS, "map without HR")
+        assert_close(attention_map[0], layer.array("map_nohr"), MAPS, "map without HR")
         assert torch.equal(mask[0], layer.array("mask_out_nohr"))
 
         cache = DynamicCache()
         cache.update(torch.zeros(1, 1, 0, 1), torch.zeros(1, 1, 0, 1), 0)  # layer 0 of the cache is not used here
-        out, map, mask = layer.run(hidden, 0, last, layer.array("mask_in_prefill")[None], cache)
+        out, attention_map, mask = layer.run(hidden, 0, last, layer.array("mask_in_prefill")[None], cache)
         rows = layer.array("out_rows") if f"{layer.tag}.out_rows" in arrays("layer") else slice(None)
         assert_close(out[rows], layer.array("out_prefill"), LAYER_OUTPUTS, "prefill output")
-        assert_close(map[0], layer.array("map_prefill"), MAPS, "prefill map")
+        assert_close(attention_map[0], layer.array("map_prefill"), MAPS, "prefill map")
         assert torch.equal(mask[0], layer.array("mask_out_prefill"))
 
         only = Rows(listed=torch.zeros(1, 1, dtype=torch.int32))
         decode = layer.array("hidden_states_decode")
-        out, map, mask = layer.run(decode, case["N"], only, layer.array("mask_in_decode")[None], cache)
+        out, attention_map, mask = layer.run(decode, case["N"], only, layer.array("mask_in_decode")[None], cache)
         assert_close(out, layer.array("out_decode"), LAYER_OUTPUTS, "decode output")
-        assert_close(map[0], layer.array("map_decode"), MAPS, "decode map")
+        assert_close(attention_map[0], layer.array("map_decode"), MAPS, "decode map")
         assert torch.equal(mask[0], layer.array("mask_out_decode"))
     elif case["mode"] == "scoring/training":
         labels = torch.full((1, case["N"]), -100)
@@ -207,9 +207,9 @@ def test_layer(case):
             labels[0, first : last + 1] = 1
         rows = Rows.of_answers(layer.config, labels)
         assert torch.equal(rows.listed[0].long(), layer.array("rows"))
-        out, map, mask = layer.run(hidden, 0, rows, layer.array("mask_in"), alpha=case["alpha"])
+        out, attention_map, mask = layer.run(hidden, 0, rows, layer.array("mask_in"), alpha=case["alpha"])
         assert_close(out, layer.array("out_all"), LAYER_OUTPUTS, "output")
-        assert_close(map, layer.array("map_rows"), MAPS, "maps")
+        assert_close(attention_map, layer.array("map_rows"), MAPS, "maps")
         assert torch.equal(mask, layer.array("mask_out"))
     else:
         pytest.fail(f"layer case {case['tag']} has an unknown mode {case['mode']!r}")
@@ -284,8 +284,8 @@ def test_whole_model(case):
                 f"mask, step {t}, layer {layer}"
             )
     for t, maps in enumerate(expected("maps")):
-        for layer, map in zip(case["map_layers"], maps):
-            assert_close(trace.steps[t][layer].map[0, 0, 0], map, MAPS, f"map, step {t}, layer {layer}")
+        for layer, attention_map in zip(case["map_layers"], maps):
+            assert_close(trace.steps[t][layer].map[0, 0, 0], attention_map, MAPS, f"map, step {t}, layer {layer}")
 
     rows = expected("prefill_rows").long()
     for hr, key in ((True, "prefill_row_logits"), (False, "prefill_last_logits_no_hr")):

@@ -185,7 +185,7 @@ def test_a_conversation_goes_on_with_another_image(settings):
 
 
 @torch.no_grad()
-def test_a_image_that_was_cropped_out_of_the_cache_is_not_seen():
+def test_an_image_that_was_cropped_out_of_the_cache_is_not_seen():
     model = small.flex(XATTN).double()
     pixels, text = images(model, 1), prompt(model, 4, seed=8)[None]
     cache = DynamicCache(config=model.config.text_config)
@@ -228,7 +228,7 @@ def test_cross_attention_on_another_device_than_the_images():
 
 
 def images_of(prompts: int) -> HRCache:
-    """Images of so many prompts, the last of which has none."""
+    """Return images of this many prompts, the last of which has none."""
     lr_grid, hr_grid = Grid(small.SIDE, small.SIDE), Grid(*2 * [small.SIDE * small.ZOOM])
     ranges = torch.tensor([[[1, 37]]] * (prompts - 1) + [[[0, 0]]], dtype=torch.int32)
     empty = torch.zeros(prompts, 0, 0)
@@ -258,7 +258,7 @@ def test_gradients_are_those_of_the_definition(settings, checkpointing):
     model(input_ids=ids[None], pixel_values_hr=pixels, labels=labels[None], use_cache=False).loss.backward()
     found = {name: parameters[name].grad.clone() for name in names}
     model.zero_grad()
-    weights = {name: p for name, p in parameters.items()}
+    weights = dict(parameters)
     x = weights["model.language_model.embed_tokens.weight"][ids].clone()
     low, high = model.encode(None, pixels)
     x[ids == small.IMAGE] = (low if settings is XATTN else torch.cat([low, high], 1)).flatten(0, 1)
@@ -367,7 +367,9 @@ def test_tiles_are_whole_patches():
     plain = FlexAttnLlavaConfig(vision_config=CLIPVisionConfig(image_size=224, patch_size=14).to_dict())
     assert as_system(plain, "hd").flexattn.tile_size == 140  # 2/3 of 224 pixels, down to ten patches
     plain.flexattn_config = FlexAttnConfig.hd(lowres_size=224, highres_size=298).to_dict()
-    with pytest.raises(ValueError, match="tiles have 149 pixels a side, which are no whole patches of 14"):
+    with pytest.raises(
+        ValueError, match="tiles have 149 pixels a side, which is not a multiple of the 14-pixel patches"
+    ):
         plain.check()
 
 

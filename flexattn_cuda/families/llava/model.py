@@ -1,14 +1,14 @@
 """LLaVA with FlexAttention, on transformers' own LLaVA, none of whose modelling code is repeated here.
 
 The mechanism is attached to the language model (mechanism/attach.py): two projections on the attention modules of the
-layers that attend to high-resolution (HR) tokens, an attention function, and a context for each forward call. The systems
-that the paper compares with are the same class: LLaVA-HD is a longer image in the sequence, LLaVA-XAttn has layers of its
-own (baselines/cross_attention.py).
+layers that attend to high-resolution (HR) tokens, an attention function, and a context for each forward call. The
+systems that the paper compares with are the same class: LLaVA-HD is a longer image in the sequence, LLaVA-XAttn has
+layers of its own (baselines/cross_attention.py).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
@@ -47,9 +47,12 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     config_class = FlexAttnLlavaConfig
     config: FlexAttnLlavaConfig
-    _no_split_modules = [*(LlavaForConditionalGeneration._no_split_modules or []), CrossAttentionLayer.__name__]
+    _no_split_modules: ClassVar[list[str]] = [
+        *(LlavaForConditionalGeneration._no_split_modules or []),
+        CrossAttentionLayer.__name__,
+    ]
     # The released format has HR projections in every layer, and those of another system are never used.
-    _keys_to_ignore_on_load_unexpected = [r"self_attn\.[kv]_proj_hd\.", r"\.cross_attn\."]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"self_attn\.[kv]_proj_hd\.", r"\.cross_attn\."]
 
     def __init__(self, config: FlexAttnLlavaConfig) -> None:
         config.check()
@@ -97,7 +100,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     # ---------------------------------------------------------------------------------------------------- forward
 
-    def forward(
+    def forward(  # noqa: PLR0913 (transformers' signature and ours)
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -129,7 +132,8 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             pixel_values: [n, 3, lowres, lowres] normalised images in the order of the prompts; made from
                 `pixel_values_hr` when absent.
             pixel_values_hr: [n, 3, highres, highres] the same images; without them no row sees HR tokens.
-            image_features: [n, S*S, D] from `encode`, in place of pixels: for images that are asked about more than once.
+            image_features: [n, S*S, D] from `encode`, in place of pixels: for images that are asked about more than
+                once.
             hr_features: [n, h*h, D], likewise.
             valid_rect: [n, 4] int, (top, left, bottom, right) of the image inside its padding, in cells of the S x S
                 grid, half-open; the whole grid when absent.
@@ -138,8 +142,8 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             prompt_length: Positions of the sequence up to the end of the prompt, where that is not the end of this call
                 or, with a cache, of the previous one (a prompt in chunks, or drafts to verify). `generate` sets it.
             flexattn_trace: Records maps and selections.
-            hr_cache: Project an HR token once per layer and keep its key and value beside the cache. If False, and where
-                gradients are recorded, every call projects what it attends to. The answers agree up to rounding.
+            hr_cache: Project an HR token once per layer and keep its key and value beside the cache. If False, and
+                where gradients are recorded, every call projects what it attends to. The answers agree up to rounding.
             tiles_on_demand: Encode a tile of `pixel_values_hr` when the selection first reaches it. If False, and where
                 gradients are recorded, all tiles are encoded at once. The answers agree up to rounding.
             hr_capacity: FlexAttention only, for CUDA graphs and compiled decoding with a static cache, passed with the
@@ -199,7 +203,8 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Encode images into their tokens.
 
-        No gradient flows through the HR tokens, as in the released code, except through those in the sequence of LLaVA-HD.
+        No gradient flows through the HR tokens, as in the released code, except through those in the sequence of
+        LLaVA-HD.
 
         Args:
             pixel_values: As in `forward`.
@@ -238,13 +243,13 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     def _image_positions(self, input_ids: torch.Tensor, shape: CallShape, prompt_length: int | None) -> torch.Tensor:
         """Return [B, N] bool, True for an image token of the prompt, not for one that the model wrote or drafted."""
-        is_image = input_ids == self.config.image_token_id
+        is_image: torch.Tensor = input_ids == self.config.image_token_id
         if prompt_length is not None:
             is_image[:, max(0, prompt_length - shape.past) :] = False
         return is_image
 
     def _embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embed token ids; what stands for an image token does not matter, and its id may lie outside the vocabulary."""
+        """Embed token ids. An image token may lie outside the vocabulary; what is embedded for it does not matter."""
         embedding, image = self.get_input_embeddings(), self.config.image_token_id
         if image >= len(embedding.weight):
             input_ids = input_ids.masked_fill(input_ids == image, 0)
@@ -284,7 +289,8 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """As in transformers; `flexattn_trace=Trace()` records what every step looked at.
 
         Raises:
-            ValueError: If `assistant_early_exit` is asked for, or `stop_strings` with a tokenizer that cannot spell them.
+            ValueError: If `assistant_early_exit` is asked for, or `stop_strings` with a tokenizer that cannot spell
+            them.
         """
         self._check_generation(kwargs)
         alternatives = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
@@ -355,7 +361,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
-        """Return the padding mask: with static caches transformers would build its own before the call, ours is built inside."""
+        """Return the padding mask as it is; with static caches, transformers would turn it into its own kind here."""
         return attention_mask
 
     def _expand_inputs_for_generation(
