@@ -301,7 +301,7 @@ def measure(backbone: Backbone, chosen: list[System], tokens: int, repetitions: 
         for system in chosen:
             assert logits[system.name].isfinite().all(), f"{system.name} gives numbers that are not finite"
             images = HRCache.beside(caches[system.name])
-            system.projected = 0 if images is None else images.projected
+            system.projected = 0 if images is None else images.counters.projected
 
 
 @torch.no_grad()
@@ -324,7 +324,7 @@ def tiles_encoded() -> int:
         ).logits
         for _ in range(4):
             logits = model(input_ids=logits[:, -1:].argmax(-1), past_key_values=cache).logits
-    return HRCache.beside(cache).encoded
+    return HRCache.beside(cache).counters.encoded
 
 
 def ratios(found: list[System]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """What the prefill of a prompt costs: floating-point operations, counted by torch while the model's own class runs.
 
-The model has its real shapes on meta tensors, so nothing is allocated, and every figure is FlopCounterMode's: 2 for each
-multiply-add of matrix products and convolutions. Attention over N keys counts as N x N, whatever causality saves.
+The model has its real shapes on meta tensors, so nothing is allocated, and every figure is FlopCounterMode's: 2 for
+each multiply-add of matrix products and convolutions. Attention over N keys counts as N x N, whatever causality saves.
+Nothing can be read from meta tensors, so the model is told how much is selected (`mechanism.counts.KnownCounts`).
 Two ways of running are counted, see `count`.
 """
 
@@ -19,13 +20,13 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.families.llava.config import as_system as llava_as_system
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
-from flexattn_cuda.mechanism.context import Call
+from flexattn_cuda.mechanism.counts import KnownCounts
 
 # A part is what runs in modules of these names and in no other named here inside them.
 _MODULES = {
@@ -63,12 +64,12 @@ PAPER = {  # TFLOPs in Table 5, by the text tokens that go with the benchmark: M
 
 
 def llava_shape(name: str) -> FlexAttnLlavaConfig:
-    """LLaVA-1.5 of the size "7b" or "13b" with CLIP-L/14 at 336 pixels, as in llava-hf/llava-1.5-7b-hf."""
+    """Return the configuration of LLaVA-1.5 "7b" or "13b", as in llava-hf/llava-1.5-7b-hf: CLIP-L/14 at 336 pixels."""
     if name not in SHAPES:
         raise InputError(f"there is no shape {name!r}; allowed: {', '.join(SHAPES)}")
     tower = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14,
-        projection_dim=768,
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, projection_dim=768,
+        image_size=336, patch_size=14,
     )  # fmt: skip
     return FlexAttnLlavaConfig(
         vision_config=tower,
@@ -78,7 +79,7 @@ def llava_shape(name: str) -> FlexAttnLlavaConfig:
 
 
 def as_system(config: FlexAttnLlavaConfig, system: str, zoom: int | None = None) -> FlexAttnLlavaConfig:
-    """`llava_as_system`, with an InputError."""
+    """Return `llava_as_system`'s configuration; InputError if there is no such system, or it does not fit."""
     try:
         return llava_as_system(config, system, zoom)
     except ValueError as error:
@@ -87,7 +88,7 @@ def as_system(config: FlexAttnLlavaConfig, system: str, zoom: int | None = None)
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of each of `PARTS`: `published` and `here` as in `count`."""
+    """FLOPs of each of `PARTS`, for the mechanism as published and as run here; see `count`."""
 
     published: dict[str, int]
     here: dict[str, int]
@@ -107,7 +108,7 @@ def cost(
     selected: int | None = None,
     tiles: int | None = None,
 ) -> Cost:
-    """The cost of a prompt with one image, of the mechanism as published and as run here. Arguments as in `count`."""
+    """Return the cost of a prompt with one image, as published and as run here. Arguments as in `count`."""
     return Cost(*(count(config, text_tokens, selected, tiles, published) for published in (True, False)))
 
 
@@ -118,50 +119,61 @@ def count(
     tiles: int | None = None,
     published: bool = False,
 ) -> dict[str, int]:
-    """FLOPs of the prefill of one prompt with one image.
+    """Count the FLOPs of the prefill of one prompt with one image.
 
     Args:
-        config: Of the model, of any system.
+        config: Of the model, as any system.
         text_tokens: Tokens of the prompt besides the image's.
-        selected: M, HR tokens that the map of each layer selects; by default SHARE of them. FlexAttention only.
+        selected: M, HR tokens that each layer's map selects; by default SHARE of them. FlexAttention only.
         tiles: K, tiles in which any layer selects a token; by default all. FlexAttention only.
-        published: As the released eager code runs: all tiles are encoded, HR scores are computed for every row, also where
-            a row does not use them, and logits for all rows. Otherwise as here: tiles are encoded on demand, only rows
-            that see HR tokens meet them, and logits are those of the last row. Either way M tokens are projected in
-            each layer; the released code does it again at every token of the answer, which is not counted.
+        published: If True, count as the released eager code runs: all tiles are encoded, HR scores are computed for
+            every row, even where it does not use them, and logits for all rows. If False, as here: tiles are encoded on
+            demand, only rows that see HR tokens meet them, and logits are those of the last row. Either way M tokens
+            are projected in each layer; the released code repeats that at every token of the answer, which is not
+            counted.
+
     Returns:
         FLOPs by part, in the order of PARTS.
+
     Raises:
-        InputError: A number is out of range.
+        InputError: If a number is out of range.
     """
     selected, tiles = _checked(config, text_tokens, selected, tiles)
     if published and config.system == "flexattn":
         config = config.with_settings(dataclasses.replace(config.flexattn, hr_rows="all"))
     with torch.device("meta"):
         model = FlexAttnLlavaForConditionalGeneration(config).eval()
-    model.call_class = _told(selected, tiles)
-    with torch.no_grad(), _no_autocast_on_meta(), counted(model) as flops:
+    text = model.model.language_model
+    text.rotary_emb = _TablesFromCPU(text.config, type(text.rotary_emb))
+    with torch.no_grad(), counted(model) as flops:
         model(
             **prompt(config, text_tokens, "meta"),
             tiles_on_demand=not published,
             logits_to_keep=0 if published else 1,
+            hr_counts=KnownCounts(selected, tiles),
         )
     return flops
 
 
-@contextlib.contextmanager
-def _no_autocast_on_meta() -> Iterator[None]:
-    """transformers 5.0 asks whether autocast is on for the device that it runs on, which torch refuses to say of "meta"."""
-    real = torch.is_autocast_enabled
-    torch.is_autocast_enabled = lambda *device: False if device == ("meta",) else real(*device)
-    try:
-        yield
-    finally:
-        torch.is_autocast_enabled = real
+class _TablesFromCPU(nn.Module):
+    """Rotary tables of a model on meta tensors, computed on the CPU, at positions that do not matter to the count.
+
+    transformers 5.0 asks torch whether autocast is on for the device of the hidden states, and torch refuses to say so
+    of the meta device.
+    """
+
+    def __init__(self, config: PreTrainedConfig, rotary_class: type[nn.Module]) -> None:
+        super().__init__()
+        self.tables = rotary_class(config)
+
+    def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        on_cpu = torch.empty(0, dtype=hidden.dtype)
+        tables = self.tables(on_cpu, position_ids=torch.zeros(position_ids.shape, dtype=torch.long))
+        return tuple(table.to(hidden.device) for table in tables)
 
 
 def prompt(config: FlexAttnLlavaConfig, text_tokens: int, device: str) -> dict[str, torch.Tensor]:
-    """Arguments of the model for an image between text; pixels are not filled in. The ids are real, as the model reads them."""
+    """Return arguments of the model for an image between text; token ids are real, pixels are not filled in."""
     text = int(config.image_token_id == 0)
     ids = torch.full((1, text_tokens + config.image_tokens), text)
     ids[0, 1 : 1 + config.image_tokens] = config.image_token_id
@@ -194,20 +206,12 @@ def _checked(config: FlexAttnLlavaConfig, text_tokens: int, selected: int | None
     return selected, tiles
 
 
-def _told(selected: int, tiles: int) -> type[Call]:
-    class Told(Call):
-        """Is told how much was selected: on meta tensors there is nothing to read."""
-
-        def _read_back(self, numbers: torch.Tensor, tokens: torch.Tensor) -> list[int]:
-            self.images.encode_tiles(range(tiles), self._encode)
-            return [selected, selected, 0]
-
-    return Told
-
-
 @contextlib.contextmanager
 def counted(model: nn.Module) -> Iterator[dict[str, int]]:
-    """FLOPs by part of what the model does inside, complete at the end: each counts for the innermost module that has a part."""
+    """Count what the model does inside the block, by part; each FLOP counts for the innermost module that has a part.
+
+    The counts are complete when the block ends.
+    """
     spent, running, seen = dict.fromkeys(PARTS, 0), ["language model"], 0
     counter = FlopCounterMode(display=False)
 
@@ -246,7 +250,7 @@ def counted(model: nn.Module) -> Iterator[dict[str, int]]:
 
 
 def selected_for(config: FlexAttnLlavaConfig, tflops: float, text_tokens: int) -> int:
-    """The M at which FlexAttention as published costs so much; it may lie outside 0 .. h*h. The cost is linear in M."""
+    """Return the M at which FlexAttention as published costs this much, in or outside 0 .. h*h; cost is linear in M."""
     tokens = config.hr_side**2
     none, all_of_them = (sum(count(config, text_tokens, M, published=True).values()) for M in (0, tokens))
     return round((tflops * 1e12 - none) / (all_of_them - none) * tokens)
@@ -263,9 +267,15 @@ def by_resolution(
     share: float,
     tile_share: float,
 ) -> dict[str, list[tuple[int, Cost]]]:
-    """(side of the image in pixels, cost) of each system at each zoom; LLaVA has its own resolution alone.
+    """Return (side of the image in pixels, cost) of each system at each zoom; LLaVA has one resolution only.
 
-    share, tile_share: Of the HR tokens, selected in each layer; and of the tiles, those with a selected token.
+    Args:
+        config: Of the model, as any system.
+        systems: Names from SYSTEMS.
+        zooms: Zooms of the high-resolution image.
+        text_tokens: Tokens of the prompt besides the image's.
+        share: Share of the HR tokens that each layer selects.
+        tile_share: Share of the tiles with a selected token.
     """
     points: dict[str, list[tuple[int, Cost]]] = {system: [] for system in systems}
     for system in systems:
@@ -282,10 +292,10 @@ def by_resolution(
 
 
 def plot(points: dict[str, list[tuple[int, Cost]]], path: str | Path) -> None:
-    """TFLOPs against the image's side (figure 4, right), as published and as run here.
+    """Plot TFLOPs against the image's side (figure 4, right), as published and as run here.
 
     Raises:
-        InputError: matplotlib is missing, or the file cannot be written.
+        InputError: If matplotlib is missing, or the file cannot be written.
     """
     check_plot(path)
     from matplotlib.figure import Figure
@@ -314,7 +324,7 @@ def plot(points: dict[str, list[tuple[int, Cost]]], path: str | Path) -> None:
 
 
 def check_plot(path: str | Path) -> None:
-    """What can be known before the costs are counted; InputError as from `plot`."""
+    """Raise InputError before costs are counted if `plot` would raise it afterwards."""
     if find_spec("matplotlib") is None:
         raise InputError("a plot needs matplotlib: pip install matplotlib")
     from matplotlib.figure import Figure

@@ -1,20 +1,21 @@
 """FlexAttention behind transformers' attention interface.
 
-Two functions are registered under the name "flexattn": one turns transformers' padding mask into the ranges that the
-operator reads, the other is called by every self-attention module of the language model.
+Two functions are registered under the name "flexattn": `visible_keys` turns transformers' padding mask into the ranges
+that the operator reads, and `flexattn_attention` is called by every self-attention module of the language model.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from flexattn_cuda import ops
-from flexattn_cuda.mechanism.context import Call
+from flexattn_cuda.mechanism.context import AttentionModule, HRArguments, HRContext
 
 NAME = "flexattn"
 
@@ -22,8 +23,10 @@ NAME = "flexattn"
 class VisibleKeys(NamedTuple):
     """Sequence keys that the queries of a call may see; causality comes on top.
 
-    start: [B] int32, first key. length: [B] int32, one past the last key written; the queries end there.
-    holes: [B, Nk] bool, False where a key between them is masked out; None where there is no such key.
+    Attributes:
+        start: [B] int32, the first key.
+        length: [B] int32, one past the last key written, where the queries end.
+        holes: [B, Nk] bool, False where a key between them is masked out; None if there is no such key.
     """
 
     start: torch.Tensor
@@ -31,33 +34,41 @@ class VisibleKeys(NamedTuple):
     holes: torch.Tensor | None
 
 
-def visible_keys(
+def visible_keys(  # noqa: PLR0913 (transformers' mask interface)
     batch_size: int,
     kv_length: int,
     q_length: int | None = None,
     q_offset: int | torch.Tensor = 0,
+    kv_offset: int | torch.Tensor = 0,
     cache_position: torch.Tensor | None = None,
-    mask_function=causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
     device: torch.device | None = None,
-    **_,
+    **_: Any,
 ) -> VisibleKeys:
-    """transformers' mask interface: no N x N mask is built. Older versions hand over `cache_position` alone."""
+    """Describe which keys are visible, in transformers' mask interface; no N x N mask is built.
+
+    Older versions of transformers pass `cache_position` in place of q_length, q_offset and device. `local_size` is the
+    attention window of models that have one.
+
+    Raises:
+        ValueError: If the mask is not a causal one with padding, or the sequence exceeds the attention window.
+    """
     if mask_function is not causal_mask_function:
-        raise ValueError(
-            "flexattn attention is causal over one sequence per row; packed sequences (position_ids that start again) "
-            "and other mask functions are not supported: put every sequence in a row of its own"
-        )
+        _check_mask(mask_function, local_size, kv_length)
     if cache_position is not None:
-        q_length, q_offset, device = (
-            cache_position.shape[0],
-            cache_position[0],
-            cache_position.device,
+        q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
+    assert q_length is not None
+    if isinstance(kv_offset, int) and kv_offset:
+        raise ValueError(
+            f"the key/value cache has dropped its first {kv_offset} positions, but flexattn attention needs all of "
+            "them; pass a cache without a window"
         )
     if attention_mask is not None:
         device = attention_mask.device
     start = torch.zeros(batch_size, dtype=torch.int32, device=device)
-    length = (start + (q_offset + q_length)).to(torch.int32)  # q_offset: a number, or with a static cache a tensor
+    length = (start + (q_offset + q_length)).to(torch.int32)  # with a static cache q_offset is a tensor
     if attention_mask is None:
         return VisibleKeys(start, length, None)
 
@@ -66,46 +77,89 @@ def visible_keys(
         seen = nn.functional.pad(seen, (0, kv_length - seen.shape[1]), value=True)
     seen = seen[:, :kv_length]
     start = (seen.to(torch.int32).cumsum(-1) == 0).sum(-1, dtype=torch.int32)
-    # On a GPU asking whether there are holes would wait for the device, and a few more bits to read cost nothing; compiled
-    # code cannot ask.
-    holes = (
-        seen
-        if seen.is_cuda or torch.compiler.is_compiling() or bool((seen.diff(dim=-1) & ~seen[:, 1:]).any())
-        else None
+    return VisibleKeys(start, length, seen if _may_have_holes(seen) else None)
+
+
+def _may_have_holes(seen: torch.Tensor) -> bool:
+    # On a GPU asking would wait for the device, and a few more bits to read cost nothing; compiled code cannot ask.
+    if seen.is_cuda or torch.compiler.is_compiling():
+        return True
+    return bool((seen.diff(dim=-1) & ~seen[:, 1:]).any())
+
+
+def _check_mask(mask_function: Callable[..., Any], window: int | None, kv_length: int) -> None:
+    """Raise unless the mask is a sliding window over plain causality that the keys do not exceed."""
+    if window is None or not _same_closure(mask_function, sliding_window_causal_mask_function(window)):
+        raise ValueError(
+            "flexattn attention is causal over one sequence per row; packed sequences (position_ids that start again) "
+            "and other mask functions are not supported: put every sequence in a row of its own"
+        )
+    if kv_length > window:
+        raise ValueError(
+            f"the model's attention window is {window} positions, but there are {kv_length} keys, and flexattn "
+            "attention has no window; shorten the sequence or the static cache"
+        )
+
+
+def _same_closure(one: object, other: object) -> bool:
+    """Whether two values are equal, functions by their code and what they enclose."""
+    code, expected = getattr(one, "__code__", None), getattr(other, "__code__", None)
+    if code is None or code is not expected:
+        return one == other
+    cells = (tuple(cell.cell_contents for cell in getattr(f, "__closure__", None) or ()) for f in (one, other))
+    return all(
+        len(a) == len(b) and all(map(_same_closure, a, b)) if isinstance(a, tuple) else _same_closure(a, b)
+        for a, b in zip(*cells)
     )
-    return VisibleKeys(start, length, holes)
 
 
 def flexattn_attention(
-    module: nn.Module,
+    module: AttentionModule,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: VisibleKeys | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    flexattn: Call | None = None,
-    **_,
+    flexattn: HRContext | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query [B, H, N, d], key and value [B, Hkv, Nk, d] -> [B, N, H, d].
+    """Attend, in transformers' attention interface.
 
-    `flexattn` is the state of this forward call; without it the layer is plain causal attention.
+    Args:
+        module: The self-attention module.
+        query: [B, H, N, d].
+        key: [B, Hkv, Nk, d].
+        value: [B, Hkv, Nk, d].
+        attention_mask: What `visible_keys` returned.
+        scaling: Of the logits.
+        dropout: 0.
+        flexattn: The context of this forward call; without it the layer is plain causal attention.
+        options: What else a model passes; options that would change the result are refused.
+
+    Returns:
+        [B, N, H, d], and None for the attention weights.
+
+    Raises:
+        ValueError: If the model asks for what the operator does not compute.
     """
     if dropout:
-        raise ValueError(f"flexattn attention has no dropout; attention_dropout is {dropout}, set it to 0")
+        raise ValueError(f"attention_dropout is {dropout}, but flexattn attention has no dropout; set it to 0")
     if isinstance(attention_mask, torch.Tensor):
         raise ValueError(
-            f"flexattn attention takes a padding mask of shape [batch, keys], not one of shape {tuple(attention_mask.shape)}"
+            f"attention_mask has shape {tuple(attention_mask.shape)}; flexattn attention takes a padding mask of shape "
+            "[batch, keys]"
         )
+    _check_options(module, key.shape[-2], options)
     start, length, holes = attention_mask if attention_mask is not None else (None, None, None)
     device = query.device
-    layer = {} if flexattn is None else flexattn.enter(module, device)
+    hr = HRArguments() if flexattn is None else flexattn.before_attention(module, device)
     # torch casts for its own attention alone; a rotated query is float32 here.
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         query, key, value = (one.to(dtype) for one in (query, key, value))
-        layer |= {name: layer[name].to(dtype) for name in ("k_hr", "v_hr") if name in layer}
-    out, _, _, map = ops.hierarchical_attention(
+        hr.cast_keys(dtype)
+    attended = ops.hierarchical_attention(
         query,
         key,
         value,
@@ -113,11 +167,31 @@ def flexattn_attention(
         kv_len=None if length is None else length.to(device),
         key_mask=None if holes is None else holes.to(device),
         scale=scaling,
-        **layer,
+        **hr.as_keywords(),
     )
     if flexattn is not None:
-        flexattn.leave(module, map)
-    return out, None
+        flexattn.after_attention(module, attended.map)
+    return attended.out, None
+
+
+def _check_options(module: AttentionModule, keys: int, options: dict[str, Any]) -> None:
+    """Raise if an option of transformers' attention interface would change the result."""
+    name = type(module).__name__
+    is_causal = options.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ValueError(
+            f"{name} is not causal, but flexattn attention is: use it for the language model alone, e.g. "
+            "model.model.vision_tower.set_attn_implementation('sdpa')"
+        )
+    for option in ("softcap", "s_aux"):
+        if options.get(option) is not None:
+            raise ValueError(f"{name} passes {option}, which flexattn attention does not compute")
+    window = options.get("sliding_window")
+    if window is not None and keys > window:
+        raise ValueError(
+            f"{name} has a sliding window of {window} positions, but there are {keys} keys, and flexattn attention has "
+            "no window; shorten the sequence"
+        )
 
 
 AttentionInterface.register(NAME, flexattn_attention)

@@ -1,87 +1,143 @@
-"""The images of a batch of conversations: their high-resolution (HR) tokens and where their LR tokens stand."""
+"""What is kept beside a key/value cache: the images of its conversations and the keys made of their HR tokens.
+
+The key/value cache of transformers becomes the owner of an `HRCache`: what reorders, selects, repeats, crops, resets,
+copies or pickles the one does the same to the other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import Cache
 
-from flexattn_cuda import profiling
 from flexattn_cuda.errors import PoolOverflow
 from flexattn_cuda.mechanism.config import FlexAttnConfig
+from flexattn_cuda.mechanism.layout import ImageLayout
 from flexattn_cuda.mechanism.pool import NEW_AT_ONCE, HRPool
+from flexattn_cuda.mechanism.tokens import HRTokens
 
 _ATTRIBUTE = "flexattn"
-Tile = tuple[int, int, int]  # prompt, image, tile of its zoom x zoom
+
+
+@dataclass
+class Counters:
+    """Work done so far: HR tokens projected, in all layers together, and tiles encoded."""
+
+    projected: int = 0
+    encoded: int = 0
 
 
 @dataclass
 class HRCache:
-    """The images of G prompts, I places for each; a prompt with fewer images is padded with empty ones.
+    """The images of G prompts and the HR keys and values made of them.
 
-    It is kept as an attribute of the key/value cache, so that a new cache starts without images and two conversations
-    never mix. The batch has B rows, B / G for each prompt (beams, samples), which share everything here: a beam may take
-    the place of another one of its prompt, rows of different prompts may not change places.
+    The batch has B rows, B / G for each prompt (beams, samples), which share everything here.
 
-    settings: of the mechanism, as they were when the images came.
-    lr_side: S.
-    features: [G, I*h*h, D] HR tokens (the projector's output), zero for tiles that have not been encoded yet.
-    cos, sin: [G, I*h*h, d] rotary tables of the HR keys.
-    ranges: [G, I, 2] int32 first sequence key of each image's LR tokens and one past the last; (0, 0) when absent.
-    live: [G, I, 4] int32 the image inside its padding, in LR cells; all 0 when absent.
-    prompt_length: positions of the sequence up to the end of the latest prompt; the rows from its last one on see HR.
-    waiting: pixels of the tiles that have not been encoded yet, [3, s, s] each.
-    pools: by layer, the keys and values that were ever needed there.
-    crossed: by layer, the keys and values of LLaVA-XAttn, [G, H, I*h*h, d] each.
-    capacity: slots of every pool, if these are fixed.
-    last_end: one past the last LR token of any image.
-    length: positions of the sequence after the latest call, as far as the host knows.
-    projected, encoded: how many tokens were projected, all layers together, and how many tiles encoded.
+    Attributes:
+        settings: Of the mechanism, as they were when the images came.
+        layout: Where the images stand in the sequence.
+        tokens: Their HR tokens.
+        capacity: Slots of every pool if these are fixed, None if they grow.
+        pools: By layer, the keys and values that were ever needed there.
+        crossed: By layer, the keys and values of LLaVA-XAttn, [G, H, I*h*h, d] each.
+        rows: B.
+        prompt_length: Positions up to the end of the latest prompt; the rows from its last one on see HR tokens.
+        length: Positions after the latest call, as far as the host knows.
+        counters: Work done so far.
+        unfinished: Whether a call is under way or ended in an error, so that some layers lack keys.
     """
 
     settings: FlexAttnConfig
-    lr_side: int
-    features: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
-    ranges: torch.Tensor
-    live: torch.Tensor
-    prompt_length: int = 0
-    waiting: dict[Tile, torch.Tensor] = field(default_factory=dict)
+    layout: ImageLayout
+    tokens: HRTokens
+    capacity: int | None = None
     pools: dict[int, HRPool] = field(default_factory=dict)
     crossed: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    capacity: int | None = None
-    last_end: int = 0
+    rows: int = 0
+    prompt_length: int = 0
     length: int = 0
-    projected: int = 0
-    encoded: int = 0
+    counters: Counters = field(default_factory=Counters)
+    unfinished: bool = False
 
     @classmethod
     def beside(cls, cache: Cache | None) -> HRCache | None:
-        """The images kept beside a cache, if any."""
-        return getattr(cache, _ATTRIBUTE, None)
+        """Return what is kept beside a key/value cache, if anything."""
+        found: HRCache | None = getattr(cache, _ATTRIBUTE, None)
+        return found
 
     def keep_beside(self, cache: Cache) -> None:
+        """Make a key/value cache the owner of this one."""
+        if not isinstance(cache, _OwnsHRCache):
+            cache.__class__ = _owner_class(type(cache))
         setattr(cache, _ATTRIBUTE, self)
 
     @property
-    def zoom(self) -> int:
-        return self.settings.zoom
-
-    @property
     def prompts(self) -> int:
-        return self.features.shape[0]
+        """G."""
+        return self.layout.prompts
 
-    @property
-    def tokens(self) -> int:
-        """HR tokens of a prompt, I*h*h."""
-        return self.features.shape[1]
+    def check_batch(self, batch: int, later: HRCache | None) -> None:
+        """Raise unless a call's rows, and the images that come with it, are of the prompts whose images are kept here.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        if later is not None and later.prompts != self.prompts:
+            raise ValueError(
+                f"the cache holds images of {self.prompts} prompts, but this call brings images of {later.prompts}; "
+                "continue with the prompts that the cache was made from"
+            )
+        if batch % self.prompts:
+            raise ValueError(f"this call has {batch} rows, but the cache holds images of {self.prompts} prompts")
+
+    def append(self, later: HRCache) -> None:
+        """Add the images of the same prompts' next turn."""
+        for pool in self.pools.values():
+            pool.add_tokens(later.tokens.count)
+        self.layout.append(later.layout)
+        self.tokens.append(later.tokens)
+        self.settings = later.settings
+
+    def begin(self, cache: Cache | None, rows: int, length: int, prompt_length: int) -> None:
+        """Note a call that ends at position `length`; with a cache it is unfinished until its layers have run."""
+        self.rows, self.length, self.prompt_length = rows, length, prompt_length
+        if cache is not None:
+            self.keep_beside(cache)
+            self.unfinished = True
+
+    def cropped_with(self, cache: Cache, length: int) -> HRCache | None:
+        """Follow a key/value cache that now holds `length` positions; return None if nothing is left beside it."""
+        if length == 0:  # it is used again for something else
+            forget_images(cache)
+            return None
+        if length < self.length:  # what is asked next takes the place of what was cropped
+            self.prompt_length = min(self.prompt_length, length + 1)
+            self.length = length
+        self.layout.crop(length)
+        return self
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Follow a key/value cache whose row i now is what its row `rows[i]` was."""
+        if self.prompts > 1:
+            prompts = rows.cpu() // (self.rows // self.prompts)
+            kept = _runs_of_equals(prompts)
+            if not torch.equal(kept, torch.arange(self.prompts)):
+                self._select_prompts(kept)
+        self.rows = len(rows)
+
+    def repeat_rows(self, repeats: int) -> None:
+        """Follow a key/value cache each of whose rows now stands there `repeats` times in a row."""
+        self.rows *= repeats
 
     def check_overflow(self) -> None:
-        """PoolOverflow where a step in a CUDA graph found no room for what it selected. Waits for the device."""
-        overflows = [pool.overflow.to(self.features.device) for pool in self.pools.values() if pool.fixed]
+        """Wait for the device and raise if a step that read nothing back found no room for what it selected.
+
+        Raises:
+            PoolOverflow: If a pool is too small, or too many tokens were new at once.
+        """
+        overflows = [pool.overflow.to(self.tokens.features.device) for pool in self.pools.values() if pool.fixed]
         if not overflows:
             return
         without_slot, not_projected = torch.stack(overflows).sum(0).tolist()
@@ -91,78 +147,80 @@ class HRCache:
             )
         if not_projected:
             raise PoolOverflow(
-                f"{not_projected} selected tokens too many were new to a layer in one step, which takes {NEW_AT_ONCE} for each row "
-                "of the batch; decode without hr_capacity"
+                f"{not_projected} selected tokens did not fit into one step, in which a layer takes {NEW_AT_ONCE} new "
+                "ones for each row of the batch; decode without hr_capacity"
             )
 
-    def joined_with(self, later: HRCache) -> HRCache:
-        """The images of this conversation followed by those of its next turn."""
-        if later.prompts != self.prompts:
-            raise ValueError(
-                f"the cache holds images of {self.prompts} prompts, but this call brings images of {later.prompts}; "
-                "go on with the prompts that the cache was made from"
-            )
-        device, places = self.features.device, self.ranges.shape[1]
+    def _select_prompts(self, prompts: torch.Tensor) -> None:
+        self.layout.select_prompts(prompts)
+        self.tokens.select_prompts(prompts)
         for pool in self.pools.values():
-            pool.add_images(later.tokens)
-        return replace(
-            later,
-            **{
-                name: torch.cat([getattr(self, name), getattr(later, name).to(device)], dim=1)
-                for name in ("features", "cos", "sin", "ranges", "live")
-            },
-            waiting=self.waiting | {(g, places + i, t): pixels for (g, i, t), pixels in later.waiting.items()},
-            pools=self.pools,
-            crossed=self.crossed,
-            capacity=self.capacity,
-            last_end=max(self.last_end, later.last_end),
-            projected=self.projected + later.projected,
-            encoded=self.encoded + later.encoded,
-        )
+            pool.select_prompts(prompts)
+        self.crossed = {
+            layer: (k[prompts.to(k.device)], v[prompts.to(v.device)]) for layer, (k, v) in self.crossed.items()
+        }
 
-    def cropped(self, cache: Cache, length: int) -> HRCache | None:
-        """Without the images whose LR tokens are no longer in the cache, which holds `length` positions; None without any."""
-        if length == 0:  # it is used again for something else
-            delattr(cache, _ATTRIBUTE)
-            return None
-        if length < self.length:  # what is asked next stands in place of what was cropped
-            self.prompt_length = min(self.prompt_length, length + 1)
-        if self.last_end <= length:
-            return self
-        gone = self.ranges[..., 1] > length
-        self.ranges = self.ranges.masked_fill(gone[..., None], 0)
-        self.live = self.live.masked_fill(gone[..., None], 0)
-        self.last_end = int(self.ranges.max())
-        return self
 
-    def tile_numbers(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[n] int64: which tile each token belongs to, counted over prompts, images and tiles; tokens count over prompts."""
-        side = self.hr_side
-        image, token = tokens.long() // side**2, tokens.long() % side**2
-        row, column = token // side // (side // self.zoom), token % side // (side // self.zoom)
-        return (image * self.zoom + row) * self.zoom + column
+def _runs_of_equals(values: torch.Tensor) -> torch.Tensor:
+    """Return the value of each run, where `values` is cut into the longest runs of equals that all have one length."""
+    for length in range(len(values), 1, -1):
+        if len(values) % length == 0:
+            runs = values.view(-1, length)
+            if bool((runs == runs[:, :1]).all()):
+                return runs[:, 0]
+    return values
 
-    @property
-    def tile_count(self) -> int:
-        return self.prompts * self.ranges.shape[1] * self.zoom**2
 
-    @property
-    def hr_side(self) -> int:
-        return round((self.tokens / self.ranges.shape[1]) ** 0.5)
+# ---------------------------------------------------------------------------------------------- transformers' own cache
 
-    def encode_tiles(self, numbers: Iterable[int], encode: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Fills in the features of these tiles, as far as they are waiting. encode: [n, 3, s, s] -> [n, side*side, D]."""
-        places, each = self.ranges.shape[1], self.zoom**2
-        wanted = [(number // each // places, number // each % places, number % each) for number in numbers]
-        wanted = [tile for tile in wanted if tile in self.waiting]
-        side = self.hr_side // self.zoom
-        if wanted and self.features.is_inference() and not torch.is_inference_mode_enabled():
-            self.features = self.features.clone()  # tensors made in inference mode may not be written outside it
-        grid = self.features.view(self.prompts, places, self.zoom, side, self.zoom, side, -1)
-        for at in range(0, len(wanted), each):  # as many at once as an image has
-            some = wanted[at : at + each]
-            with profiling.phase("encode_tiles"):
-                found = encode(torch.stack([self.waiting.pop(tile) for tile in some]))
-            for (g, i, tile), tokens in zip(some, found.to(grid)):
-                grid[g, i, tile // self.zoom, :, tile % self.zoom] = tokens.view(side, side, -1)
-            self.encoded += len(some)
+_OWNERS: dict[type, type] = {}  # by class of a key/value cache, its subclass whose objects own an HR cache
+
+
+class _OwnsHRCache(Cache):
+    """What a key/value cache does to the HR cache beside it; mixed into the class of the object that owns one."""
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        if (images := HRCache.beside(self)) is not None:
+            images.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        if (images := HRCache.beside(self)) is not None:
+            index = torch.as_tensor(indices).cpu()
+            images.select_rows(torch.arange(images.rows)[index])  # negative indices and bool masks too
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if (images := HRCache.beside(self)) is not None:
+            images.repeat_rows(repeats)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)  # positive or negative: what it means differs between versions of transformers
+        if (images := HRCache.beside(self)) is not None:
+            images.cropped_with(self, int(self.get_seq_length()))
+
+    def reset(self) -> None:
+        super().reset()
+        forget_images(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle as an object of the cache's own class, to which the HR cache is given back."""
+        return _restore, (type(self).__bases__[1],), dict(self.__dict__)
+
+
+def forget_images(cache: Cache) -> None:
+    """Drop what is kept beside a key/value cache, as if no image had ever been in it."""
+    if HRCache.beside(cache) is not None:
+        delattr(cache, _ATTRIBUTE)
+
+
+def _owner_class(cache_class: type) -> type:
+    """Return the subclass of a cache class whose objects own an HR cache."""
+    if cache_class not in _OWNERS:
+        _OWNERS[cache_class] = type(cache_class.__name__, (_OwnsHRCache, cache_class), {})
+    return _OWNERS[cache_class]
+
+
+def _restore(cache_class: type) -> Cache:
+    return object.__new__(_owner_class(cache_class))

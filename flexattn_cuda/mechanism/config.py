@@ -20,30 +20,33 @@ _CHOICES = {
 class FlexAttnConfig:
     """Settings of the mechanism. The defaults are the preset `released`; `FlexAttnConfig.paper()` is the paper's.
 
-    The systems that the paper compares with differ in what becomes of the high-resolution (HR) tokens; the fields from
-    `first_layer` on, other than `hr_init`, are FlexAttention's alone.
+    The systems that the paper compares differ in what they do with the high-resolution (HR) tokens; the fields from
+    `first_layer` on, except `hr_init`, apply to FlexAttention only.
 
     Attributes:
         system: "flexattn": selected HR tokens join the keys of the later layers. "hd": all of them follow the image's
             LR tokens in the sequence (LLaVA-HD, section 5.1). "xattn": every layer adds cross-attention to all of them
             (CogAgent's operator, LLaVA-XAttn, section 5.1).
-        zoom: The high-resolution image is cut into zoom x zoom tiles, each encoded like an image of its own.
+        zoom: The high-resolution image is cut into zoom x zoom tiles, each encoded as a separate image.
         lowres_size: Side in pixels of the image that becomes the sequence's image tokens.
         highres_size: Side in pixels of the image that is cut into tiles.
-        first_layer: First layer (counted from 0) that attends to HR tokens. The layer before it is plain and gives the
+        first_layer: First layer (counted from 0) that attends to HR tokens. The layer before it is plain and yields the
             first attention map. The paper calls it N_SA (section 4.1).
         hr_rows: Query rows that see HR keys. "answer": every row that predicts an answer token, each with its own
             selection (released code). "all": every row, prompt rows with the last prompt row's selection (eq. 3-6).
         map_softmax: Keys of the softmax behind the map: the N of the "sequence" (released), or "all" N+M (eq. 7).
         mask_padding: Zero the map in the margin that pads a non-square image before it is normalised.
-        scale, threshold: An LR cell is chosen where `a * scale > threshold`, a the min-max normalised map.
-        pool: Side of the grid to which the chosen cells are max-pooled before they are resized; 0 for none.
+        scale: An LR cell is chosen where `a * scale > threshold`, with a the min-max normalised map.
+        threshold: See `scale`.
+        pool: Side of the grid to which the chosen cells are max-pooled before they are resized; 0 for no pooling.
         strategy: "attention" map; "random" or "center" cells instead (ablations, figure 4).
         ratio: Share of the LR cells (or pool cells) that "random" and "center" choose.
         hr_position: How the rotary tables of the LR positions are resized to the HR grid.
-        warmup: In training the attention with HR is mixed in with weight alpha = min(1, epochs * warmup); None: 1.
-        hr_init: Where a checkpoint has no HR projections they start as "copy" of those of self-attention, or "random".
-            The output projection of "xattn" starts at zero either way, so that training begins at plain LLaVA.
+        warmup: In training, attention with HR tokens is mixed in with weight alpha = min(1, epochs * warmup); None for
+            1.
+        hr_init: How HR projections start where a checkpoint has none: as a "copy" of those of self-attention, or
+            "random". The output projection of "xattn" starts at zero either way, so that training starts as plain
+            LLaVA.
     """
 
     system: str = "flexattn"
@@ -84,13 +87,13 @@ class FlexAttnConfig:
 
     @classmethod
     def released(cls, **changes: Any) -> FlexAttnConfig:
-        """The behaviour of the released weights."""
+        """Return the preset of the released weights."""
         return cls(**changes)
 
     @classmethod
     def paper(cls, **changes: Any) -> FlexAttnConfig:
-        """The mechanism as the paper writes it (section 4): 8 plain layers, all rows, N+M softmax, no pooling."""
-        preset = dict(
+        """Return the mechanism as in the paper (section 4): 8 plain layers, all rows, N+M softmax, no pooling."""
+        preset: dict[str, Any] = dict(
             first_layer=8,
             hr_rows="all",
             map_softmax="all",
@@ -103,13 +106,15 @@ class FlexAttnConfig:
 
     @classmethod
     def hd(cls, **changes: Any) -> FlexAttnConfig:
-        """LLaVA-HD 448: the 1024 tokens of four tiles of 224 pixels in the sequence, after the 576 low-resolution ones."""
-        return cls(**(dict(system="hd", zoom=2, highres_size=448) | changes))
+        """Return LLaVA-HD 448: the sequence holds the 1024 tokens of four 224-pixel tiles after the 576 LR ones."""
+        preset: dict[str, Any] = dict(system="hd", zoom=2, highres_size=448)
+        return cls(**(preset | changes))
 
     @classmethod
     def xattn(cls, **changes: Any) -> FlexAttnConfig:
-        """LLaVA-XAttn 1008: cross-attention to all 5184 HR tokens in every layer."""
-        return cls(**(dict(system="xattn") | changes))
+        """Return LLaVA-XAttn 1008: cross-attention to all 5184 HR tokens in every layer."""
+        preset: dict[str, Any] = dict(system="xattn")
+        return cls(**(preset | changes))
 
     @property
     def tile_size(self) -> int:
@@ -117,14 +122,16 @@ class FlexAttnConfig:
         return self.highres_size // self.zoom
 
     def alpha(self, epochs: float) -> float:
-        """Weight of the attention with HR after `epochs` (fractional) of training."""
+        """Return the weight of attention with HR tokens after so many `epochs` (fractional) of training."""
         return 1.0 if self.warmup is None else min(1.0, epochs * self.warmup)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FlexAttnConfig:
+        """Return the settings with these fields; ValueError if one is unknown or out of range."""
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"flexattn_config has unknown fields: {', '.join(unknown)}")
@@ -132,7 +139,7 @@ class FlexAttnConfig:
 
     @classmethod
     def from_extra(cls, extra: Any) -> FlexAttnConfig:
-        """From `extra` in the config.json of a checkpoint in the released format: a dict whose values are strings."""
+        """Return the settings in `extra`, a dict of strings, from the config.json of the released format."""
         if not isinstance(extra, dict):
             raise ValueError(f"'extra' in config.json is {extra!r}; it must be an object of strings")
         known = ("zoom_ratio", "lowres_size", "highres_size", "threshold", "warmup", "special")
@@ -168,15 +175,20 @@ SYSTEMS = ("llava", "hd", "xattn", "flexattn", "flexattn-paper", "random", "cent
 
 
 def settings_of(system: str, lowres_size: int = 336, zoom: int = 3) -> FlexAttnConfig | None:
-    """The settings of a system of the paper's tables, at any size.
+    """Return the settings of a system of the paper's tables, at any size.
 
     Args:
-        system: One of SYSTEMS. "llava" is the low resolution alone, "flexattn" the released preset, "random" and "center"
+        system: One of SYSTEMS. "llava" is low resolution only, "flexattn" the released preset, "random" and "center"
             that preset with the selection replaced (figure 4).
-        lowres_size: Side of the low-resolution image in pixels; that of LLaVA-HD's is 4/3 of it, cut into 2 x 2 tiles.
-        zoom: Of the others' high resolution.
+        lowres_size: Side of the low-resolution image in pixels. LLaVA-HD's high-resolution image has 4/3 of it, cut
+            into 2 x 2 tiles.
+        zoom: Of the high-resolution image of the other systems.
+
     Returns:
-        None for "llava".
+        The settings, or None for "llava".
+
+    Raises:
+        ValueError: If there is no such system.
     """
     sizes = dict(lowres_size=lowres_size, zoom=zoom, highres_size=zoom * lowres_size)
     match system:

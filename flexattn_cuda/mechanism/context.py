@@ -1,14 +1,13 @@
-"""What a forward call carries through the layers: which of its rows see high-resolution (HR) tokens, and what each layer's
-map selected. Selections are keyed by layer, so that gradient checkpointing may run a layer again.
+"""The state of one forward call on its way through the layers: which rows see high-resolution (HR) tokens, and what
+each layer's map selected. Selections are keyed by layer, so that gradient checkpointing may run a layer again.
 
-What stays between calls is in images.py.
+What outlives the call is in cache.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,86 +16,88 @@ from flexattn_cuda import ops, profiling
 from flexattn_cuda.errors import PoolOverflow
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.config import FlexAttnConfig
+from flexattn_cuda.mechanism.counts import CountReader, Counts, read_counts
+from flexattn_cuda.mechanism.layout import ImageLayout
 from flexattn_cuda.mechanism.pool import NEW_AT_ONCE, HRPool
-from flexattn_cuda.mechanism.rotary import rotate
+from flexattn_cuda.mechanism.rotary import RotaryTables, rotate
+from flexattn_cuda.mechanism.rows import Rows
 from flexattn_cuda.mechanism.selection import select
+from flexattn_cuda.mechanism.tokens import EncodeTiles
 from flexattn_cuda.mechanism.trace import LayerTrace, Trace
 
 
-@dataclass
-class Rows:
-    """Query rows of one call that see HR keys.
+class AttentionModule(Protocol):
+    """A self-attention module of transformers, with the projections of HR tokens where its layer attends to them."""
 
-    first: [B] int32, all rows from there on, with the selection of the call's last row; or
-    listed: [B, R] int32 (-1 = none), each with the selection of the row `owner` names: [B, R] int64, positions in
-        `listed`; None where every row has its own.
+    layer_idx: int
+    head_dim: int
+    k_proj_hd: nn.Linear
+    v_proj_hd: nn.Linear
+
+
+@dataclass
+class HRArguments:
+    """Arguments of `ops.hierarchical_attention` beside those of plain attention; each is documented there."""
+
+    k_hr: torch.Tensor | None = None
+    v_hr: torch.Tensor | None = None
+    hr_slots: torch.Tensor | None = None
+    hr_count: torch.Tensor | None = None
+    hr_from: torch.Tensor | None = None
+    hr_rows: torch.Tensor | None = None
+    hr_row_bits: torch.Tensor | None = None
+    alpha: torch.Tensor | None = None
+    map_ranges: torch.Tensor | None = None
+    map_size: int = 0
+    map_over_all: bool = False
+
+    def cast_keys(self, dtype: torch.dtype) -> None:
+        """Convert the HR keys and values, which must have the dtype of the queries."""
+        if self.k_hr is not None and self.v_hr is not None:
+            self.k_hr, self.v_hr = self.k_hr.to(dtype), self.v_hr.to(dtype)
+
+    def as_keywords(self) -> dict[str, Any]:
+        """Return the arguments by name, for the call of the operator."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class ProjectedTokens:
+    """New HR tokens in one layer: keys before rotation and values [n, Hkv, d], rotary tables [n, d]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    tables: RotaryTables
+
+
+@dataclass(frozen=True)
+class ContextOptions:
+    """How a call uses the mechanism.
+
+    Attributes:
+        alpha: Weight of the attention with HR tokens.
+        trace: Records maps and selections.
+        cached: Keep projected keys and values beside the cache; otherwise every layer projects what it attends to, with
+            gradients.
+        reads_back: False for a decoding step in a CUDA graph: nothing is read back and all shapes stay. Pools of fixed
+            size take up to NEW_AT_ONCE new tokens of a layer for each row, and count what does not fit.
+        read_counts: Where the host learns how much was selected.
     """
 
-    first: torch.Tensor | None = None
-    listed: torch.Tensor | None = None
-    owner: torch.Tensor | None = None
-
-    @classmethod
-    def of_answers(cls, config: FlexAttnConfig, labels: torch.Tensor) -> Rows:
-        """Training and scoring: the rows x-1 .. y-1 of every answer at positions x .. y (labels other than -100)."""
-        batch, length = labels.shape
-        predicts = torch.zeros_like(labels, dtype=torch.bool)
-        predicts[:, :-1] = labels[:, 1:] != -100
-        order = torch.arange(length, device=labels.device).expand(batch, -1)
-        if config.hr_rows == "answer":
-            count = int(predicts.sum(-1).max())
-            position = predicts.cumsum(-1) - 1
-            listed = labels.new_full((batch, count + 1), -1)  # one column more, for the rows that predict nothing
-            listed.scatter_(1, torch.where(predicts, position, count), torch.where(predicts, order, -1))
-            return cls(listed=listed[:, :count].to(torch.int32))
-        # Every row sees HR keys, with the selection of the next row that predicts an answer token (the last one after
-        # the last answer): what inference gives, where prompt rows share the last prompt row's selection.
-        upcoming = torch.where(predicts, order, length).flip(-1).cummin(-1).values.flip(-1)
-        last = torch.where(predicts, order, -1).amax(-1, keepdim=True).expand(-1, length)
-        owner = torch.where(upcoming < length, upcoming, torch.where(last >= 0, last, order))
-        return cls(listed=order.to(torch.int32).contiguous(), owner=owner)
-
-    @classmethod
-    def of_a_token(cls, batch: int, device: torch.device) -> Rows:
-        """Decoding: the one row of the call."""
-        return cls(listed=torch.zeros(batch, 1, dtype=torch.int32, device=device))
-
-    @classmethod
-    def of_generation(
-        cls,
-        config: FlexAttnConfig,
-        batch: int,
-        past: int,
-        queries: int,
-        prompt_length: int,
-        device: torch.device,
-    ) -> Rows | None:
-        """Inference: the last prompt row and every later one; None where the call ends before it."""
-        own = prompt_length - 1 - past  # the row of this call that is the last of the prompt; negative after it
-        if config.hr_rows == "all" and own >= queries:
-            raise ValueError(
-                "a prompt whose rows all see high-resolution tokens (hr_rows='all', the paper's form) needs the last "
-                f"prompt row's selection: pass its {prompt_length} positions in one call, not the first {past + queries} alone"
-            )
-        if own >= queries:
-            return None
-        if config.hr_rows == "all" and own > 0:
-            if own == queries - 1:
-                return cls(first=torch.zeros(batch, dtype=torch.int32, device=device))
-            order = torch.arange(queries, device=device).expand(batch, -1)
-            return cls(listed=order.to(torch.int32).contiguous(), owner=order.clamp(min=own))
-        listed = torch.arange(max(own, 0), queries, dtype=torch.int32, device=device)
-        return cls(listed=listed.expand(batch, -1).contiguous())
+    alpha: float = 1.0
+    trace: Trace | None = None
+    cached: bool = False
+    reads_back: bool = True
+    read_counts: CountReader = read_counts
 
 
-class Call:
-    """One forward call on its way through the layers: `enter` before a layer's attention, `leave` after it.
+class HRContext:
+    """One forward call: `before_attention` and `after_attention` are called around every layer's attention.
 
-    encode: [n, 3, s, s] -> [n, side*side, D], for HR tiles that the selection reaches first in this call.
-    cached: Keep projected keys and values beside the cache; otherwise every layer projects what it attends to, with
-        gradients.
-    reads_back: Otherwise nothing is, and all shapes stay, for a decode step in a CUDA graph: pools of fixed size take up to
-        NEW_AT_ONCE new tokens of a layer for each row, and count what does not fit.
+    Attributes:
+        images: What is kept between calls.
+        rows: Which rows of the call see HR tokens.
+        selected: What each layer's map selected, by that layer.
     """
 
     def __init__(
@@ -104,158 +105,169 @@ class Call:
         images: HRCache,
         rows: Rows,
         layers: int,
-        alpha: float = 1.0,
-        trace: Trace | None = None,
-        encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        cached: bool = False,
-        reads_back: bool = True,
-    ):
-        self.config = images.settings
+        encode: EncodeTiles | None = None,
+        options: ContextOptions | None = None,
+    ) -> None:
+        """Start a call of a model with so many layers. `encode` is needed where tiles are waiting to be encoded."""
         self.images = images
         self.rows = rows
-        self.alpha = alpha
-        self.cached = cached
-        self.reads_back = reads_back
-        self.selected: dict[int, ops.SelectedTokens] = {}  # by the layer whose map selected them
+        self.options = options or ContextOptions()
+        self.selected: dict[int, ops.SelectedTokens] = {}
         self._encode = encode
-        self._batch = (rows.listed if rows.first is None else rows.first).shape[0]
-        self._places_on: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._last_map = layers - 1 if trace is not None else layers - 2
+        self._layout_on: dict[torch.device, ImageLayout] = {}
+        self._last_map_layer = layers - 2 if self.options.trace is None else layers - 1
         self._traced: dict[int, LayerTrace] | None = None
-        if trace is not None:
+        if self.options.trace is not None:
             self._traced = {}
-            trace.steps.append(self._traced)
+            self.options.trace.steps.append(self._traced)
 
-    def enter(self, module: nn.Module, device: torch.device) -> dict[str, Any]:
-        """Arguments of the attention operator for this layer beside those of plain attention."""
-        layer = module.layer_idx
-        arguments: dict[str, Any] = {}
-        if self.config.first_layer - 1 <= layer <= self._last_map:
-            arguments |= dict(
-                map_ranges=self._places(device)[0],
-                map_size=self.images.lr_side**2,
-                map_over_all=self.config.map_softmax == "all",
-            )
+    @property
+    def config(self) -> FlexAttnConfig:
+        return self.images.settings
+
+    def before_attention(self, module: AttentionModule, device: torch.device) -> HRArguments:
+        """Return what the attention of a layer needs for its HR keys and for its map."""
+        layer, arguments = module.layer_idx, HRArguments()
+        if self._emits_map(layer):
+            arguments.map_ranges = self._layout(device).ranges
+            arguments.map_size = self.images.layout.lr_grid.cells
+            arguments.map_over_all = self.config.map_softmax == "all"
         if layer >= self.config.first_layer:
-            arguments |= self._hr_keys(module, device)
-        if arguments and self.rows.listed is not None:
-            arguments["hr_rows"] = self.rows.listed.to(device)
+            self._add_hr_keys(arguments, module, device)
+        if (arguments.map_size or arguments.k_hr is not None) and self.rows.listed is not None:
+            arguments.hr_rows = self.rows.listed.to(device)
         return arguments
 
-    def leave(self, module: nn.Module, map: torch.Tensor) -> None:
-        """Turns the layer's map [B, R, I, S*S] into the selection that the next layer reads."""
+    def after_attention(self, module: AttentionModule, attention_map: torch.Tensor) -> None:
+        """Turn the layer's map [B, R, I, S*S] into the selection that the next layer reads."""
         layer = module.layer_idx
-        if not self.config.first_layer - 1 <= layer <= self._last_map:
+        if not self._emits_map(layer):
             return
-        map = map.detach()
+        attention_map = attention_map.detach()
         if self.rows.owner is not None:
-            owner = self.rows.owner.to(map.device)[:, :, None, None].expand_as(map)
-            map = map.gather(1, owner)
-        self.selected[layer] = select(self.config, map, self._places(map.device)[1], self.images.hr_side)
+            owner = self.rows.owner.to(attention_map.device)[:, :, None, None].expand_as(attention_map)
+            attention_map = attention_map.gather(1, owner)
+        layout = self._layout(attention_map.device)
+        selected = select(self.config, attention_map, layout.valid_rect, layout.lr_grid, layout.hr_grid)
+        self.selected[layer] = selected
         if self._traced is not None:
-            self._traced[layer] = LayerTrace(map, self.selected[layer].mask)
+            self._traced[layer] = LayerTrace(attention_map, selected.mask)
 
     @profiling.in_phase("project_hr_keys")
-    def _hr_keys(self, module: nn.Module, device: torch.device) -> dict[str, Any]:
-        """Keys and values of the tokens that the layer before selected; those that this layer lacks are projected."""
-        layer, images = module.layer_idx, self.images
-        selected = ops.SelectedTokens(*(part.to(device) for part in self.selected[layer - 1]))
-        pool = images.pools.get(layer) if self.cached else None
-        if pool is None:
-            with torch.inference_mode(False):  # it may be written outside of inference mode later
-                pool = HRPool(images.prompts, images.tokens, device)
-                if self.cached and images.capacity is not None:
-                    heads = module.k_proj_hd.out_features // module.head_dim
-                    pool.fix(images.capacity, heads, module.head_dim, images.features.dtype)
-            if self.cached:
-                images.pools[layer] = pool
+    def _add_hr_keys(self, arguments: HRArguments, module: AttentionModule, device: torch.device) -> None:
+        """Add the keys and values of what the layer before selected; those that this layer lacks are projected."""
+        selected = ops.SelectedTokens(*(part.to(device) for part in self.selected[module.layer_idx - 1]))
+        pool = self._pool(module, device)
         assigned = pool.assign(selected)
-        if not self.reads_back:
-            return self._without_reading_back(module, selected, pool, assigned)
+        if self.options.reads_back:
+            self._add_counted_keys(arguments, module, pool, selected, assigned)
+        else:
+            self._add_keys_of_fixed_shape(arguments, module, pool, selected, assigned)
 
-        numbers = torch.cat([selected.count.amax()[None], assigned.new_count, assigned.overflow])
-        most, new, overflow = self._read_back(numbers, assigned.new_tokens)
-        if overflow:
-            raise PoolOverflow(
-                f"layer {layer} has no room for {overflow} selected tokens: hr_capacity={pool.capacity} is too small"
-            )
-        if most == 0:
-            return {}
-        k, v = pool.k, pool.v
-        if new:
-            k, v, cos, sin = self._project(module, assigned.new_tokens[:new], device)
-            images.projected += new
-            if self.cached:
-                pool.store(k, v, cos, sin, assigned.new_slots[:new])
-                k, v = pool.k, pool.v
-            else:
-                k = rotate(k, cos[:, None], sin[:, None])
-        arguments: dict[str, Any] = dict(
-            k_hr=k, v_hr=v, hr_slots=assigned.slots[:, :most].contiguous(), hr_count=selected.count
-        )
-        if self.rows.first is not None:
-            arguments["hr_from"] = self.rows.first.to(device)
-        elif self.rows.listed.shape[1] > 1:
-            words = (most + 31) // 32
-            arguments["hr_row_bits"] = selected.row_bits[:, :, :words].contiguous()
-        return arguments | self._mixing(device)
-
-    def _without_reading_back(
+    def _add_counted_keys(
         self,
-        module: nn.Module,
-        selected: ops.SelectedTokens,
+        arguments: HRArguments,
+        module: AttentionModule,
         pool: HRPool,
+        selected: ops.SelectedTokens,
         assigned: ops.AssignedSlots,
-    ) -> dict[str, Any]:
-        """The same for one row of each sample, in shapes that do not depend on the selection."""
-        at_once = NEW_AT_ONCE * self._batch
-        k, v, cos, sin = self._project(module, assigned.new_tokens[:at_once], pool.k.device)
-        ops.write_hr_kv(k, v, cos, sin, assigned.new_slots[:at_once], pool.k, pool.v)
+    ) -> None:
+        """Project exactly the new tokens, once the host knows how many there are."""
+        counts = self._counts(module, pool, selected, assigned)
+        if counts.selected == 0:
+            return
+        device = selected.count.device
+        arguments.k_hr, arguments.v_hr = pool.k, pool.v
+        if counts.new:
+            new = self._project(module, assigned.new_tokens[: counts.new], device)
+            self.images.counters.projected += counts.new
+            if self.options.cached:
+                pool.store(new.k, new.v, new.tables, assigned.new_slots[: counts.new])
+                arguments.k_hr, arguments.v_hr = pool.k, pool.v
+            else:
+                cos, sin = (table[:, None] for table in new.tables)
+                arguments.k_hr, arguments.v_hr = rotate(new.k, cos, sin), new.v
+        arguments.hr_slots = assigned.slots[:, : counts.selected].contiguous()
+        arguments.hr_count = selected.count
+        arguments.alpha = self._alpha(device)
+        if self.rows.first is not None:
+            arguments.hr_from = self.rows.first.to(device)
+        elif self.rows.listed is not None and self.rows.listed.shape[1] > 1:
+            words = (counts.selected + 31) // 32
+            arguments.hr_row_bits = selected.row_bits[:, :, :words].contiguous()
+
+    def _add_keys_of_fixed_shape(
+        self,
+        arguments: HRArguments,
+        module: AttentionModule,
+        pool: HRPool,
+        selected: ops.SelectedTokens,
+        assigned: ops.AssignedSlots,
+    ) -> None:
+        """Project NEW_AT_ONCE tokens for each row, however many are new: nothing is read back."""
+        at_once = NEW_AT_ONCE * self.rows.batch
+        new = self._project(module, assigned.new_tokens[:at_once], selected.count.device)
+        pool.write(new.k, new.v, new.tables, assigned.new_slots[:at_once])
         missing = torch.cat([assigned.overflow, (assigned.new_count - at_once).clamp(min=0)])
         pool.overflow.add_(missing)
-        # What found no slot may not be read; the answer is lost in that case, and whoever asks is told.
-        count = torch.where(missing.sum() > 0, 0, selected.count)
-        return dict(k_hr=pool.k, v_hr=pool.v, hr_slots=assigned.slots, hr_count=count) | self._mixing(count.device)
+        arguments.k_hr, arguments.v_hr, arguments.hr_slots = pool.k, pool.v, assigned.slots
+        # What found no slot must not be read: the answer is lost then, and `check_overflow` raises.
+        arguments.hr_count = torch.where(missing.sum() > 0, 0, selected.count)
+        arguments.alpha = self._alpha(selected.count.device)
 
-    def _mixing(self, device: torch.device) -> dict[str, Any]:
-        """alpha for every row of the batch, where it is not 1."""
-        if self.alpha == 1.0:
-            return {}
-        return dict(alpha=torch.full((self._batch,), self.alpha, dtype=torch.float32, device=device))
+    def _counts(
+        self, module: AttentionModule, pool: HRPool, selected: ops.SelectedTokens, assigned: ops.AssignedSlots
+    ) -> Counts:
+        """Return how much was selected, with the tiles that it lies in encoded."""
+        tokens = self.images.tokens
+        counts = self.options.read_counts(selected, assigned, tokens)
+        if counts.overflow:
+            raise PoolOverflow(
+                f"layer {module.layer_idx} has no room for {counts.overflow} selected tokens: "
+                f"hr_capacity={pool.capacity} is too small"
+            )
+        if tokens.waiting and counts.tiles:
+            assert self._encode is not None
+            self.images.counters.encoded += tokens.encode(counts.tiles, self._encode)
+        return counts
 
-    def _project(self, module: nn.Module, tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """tokens [n], counted over prompts, -1 for none -> keys, values [n, Hkv, d] and rotary tables [n, d]."""
-        images = self.images
-        index = tokens[None].to(images.features.device)
-        rows, cos, sin = (
-            ops.gather_tokens(table.flatten(0, 1)[None], index)[0].to(device)
-            for table in (images.features, images.cos, images.sin)
-        )
-        k = module.k_proj_hd(rows).unflatten(-1, (-1, module.head_dim))
-        v = module.v_proj_hd(rows).unflatten(-1, (-1, module.head_dim))
-        dtype = images.features.dtype  # that of the queries; under autocast the projections give another one
-        return k.to(dtype), v.to(dtype), cos, sin
+    def _pool(self, module: AttentionModule, device: torch.device) -> HRPool:
+        """Return the layer's pool: the one beside the cache, or an empty one that lives for this layer alone."""
+        layer, images = module.layer_idx, self.images
+        if not self.options.cached:
+            return HRPool(images.prompts, images.tokens.count, device)
+        if layer not in images.pools:
+            pool = HRPool(images.prompts, images.tokens.count, device)
+            if images.capacity is not None:
+                heads = module.k_proj_hd.out_features // module.head_dim
+                pool.fix(images.capacity, heads, module.head_dim, images.tokens.features.dtype)
+            images.pools[layer] = pool
+        return images.pools[layer]
 
-    def _read_back(self, numbers: torch.Tensor, tokens: torch.Tensor) -> list[int]:
-        """`numbers` on the host, in the one wait that a layer takes. Tiles that `tokens` lie in are encoded on the way."""
-        images = self.images
-        if not images.waiting:
-            return numbers.tolist()
-        flags = numbers.new_zeros(images.tile_count + 1)  # the last one for the places without a token
-        flags.scatter_(0, torch.where(tokens >= 0, images.tile_numbers(tokens), images.tile_count), 1)
-        found = torch.cat([numbers, flags[:-1]]).tolist()
-        images.encode_tiles((tile for tile, needed in enumerate(found[len(numbers) :]) if needed), self._encode)
-        return found[: len(numbers)]
+    def _project(self, module: AttentionModule, tokens: torch.Tensor, device: torch.device) -> ProjectedTokens:
+        """Project tokens [n], counted over prompts, -1 for none."""
+        rows = self.images.tokens.gather(tokens, device)
+        k = module.k_proj_hd(rows.features).unflatten(-1, (-1, module.head_dim))
+        v = module.v_proj_hd(rows.features).unflatten(-1, (-1, module.head_dim))
+        dtype = rows.features.dtype  # that of the queries; under autocast the projections return another one
+        return ProjectedTokens(k.to(dtype), v.to(dtype), rows.tables)
 
-    def _places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """ranges and live of the images, for every row of the batch, on a layer's device."""
-        if device not in self._places_on:
-            repeats = self._batch // self.images.prompts
-            ranges, live = self.images.ranges.to(device), self.images.live.to(device)
+    def _alpha(self, device: torch.device) -> torch.Tensor | None:
+        """Return alpha for every row of the batch, or None where it is 1."""
+        if self.options.alpha == 1.0:
+            return None
+        return torch.full((self.rows.batch,), self.options.alpha, dtype=torch.float32, device=device)
+
+    def _emits_map(self, layer: int) -> bool:
+        return self.config.first_layer - 1 <= layer <= self._last_map_layer
+
+    def _layout(self, device: torch.device) -> ImageLayout:
+        """Return where the images stand for every row of the batch, on a layer's device."""
+        if device not in self._layout_on:
+            layout = self.images.layout
+            ranges, valid_rect = layout.ranges.to(device), layout.valid_rect.to(device)
+            repeats = self.rows.batch // layout.prompts
             if repeats > 1:
-                ranges, live = (
-                    ranges.repeat_interleave(repeats, 0),
-                    live.repeat_interleave(repeats, 0),
-                )
-            self._places_on[device] = ranges, live
-        return self._places_on[device]
+                ranges, valid_rect = ranges.repeat_interleave(repeats, 0), valid_rect.repeat_interleave(repeats, 0)
+            self._layout_on[device] = ImageLayout(layout.lr_grid, layout.hr_grid, ranges, valid_rect)
+        return self._layout_on[device]

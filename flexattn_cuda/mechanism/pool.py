@@ -1,39 +1,47 @@
-"""Keys and values of the high-resolution (HR) tokens: each is projected once per layer, when it is first selected there."""
+"""Keys and values of the high-resolution (HR) tokens: each is projected once per layer, when first selected there."""
 
 from __future__ import annotations
 
 import torch
 
 from flexattn_cuda import ops
+from flexattn_cuda.mechanism.rotary import RotaryTables
 
-SPARE = 0.25  # of the slots in use, so that a selection that drifts does not copy a pool at every step
-NEW_AT_ONCE = 256  # tokens of a row that a layer may newly select in one step where their number is not read back
+SPARE = 0.25  # of the slots in use, so that a selection that drifts does not copy the pool at every step
+NEW_AT_ONCE = 256  # tokens of a row that a layer may newly select in a step that does not read their number back
 
 
 class HRPool:
     """One layer's pool, shared by the batch. It grows with the tokens ever selected, never with the image's resolution.
 
-    table: [G, T] int32, the slot of each of the T HR tokens of G prompts; -1 = never selected.
-    next_free: [1] int32, on the device.
-    k, v: [capacity, Hkv, d]; None before the first token.
-    used: How many slots are taken, as far as the host knows: not those that a step took without reading back.
-    fixed: Whether it never grows, so that its addresses stay (CUDA graphs).
-    overflow: [2] int32, how many tokens found no slot in a fixed pool, and how many were too many at once. The answer is
-        wrong from then on.
+    Attributes:
+        table: [G, T] int32, the slot of each of the T HR tokens of G prompts; -1 = never selected.
+        next_free: [1] int32, on the device.
+        k, v: [capacity, Hkv, d]; None before the first token.
+        used: Slots in use as far as the host knows; a step that reads nothing back does not count its own.
+        max_slots: Slots in use once every token is selected.
+        fixed: Whether the pool never grows, so that its addresses stay (CUDA graphs).
+        overflow: [2] int32, how many tokens found no slot in a fixed pool, and how many were too many at once. The
+            answer is wrong from then on.
     """
 
-    def __init__(self, prompts: int, tokens: int, device: torch.device):
-        self.table = torch.full((prompts, tokens), -1, dtype=torch.int32, device=device)
-        self.next_free = torch.zeros(1, dtype=torch.int32, device=device)
+    def __init__(self, prompts: int, tokens: int, device: torch.device) -> None:
+        with torch.inference_mode(False):  # they may be written outside of inference mode later
+            self.table = torch.full((prompts, tokens), -1, dtype=torch.int32, device=device)
+            self.next_free = torch.zeros(1, dtype=torch.int32, device=device)
+            self.overflow = torch.zeros(2, dtype=torch.int32, device=device)
         self.k: torch.Tensor | None = None
         self.v: torch.Tensor | None = None
         self.used = 0
+        self.max_slots = self.table.numel()
         self.fixed = False
-        self.overflow = torch.zeros(2, dtype=torch.int32, device=device)
 
     def fix(self, capacity: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Takes all its memory now, and never grows."""
-        self.k, self.v = (torch.zeros(capacity, heads, head_dim, dtype=dtype, device=self.table.device) for _ in "kv")
+        """Allocate all memory now and never grow."""
+        shape, device = (capacity, heads, head_dim), self.table.device
+        with torch.inference_mode(False):  # it may be written outside of inference mode later
+            self.k = torch.zeros(shape, dtype=dtype, device=device)
+            self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.fixed = True
         self._keep_addresses()
 
@@ -46,42 +54,53 @@ class HRPool:
         return 0 if self.k is None else 2 * self.k.nbytes
 
     def assign(self, selected: ops.SelectedTokens) -> ops.AssignedSlots:
-        """Slots of the selected tokens; the new ones are to be handed to `store`."""
-        capacity = self.capacity if self.fixed else self.table.numel()
+        """Return the slots of the selected tokens; the new ones among them are to be passed to `store`."""
+        capacity = self.capacity if self.fixed else self.max_slots
         return ops.assign_slots(selected.index, selected.count, self.table, self.next_free, capacity=capacity)
 
-    def store(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> None:
-        """Rotates the new tokens' keys and writes both: keys, values [new, Hkv, d], cos, sin [new, d], slots [new]."""
-        self._hold(self.used + len(keys), keys)
-        ops.write_hr_kv(keys, values, cos, sin, slots, self.k, self.v)
+    def store(self, keys: torch.Tensor, values: torch.Tensor, tables: RotaryTables, slots: torch.Tensor) -> None:
+        """Write new tokens as `write` does, into a pool that grows as far as it must."""
+        self.ensure_capacity(self.used + len(keys), keys)
+        self.write(keys, values, tables, slots)
         self.used += len(keys)
 
-    def add_images(self, tokens: int) -> None:
-        """Room in the table for so many more tokens of every prompt."""
-        self.table = torch.nn.functional.pad(self.table, (0, tokens), value=-1)
+    def write(self, keys: torch.Tensor, values: torch.Tensor, tables: RotaryTables, slots: torch.Tensor) -> None:
+        """Rotate keys and write both: keys, values [n, Hkv, d], tables [n, d], slots [n] with -1 for rows to skip."""
+        assert self.k is not None and self.v is not None
+        ops.write_hr_kv(keys, values, tables.cos, tables.sin, slots, self.k, self.v)
+
+    def ensure_capacity(self, slots: int, like: torch.Tensor) -> None:
+        """Grow to at least this many slots; `like` gives the shape of a slot, dtype and device."""
+        if slots <= self.capacity:
+            return
+        capacity = min(slots if self.k is None else int(slots * (1 + SPARE)), self.max_slots)
+        # One after the other: old and new of both never exist at the same time.
+        self.k = self._grown(self.k, capacity, like)
+        self.v = self._grown(self.v, capacity, like)
+
+    def add_tokens(self, tokens: int) -> None:
+        """Extend the table by this many tokens of every prompt."""
+        with torch.inference_mode(False):
+            self.table = torch.nn.functional.pad(self.table, (0, tokens), value=-1)
+        self.max_slots += self.table.shape[0] * tokens
         if self.fixed:
             self._keep_addresses()
+
+    def select_prompts(self, prompts: torch.Tensor) -> None:
+        """Keep the prompts of these numbers, in this order; a repeated one shares the slots that it has so far."""
+        with torch.inference_mode(False):
+            self.table = self.table[prompts.to(self.table.device)]
+        self.max_slots = self.used + self.table.numel()
+        if self.fixed:
+            self._keep_addresses()
+
+    def _grown(self, old: torch.Tensor | None, capacity: int, like: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(False):
+            grown = torch.empty(capacity, *like.shape[1:], dtype=like.dtype, device=like.device)
+        if old is not None:
+            grown[: self.used] = old[: self.used]
+        return grown
 
     def _keep_addresses(self) -> None:
         for tensor in (self.k, self.v, self.table, self.next_free, self.overflow):
             torch._dynamo.mark_static_address(tensor)
-
-    def _hold(self, tokens: int, like: torch.Tensor) -> None:
-        if tokens <= self.capacity:
-            return
-        capacity = min(tokens if self.k is None else int(tokens * (1 + SPARE)), self.table.numel())
-        for name in (
-            "k",
-            "v",
-        ):  # one after the other: the old and the new one of both never stand side by side
-            grown = like.new_empty(capacity, *like.shape[1:])
-            if self.used:
-                grown[: self.used] = getattr(self, name)[: self.used]
-            setattr(self, name, grown)

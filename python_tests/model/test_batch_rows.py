@@ -1,4 +1,7 @@
-"""Eight photographs and questions at once: every row is what it is alone. `-s` prints how near a map came to the threshold."""
+"""Eight photographs and questions at once: every row is what it is alone.
+
+`-s` prints how near a map came to the threshold.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +29,17 @@ def questions() -> list[dict]:
     ]
 
 
-def to_threshold(settings, trace: Trace, live: torch.Tensor) -> float:
+def to_threshold(settings, trace: Trace, valid_rect: torch.Tensor) -> float:
     """Smallest distance of a cell of one image's normalised maps (0 to 1) to the threshold."""
     distance = 1.0
-    top, left, bottom, right = live.tolist()
+    top, left, bottom, right = valid_rect.tolist()
     for traced in (traced for step in trace.steps for traced in step.values()):
-        map = traced.map[0, -1, 0].double()
-        side = round(len(map) ** 0.5)
+        attention_map = traced.map[0, -1, 0].double()
+        side = round(len(attention_map) ** 0.5)
         inside = torch.zeros(side, side, dtype=torch.bool)
         inside[top:bottom, left:right] = True
-        map = map.where(inside.flatten(), 0)
-        a = (map - map.min()) / (map.max() - map.min())
+        shown = attention_map.where(inside.flatten(), 0)
+        a = (shown - shown.min()) / (shown.max() - shown.min())
         distance = min(distance, (a - settings.threshold / settings.scale).abs().min().item())
     return distance
 
@@ -44,11 +47,11 @@ def to_threshold(settings, trace: Trace, live: torch.Tensor) -> float:
 def answer(model, inputs):
     trace = Trace()
     output = model.generate(
-        **inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True,
-        flexattn_trace=trace,
+        **inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, flexattn_trace=trace,
     )  # fmt: skip
-    live = HRCache.beside(output.past_key_values).live
-    return output.sequences[:, -TOKENS:], torch.stack(output.logits, 1), trace, live
+    valid_rect = HRCache.beside(output.past_key_values).layout.valid_rect
+    return output.sequences[:, -TOKENS:], torch.stack(output.logits, 1), trace, valid_rect
 
 
 @torch.no_grad()
@@ -66,11 +69,11 @@ def test_every_row_of_eight_is_what_it_is_alone(dtype, tolerance):
     tokens, logits, trace, _ = answer(model, inputs)
     nearest = 1.0
     for row, (image, prompt) in enumerate(zip(images, prompts)):
-        alone, theirs, own, live = answer(model, processor(images=image, text=prompt))
+        alone, theirs, own, valid_rect = answer(model, processor(images=image, text=prompt))
         assert torch.equal(tokens[row], alone[0])
         assert (logits[row] - theirs[0]).abs().max() <= tolerance
         for together, single in zip(trace.steps, own.steps):
             for layer, traced in single.items():
                 assert torch.equal(together[layer].mask[row], traced.mask[0])
-        nearest = min(nearest, to_threshold(model.config.flexattn, own, live[0, 0]))
+        nearest = min(nearest, to_threshold(model.config.flexattn, own, valid_rect[0, 0]))
     print(f"\n{str(dtype)[6:]}: smallest distance of a map to the threshold: {nearest:.2e}")

@@ -102,7 +102,7 @@ def test_every_token_is_projected_once_and_every_tile_encoded_once(model, way):
     assert images.prompts == prompts
     selected = ever_selected(model, trace, prompts)
     tokens = {layer: int(masks.sum()) for layer, masks in selected.items()}
-    assert images.projected == sum(tokens.values()) > 0
+    assert images.counters.projected == sum(tokens.values()) > 0
     for layer, pool in images.pools.items():
         assert pool.used == int(pool.next_free) == tokens[layer]
         assert torch.equal(pool.table >= 0, selected[layer])
@@ -112,7 +112,7 @@ def test_every_token_is_projected_once_and_every_tile_encoded_once(model, way):
     tiles = (
         torch.stack(list(selected.values())).any(0).view(prompts, -1, small.ZOOM, side, small.ZOOM, side).any(3).any(-1)
     )
-    assert images.encoded == int(tiles.sum())
+    assert images.counters.encoded == int(tiles.sum())
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def test_pools_take_the_memory_that_was_foretold():
     """`flexattn info`'s estimate, for the share of the tokens that was ever selected, and a quarter more at most."""
     model = small.flex(small.PRESETS["released"])
     _, _, _, images = run(model, 12, **image_question())
-    share = images.projected / (len(images.pools) * images.tokens)
+    share = images.counters.projected / (len(images.pools) * images.tokens.count)
     foretold = memory.estimate(model.config, torch.float32, selected_share=share).hr_cache_selected
     assert 0.1 < share < 0.9
     assert foretold <= sum(pool.bytes for pool in images.pools.values()) <= 1.25 * foretold
@@ -132,9 +132,9 @@ def test_only_the_tiles_of_the_selection_are_encoded():
     model = small.flex(small.settings(pool=0))
     inputs = image_question() | {"valid_rect": torch.tensor([[0, 0, 2, 4]])}
     tokens, logits, _, images = run(model, 12, **inputs)
-    assert images.encoded == 2 and len(images.waiting) == 7
+    assert images.counters.encoded == 2 and len(images.tokens.waiting) == 7
     again, all_at_once, _, images = run(model, 12, **inputs, tiles_on_demand=False)
-    assert not images.waiting
+    assert not images.tokens.waiting
     assert torch.equal(tokens, again) and (logits - all_at_once).abs().max() <= 1e-5
 
 
@@ -235,7 +235,7 @@ def test_a_copied_cache_goes_its_own_way(model):
         expected = model(input_ids=token, past_key_values=fresh).logits
         assert torch.equal(model(input_ids=token, past_key_values=copied).logits, expected)
     ours, theirs = HRCache.beside(cache), HRCache.beside(twin)
-    assert ours.features.data_ptr() != theirs.features.data_ptr()
+    assert ours.tokens.features.data_ptr() != theirs.tokens.features.data_ptr()
     for layer, pool in ours.pools.items():
         assert pool.k.data_ptr() != theirs.pools[layer].k.data_ptr()
 
@@ -262,7 +262,8 @@ def test_rows_that_the_cache_does_not_know_are_refused():
         )
 
 
-# ---------------------------------------------------------------------------------------------------- pools of fixed size
+# ---------------------------------------------------------------------------------------------------- pools of fixed
+# size
 
 
 def decode_in_fixed_pools(model, step, inputs, capacity, steps):
@@ -308,7 +309,7 @@ def test_generate_with_pools_of_fixed_size(model, monkeypatch):
     ):
         run(model, 12, **mixed_batch(), **static, hr_capacity=10)
     monkeypatch.setattr(state, "NEW_AT_ONCE", 0)
-    with pytest.raises(PoolOverflow, match="[0-9]+ selected tokens too many were new to a layer in one step"):
+    with pytest.raises(PoolOverflow, match="[0-9]+ selected tokens did not fit into one step"):
         run(model, 40, **mixed_batch(), **static, hr_capacity=3 * 18 * 18)
 
 
@@ -384,9 +385,9 @@ def test_the_caller_may_use_the_pixels_again(model):
 
 @torch.no_grad()
 def test_a_question_taken_back_is_asked_anew(model):
-    """After the crop one token stands for the whole new question: it sees the photograph.
+    """After the crop one token stands for the whole new question: it sees the image.
 
-    (In the paper's form the rows before it keep what they saw with the old question's selection, so there it is not equal.)
+    In the paper's form the rows before it keep what they saw with the old question's selection, so they differ there.
     """
     ids = image_question(text=12)
     cache, fresh = (DynamicCache(config=model.config.text_config) for _ in range(2))
@@ -408,7 +409,7 @@ def test_autocast(model, static):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(**image_question(), past_key_values=cache, **static).logits
         logits = model(input_ids=logits[:, -1:].argmax(-1), past_key_values=cache).logits
-    assert logits.isfinite().all() and HRCache.beside(cache).projected
+    assert logits.isfinite().all() and HRCache.beside(cache).counters.projected
 
 
 @pytest.mark.parametrize("static", [{}, {"hr_capacity": 324}], ids=["growing", "fixed"])

@@ -277,7 +277,7 @@ def test_gradient_checkpointing_changes_nothing(model):
         ({"valid_rect": torch.zeros(1, 3)}, r"valid_rect has shape \[1, 3\]"),
         (
             {"input_ids": small.prompt(4, "image", 9)[None, 5:]},
-            "image tokens; every image takes 36",
+            "image tokens, but every image takes 36",
         ),
         ({"input_ids": None}, "either input_ids or inputs_embeds"),
         ({"attention_mask": torch.ones(1, 1, 49, 49)}, "padding mask"),

@@ -1,11 +1,12 @@
 """The released implementation's own numbers, in the format of data/reference_vectors/README.md.
 
-FLEXATTN_REFERENCE_VECTORS names another folder in that format. Nothing about its cases is known here: sizes, heads, rope
-base, thresholds and layers are read from its json files, and a case of an unknown kind fails.
+FLEXATTN_REFERENCE_VECTORS names another folder in that format. Nothing about its cases is known here: sizes, heads,
+rope base, thresholds and layers are read from its json files, and a case of an unknown kind fails.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from functools import cache
@@ -21,8 +22,12 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaForConditionalGeneration, Trace, ops
 from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor
 from flexattn_cuda.mechanism.cache import HRCache
-from flexattn_cuda.mechanism.context import Call, Rows
-from flexattn_cuda.mechanism.rotary import hr_rotary_tables
+from flexattn_cuda.mechanism.context import ContextOptions, HRContext
+from flexattn_cuda.mechanism.grid import Grid
+from flexattn_cuda.mechanism.layout import ImageLayout
+from flexattn_cuda.mechanism.rotary import RotaryTables, hr_rotary_tables
+from flexattn_cuda.mechanism.rows import Rows
+from flexattn_cuda.mechanism.tokens import HRTokens
 
 FOLDER = Path(os.environ.get("FLEXATTN_REFERENCE_VECTORS") or Path(__file__).parents[1] / "data" / "reference_vectors")
 RELEASED_IMAGE_ID = -200
@@ -33,6 +38,7 @@ LOGITS, MAPS, LAYER_OUTPUTS, FEATURES, PIXELS = (
     1e-4,
     1e-5,
 )  # the set's README, float32
+HR_STRIDE, LR_STRIDE = 36, 12  # of the pixel samples, at every image size
 
 
 def read_json(name: str) -> dict:
@@ -115,19 +121,22 @@ class Layer:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj", "k_proj_hd", "v_proj_hd"):
             getattr(self.attention, name).weight.data = self.array(f"w_{name}")
         self.rotary = LlamaRotaryEmbedding(config)
-        self.side, self.hr_side = case["lr_side"], case["hr_side"]
+        lr_grid, hr_grid = Grid(*2 * [case["lr_side"]]), Grid(*2 * [case["hr_side"]])
         self.config = FlexAttnConfig(threshold=float(case["threshold"]), first_layer=1)
         begin, end = case["image_begin"], case["image_end"]
-        tables = self.rotary(self.array("hidden_states"), torch.arange(begin, end)[None])
-        self.cos, self.sin = hr_rotary_tables(tuple(table[0] for table in tables), self.hr_side)
+        cos, sin = self.rotary(self.array("hidden_states"), torch.arange(begin, end)[None])
+        self.tables = hr_rotary_tables(RotaryTables(cos[0], sin[0]), lr_grid, hr_grid)
+        valid_rect = torch.tensor([[valid_rect_of(*case["ori_size_wh"], lr_grid.rows)]], dtype=torch.int32)
+        ranges = torch.tensor([[[begin, end]]], dtype=torch.int32)
         self.images = HRCache(
             settings=self.config,
-            lr_side=self.side,
-            features=tensor("layer", f"shared.hd_features_{self.hr_side}")[None],
-            cos=self.cos[None],
-            sin=self.sin[None],
-            ranges=torch.tensor([[[begin, end]]], dtype=torch.int32),
-            live=torch.tensor([[valid_rect_of(*case["ori_size_wh"], self.side)]], dtype=torch.int32),
+            layout=ImageLayout(lr_grid, hr_grid, ranges, valid_rect),
+            tokens=HRTokens(
+                grid=hr_grid,
+                tile_grid=Grid(self.config.zoom, self.config.zoom),
+                features=tensor("layer", f"shared.hd_features_{hr_grid.rows}")[None],
+                tables=RotaryTables(*(table[None] for table in self.tables)),
+            ),
         )
 
     def array(self, name: str) -> torch.Tensor:
@@ -136,14 +145,14 @@ class Layer:
     def run(self, hidden, first, rows, masks=None, cache=None, alpha=1.0):
         """-> output rows [N, D], and map [R, S*S] and mask [R, h*h] for the next layer."""
         trace = Trace()
-        call = Call(self.images, rows, 2, alpha, trace)
-        if masks is None:
-            call.config = FlexAttnConfig(threshold=float(self.case["threshold"]), first_layer=2)  # the layer before
-        else:
-            call.selected[0] = selection_of(masks)
+        first_layer = 2 if masks is None else 1  # without masks it is the layer before the first one with HR tokens
+        self.images.settings = dataclasses.replace(self.config, first_layer=first_layer)
+        context = HRContext(self.images, rows, 2, options=ContextOptions(alpha, trace))
+        if masks is not None:
+            context.selected[0] = selection_of(masks)
         positions = torch.arange(first, first + hidden.shape[0])[None]
         out, _ = self.attention(
-            hidden[None], self.rotary(hidden, positions), None, past_key_values=cache, flexattn=call
+            hidden[None], self.rotary(hidden, positions), None, past_key_values=cache, flexattn=context
         )
         traced = trace.steps[0][1]
         return out[0], traced.map[0, :, 0], traced.mask[0, :, 0]
@@ -169,28 +178,28 @@ def test_layer(case):
     assert hidden.shape[0] == case["N"]
     for name in ("cos", "sin"):
         sample = layer.array(f"hr_{name}_sample")
-        assert_close(getattr(layer, name)[::97], sample, 1e-5, f"HR {name} table")
+        assert_close(getattr(layer.tables, name)[::97], sample, 1e-5, f"HR {name} table")
 
     if case["mode"] == "inference":
         last = Rows(listed=torch.tensor([[case["N"] - 1]], dtype=torch.int32))
-        out, map, mask = layer.run(hidden, 0, last)
+        out, attention_map, mask = layer.run(hidden, 0, last)
         assert_close(out[-1], layer.array("out_prefill_nohr_last"), LAYER_OUTPUTS, "last row without HR")
-        assert_close(map[0], layer.array("map_nohr"), MAPS, "map without HR")
+        assert_close(attention_map[0], layer.array("map_nohr"), MAPS, "map without HR")
         assert torch.equal(mask[0], layer.array("mask_out_nohr"))
 
         cache = DynamicCache()
         cache.update(torch.zeros(1, 1, 0, 1), torch.zeros(1, 1, 0, 1), 0)  # layer 0 of the cache is not used here
-        out, map, mask = layer.run(hidden, 0, last, layer.array("mask_in_prefill")[None], cache)
+        out, attention_map, mask = layer.run(hidden, 0, last, layer.array("mask_in_prefill")[None], cache)
         rows = layer.array("out_rows") if f"{layer.tag}.out_rows" in arrays("layer") else slice(None)
         assert_close(out[rows], layer.array("out_prefill"), LAYER_OUTPUTS, "prefill output")
-        assert_close(map[0], layer.array("map_prefill"), MAPS, "prefill map")
+        assert_close(attention_map[0], layer.array("map_prefill"), MAPS, "prefill map")
         assert torch.equal(mask[0], layer.array("mask_out_prefill"))
 
         only = Rows(listed=torch.zeros(1, 1, dtype=torch.int32))
         decode = layer.array("hidden_states_decode")
-        out, map, mask = layer.run(decode, case["N"], only, layer.array("mask_in_decode")[None], cache)
+        out, attention_map, mask = layer.run(decode, case["N"], only, layer.array("mask_in_decode")[None], cache)
         assert_close(out, layer.array("out_decode"), LAYER_OUTPUTS, "decode output")
-        assert_close(map[0], layer.array("map_decode"), MAPS, "decode map")
+        assert_close(attention_map[0], layer.array("map_decode"), MAPS, "decode map")
         assert torch.equal(mask[0], layer.array("mask_out_decode"))
     elif case["mode"] == "scoring/training":
         labels = torch.full((1, case["N"]), -100)
@@ -198,9 +207,9 @@ def test_layer(case):
             labels[0, first : last + 1] = 1
         rows = Rows.of_answers(layer.config, labels)
         assert torch.equal(rows.listed[0].long(), layer.array("rows"))
-        out, map, mask = layer.run(hidden, 0, rows, layer.array("mask_in"), alpha=case["alpha"])
+        out, attention_map, mask = layer.run(hidden, 0, rows, layer.array("mask_in"), alpha=case["alpha"])
         assert_close(out, layer.array("out_all"), LAYER_OUTPUTS, "output")
-        assert_close(map, layer.array("map_rows"), MAPS, "maps")
+        assert_close(attention_map, layer.array("map_rows"), MAPS, "maps")
         assert torch.equal(mask, layer.array("mask_out"))
     else:
         pytest.fail(f"layer case {case['tag']} has an unknown mode {case['mode']!r}")
@@ -241,12 +250,10 @@ def test_whole_model(case):
 
     model = load_model(case["extra_override"])
     pixels = preprocess(model, case["image"])
-    sampled = expected("pixel_sample")
-    step = pixels["pixel_values_hr"].shape[-1] // sampled.shape[-1]
-    assert_close(pixels["pixel_values_hr"][0, :, ::step, ::step], sampled, PIXELS, "high-resolution pixels")
-    sampled = expected("lowres_sample")
-    step = pixels["pixel_values"].shape[-1] // sampled.shape[-1]
-    assert_close(pixels["pixel_values"][0, :, ::step, ::step], sampled, PIXELS, "low-resolution pixels")
+    sampled = pixels["pixel_values_hr"][0, :, ::HR_STRIDE, ::HR_STRIDE]
+    assert_close(sampled, expected("pixel_sample"), PIXELS, "high-resolution pixels")
+    sampled = pixels["pixel_values"][0, :, ::LR_STRIDE, ::LR_STRIDE]
+    assert_close(sampled, expected("lowres_sample"), PIXELS, "low-resolution pixels")
 
     raw = expected("input_ids")
     input_ids = expand(model, raw, raw, model.config.image_token_id)[None]
@@ -277,8 +284,8 @@ def test_whole_model(case):
                 f"mask, step {t}, layer {layer}"
             )
     for t, maps in enumerate(expected("maps")):
-        for layer, map in zip(case["map_layers"], maps):
-            assert_close(trace.steps[t][layer].map[0, 0, 0], map, MAPS, f"map, step {t}, layer {layer}")
+        for layer, attention_map in zip(case["map_layers"], maps):
+            assert_close(trace.steps[t][layer].map[0, 0, 0], attention_map, MAPS, f"map, step {t}, layer {layer}")
 
     rows = expected("prefill_rows").long()
     for hr, key in ((True, "prefill_row_logits"), (False, "prefill_last_logits_no_hr")):
@@ -288,7 +295,7 @@ def test_whole_model(case):
 
     # Which features a case holds differs: all, a sample, or means and norms.
     prefill = model(input_ids=input_ids, tiles_on_demand=False, **pixels)
-    features = HRCache.beside(prefill.past_key_values).features[0]
+    features = HRCache.beside(prefill.past_key_values).tokens.features[0]
     held = {key.partition(".")[2] for key in arrays("model_cases") if key.startswith(f"{name}.")}
     if "hd_features" in held:
         assert_close(features, expected("hd_features"), FEATURES, "HR features")

@@ -24,6 +24,10 @@ from flexattn_cuda.baselines import cross_attention
 from flexattn_cuda.families.llava.config import as_system
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.config import SYSTEMS, settings_of
+from flexattn_cuda.mechanism.grid import Grid
+from flexattn_cuda.mechanism.layout import ImageLayout
+from flexattn_cuda.mechanism.rotary import RotaryTables
+from flexattn_cuda.mechanism.tokens import HRTokens
 
 LOW = small.SIDE * small.PATCH
 HD, XATTN = settings_of("hd", LOW), settings_of("xattn", LOW)
@@ -181,7 +185,7 @@ def test_a_conversation_goes_on_with_another_image(settings):
 
 
 @torch.no_grad()
-def test_a_image_that_was_cropped_out_of_the_cache_is_not_seen():
+def test_an_image_that_was_cropped_out_of_the_cache_is_not_seen():
     model = small.flex(XATTN).double()
     pixels, text = images(model, 1), prompt(model, 4, seed=8)[None]
     cache = DynamicCache(config=model.config.text_config)
@@ -219,24 +223,19 @@ def test_cross_attention_on_another_device_than_the_images():
     """Meta stands in for a second GPU: whatever is computed there must have been brought there."""
     module = cross_attention.CrossAttention(small.flex(XATTN).config.text_config, 0).to("meta")
     images = images_of(2)
-    out = module(torch.zeros(2, 5, 32, device="meta"), cross_attention.HRTokens(images, cached=True))
+    out = module(torch.zeros(2, 5, 32, device="meta"), cross_attention.CrossContext(images, cached=True))
     assert out.shape == (2, 5, 32) and out.device.type == "meta"
 
 
 def images_of(prompts: int) -> HRCache:
-    """Images of so many prompts, the last of which has none."""
-    side = (small.SIDE * small.ZOOM) ** 2
+    """Return images of this many prompts, the last of which has none."""
+    lr_grid, hr_grid = Grid(small.SIDE, small.SIDE), Grid(*2 * [small.SIDE * small.ZOOM])
     ranges = torch.tensor([[[1, 37]]] * (prompts - 1) + [[[0, 0]]], dtype=torch.int32)
-    empty = torch.zeros(prompts, 0, 8)
+    empty = torch.zeros(prompts, 0, 0)
     return HRCache(
         XATTN,
-        small.SIDE,
-        torch.zeros(prompts, side, 32),
-        empty,
-        empty,
-        ranges,
-        torch.zeros(prompts, 1, 4),
-        last_end=37,
+        ImageLayout(lr_grid, hr_grid, ranges, torch.zeros(prompts, 1, 4), last_end=37),
+        HRTokens(hr_grid, Grid(3, 3), torch.zeros(prompts, hr_grid.cells, 32), RotaryTables(empty, empty)),
     )
 
 
@@ -259,7 +258,7 @@ def test_gradients_are_those_of_the_definition(settings, checkpointing):
     model(input_ids=ids[None], pixel_values_hr=pixels, labels=labels[None], use_cache=False).loss.backward()
     found = {name: parameters[name].grad.clone() for name in names}
     model.zero_grad()
-    weights = {name: p for name, p in parameters.items()}
+    weights = dict(parameters)
     x = weights["model.language_model.embed_tokens.weight"][ids].clone()
     low, high = model.encode(None, pixels)
     x[ids == small.IMAGE] = (low if settings is XATTN else torch.cat([low, high], 1)).flatten(0, 1)
@@ -368,7 +367,9 @@ def test_tiles_are_whole_patches():
     plain = FlexAttnLlavaConfig(vision_config=CLIPVisionConfig(image_size=224, patch_size=14).to_dict())
     assert as_system(plain, "hd").flexattn.tile_size == 140  # 2/3 of 224 pixels, down to ten patches
     plain.flexattn_config = FlexAttnConfig.hd(lowres_size=224, highres_size=298).to_dict()
-    with pytest.raises(ValueError, match="tiles have 149 pixels a side, which are no whole patches of 14"):
+    with pytest.raises(
+        ValueError, match="tiles have 149 pixels a side, which is not a multiple of the 14-pixel patches"
+    ):
         plain.check()
 
 
@@ -397,7 +398,7 @@ def test_memory_of_a_system_is_what_it_takes(settings):
     kept = getattr(cache, "flexattn", None)
     crossed = [] if kept is None else [part for pair in kept.crossed.values() for part in pair]
     assert estimate.hr_cache_all == estimate.hr_cache_selected == sum(part.nbytes for part in crossed)
-    assert estimate.hr_features == (0 if kept is None else kept.features.nbytes)
+    assert estimate.hr_features == (0 if kept is None else kept.tokens.features.nbytes)
 
 
 def test_there_is_nothing_to_trace():

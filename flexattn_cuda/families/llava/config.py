@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from transformers import AutoConfig, LlavaConfig
 
 from flexattn_cuda.mechanism.config import FlexAttnConfig, settings_of
+from flexattn_cuda.mechanism.grid import Grid
 
 
 class FlexAttnLlavaConfig(LlavaConfig):
@@ -17,34 +19,42 @@ class FlexAttnLlavaConfig(LlavaConfig):
 
     model_type = "flexattn_llava"
 
-    flexattn_config: dict | None = None
+    flexattn_config: dict[str, Any] | None = None
 
     @property
     def flexattn(self) -> FlexAttnConfig | None:
-        """The mechanism's settings; None for a plain LLaVA."""
+        """Settings of the mechanism; None for a plain LLaVA."""
         return None if self.flexattn_config is None else FlexAttnConfig.from_dict(self.flexattn_config)
 
     def with_settings(self, settings: FlexAttnConfig | None) -> FlexAttnLlavaConfig:
-        """A copy with other settings of the mechanism, checked; None for a plain LLaVA."""
-        changed = type(self).from_dict(self.to_dict())
+        """Return a copy with other settings of the mechanism, None for a plain LLaVA; ValueError if they do not fit."""
+        changed: FlexAttnLlavaConfig = type(self).from_dict(self.to_dict())
         changed.flexattn_config = None if settings is None else settings.to_dict()
         changed.check()
         return changed
 
     @property
-    def lr_side(self) -> int:
-        """Side S of the square grid of low-resolution image tokens."""
+    def lr_grid(self) -> Grid:
+        """Grid of the low-resolution tokens of an image. LLaVA's images are padded to squares."""
         size = self.vision_config.image_size if self.flexattn is None else self.flexattn.lowres_size
-        return size // self.vision_config.patch_size
+        return _square(size // self.vision_config.patch_size)
+
+    @property
+    def hr_grid(self) -> Grid:
+        """Grid of the high-resolution tokens of an image; 0 x 0 for a plain LLaVA."""
+        if self.flexattn is None:
+            return _square(0)
+        return _square(self.flexattn.tile_size // self.vision_config.patch_size * self.flexattn.zoom)
+
+    @property
+    def lr_side(self) -> int:
+        """Side S of `lr_grid`."""
+        return self.lr_grid.rows
 
     @property
     def hr_side(self) -> int:
-        """Side h of the square grid of high-resolution tokens; 0 for a plain LLaVA."""
-        return (
-            0
-            if self.flexattn is None
-            else self.flexattn.tile_size // self.vision_config.patch_size * self.flexattn.zoom
-        )
+        """Side h of `hr_grid`."""
+        return self.hr_grid.rows
 
     @property
     def system(self) -> str:
@@ -54,64 +64,73 @@ class FlexAttnLlavaConfig(LlavaConfig):
     @property
     def image_tokens(self) -> int:
         """Positions of the sequence that an image with both resolutions takes: S*S, with LLaVA-HD S*S + h*h."""
-        return self.lr_side**2 + (self.hr_side**2 if self.system == "hd" else 0)
+        return self.lr_grid.cells + (self.hr_grid.cells if self.system == "hd" else 0)
 
     @property
     def hr_layers(self) -> range:
-        """Layers with projections for HR tokens: FlexAttention's k_proj_hd and v_proj_hd, LLaVA-XAttn's cross_attn."""
+        """Layers that attend to HR tokens: with k_proj_hd and v_proj_hd in FlexAttention, cross_attn in LLaVA-XAttn."""
         layers = self.text_config.num_hidden_layers
-        match self.system:
-            case "flexattn":
-                return range(self.flexattn.first_layer, layers)
-            case "xattn":
-                return range(layers)
-        return range(0)
+        if self.flexattn is None or self.flexattn.system == "hd":
+            return range(0)
+        return range(self.flexattn.first_layer if self.flexattn.system == "flexattn" else 0, layers)
 
     def check(self) -> None:
-        """Raises ValueError, in one sentence, where the parts do not fit together."""
-        if self.flexattn is None:
+        """Raise ValueError if the parts do not fit together."""
+        settings = self.flexattn
+        if settings is None:
             return
-        layers, native = self.text_config.num_hidden_layers, self.vision_config.image_size
-        selects = self.system == "flexattn"
-        if selects and self.flexattn.first_layer >= layers:
+        self._check_sizes(settings)
+        text, layers = self.text_config.model_type, self.text_config.num_hidden_layers
+        if settings.system == "xattn" and text != "llama":
             raise ValueError(
-                f"flexattn first_layer is {self.flexattn.first_layer}, but the language model has layers 0 to {layers - 1}; "
+                f"flexattn system 'xattn' adds cross-attention to the layers of a LLaMA, not of a {text!r}"
+            )
+        if settings.system != "flexattn":
+            return
+        if settings.first_layer >= layers:
+            raise ValueError(
+                f"flexattn first_layer is {settings.first_layer}, but the language model has layers 0 to {layers - 1}; "
                 "choose a layer that exists"
             )
-        for name, size in (
-            ("lowres_size", self.flexattn.lowres_size),
-            ("tile size", self.flexattn.tile_size),
-        ):
-            if not self.vision_config.patch_size <= size <= native:
-                raise ValueError(
-                    f"flexattn {name} is {size} pixels; the vision tower takes {self.vision_config.patch_size} to {native}"
-                )
-        tile, patch = self.flexattn.tile_size, self.vision_config.patch_size
-        if tile % patch:
-            raise ValueError(f"flexattn tiles have {tile} pixels a side, which are no whole patches of {patch}")
-        if self.system == "xattn" and self.text_config.model_type != "llama":
+        if settings.pool > min(self.lr_grid):
             raise ValueError(
-                f"flexattn system 'xattn' adds cross-attention to the layers of a LLaMA, not of a {self.text_config.model_type!r}"
+                f"flexattn pool is {settings.pool}, but the LR grid is {self.lr_grid}; choose a smaller pool"
             )
-        if selects and self.flexattn.pool > self.lr_side:
-            raise ValueError(f"flexattn pool is {self.flexattn.pool}, larger than the LR grid's side {self.lr_side}")
+
+    def _check_sizes(self, settings: FlexAttnConfig) -> None:
+        patch, native = self.vision_config.patch_size, self.vision_config.image_size
+        for name, size in (("lowres_size", settings.lowres_size), ("tile size", settings.tile_size)):
+            if not patch <= size <= native:
+                raise ValueError(f"flexattn {name} is {size} pixels; the vision tower takes {patch} to {native}")
+        if settings.tile_size % patch:
+            raise ValueError(
+                f"flexattn tiles have {settings.tile_size} pixels a side, which is not a multiple of the {patch}-pixel "
+                "patches"
+            )
+
+
+def _square(side: int) -> Grid:
+    return Grid(side, side)
 
 
 def as_system(config: FlexAttnLlavaConfig, system: str, zoom: int | None = None) -> FlexAttnLlavaConfig:
-    """The same language model and vision tower as one of SYSTEMS.
+    """Return the configuration of the same language model and vision tower as another system.
 
-    Settings that the model has of its own stay, but for what makes the system: its name, sizes and strategy. "flexattn-paper"
+    The model keeps its own settings, except for those that make the system: name, sizes and strategy. "flexattn-paper"
     is the paper's preset throughout.
 
     Args:
-        zoom: Of the high resolution; by default the model's own, or 3. LLaVA-HD has 448 pixels for 336, whatever the zoom.
+        config: Of the model, as any system.
+        system: One of SYSTEMS.
+        zoom: Of the high-resolution image; by default the model's own, or 3. LLaVA-HD ignores it: 448 pixels for 336.
+
     Raises:
-        ValueError: There is no such system, or it does not fit the model.
+        ValueError: If there is no such system, or it does not fit the model.
     """
     own, patch = config.flexattn, config.vision_config.patch_size
     whole_tiles = own is not None and own.system != "hd"
     if zoom is None:
-        zoom = own.zoom if whole_tiles else 3
+        zoom = own.zoom if own is not None and whole_tiles else 3
     if zoom < 1:
         raise ValueError(f"the zoom is {zoom}; it must be at least 1")
     settings = settings_of(system, config.vision_config.image_size if own is None else own.lowres_size, zoom)

@@ -11,18 +11,19 @@ from transformers import LlavaModel
 
 from flexattn_cuda import profiling
 
-# The tower's image size is set for a call, and older transformers exchange its forward functions while they record its
-# hidden states.
+# The tower's image size is set for the duration of a call, and older transformers replace its forward functions while
+# they record its hidden states.
 _ONE_AT_A_TIME = threading.Lock()
 
 
 @profiling.in_phase("encode_images")
 def encode_images(model: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
-    """Image tokens of square images.
+    """Encode square images into their tokens.
 
     Args:
         model: LLaVA's inner model (tower, projector, language model).
-        pixels: [n, 3, s, s] float, normalised; s is the tower's own size or smaller.
+        pixels: [n, 3, s, s] float, normalised; s is at most the tower's own size.
+
     Returns:
         [n, (s / patch)**2, D], row-major, top-left first.
     """
@@ -37,16 +38,19 @@ def encode_images(model: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def cut_into_tiles(image: torch.Tensor, zoom: int) -> list[torch.Tensor]:
-    """[3, zoom*s, zoom*s] -> zoom*zoom views of [3, s, s], row-major."""
+    """Cut an image [3, zoom*s, zoom*s] into zoom*zoom views [3, s, s], row-major."""
     return [tile for row in image.chunk(zoom, dim=1) for tile in row.chunk(zoom, dim=2)]
 
 
 @profiling.in_phase("encode_tiles")
 def encode_tiles(model: LlavaModel, image: torch.Tensor, zoom: int) -> torch.Tensor:
-    """HR tokens of one image: zoom x zoom tiles encoded on their own and put back in place.
+    """Encode one image into its HR tokens: zoom x zoom tiles are encoded separately and put back in place.
 
     Args:
-        image: [3, zoom * s, zoom * s] float, normalised.
+        model: LLaVA's inner model.
+        image: [3, zoom*s, zoom*s] float, normalised.
+        zoom: Tiles per side.
+
     Returns:
         [h * h, D] with h = zoom * (s / patch), row-major over the whole image.
     """
@@ -58,7 +62,7 @@ def encode_tiles(model: LlavaModel, image: torch.Tensor, zoom: int) -> torch.Ten
 
 @contextlib.contextmanager
 def _image_size(model: LlavaModel, size: int) -> Iterator[None]:
-    """Within, the tower takes images of this size: smaller than its own, they use the top-left corner of its positions."""
+    """Let the tower take images of this size; smaller ones use the top-left corner of its position embeddings."""
     embeddings = next(
         module for module in model.modules() if isinstance(getattr(module, "position_ids", None), torch.Tensor)
     )

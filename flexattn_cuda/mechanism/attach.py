@@ -1,0 +1,263 @@
+"""FlexAttention on the language model of any vision-language model: projections for high-resolution (HR) tokens, and a
+hook that builds the context of each forward call.
+
+The hook runs before the language model, where embeddings, positions and the key/value cache are known. What the caller
+asked for comes down to it as the keyword argument `flexattn_request`, an `HRRequest`; the context goes on to every
+attention module as `flexattn`. What the mechanism must know of a model family is a `Family`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from flexattn_cuda import profiling
+from flexattn_cuda.mechanism import attention
+from flexattn_cuda.mechanism.cache import HRCache
+from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages
+from flexattn_cuda.mechanism.config import FlexAttnConfig
+from flexattn_cuda.mechanism.context import ContextOptions, HRContext
+from flexattn_cuda.mechanism.grid import Grid
+from flexattn_cuda.mechanism.layout import ImageLayout
+from flexattn_cuda.mechanism.probe import check_keys
+from flexattn_cuda.mechanism.rotary import RotaryTables, hr_rotary_tables
+from flexattn_cuda.mechanism.rows import Rows
+from flexattn_cuda.mechanism.tokens import HRTokens, Tile
+
+_Hook = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Family(Protocol):
+    """What the mechanism must know of a model and its family."""
+
+    @property
+    def settings(self) -> FlexAttnConfig:
+        """Settings of the mechanism."""
+
+    @property
+    def text_model(self) -> PreTrainedModel:
+        """The language model without its head: `layers` with a `self_attn` each, and `rotary_emb`."""
+
+    @property
+    def hr_layers(self) -> range:
+        """Layers that attend to HR tokens."""
+
+    @property
+    def lr_grid(self) -> Grid:
+        """Grid of the LR tokens of an image, which stand in the sequence."""
+
+    @property
+    def hr_grid(self) -> Grid:
+        """Grid of the HR tokens of an image."""
+
+    @property
+    def tile_grid(self) -> Grid:
+        """Grid of the tiles of an image."""
+
+    def cut_into_tiles(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """Cut an image [3, height, width] into its tiles, row-major."""
+
+    def encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Encode tiles [n, 3, s, s] into their tokens [n, tokens of a tile, D], without gradients."""
+
+
+@dataclass(frozen=True)
+class HRCall:
+    """A forward call that sees images.
+
+    Attributes:
+        request: What its caller asks of the mechanism.
+        shape: What the call is.
+        prompt_length: Positions up to the end of the prompt.
+        device: Of the hidden states.
+    """
+
+    request: HRRequest
+    shape: CallShape
+    prompt_length: int
+    device: torch.device
+
+
+class Attachment:
+    """FlexAttention attached to a model: `install` adds the projections and the hook."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+
+    def install(self) -> None:
+        """Add what the mechanism needs to the language model, whose attention implementation is "flexattn" already.
+
+        Raises:
+            ValueError: If the language model's keys are made in a way that is not supported.
+        """
+        text = self.family.text_model
+        self.add_modules(text)
+        text.register_forward_pre_hook(self._before_text_model, with_kwargs=True)
+        text.register_forward_hook(self._after_text_model, with_kwargs=True)
+
+    def add_modules(self, text: PreTrainedModel) -> None:
+        """Add the projections of HR tokens, beside those of self-attention."""
+        check_keys(text, self.family.hr_layers)
+        for layer in self.family.hr_layers:
+            module = text.layers[layer].self_attn
+            for name in ("k_proj", "v_proj"):
+                plain = getattr(module, name)
+                bias = plain.bias is not None
+                setattr(module, f"{name}_hd", nn.Linear(plain.in_features, plain.out_features, bias))
+
+    def context(self, images: HRCache, call: HRCall) -> dict[str, Any]:
+        """Return the keyword arguments that carry the context to the layers; none if no row sees HR tokens."""
+        self._check_attention()
+        rows = _rows(images.settings, call)
+        if rows is None:
+            return {}
+        request, shape = call.request, call.shape
+        one_token = shape.decoding and shape.queries == 1
+        options = ContextOptions(
+            alpha=request.alpha,
+            trace=request.trace,
+            cached=request.cached,
+            reads_back=not (request.cached and one_token and images.capacity is not None),
+            read_counts=request.read_counts,
+        )
+        layers = self.family.text_model.config.num_hidden_layers
+        return {"flexattn": HRContext(images, rows, layers, self.family.encode_tiles, options)}
+
+    def _before_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Hook:
+        """Build the context of a call. Whatever can be refused is refused before anything kept is changed."""
+        request: HRRequest = kwargs.pop("flexattn_request", None) or HRRequest()
+        sequence = _sequence(args, kwargs)
+        cache: Cache | None = kwargs.get("past_key_values")
+        shape = request.shape or CallShape.of(sequence, cache, request.prompt_length, kwargs.get("cache_position"))
+        kept = HRCache.beside(cache)
+        if kept is not None and cache is not None and not shape.compiled:
+            kept = kept.cropped_with(cache, shape.past)
+        new = self._lay_out(request, shape.past, sequence, kwargs.get("position_ids"))
+        images = kept or new
+        if images is None:
+            return args, kwargs
+        images.check_batch(shape.batch, new)
+        call = HRCall(request, shape, _prompt_length(request, shape, images), sequence.device)
+        context = self.context(images, call)
+        if not shape.compiled:
+            if kept is not None and new is not None:
+                kept.append(new)
+            images.begin(cache, shape.batch, shape.past + shape.queries, call.prompt_length)
+        return args, kwargs | context
+
+    def _after_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        images = HRCache.beside(kwargs.get("past_key_values"))
+        if images is not None and images.unfinished:
+            images.unfinished = False
+
+    @profiling.in_phase("lay_out_hr_tokens")
+    def _lay_out(
+        self, request: HRRequest, past: int, sequence: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> HRCache | None:
+        """Lay out the HR tokens of the images that come with a call, prompt by prompt; None if there are none."""
+        new = request.images
+        if new is None:
+            return None
+        slots = max(1, max(len(spans) for spans in new.spans))
+        layout = self._layout(new, slots, past, sequence.device)
+        tokens = HRTokens(
+            grid=layout.hr_grid,
+            tile_grid=self.family.tile_grid,
+            features=sequence.new_zeros(layout.prompts, slots * layout.hr_grid.cells, sequence.shape[-1]),
+            tables=self.rotary_tables(new, layout, past, sequence, position_ids),
+        )
+        number = 0
+        for prompt, spans in enumerate(new.spans):
+            for image in range(len(spans)):
+                if new.features is not None:
+                    first = image * layout.hr_grid.cells
+                    features = new.features[number].detach()
+                    tokens.features[prompt, first : first + layout.hr_grid.cells] = features.to(tokens.features)
+                elif new.pixels is not None:
+                    tiles = self.family.cut_into_tiles(new.pixels[number].clone())  # the caller may reuse the tensor
+                    tokens.waiting |= {Tile(prompt, image, tile): pixels for tile, pixels in enumerate(tiles)}
+                number += 1
+        return HRCache(self.family.settings, layout, tokens, request.capacity)
+
+    def _layout(self, new: NewImages, slots: int, past: int, device: torch.device) -> ImageLayout:
+        grid = self.family.lr_grid
+        layout = ImageLayout(
+            lr_grid=grid,
+            hr_grid=self.family.hr_grid,
+            ranges=torch.zeros(len(new.spans), slots, 2, dtype=torch.int32),
+            valid_rect=torch.zeros(len(new.spans), slots, 4, dtype=torch.int32),
+        )
+        number = 0
+        for prompt, spans in enumerate(new.spans):
+            for image, span in enumerate(spans):
+                layout.ranges[prompt, image] = torch.tensor([past + span.start, past + span.end])
+                whole = torch.tensor([0, 0, *grid])
+                layout.valid_rect[prompt, image] = whole if new.valid_rect is None else new.valid_rect[number]
+                layout.last_end = max(layout.last_end, past + span.end)
+                number += 1
+        layout.ranges, layout.valid_rect = layout.ranges.to(device), layout.valid_rect.to(device)
+        return layout
+
+    def rotary_tables(
+        self,
+        new: NewImages,
+        layout: ImageLayout,
+        past: int,
+        sequence: torch.Tensor,
+        position_ids: torch.Tensor | None,
+    ) -> RotaryTables:
+        """Return the rotary tables of the HR keys, [G, I*h*h, d] each."""
+        text, cells = self.family.text_model, layout.hr_grid.cells
+        head_dim = text.layers[0].self_attn.head_dim
+        shape = (layout.prompts, layout.images * cells, head_dim)
+        tables = RotaryTables(sequence.new_zeros(shape), sequence.new_zeros(shape))
+        for prompt, spans in enumerate(new.spans):
+            for image, (start, end) in enumerate(spans):
+                if position_ids is None:
+                    positions = torch.arange(past + start, past + end, device=sequence.device)
+                else:
+                    row = prompt * new.rows_per_prompt if len(position_ids) > 1 else 0
+                    positions = position_ids[row, start:end]
+                cos, sin = text.rotary_emb(sequence, position_ids=positions[None])
+                of_image = hr_rotary_tables(
+                    RotaryTables(cos[0], sin[0]), layout.lr_grid, layout.hr_grid, self.family.settings.hr_position
+                )
+                for table, part in zip(tables, of_image):
+                    table[prompt, image * cells : (image + 1) * cells] = part
+        return tables
+
+    def _check_attention(self) -> None:
+        used = self.family.text_model.config._attn_implementation
+        if used != attention.NAME:
+            raise ValueError(
+                f"high-resolution tokens need attention implementation {attention.NAME!r} on the language model, but "
+                f"it is {used!r}; call set_attn_implementation({attention.NAME!r}) on it"
+            )
+
+
+def _prompt_length(request: HRRequest, shape: CallShape, images: HRCache) -> int:
+    if request.prompt_length is not None:
+        return request.prompt_length
+    return shape.past + shape.queries if shape.queries > 1 or shape.past == 0 else images.prompt_length
+
+
+def _rows(settings: FlexAttnConfig, call: HRCall) -> Rows | None:
+    """Return the rows of the call that see HR tokens, None where there are none."""
+    shape, labels = call.shape, call.request.labels
+    if shape.compiled:
+        return Rows.of_a_token(shape.batch, call.device)
+    if labels is None:
+        return Rows.of_generation(settings, shape.batch, shape.past, shape.queries, call.prompt_length, call.device)
+    rows = Rows.of_answers(settings, labels)
+    return rows if rows.listed is not None and rows.listed.shape[1] else None
+
+
+def _sequence(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return the embeddings of a call of the language model, or its token ids."""
+    embeddings = kwargs.get("inputs_embeds")
+    sequence: torch.Tensor = embeddings if embeddings is not None else args[0] if args else kwargs["input_ids"]
+    return sequence

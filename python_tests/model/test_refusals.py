@@ -1,0 +1,198 @@
+"""What cannot be right is refused in one sentence, and what makes no difference is accepted."""
+
+from __future__ import annotations
+
+import pytest
+import small
+import small_checkpoint
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoModel, Cache, DynamicCache, LlamaConfig, MistralConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+import flexattn_cuda
+from flexattn_cuda import FlexAttnLlavaConfig, FlexAttnLlavaForConditionalGeneration
+from flexattn_cuda.mechanism import probe
+from flexattn_cuda.mechanism.attention import flexattn_attention
+from flexattn_cuda.mechanism.grid import Grid
+from flexattn_cuda.mechanism.selection import select
+
+
+def image_question() -> dict:
+    return {"input_ids": small.prompt(4, "image", 9)[None], "pixel_values_hr": small.images(1)}
+
+
+def with_text_model(text_config: transformers.PreTrainedConfig) -> FlexAttnLlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    values = small.flex().config.to_dict() | {"text_config": text_config.to_dict()}
+    values.pop("model_type")
+    return small.sharpen(FlexAttnLlavaForConditionalGeneration(FlexAttnLlavaConfig(**values)))
+
+
+# ------------------------------------------------------------------------------------------------ which attention is
+# used
+
+
+@torch.no_grad()
+def test_hr_tokens_need_our_attention_on_the_language_model():
+    model, cache = small.flex(), DynamicCache()
+    model(**image_question(), past_key_values=cache)
+    model.model.language_model.set_attn_implementation("sdpa")
+    message = "need attention implementation 'flexattn' on the language model, but it is 'sdpa'"
+    with pytest.raises(ValueError, match=message):
+        model(**image_question())
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    model(input_ids=small.prompt(7)[None])  # without HR tokens any attention will do
+
+
+@torch.no_grad()
+def test_the_vision_tower_is_not_causal(tmp_path):
+    small.flex().save_pretrained(tmp_path)
+    model = FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="flexattn")
+    with pytest.raises(ValueError, match="CLIPAttention is not causal, but flexattn attention is"):
+        model(**image_question())
+    model.model.vision_tower.set_attn_implementation("sdpa")
+    model(**image_question())
+
+
+QUERIES = 5
+
+
+def attend(**options) -> torch.Tensor:
+    module = LlamaAttention(LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=4), layer_idx=0)
+    q, k, v = torch.randn(3, 1, 4, QUERIES, 8, generator=torch.Generator().manual_seed(0))
+    return flexattn_attention(module, q, k, v, None, **options)[0]
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("softcap", 30.0), ("s_aux", torch.zeros(4)), ("is_causal", False), ("sliding_window", QUERIES - 1)],
+)
+def test_options_that_change_the_result_are_refused(option, value):
+    with pytest.raises(ValueError, match="not causal" if option == "is_causal" else option.replace("_", ".")):
+        attend(**{option: value})
+
+
+def test_options_that_change_nothing_are_accepted():
+    neutral = attend(softcap=None, s_aux=None, is_causal=True, sliding_window=QUERIES)
+    assert torch.equal(neutral, attend())
+
+
+# -------------------------------------------------------------------------------------------------------------- windows
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_window_that_the_sequence_does_not_exceed_changes_nothing(use_cache):
+    sizes = small.llava_config().text_config.to_dict() | {"model_type": "mistral"}
+    length = image_question()["input_ids"].shape[1]
+    logits = []
+    for window in (None, length):
+        model = with_text_model(MistralConfig(**sizes | {"sliding_window": window}))
+        logits.append(model(**image_question(), use_cache=use_cache).logits)
+    assert torch.equal(*logits)
+    model = with_text_model(MistralConfig(**sizes | {"sliding_window": length - 1}))
+    with pytest.raises(ValueError, match=f"window .*{length - 1} positions|window of {length - 1} positions"):
+        model(**image_question(), use_cache=use_cache)
+
+
+@torch.no_grad()
+def test_a_cache_with_a_window_is_refused_before_anything_is_computed(monkeypatch):
+    model = small.flex()
+    monkeypatch.setattr(model.model.vision_tower, "forward", lambda *_, **__: pytest.fail("an image was encoded"))
+    cache = Cache(layers=[DynamicSlidingWindowLayer(sliding_window=16) for _ in range(5)])
+    with pytest.raises(ValueError, match="keeps a window of 16 positions, but this call ends at position 49"):
+        model(**image_question(), past_key_values=cache)
+
+
+# --------------------------------------------------------------------------------------------------- other language
+# models
+
+TINY = dict(
+    hidden_size=64,
+    intermediate_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_hidden_layers=5,
+    vocab_size=96,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+OTHERS = {
+    "Qwen3Config": "not plain projections",  # normalised keys
+    "Olmo2Config": "not plain projections",  # normalised before they are cut into heads
+    "CohereConfig": "not plain projections",  # interleaved rotary form
+    "SmolLM3Config": "not plain projections",  # layers without positions
+    "Glm4Config": "rotary embedding covers",  # a part of the head alone
+    "Gemma2Config": "passes softcap",
+    "Phi3Config": "k_proj",  # one projection for all
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_language_model_whose_keys_are_made_differently_is_refused(name):
+    config = getattr(transformers, name)(**TINY)
+    AutoModel.from_config(config)  # transformers itself builds it
+    with pytest.raises(ValueError, match=f"does not support language models of type .*{OTHERS[name]}"):
+        with_text_model(config)
+
+
+def test_a_language_model_that_scales_its_embeddings_is_refused():
+    with pytest.raises(ValueError, match="language models of type 'granite'"):
+        with_text_model(transformers.GraniteConfig(**TINY, embedding_multiplier=12.0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "Qwen2Config"])
+def test_language_models_whose_keys_are_llamas_are_accepted(name):
+    model = with_text_model(getattr(transformers, name)(**TINY))
+    assert model(**image_question()).logits.isfinite().all()
+
+
+def test_the_check_of_the_keys_draws_no_random_numbers():
+    weights = []
+    for _ in range(2):
+        weights.append(small.flex(seed=3).lm_head.weight)
+        probe._SUPPORTED.clear()
+    assert torch.equal(*weights)
+
+
+# ------------------------------------------------------------------------------------------------------------- generate
+
+
+def test_early_exit_is_refused():
+    with pytest.raises(ValueError, match="assistant_early_exit is not supported by LLaVA; use assistant_model"):
+        small.flex().generate(**image_question(), assistant_early_exit=2, max_new_tokens=3)
+
+
+def test_stop_strings_need_a_tokenizer_that_spells(tmp_path):
+    model, processor = flexattn_cuda.load(device="cpu")  # its tokenizer knows whole words only
+    inputs = processor(
+        images=Image.new("RGB", (60, 60)), text=processor.prompt("What number is on the sign that is red?")
+    )
+    with pytest.raises(ValueError, match="stop_strings needs a tokenizer that can spell any text"):
+        model.generate(**inputs, stop_strings=["1"], tokenizer=processor.tokenizer, max_new_tokens=2)
+
+    model, processor = flexattn_cuda.load(small_checkpoint.save(tmp_path), device="cpu")
+    inputs = processor(images=Image.new("RGB", (60, 60)), text=processor.prompt("What?"))
+    options = dict(max_new_tokens=12, do_sample=False)
+    start = inputs["input_ids"].shape[1]
+    answer = model.generate(**inputs, **options)[0, start:]
+    stop = processor.tokenizer.decode(answer[2:3])
+    stopped = model.generate(**inputs, **options, stop_strings=[stop], tokenizer=processor.tokenizer)[0, start:]
+    assert 0 < len(stopped) <= 3 and torch.equal(stopped, answer[: len(stopped)])
+
+
+# ---------------------------------------------------------------------------------------------------------------- grids
+
+
+def test_grids_that_are_not_square_are_refused_by_the_selection():
+    settings, rect = small.settings(), torch.tensor([[[0, 0, 2, 3]]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="the low-resolution grid is 2 x 3; the operators take square grids only"):
+        select(settings, torch.rand(1, 1, 1, 6), rect, Grid(2, 3), Grid(6, 9))
+    with pytest.raises(ValueError, match="the high-resolution grid is 6 x 9"):
+        select(settings, torch.rand(1, 1, 1, 9), rect, Grid(3, 3), Grid(6, 9))
