@@ -27,13 +27,13 @@ class StudyOptions:
     output: Annotated[
         Path, Option("--output", "-o", metavar="DIR", help="Folder for models and results.", show_default=False)
     ]
-    preset: Annotated[str, Option(help="small, or tiny: a run of minutes that learns nothing.")] = "small"
+    preset: Annotated[str, Option(help="small, or tiny, which runs in minutes and learns nothing.")] = "small"
     seeds: Annotated[str, Option(help="Comma-separated seeds.")] = "0,1,2"
     systems: Annotated[str, Option(help="all, or comma-separated names, such as llava,flexattn.")] = "all"
     jobs: Annotated[int | None, Option(help="Number of single-threaded processes; one per core by default.")] = None
     examples: Annotated[
         str | None,
-        Option(help="Questions to show in the report, by number in answers.csv; the first small ones by default."),
+        Option(help="Comma-separated numbers, in answers.csv, of the questions that the report shows."),
     ] = None
 
     def __post_init__(self) -> None:
