@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from study_photographs import photograph
+from small_study import photograph
 
 
 @pytest.fixture(scope="session")

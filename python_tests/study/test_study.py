@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from study_photographs import photograph
+from small_study import photograph, read_csv
 from typer.testing import CliRunner
 
 from flexattn_cuda.errors import InputError
@@ -77,13 +76,8 @@ def finished(photograph_folder, tmp_path_factory):
     return output
 
 
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_every_system_answers_the_same_questions(finished):
-    answers = rows(finished / "results" / "answers.csv")
+    answers = read_csv(finished / "results" / "answers.csv")
     asked = {system: [] for system in CHOSEN}
     for row in answers:
         asked[row["system"]].append((row["number"], row["question"], row["expected"]))
@@ -96,7 +90,7 @@ def test_the_report_shows_the_questions_that_were_chosen(finished):
     shown = json.loads((results / "examples.json").read_text())
     assert [one["file"] for one in shown] == ["examples/0007.png", "examples/0003.png"]
     assert {path.name for path in (results / "examples").iterdir()} == {"0003.png", "0007.png"}
-    asked = {row["number"]: row["question"] for row in rows(results / "answers.csv")}
+    asked = {row["number"]: row["question"] for row in read_csv(results / "answers.csv")}
     assert [one["question"] for one in shown] == [asked["7"], asked["3"]]
 
 

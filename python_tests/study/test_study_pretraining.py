@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from study_photographs import photograph
+from small_study import photograph
 
 from flexattn_cuda import Trace
 from flexattn_cuda.families.llava.vision import encode_images

@@ -1,6 +1,5 @@
 """The study's report, on made-up results whose figures can be computed by hand."""
 
-import csv
 import json
 import math
 import re
@@ -8,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
+from small_study import read_csv, write_csv
 
 pytest.importorskip("matplotlib")
 
@@ -27,18 +27,6 @@ SMALL = {
     "flexattn": {"attribute": (9, 8, 9), "text": (6, 4, 5)},
 }
 LARGE = 8  # of every system
-
-
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def answers(systems=("llava", "hd", "flexattn", "random", "center"), seeds=(0, 1, 2)):
