@@ -155,8 +155,15 @@ class LocaliseStage(_LowResolutionStage):
 
     name = "localise"
 
-    def __init__(self, *shared, first_layer: int):
-        super().__init__(*shared)
+    def __init__(
+        self,
+        model: LowResolutionModel,
+        images: EncodedScenes,
+        held_out: EncodedScenes,
+        rng: random.Random,
+        first_layer: int,
+    ):
+        super().__init__(model, images, held_out, rng)
         self.layers = first_layer  # the map needs no later one
         train_only(self.model.model, lambda name: False)
         early = ("embed_tokens", *(f"layers.{number}." for number in range(first_layer)))
@@ -172,8 +179,8 @@ class AnswerStage(_LowResolutionStage):
 
     name = "answer"
 
-    def __init__(self, *shared):
-        super().__init__(*shared)
+    def __init__(self, model: LowResolutionModel, images: EncodedScenes, held_out: EncodedScenes, rng: random.Random):
+        super().__init__(model, images, held_out, rng)
         self.parameters = train_only(self.model.model, lambda name: "language_model" in name or "lm_head" in name)
         self._large = self.images.of_size("large")
 
@@ -203,9 +210,9 @@ def train_low_resolution(
     count = len(model.model.language_model.layers)
     with masked_attention(model), record_maps(model, range(first_layer - 1, count)) as maps:
         low = LowResolutionModel(model, processor, maps)
-        shared = (low, images, held_out, random.Random(f"low resolution {seed}"))
-        train_stage(LocaliseStage(*shared, first_layer=first_layer), preset.localise_steps)
-        train_stage(AnswerStage(*shared), preset.answer_steps)
+        rng = random.Random(f"low resolution {seed}")
+        train_stage(LocaliseStage(low, images, held_out, rng, first_layer), preset.localise_steps)
+        train_stage(AnswerStage(low, images, held_out, rng), preset.answer_steps)
         return {kind: asdict(figures) for kind, figures in low.measure(held_out, count).items()}
 
 
