@@ -1,6 +1,6 @@
 """Draws the example images of `flexattn demo`, larger than those of the training, and the test images of python_tests.
 
-Both stand on photographs that the training has not seen.
+Both are drawn on photographs that the training has not seen.
 
     python examples/make_examples.py --photographs FOLDER --font DejaVuSans-Bold.ttf
 """
@@ -10,65 +10,93 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
-from signs import SIDE, Painter, digits_of
+from signs import SIDE, SignPainter, digits_of
 
 HERE = Path(__file__).parent
+TESTS = HERE.parent / "python_tests" / "data" / "held_out"
 PIXELS = 1008  # of the longer side
 TEST_IMAGES, TEST_SEED = 48, 100
-# Held-out photographs of lomiri-wallpapers-16.04 (LICENSES), shape of the image, seed.
-IMAGES = (
-    ("picosdeeuropa_by_Aitzol_Berasategi.jpg", (1.0, 0.75), 1),
-    ("Dragonfly_by_Bolly.jpg", (1.0, 1.0), 2),
-    ("free_by_Peter_Nerlich.jpg", (0.75, 1.0), 3),
-    ("picosdeeuropa_by_Aitzol_Berasategi.jpg", (1.0, 1.0), 4),
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image of the demo: a held-out photograph of lomiri-wallpapers-16.04 (LICENSES), its shape, and the seed."""
+
+    photograph: str
+    shape: tuple[float, float]
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """The image's path in this folder."""
+        return f"photographs/{self.seed}_{self.photograph.partition('_')[0].lower()}.jpg"
+
+
+EXAMPLES = (
+    Example("picosdeeuropa_by_Aitzol_Berasategi.jpg", (1.0, 0.75), 1),
+    Example("Dragonfly_by_Bolly.jpg", (1.0, 1.0), 2),
+    Example("free_by_Peter_Nerlich.jpg", (0.75, 1.0), 3),
+    Example("picosdeeuropa_by_Aitzol_Berasategi.jpg", (1.0, 1.0), 4),
 )
+
+
+@dataclass(frozen=True)
+class AskedImage:
+    """An entry of questions.json: an image's path, a question, its answer, and the sign's box in pixels."""
+
+    file: str
+    question: str
+    answer: str
+    box: tuple[float, float, float, float]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photographs", type=Path, required=True)
-    parser.add_argument("--font", type=Path, required=True)
+    parser.add_argument("--photographs", type=Path, required=True, help="folder of lomiri-wallpapers-16.04")
+    parser.add_argument("--font", type=Path, required=True, help="DejaVuSans-Bold.ttf")
     options = parser.parse_args()
+    write_questions(HERE, draw_examples(options.photographs, options.font))
+    write_questions(TESTS, draw_tests(options.photographs, options.font))
+
+
+def draw_examples(photographs: Path, font: Path) -> list[AskedImage]:
+    """Write the demo's images, and return the question about the first sign of each."""
     (HERE / "photographs").mkdir(exist_ok=True)
-    questions = []
-    for name, shape, seed in IMAGES:
-        photograph = Image.open(options.photographs / name).convert("RGB")
-        painter = Painter([photograph], options.font, random.Random(seed))
-        image, signs = painter.image(PIXELS, scale=PIXELS / SIDE, shape=shape)
-        file = f"photographs/{seed}_{name.partition('_')[0].lower()}.jpg"
-        image.save(HERE / file, quality=92)
-        sign = signs[0]
-        questions.append(
-            {
-                "file": file,
-                "question": painter.question(sign.color),
-                "answer": digits_of(sign),
-                "box": list(sign.box),
-            }
-        )
-    write_questions(HERE, questions)
+    asked = []
+    for example in EXAMPLES:
+        painter = SignPainter([open_rgb(photographs / example.photograph)], font, random.Random(example.seed))
+        drawing = painter.image(PIXELS, PIXELS / SIDE, example.shape)
+        drawing.image.save(HERE / example.file, quality=92)
+        sign = drawing.signs[0]
+        asked.append(AskedImage(example.file, painter.question(sign.color), digits_of(sign), sign.box))
+    return asked
 
-    tests = HERE.parent / "python_tests" / "data" / "held_out"
-    tests.mkdir(parents=True, exist_ok=True)
-    photographs = [
-        Image.open(options.photographs / name).convert("RGB") for name in sorted({name for name, _, _ in IMAGES})
-    ]
-    painter = Painter(photographs, options.font, random.Random(TEST_SEED))
-    questions = []
+
+def draw_tests(photographs: Path, font: Path) -> list[AskedImage]:
+    """Write the test images, and return a question about a random sign of each."""
+    TESTS.mkdir(parents=True, exist_ok=True)
+    names = sorted({example.photograph for example in EXAMPLES})
+    painter = SignPainter([open_rgb(photographs / name) for name in names], font, random.Random(TEST_SEED))
+    asked = []
     for number in range(TEST_IMAGES):
-        image, signs = painter.image()
-        sign = painter.rng.choice(signs)
-        image.save(tests / f"{number:02d}.jpg", quality=95)
-        question, answer = painter.question(sign.color), digits_of(sign)
-        questions.append({"file": f"{number:02d}.jpg", "question": question, "answer": answer, "box": sign.box})
-    write_questions(tests, questions)
+        file, question = f"{number:02d}.jpg", painter.ask_about_any_sign()
+        question.image.save(TESTS / file, quality=95)
+        asked.append(AskedImage(file, question.text, digits_of(question.sign), question.sign.box))
+    return asked
 
 
-def write_questions(folder: Path, questions: list[dict]) -> None:
-    lines = ",\n".join("  " + json.dumps(question) for question in questions)
+def open_rgb(path: Path) -> Image.Image:
+    """Return a photograph in RGB."""
+    return Image.open(path).convert("RGB")
+
+
+def write_questions(folder: Path, asked: list[AskedImage]) -> None:
+    """Write questions.json, a line for each image."""
+    lines = ",\n".join("  " + json.dumps(asdict(one)) for one in asked)
     (folder / "questions.json").write_text(f"[\n{lines}\n]\n")
 
 

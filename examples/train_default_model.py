@@ -1,25 +1,23 @@
-"""Trains the default model, and everything that it is compared with, from nothing.
+"""Trains the default model, and everything that it is compared with, from scratch.
 
-    python examples/train_default_model.py --photographs FOLDER [FOLDER ...] --font DejaVuSans-Bold.ttf --output MODEL
+    python examples/train_default_model.py --photographs FOLDER --font DejaVuSans-Bold.ttf --output MODEL
 
-Four stages, each kept in --work and not done again:
+Four stages, whose results are kept in --work; rerun to resume:
 
-1. encoder      vision tower and projector, on crops and small images: every token tells the colour of the sign under
-                it and the digit under it (linear heads, thrown away). Its outputs are whitened. Then frozen.
+1. encoder      vision tower and projector, on crops and small images: every token tells the colour of the sign and the
+                digit there (linear heads, thrown away). Its outputs are whitened. Then frozen.
 2. localise     the layers before `first_layer`, low resolution only: the attention map of the layer before
-                `first_layer` is supervised to lie on the sign that is asked for. Then frozen.
-3. answer       the later layers learn to answer, by the trainer of `flexattn train`, once per system, same start, same
-                steps: "attention" (FlexAttention), "none" (low resolution only), "random" and "center" (the selection
-                replaced, same share of tokens).
+                `first_layer` is supervised to lie on the sign asked for. Then frozen.
+3. answer       the later layers learn to answer, by the trainer of `flexattn train`, once per system, with the same
+                start and steps: "attention" (FlexAttention), "none" (low resolution only), "random" and "center" (other
+                selections of the same share of tokens).
 4. evaluation   on images of held-out photographs, by `generate`, with 95 % Wilson intervals.
 
-The supervision of the map in stage 2 is a device of this small training set, where the language model has seen nothing
-else; it is shared by all four systems.
+The supervision of the map in stage 2 stands in for what a large model learns from its data; all four systems share it.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import random
@@ -27,326 +25,239 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from rich.progress import Progress
-from signs import QUESTIONS, SIDE, Painter, digits_of
-from torch import nn
+from sign_stages import BATCH, SIZES, SignCrops, train_encoder, train_localisation
+from signs import QUESTIONS, SignPainter, SignQuestion, digits_of
+from typer import Option
 
-from flexattn_cuda.families.llava.vision import encode_images
-from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor
+from flexattn_cuda.cli import run_app
 from flexattn_cuda.runs.files import write_whole
-from studies.small import scenes
-from studies.small.encoded_scenes import EncodedScenes, Pick, encode_scenes, resolutions_of
-from studies.small.evaluation import selection
-from studies.small.finetuning import Picks, fine_tune
+from studies.small.command_line import command_line
+from studies.small.encoded_scenes import EncodedScenes, encode_scenes, resolutions_of
+from studies.small.encoder_stage import whiten
+from studies.small.evaluation import measure_selection
+from studies.small.finetuning import FineTuning, fine_tune
+from studies.small.objects import COLORS
+from studies.small.optimizer import train_only
+from studies.small.photographs import find_photographs
 from studies.small.presets import settings_for
-from studies.small.pretraining import (
-    MapOfLayer,
-    TokenLabels,
-    console,
-    pixels_of,
-    share_right,
-    stacked,
-    token_loss,
-    train_loop,
-    trained,
-    whiten,
-)  # fmt: skip
-from studies.small.scenes import COLORS, Question, Scene, Sign, find_photographs
-from studies.small.small_model import ModelSizes, build_model, build_processor
+from studies.small.small_model import build_model, build_processor
+from studies.small.stage import console
 from studies.small.start import stored
 from studies.small.statistics import wilson
 
-SIZES = ModelSizes()
-LOW, ZOOM, S, FIRST_LAYER = SIZES.lowres, 3, SIZES.lr_side, SIZES.first_layer
-BATCH, RATE = 48, 1e-2
+RATE = 1e-2
+SYSTEMS = "attention,none,random,center"
+_LOCALISE_SCENES = 256  # held-out images of stage 2, which are not those of the evaluation
 
 
-# ------------------------------------------------------------------------------------------------------- 1. encoder
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The options of the script."""
+
+    photographs: Annotated[
+        list[Path], Option(metavar="FOLDER", help="Folder of JPEG photographs; may be repeated.", show_default=False)
+    ]
+    font: Annotated[Path, Option(help="DejaVuSans-Bold.ttf.", show_default=False)]
+    output: Annotated[Path, Option(metavar="DIR", help="Folder of the model.", show_default=False)]
+    work: Annotated[Path, Option(metavar="DIR", help="Folder of what the stages keep.")] = Path("out/default_model")
+    systems: Annotated[str, Option(help="Comma-separated systems to train.")] = SYSTEMS
+    encoder_steps: Annotated[int, Option(help="Steps of the encoder stage.")] = 2400
+    localise_steps: Annotated[int, Option(help="Steps of the localise stage.")] = 900
+    answer_steps: Annotated[int, Option(help="Steps of each system's answer stage.")] = 1500
+    images: Annotated[int, Option(help="Number of images to train on.")] = 5000
+    held_out: Annotated[int, Option(help="Number of images in the evaluation.")] = 500
+    seed: Annotated[int, Option(help="Seed of weights and batches.")] = 0
+    threads: Annotated[int, Option(help="Number of CPU threads.")] = 2
 
 
-CLASSES = {
-    "colour": tuple(COLORS),
-    "first digit": tuple("0123456789"),
-    "second digit": tuple("0123456789"),
-}
+@dataclass(frozen=True)
+class Result:
+    """A system's accuracy on the held-out images, with Wilson's 95 % intervals: a row of default_model.csv."""
 
+    system: str
+    images: int
+    exact: float
+    exact_low: float
+    exact_high: float
+    digits: float
+    digits_low: float
+    digits_high: float
 
-def token_labels(signs: list[Sign], with_digits: bool) -> list[torch.Tensor]:
-    """Per token of a LOW x LOW image: colour of the sign, first digit, second digit, each [S*S]."""
-    labels = TokenLabels(S, SIZES.patch, CLASSES)
-    for sign in signs:
-        labels.mark("colour", sign.color, sign.box, 0.15, 0.0)
-        if with_digits:
-            for name, glyph in zip(("first digit", "second digit"), sign.glyphs):
-                labels.mark(name, glyph.name, glyph.box, 0.3, 0.02)
-    return labels.tensors()
-
-
-class EncoderData:
-    """Crops at the resolution of the tiles, and whole small images."""
-
-    def __init__(self, painter: Painter, image_processor: FlexAttnLlavaImageProcessor):
-        self.painter, self.images = painter, image_processor
-
-    def tile(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        rng, margin = self.painter.rng, LOW // 4
-        image, signs = self.painter.image(LOW + margin, signs=rng.randint(2, 9), shape=(1, 1), crowd=True)
-        left, top = rng.randint(0, margin), rng.randint(0, margin)
-        crop = image.crop((left, top, left + LOW, top + LOW))
-        return pixels_of(crop, self.images), token_labels([sign.moved(left, top) for sign in signs], True)
-
-    def small(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        image, signs = self.painter.image(SIDE, shape=(1, 1))
-        pixels = nn.functional.interpolate(
-            pixels_of(image, self.images)[None], size=LOW, mode="bilinear", antialias=True
-        )[0]
-        return pixels, token_labels([sign.moved(0, 0, 1 / ZOOM) for sign in signs], False)
-
-    def batch(self, size: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        pairs = [self.small() if self.painter.rng.random() < 0.2 else self.tile() for _ in range(size)]
-        return stacked(pairs)
-
-
-def train_encoder(model, painter: Painter, held: Painter, processor, steps: int) -> None:
-    data, test = (
-        EncoderData(painter, processor.image_processor),
-        EncoderData(held, processor.image_processor).batch(96),
-    )
-    heads = nn.ModuleList(nn.Linear(SIZES.width, len(classes) + 1) for classes in CLASSES.values())
-    weights = [torch.tensor([1.0] * (head.out_features - 1) + [none]) for head, none in zip(heads, (0.5, 0.3, 0.3))]
-    parts = {
-        "vision": model.model.vision_tower,
-        "projector": model.model.multi_modal_projector,
-        "heads": heads,
-    }
-    parameters = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
-
-    def loss_of(_: int) -> torch.Tensor:
-        pixels, labels = data.batch(16)
-        return token_loss(encode_images(model.model, pixels), labels, heads, weights)
-
-    @torch.no_grad()
-    def report() -> str:
-        tokens = encode_images(model.model, test[0])
-        right = [share_right(tokens, label, head) for label, head in zip(test[1], heads)]
-        return "held-out tokens: colour {:.3f}, digits {:.3f} {:.3f}".format(*right)
-
-    train_loop("encoder", steps, parameters, RATE, loss_of, report, 200)
-
-
-# ----------------------------------------------------------------------------------------------------------- images
-
-
-def asked_images(painter: Painter, count: int) -> Iterator[Scene]:
-    """Images with a question of every form about every sign, as the study's scenes."""
-    for _ in range(count):
-        image, signs = painter.image()
-        to_scene = (
-            *scenes.square_corner(image),
-            scenes.SIDE / SIDE,
-        )  # whose boxes are in pixels of a square of scenes.SIDE
-        signs = [sign.moved(*to_scene) for sign in signs]
-        questions = tuple(
-            Question("text", form.format(sign.color), tuple(digits_of(sign)), 2 * ((sign.box,),))
-            for sign in signs
-            for form in QUESTIONS
+    @classmethod
+    def of(cls, system: str, images: int, exact: int, digits: int) -> Result:
+        """Compute the shares of `exact` answers and of right `digits`, of which each image has two."""
+        of_digits = 2 * images
+        return cls(
+            system, images, exact / images, *wilson(exact, images), digits / of_digits, *wilson(digits, of_digits)
         )
-        yield Scene(image, "small", painter.rng.choice(questions), questions, tuple(signs))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.system}: exact {self.exact:.3f} [{self.exact_low:.3f}, {self.exact_high:.3f}], "
+            f"per digit {self.digits:.3f} [{self.digits_low:.3f}, {self.digits_high:.3f}] on {self.images} images"
+        )
+
+    def columns(self) -> dict[str, str]:
+        """Return the columns of the CSV file."""
+        return {name: f"{v:.4f}" if isinstance(v, float) else v for name, v in asdict(self).items()}
 
 
-# ------------------------------------------------------------------------------------------------------ 2. localise
+class DefaultModel:
+    """The model on its way through the stages."""
 
+    def __init__(self, options: TrainingOptions):
+        self.options = options
+        settings, words = settings_for("flexattn", SIZES), [*(form.format("") for form in QUESTIONS), *COLORS]
+        self.processor = build_processor(words, settings, SIZES)
+        self.model = build_model(self.processor, settings, SIZES)
+        self._resolutions = resolutions_of([settings])
 
-def train_localisation(model, images: EncodedScenes, held: EncodedScenes, processor, steps: int, seed: int) -> None:
-    rng, language = random.Random(seed), model.model.language_model
-    parameters = trained(
-        language,
-        lambda name: name.startswith(("embed_tokens", *(f"layers.{i}." for i in range(FIRST_LAYER)))),
-    )
-    map_of = MapOfLayer(model, FIRST_LAYER - 1)
+    def train_encoder(self) -> None:
+        """Run stage 1."""
+        self._stage("encoder", self._train_encoder)
+        self._stage("whiten", self._whiten)
 
-    def run(source: EncodedScenes, picks: list[Pick]) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, cells = source.batch(picks, processor, None), source.answer_cells(picks)
-        ids = inputs["input_ids"]
-        image = ids == processor.image_token_id
-        embedded = model.get_input_embeddings()(ids).masked_scatter(image.unsqueeze(-1), inputs["image_features"])
-        language(inputs_embeds=embedded, attention_mask=inputs["attention_mask"], use_cache=False)
-        length = ids.shape[1]
-        visible = torch.ones(length, length, dtype=torch.bool).tril() & (inputs["attention_mask"] == 1)[:, None, None]
-        maps = map_of(visible | torch.eye(length, dtype=torch.bool))[:, -4:-1]  # rows of the padding see themselves
-        return maps[image[:, None].expand_as(maps)].view(len(maps), 3, S * S), cells[:, None].float()
+    def encode_images(self) -> EncodedScenes:
+        """Return the images to train on, as tokens of the encoder."""
+        return stored(self.options.work / "images.pt", lambda: self._encode(False, 3, self.options.images))
 
-    def loss_of(_: int) -> torch.Tensor:
-        maps, cells = run(images, images.sample(rng, BATCH))
-        return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1)).mean()
+    def train_localisation(self, images: EncodedScenes) -> float:
+        """Run stage 2, and return the share of the HR tokens that its map selects."""
+        held_out = stored(self.options.work / "held_out.pt", lambda: self._encode(True, 4, _LOCALISE_SCENES))
+        steps, seed = self.options.localise_steps, self.options.seed + 5
+        self._stage("localise", lambda: train_localisation(self.model, self.processor, images, held_out, steps, seed))
+        return measure_selection(self.model, self.processor, images).share
+
+    def train_answers(self, system: str, images: EncodedScenes, share: float) -> None:
+        """Run stage 3 for a system, from the end of stage 2."""
+        self.model.load_state_dict(torch.load(self.options.work / "localise.pt"))
+        checkpoints = self.options.work / f"{system}.checkpoints"
+        self._stage(system, lambda: self._fine_tune(system, images, share, checkpoints))
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
     @torch.no_grad()
-    def report() -> str:
-        maps, cells = run(held, held.asked())
-        mass = (maps * cells).sum(-1).mean().item()
-        at = maps.argmax(-1, keepdim=True)
-        return f"held-out: mass on the sign {mass:.3f}, largest cell on it {cells.expand_as(maps).gather(-1, at).mean():.3f}"
+    def evaluate(self, system: str, questions: list[SignQuestion], share: float) -> Result:
+        """Run stage 4 for a system: greedy answers to all questions."""
+        exact = digits = 0
+        torch.manual_seed(0)
+        with self._selecting(system, share), Progress(console=console, transient=True) as progress:
+            for question in progress.track(questions, description=f"evaluating {system}"):
+                given, expected = self._answer(question, system not in ("none", "HR off")), digits_of(question.sign)
+                exact += given == list(expected)
+                digits += sum(one == other for one, other in zip(given, expected))
+        return Result.of(system, len(questions), exact, digits)
 
-    train_loop("localise", steps, parameters, RATE, loss_of, report)
-    map_of.handle.remove()
+    def save(self, folder: Path) -> None:
+        """Write the model and its processor."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def painter(self, held_out: bool, seed: int) -> SignPainter:
+        """Return a painter on training or held-out photographs."""
+        photographs = find_photographs(self.options.photographs, held_out)
+        return SignPainter(photographs, self.options.font, random.Random(seed))
+
+    def _stage(self, name: str, run: Callable[[], None]) -> None:
+        """Run a stage, or load the weights that it left."""
+
+        def weights() -> dict[str, torch.Tensor]:
+            run()
+            return self.model.state_dict()
+
+        self.model.load_state_dict(stored(self.options.work / f"{name}.pt", weights))
+
+    def _train_encoder(self) -> None:
+        painters = [self.painter(False, 1), self.painter(True, 2)]
+        train_encoder(self.model, self.processor, *painters, self.options.encoder_steps)
+
+    def _whiten(self) -> None:
+        crops = SignCrops(self.painter(False, 8), self.processor.image_processor)
+        whiten(self.model, crops.batch(128).pixels)
+
+    def _encode(self, held_out: bool, seed: int, count: int) -> EncodedScenes:
+        scenes = self.painter(held_out, seed).scenes(count)
+        return encode_scenes(self.model, self.processor, scenes, count, self._resolutions)
+
+    def _fine_tune(self, system: str, images: EncodedScenes, share: float, checkpoints: Path) -> None:
+        for layer in self.model.model.language_model.layers[SIZES.first_layer :]:
+            for name in ("k_proj", "v_proj"):
+                projection = getattr(layer.self_attn, name)
+                getattr(layer.self_attn, f"{name}_hd").load_state_dict(projection.state_dict())
+        late = tuple(f"model.language_model.layers.{number}." for number in range(SIZES.first_layer, SIZES.layers))
+        train_only(self.model, lambda name: name.startswith((*late, "model.language_model.norm", "lm_head")))
+        plan = FineTuning(checkpoints, self.options.answer_steps, BATCH, RATE, self.options.seed + 7)
+        with self._selecting(system, share):
+            settings = None if system == "none" else self.model.config.flexattn
+            fine_tune(self.model, self.processor, images, settings, plan, lambda text: console.log(f"{system}: {text}"))
+
+    @contextmanager
+    def _selecting(self, system: str, share: float) -> Iterator[None]:
+        """Select tokens as a system does inside the block."""
+        before = self.model.config.flexattn_config
+        if system in ("random", "center"):
+            self.model.config.flexattn_config = before | {"strategy": system, "ratio": share}
+        try:
+            yield
+        finally:
+            self.model.config.flexattn_config = before
+
+    def _answer(self, question: SignQuestion, high_resolution: bool) -> list[str]:
+        """Return the digits of the greedy answer."""
+        inputs = dict(self.processor(images=question.image, text=self.processor.prompt(question.text)))
+        if not high_resolution:
+            inputs.pop("pixel_values_hr")
+        output = self.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        answer = self.processor.tokenizer.convert_ids_to_tokens(output[0, inputs["input_ids"].shape[1] :])
+        return [token for token in answer if token.isdigit()]
 
 
-# -------------------------------------------------------------------------------------------------------- 3. answer
-
-
-@contextmanager
-def selecting(model, system: str, share: float) -> Iterator[None]:
-    """Inside, the tokens are selected as the system selects them."""
-    before = model.config.flexattn_config
-    if system in ("random", "center"):
-        model.config.flexattn_config = before | {"strategy": system, "ratio": share}
-    try:
-        yield
-    finally:
-        model.config.flexattn_config = before
-
-
-def train_answers(
-    model,
-    images: EncodedScenes,
-    processor,
-    system: str,
-    share: float,
-    steps: int,
-    seed: int,
-    folder: Path,
-) -> None:
-    """By the trainer of `flexattn train`, from its latest checkpoint in `folder` where there is one."""
-    for layer in model.model.language_model.layers[FIRST_LAYER:]:
-        for name in ("k_proj", "v_proj"):
-            getattr(layer.self_attn, f"{name}_hd").load_state_dict(getattr(layer.self_attn, name).state_dict())
-    late = tuple(f"model.language_model.layers.{i}." for i in range(FIRST_LAYER, SIZES.layers))
-    trained(model, lambda name: name.startswith((*late, "model.language_model.norm", "lm_head")))
-    with selecting(model, system, share):
-        settings = None if system == "none" else model.config.flexattn
-        fine_tune(
-            model, Picks(images, steps, BATCH, seed), lambda picks: images.batch(picks, processor, settings),
-            folder, BATCH, RATE, seed, lambda text: console.log(f"{system}: {text}"),
-        )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------- 4. evaluation
-
-
-@torch.no_grad()
-def evaluate(model, processor, questions: list[tuple], system: str, share: float) -> dict[str, float]:
-    """Greedy answers of one system to all questions."""
-    exact = digits = 0
-    torch.manual_seed(0)
-    with selecting(model, system, share), Progress(console=console, transient=True) as progress:
-        for image, sign, question in progress.track(questions, description=f"evaluating {system}"):
-            inputs = dict(processor(images=image, text=processor.prompt(question)))
-            if system in ("none", "HR off"):
-                inputs.pop("pixel_values_hr")
-            output = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-            answer = processor.tokenizer.convert_ids_to_tokens(output[0, inputs["input_ids"].shape[1] :])
-            given = [token for token in answer if token.isdigit()]
-            exact += given == list(digits_of(sign))
-            digits += sum(one == other for one, other in zip(given, digits_of(sign)))
-    n = len(questions)
-    row = {"system": system, "images": n}
-    for name, right, total in (("exact", exact, n), ("digits", digits, 2 * n)):
-        low, high = wilson(right, total)
-        row |= {name: right / total, f"{name}_low": low, f"{name}_high": high}
-    return row
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photographs", type=Path, nargs="+", required=True, help="folders of JPEG photographs")
-    parser.add_argument("--font", type=Path, required=True, help="DejaVuSans-Bold.ttf")
-    parser.add_argument("--output", type=Path, required=True, help="where the model goes")
-    parser.add_argument("--work", type=Path, default=Path("out/default_model"), help="what the stages keep")
-    parser.add_argument("--systems", nargs="+", default=["attention", "none", "random", "center"])
-    parser.add_argument("--encoder-steps", type=int, default=2400)
-    parser.add_argument("--localise-steps", type=int, default=900)
-    parser.add_argument("--answer-steps", type=int, default=1500)
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--held-out", type=int, default=500, help="images of the evaluation")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-
+def train(options: TrainingOptions) -> None:
+    """Train the default model and what it is compared with; rerun to resume."""
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
-    processor = build_processor(
-        [*(question.format("") for question in QUESTIONS), *COLORS],
-        settings_for("flexattn", SIZES),
-        SIZES,
-    )
-    model = build_model(processor, settings_for("flexattn", SIZES), SIZES)
-
-    def painter(held_out: bool, seed: int) -> Painter:
-        return Painter(find_photographs(options.photographs, held_out), options.font, random.Random(seed))
-
-    def stage(name: str, run: Callable[[], None]) -> None:
-        def weights() -> dict[str, torch.Tensor]:
-            run()
-            return model.state_dict()
-
-        model.load_state_dict(stored(options.work / f"{name}.pt", weights))
-
-    def encoded(held_out: bool, seed: int, count: int) -> EncodedScenes:
-        resolutions = resolutions_of([settings_for("flexattn", SIZES)])
-        return encode_scenes(model, processor, asked_images(painter(held_out, seed), count), count, resolutions)
-
-    stage(
-        "encoder",
-        lambda: train_encoder(model, painter(False, 1), painter(True, 2), processor, options.encoder_steps),
-    )
-    stage(
-        "whiten",
-        lambda: whiten(model, EncoderData(painter(False, 8), processor.image_processor).batch(128)[0]),
-    )
-    # The figure of stage 2 is one of held-out photographs, but not of the images of the evaluation.
-    images = stored(options.work / "images.pt", lambda: encoded(False, 3, options.images))
-    held = stored(options.work / "held_out.pt", lambda: encoded(True, 4, 256))
-    stage(
-        "localise",
-        lambda: train_localisation(model, images, held, processor, options.localise_steps, options.seed + 5),
-    )
-    share = selection(model, processor, images)["share"]
+    default = DefaultModel(options)
+    default.train_encoder()
+    images = default.encode_images()
+    share = default.train_localisation(images)
     console.log(f"the attention map selects {share:.2%} of the HR tokens; random and center select the same share")
-
-    rows, asked = [], painter(True, 6)
-    questions = []
-    for _ in range(options.held_out):
-        image, signs = asked.image()
-        sign = asked.rng.choice(signs)
-        questions.append((image, sign, asked.question(sign.color)))
-    for system in options.systems:
+    painter = default.painter(True, 6)
+    questions = [painter.ask_about_any_sign() for _ in range(options.held_out)]
+    results = []
+    for system in options.systems.split(","):
         torch.manual_seed(options.seed)
-        model.load_state_dict(torch.load(options.work / "localise.pt"))
-        checkpoints = options.work / f"{system}.checkpoints"
-        stage(system, lambda: train_answers(
-            model, images, processor, system, share, options.answer_steps, options.seed + 7, checkpoints
-        ))  # fmt: skip
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        default.train_answers(system, images, share)
         for shown in (system, "HR off") if system == "attention" else (system,):
-            result = options.work / f"result {shown}.json"
-            if not result.exists():
-                write_whole(result, json.dumps(evaluate(model, processor, questions, shown, share)))
-            rows.append(json.loads(result.read_text()))
-            console.log("{system}: exact {exact:.3f} [{exact_low:.3f}, {exact_high:.3f}], per digit {digits:.3f} "
-                        "[{digits_low:.3f}, {digits_high:.3f}] on {images} images".format(**rows[-1]))  # fmt: skip
+            results.append(evaluated(default, shown, questions, share))
+            console.log(str(results[-1]))
         if system == "attention":
-            model.save_pretrained(options.output)
-            processor.save_pretrained(options.output)
-    with open(options.work / "default_model.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows({name: f"{v:.4f}" if isinstance(v, float) else v for name, v in row.items()} for row in rows)
+            default.save(options.output)
+    write_results(options.work / "default_model.csv", results)
     console.log(f"{time.process_time() / 60:.1f} CPU minutes in this run")
 
 
+def evaluated(default: DefaultModel, system: str, questions: list[SignQuestion], share: float) -> Result:
+    """Evaluate a system, or return the result that an earlier run left."""
+    file = default.options.work / f"result {system}.json"
+    if not file.exists():
+        write_whole(file, json.dumps(asdict(default.evaluate(system, questions, share))))
+    return Result(**json.loads(file.read_text()))
+
+
+def write_results(path: Path, results: list[Result]) -> None:
+    """Write default_model.csv."""
+    rows = [result.columns() for result in results]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 if __name__ == "__main__":
-    main()
+    run_app(command_line(TrainingOptions, train), "train_default_model.py")

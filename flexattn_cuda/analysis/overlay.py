@@ -1,6 +1,6 @@
-"""The photograph with what the model looked at drawn over it: attention map as heat, selected regions outlined.
+"""Draws what the model looked at over the image: the attention map as heat, the selected regions outlined.
 
-Maps and masks live on grids over the square that the image is padded to; here their cells are mapped back to the image:
+Maps and masks are grids over the square that the image is padded to. Their cells lie on the image like this:
 
     square side = max(W, H), image at offset ((side - W) // 2, (side - H) // 2), cell = side / grid side
 """
@@ -14,45 +14,58 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, features
 
-LONGEST_SIDE = 4096  # pixels; a larger image, or a sheet of several, is drawn smaller
+MAX_SIDE = 4096  # pixels; a larger image, or a sheet of several, is scaled down
 OUTLINE = (0, 230, 255)
 HEAT_STOPS = ((255, 240, 60), (255, 140, 0), (225, 0, 50))  # weak, medium, strong attention
-HEAT_OPACITY = 0.6  # of the strongest attention; none of the weakest
+HEAT_OPACITY = 0.6  # of the strongest attention; the weakest is transparent
 DIMMED, BRIGHTENED = 0.6, 1.12  # brightness of the image outside and inside the selected regions
 
 _INK, _PAPER = (30, 30, 30), (255, 255, 255)
-_NARROWEST = 420  # pixels of a sheet, so that its legend can be read
+_MIN_WIDTH = 420  # pixels of a sheet, so that its legend is readable
 
 
 @dataclass
 class Panel:
-    """One image to draw.
+    """One overlay of a sheet.
 
-    map: [S, S] float, attention over the low-resolution tokens.
-    mask: [h, h] bool, the selected high-resolution tokens.
-    caption: A line of text under the image.
+    Attributes:
+        attention: [S, S] float, attention map over the LR tokens.
+        mask: [h, h] bool, the selected HR tokens.
+        caption: Text under the image.
     """
 
-    map: np.ndarray
+    attention: np.ndarray
     mask: np.ndarray
     caption: str = ""
 
 
 def cells_of_pixels(width: int, height: int, grid: int) -> tuple[np.ndarray, np.ndarray]:
-    """Grid row of every pixel row [H] and grid column of every pixel column [W] of an image."""
+    """Return the grid row of every pixel row and the grid column of every pixel column of an image.
+
+    Args:
+        width: Of the image, in pixels.
+        height: Of the image, in pixels.
+        grid: Cells per side of the square.
+
+    Returns:
+        [height] and [width] int.
+    """
     side = max(width, height)
     rows = ((np.arange(height) + (side - height) // 2 + 0.5) * grid / side).astype(np.intp)
     columns = ((np.arange(width) + (side - width) // 2 + 0.5) * grid / side).astype(np.intp)
     return rows, columns
 
 
-def overlay(image: Image.Image, map: np.ndarray, mask: np.ndarray) -> Image.Image:
-    """The image, of the same size, with the map as translucent heat and the selected regions bright and outlined.
+def overlay(image: Image.Image, attention: np.ndarray, mask: np.ndarray) -> Image.Image:
+    """Return the image with the attention map as translucent heat and the selected regions bright and outlined.
 
     Args:
         image: RGB.
-        map: [S, S] float; drawn from its smallest to its largest value on the image.
+        attention: [S, S] float, drawn from its minimum to its maximum on the image.
         mask: [h, h] bool.
+
+    Returns:
+        RGB, of the image's size.
     """
     rows, columns = cells_of_pixels(*image.size, mask.shape[0])
     selected = mask[rows[:, None], columns[None, :]]
@@ -60,7 +73,7 @@ def overlay(image: Image.Image, map: np.ndarray, mask: np.ndarray) -> Image.Imag
     dim = ImageEnhance.Brightness(image).enhance(DIMMED)
     drawn = Image.composite(bright, dim, Image.fromarray(selected))
 
-    heat = _heat_of_pixels(image.size, map)
+    heat = _heat_of_pixels(image.size, attention)
     opacity = Image.fromarray((heat * (255 * HEAT_OPACITY)).astype(np.uint8))
     drawn = Image.composite(Image.fromarray(heat_colour(heat)), drawn, opacity)
 
@@ -69,66 +82,109 @@ def overlay(image: Image.Image, map: np.ndarray, mask: np.ndarray) -> Image.Imag
 
 
 def sheet(image: Image.Image, panels: Sequence[Panel], title: str = "", columns: int | None = None) -> Image.Image:
-    """Panels side by side above a legend. The first panel's image lies at (0, 0), a single one in its own size.
+    """Return panels side by side above a legend.
+
+    The first panel's image starts at (0, 0). A single panel keeps the image's size up to MAX_SIDE.
 
     Args:
-        image: RGB; drawn smaller only where the images together would be longer than LONGEST_SIDE.
+        image: RGB; scaled down only if the panels together would exceed MAX_SIDE.
+        panels: At least one.
         title: Text under the panels, such as question and answer.
-        columns: Panels to a row; about as many as there are rows when None.
+        columns: Panels per row; about as many as there are rows if None.
     """
-    columns = columns or math.ceil(math.sqrt(len(panels)))
-    rows = math.ceil(len(panels) / columns)
-    scale = min(1.0, LONGEST_SIDE / max(columns * image.width, rows * image.height))
-    if scale < 1:
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.LANCZOS)
-
-    gap = 0 if len(panels) == 1 else 8
-    width = max(_NARROWEST, columns * (image.width + gap) - gap)
-    font = _font(min(28, max(13, width // 60)))
-    line = _line_height(font)
-    caption_width = image.width if columns > 1 else width
-    captions = [_wrap(panel.caption, font, caption_width) for panel in panels]
-    row_height = image.height + max(len(lines) for lines in captions) * line + gap
-    legend = _legend(width, font, _wrap(title, font, width - line))
-    result = Image.new("RGB", (width, rows * row_height + legend.height), _PAPER)
+    layout = _Layout.of(image.size, [panel.caption for panel in panels], columns)
+    if layout.image_size != image.size:
+        image = image.resize(layout.image_size, Image.Resampling.LANCZOS)
+    legend = _legend(layout.width, layout.font, _wrap(title, layout.font, layout.width - layout.line))
+    result = Image.new("RGB", (layout.width, layout.height + legend.height), _PAPER)
     pen = ImageDraw.Draw(result)
-    for number, (panel, lines) in enumerate(zip(panels, captions)):
-        left, top = number % columns * (image.width + gap), number // columns * row_height
-        result.paste(overlay(image, panel.map, panel.mask), (left, top))
-        for at, text in enumerate(lines):
-            pen.text((left + line // 4, top + image.height + at * line), text, fill=_INK, font=font)
-    result.paste(legend, (0, rows * row_height))
+    for number, panel in enumerate(panels):
+        left, top = layout.corner(number)
+        result.paste(overlay(image, panel.attention, panel.mask), (left, top))
+        for row, text in enumerate(layout.captions[number]):
+            position = (left + layout.line // 4, top + image.height + row * layout.line)
+            pen.text(position, text, fill=_INK, font=layout.font)
+    result.paste(legend, (0, layout.height))
     return result
 
 
+@dataclass
+class _Layout:
+    """Where the panels of a sheet lie, in pixels.
+
+        image    gap    image
+        caption         caption
+        gap
+
+    Attributes:
+        image_size: Width and height of each panel's image.
+        columns: Panels per row.
+        gap: Between panels.
+        width: Of the sheet.
+        row_height: Of a row of panels with their captions and the gap below.
+        height: Of all rows.
+        font: Of all text.
+        line: Height of a line of text.
+        captions: Lines of each panel's caption.
+    """
+
+    image_size: tuple[int, int]
+    columns: int
+    gap: int
+    width: int
+    row_height: int
+    height: int
+    font: ImageFont.ImageFont
+    line: int
+    captions: list[list[str]]
+
+    @classmethod
+    def of(cls, size: tuple[int, int], captions: Sequence[str], columns: int | None) -> _Layout:
+        """Lay out panels with images of a size and with captions."""
+        columns = columns or math.ceil(math.sqrt(len(captions)))
+        rows = math.ceil(len(captions) / columns)
+        scale = min(1.0, MAX_SIDE / max(columns * size[0], rows * size[1]))
+        if scale < 1:
+            size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+        gap = 0 if len(captions) == 1 else 8
+        width = max(_MIN_WIDTH, columns * (size[0] + gap) - gap)
+        font = _font(min(28, max(13, width // 60)))
+        line = _line_height(font)
+        wrapped = [_wrap(caption, font, size[0] if columns > 1 else width) for caption in captions]
+        row_height = size[1] + max(map(len, wrapped)) * line + gap
+        return cls(size, columns, gap, width, row_height, rows * row_height, font, line, wrapped)
+
+    def corner(self, number: int) -> tuple[int, int]:
+        """Return the left and top of a panel."""
+        row, column = divmod(number, self.columns)
+        return column * (self.image_size[0] + self.gap), row * self.row_height
+
+
 def heat_colour(heat: np.ndarray) -> np.ndarray:
-    """[...] in 0..1 -> [..., 3] uint8, from HEAT_STOPS."""
+    """Return the colours of HEAT_STOPS for heat in [0, 1]: [...] float -> [..., 3] uint8."""
     stops = np.array(HEAT_STOPS, dtype=np.float32)
-    table = np.stack(
-        [np.interp(np.linspace(0, 1, 256), np.linspace(0, 1, len(stops)), c) for c in stops.T],
-        axis=-1,
-    )
+    levels, at = np.linspace(0, 1, 256), np.linspace(0, 1, len(stops))
+    table = np.stack([np.interp(levels, at, channel) for channel in stops.T], axis=-1)
     return table.round().astype(np.uint8)[(np.clip(heat, 0, 1) * 255).astype(np.uint8)]
 
 
-def _heat_of_pixels(size: tuple[int, int], map: np.ndarray) -> np.ndarray:
-    """[H, W] float32 in 0..1; 0 everywhere where the map is constant over the image or not finite."""
+def _heat_of_pixels(size: tuple[int, int], attention: np.ndarray) -> np.ndarray:
+    """Return each pixel's heat in [0, 1], [H, W] float32: all 0 if the map is constant on the image or not finite."""
     width, height = size
-    side, grid = max(size), map.shape[0]
+    side, grid = max(size), attention.shape[0]
     rows, columns = cells_of_pixels(width, height, grid)
-    on_image = map[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float64)
+    on_image = attention[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float64)
     low, high = on_image.min(), on_image.max()
     if not high > low:
         return np.zeros((height, width), dtype=np.float32)
-    heat = np.clip((map.astype(np.float64) - low) / (high - low), 0, 1).astype(np.float32)
+    heat = np.clip((attention.astype(np.float64) - low) / (high - low), 0, 1).astype(np.float32)
     left, top = (side - width) // 2, (side - height) // 2
     box = tuple(x * grid / side for x in (left, top, left + width, top + height))
     return np.asarray(Image.fromarray(heat).resize(size, Image.Resampling.BILINEAR, box=box)).clip(0, 1)
 
 
 def _outline(selected: np.ndarray, cell: float) -> np.ndarray:
-    """[H, W] bool: the selected pixels within a few pixels of one that is not, or of the image's edge."""
+    """Return the selected pixels within a few pixels of an unselected one or of the image's edge, [H, W] bool."""
     thick = int(min(max(1, round(max(selected.shape) / 400)), max(1, cell // 3)))
     padded = np.pad(selected, thick)
     inner = selected.copy()
@@ -139,31 +195,51 @@ def _outline(selected: np.ndarray, cell: float) -> np.ndarray:
     return selected & ~inner
 
 
-def _legend(width: int, font: ImageFont.ImageFont, title: list[str]) -> Image.Image:
-    """A strip that explains the colours, under the lines of the title."""
+@dataclass(frozen=True)
+class _LegendEntry:
+    """An entry of the legend: a swatch, `indent` pixels from the left in a row of entries, and its text."""
+
+    kind: str
+    text: str
+    swatch: int
+    indent: int
+    row: int
+
+
+def _legend_entries(width: int, font: ImageFont.ImageFont) -> list[_LegendEntry]:
+    """Place the entries side by side, and in further rows if they do not fit into `width`."""
     line = _line_height(font)
-    entries = [("heat", "attention, weak to strong"), ("region", "selected high-resolution region")]
-    places, at, row = [], line // 2, 0
-    for kind, text in entries:
-        swatch = 3 * line if kind == "heat" else line
-        wide = swatch + line // 2 + round(font.getlength(text)) + line
-        if at > line // 2 and at + wide > width:
-            at, row = line // 2, row + 1
-        places.append((kind, text, at, row, swatch))
-        at += wide
+    entries: list[_LegendEntry] = []
+    indent, row = line // 2, 0
+    for kind, text, swatch in (
+        ("heat", "attention, weak to strong", 3 * line),
+        ("region", "selected high-resolution region", line),
+    ):
+        entry_width = swatch + line // 2 + round(font.getlength(text)) + line
+        if indent > line // 2 and indent + entry_width > width:
+            indent, row = line // 2, row + 1
+        entries.append(_LegendEntry(kind, text, swatch, indent, row))
+        indent += entry_width
+    return entries
+
+
+def _legend(width: int, font: ImageFont.ImageFont, title: list[str]) -> Image.Image:
+    """Return a strip with the lines of the title and, below, what the colours mean."""
+    line = _line_height(font)
+    entries = _legend_entries(width, font)
     top = len(title) * line + line // 2
-    strip = Image.new("RGB", (width, top + (row + 1) * line * 3 // 2), _PAPER)
+    strip = Image.new("RGB", (width, top + (entries[-1].row + 1) * line * 3 // 2), _PAPER)
     pen = ImageDraw.Draw(strip)
     for number, text in enumerate(title):
         pen.text((line // 2, line // 4 + number * line), text, fill=_INK, font=font)
-    for kind, text, at, row, swatch in places:
-        y = top + row * line * 3 // 2
-        if kind == "heat":
-            ramp = heat_colour(np.tile(np.linspace(0, 1, swatch, dtype=np.float32), (line, 1)))
-            strip.paste(Image.fromarray(ramp), (at, y))
+    for entry in entries:
+        x, y = entry.indent, top + entry.row * line * 3 // 2
+        if entry.kind == "heat":
+            ramp = heat_colour(np.tile(np.linspace(0, 1, entry.swatch, dtype=np.float32), (line, 1)))
+            strip.paste(Image.fromarray(ramp), (x, y))
         else:
-            pen.rectangle((at, y, at + swatch, y + line - 1), outline=OUTLINE, width=max(2, line // 8))
-        pen.text((at + swatch + line // 2, y - line // 8), text, fill=_INK, font=font)
+            pen.rectangle((x, y, x + entry.swatch, y + line - 1), outline=OUTLINE, width=max(2, line // 8))
+        pen.text((x + entry.swatch + line // 2, y - line // 8), entry.text, fill=_INK, font=font)
     return strip
 
 
@@ -176,9 +252,9 @@ def _line_height(font: ImageFont.ImageFont) -> int:
 
 
 def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines no wider than `width` pixels; a word that is wider than that has a line of its own."""
+    """Break a text into lines of at most `width` pixels; a wider word gets a line of its own."""
     if not features.check("freetype2"):
-        text = text.encode("latin-1", "replace").decode("latin-1")  # all that the bitmap font has
+        text = text.encode("latin-1", "replace").decode("latin-1")  # the bitmap font has no other characters
     lines: list[str] = []
     for paragraph in text.splitlines():
         current = ""

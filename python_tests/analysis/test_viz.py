@@ -34,12 +34,12 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def marked(drawn: Image.Image) -> np.ndarray:
-    """[H, W] bool: not merely dimmed."""
+    """Return the pixels that are not merely dimmed, [H, W] bool."""
     return np.abs(pixels(drawn) - DIM).max(-1) > 1
 
 
-# Image, grid, cell of the square and where it lies on the image (left, top, right, bottom); None: in the padding.
-PLACES = [
+# Image size, grid, a cell of the square, and its box on the image (left, top, right, bottom); None in the padding.
+CELLS = [
     ((120, 120), 12, (0, 0), (0, 0, 10, 10)),
     ((120, 120), 12, (11, 4), (40, 110, 50, 120)),
     ((120, 60), 12, (3, 2), (20, 0, 30, 10)),
@@ -53,12 +53,12 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("size, grid, cell, place", PLACES)
-def test_the_selected_region_is_marked_where_it_lies(size, grid, cell, place):
+@pytest.mark.parametrize("size, grid, cell, box", CELLS)
+def test_the_selected_region_is_marked_where_it_lies(size, grid, cell, box):
     drawn = viz.overlay(grey(*size), no_map(), mask(grid, cell))
     expected = np.zeros((size[1], size[0]), dtype=bool)
-    if place is not None:
-        left, top, right, bottom = place
+    if box is not None:
+        left, top, right, bottom = box
         expected[top:bottom, left:right] = True
         assert tuple(pixels(drawn)[top, left]) == viz.OUTLINE == tuple(pixels(drawn)[bottom - 1, right - 1])
         middle = pixels(drawn)[(top + bottom) // 2, (left + right) // 2]
@@ -153,9 +153,9 @@ def test_panels_lie_side_by_side():
 
 
 def test_only_huge_images_are_drawn_smaller():
-    image = grey(viz.LONGEST_SIDE + 400, 300)
+    image = grey(viz.MAX_SIDE + 400, 300)
     drawn = viz.sheet(image, [panel()])
-    assert drawn.width == viz.LONGEST_SIDE
+    assert drawn.width == viz.MAX_SIDE
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 3)])

@@ -1,9 +1,8 @@
-"""The study from its start to its report, with so little training that nothing is learned."""
+"""The study from its start to its report, with too little training to learn anything."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import shutil
@@ -14,44 +13,49 @@ import time
 from pathlib import Path
 
 import pytest
-from test_study_scenes import photograph
+from small_study import photograph, read_csv
+from typer.testing import CliRunner
 
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.runs.files import lock
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks.load import load
-from studies.small import collection, run
+from studies.small import run
+from studies.small.__main__ import app
+from studies.small.collection import first_small_questions
 from studies.small.finetuning import run_system
-from studies.small.scenes import TASKS
+from studies.small.options import StudyOptions
+from studies.small.outcomes import Answered
+from studies.small.presets import PRESETS, SYSTEMS
+from studies.small.questions import TASKS
 
 ROOT = Path(__file__).parents[2]
-SYSTEMS = "llava,flexattn,hd"
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photographs")
-    for number in range(8):
-        photograph(number).save(folder / f"{number}.jpg")
-    return folder
+CHOSEN = ("llava", "flexattn", "hd")
+TINY = PRESETS["tiny"]
 
 
 def started(photographs, output, *options, preset="tiny"):
-    """The command in a group of processes of its own."""
-    command = [sys.executable, "-m", "studies.small", "--photographs", photographs, "--output", output, "--preset", preset,
-               "--seeds", "0", "--systems", SYSTEMS, "--jobs", "1", *options]  # fmt: skip
+    """Start the command in a process group of its own."""
+    command = [sys.executable, "-m", "studies.small", "--photographs", photographs, "--output", output]
+    command += ["--preset", preset, "--seeds", "0", "--systems", ",".join(CHOSEN), "--jobs", "1", *options]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=ROOT, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the background ignores it
-    )  # fmt: skip
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background processes ignore it
+    )
 
 
 @pytest.fixture(scope="module")
-def finished(photographs, tmp_path_factory):
-    """A study that was interrupted once, in the middle of the second system's fine-tuning."""
+def finished(photograph_folder, tmp_path_factory):
+    """A study that was interrupted once, in the middle of the second system's fine-tuning, and resumed."""
     output = tmp_path_factory.mktemp("study")
     seed = output / "seed-0"
-    first = started(photographs, output)
+    first = started(photograph_folder, output)
     while not list(seed.glob("flexattn.checkpoints/checkpoint-*/complete.json")):
         assert first.poll() is None, first.communicate()[1]
         time.sleep(0.02)
@@ -62,29 +66,22 @@ def finished(photographs, tmp_path_factory):
     kept = [(path, path.stat().st_mtime_ns) for path in (seed / "llava.json", seed / "start")]
     shutil.copytree(seed, output / "seed-0-old")
     (output / "results" / "examples").mkdir(parents=True)
-    (output / "results" / "examples" / "0000.png").touch()  # of an earlier report
-    second = started(photographs, output, "--examples", "7,3")
+    (output / "results" / "examples" / "0000.png").touch()  # left by an earlier report
+    second = started(photograph_folder, output, "--examples", "7,3")
     out, err = second.communicate()
     assert second.returncode == 0, err
-    assert "seed-0 flexattn: goes on from checkpoint-" in err and "llava: " not in err
+    assert "seed-0 flexattn: resuming from checkpoint-" in err and "llava: " not in err
     assert kept == [(path, path.stat().st_mtime_ns) for path, _ in kept]
     assert out.strip() == str(output / "results" / "report.html")
     return output
 
 
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_every_system_answers_the_same_questions(finished):
-    answers = rows(finished / "results" / "answers.csv")
-    asked = {system: [] for system in SYSTEMS.split(",")}
+    answers = read_csv(finished / "results" / "answers.csv")
+    asked = {system: [] for system in CHOSEN}
     for row in answers:
         asked[row["system"]].append((row["number"], row["question"], row["expected"]))
-    assert all(
-        asked[system] == asked["llava"] and len(asked[system]) == run.PRESETS["tiny"].questions for system in asked
-    )
+    assert all(asked[system] == asked["llava"] and len(asked[system]) == TINY.questions for system in asked)
     assert all(int(row["right"]) == (row["answer"] == row["expected"]) for row in answers)
 
 
@@ -93,73 +90,83 @@ def test_the_report_shows_the_questions_that_were_chosen(finished):
     shown = json.loads((results / "examples.json").read_text())
     assert [one["file"] for one in shown] == ["examples/0007.png", "examples/0003.png"]
     assert {path.name for path in (results / "examples").iterdir()} == {"0003.png", "0007.png"}
-    asked = {row["number"]: row["question"] for row in rows(results / "answers.csv")}
+    asked = {row["number"]: row["question"] for row in read_csv(results / "answers.csv")}
     assert [one["question"] for one in shown] == [asked["7"], asked["3"]]
 
 
 def test_by_default_the_report_shows_the_first_questions_about_small_objects():
     answers = [
-        {"number": number, "task": TASKS[number % 5], "size": ("small", "large")[number // 5 % 2]}
+        Answered(number, TASKS[number % 5], ("small", "large")[number // 5 % 2], "What?", "yes", "no", 0)
         for number in range(40)
     ]
-    assert collection.first_about_small_objects(answers) == [0, 10, 1, 11, 2, 12, 3, 13, 4, 14]
+    assert first_small_questions(answers) == [0, 10, 1, 11, 2, 12, 3, 13, 4, 14]
 
 
-def test_what_was_interrupted_ends_as_if_it_had_not_been(finished, photographs, tmp_path):
-    """The start of the killed study, and one that ran through, give the same model."""
+def test_a_resumed_system_equals_one_that_ran_through(finished, tmp_path):
     folder = tmp_path / "seed-0"
     folder.mkdir()
     for name in ("images.pt", "questions.pt", "start"):
         (folder / name).symlink_to(finished / "seed-0" / name)
-    run_system(folder, 0, "flexattn", run.PRESETS["tiny"], lambda text: None)
-    once, killed = (json.loads((place / "flexattn.json").read_text()) for place in (folder, finished / "seed-0"))
-    assert len(once["losses"]) == run.PRESETS["tiny"].steps
+    run_system(folder, 0, "flexattn", TINY, lambda text: None)
+    once, resumed = (json.loads((seed / "flexattn.json").read_text()) for seed in (folder, finished / "seed-0"))
+    assert len(once["losses"]) == TINY.steps
     for name in ("losses", "answers", "maps", "selected"):
-        assert once[name] == killed[name], name
+        assert once[name] == resumed[name], name
 
 
 def test_trained_systems_answer_like_any_other_model(finished):
-    for system in SYSTEMS.split(","):
+    for system in CHOSEN:
         model, processor = load(finished / "seed-0" / system, "cpu")
         assert model.config.system == system
         answering.ask(model, processor, photograph(0), "Is there a boat?", 3)
 
 
-def test_another_preset_is_refused(finished, photographs):
-    with pytest.raises(InputError, match="begun with another preset or other photographs"):
-        run.study(finished, [photographs], "small")
+def test_another_preset_is_refused(finished, photograph_folder):
+    with pytest.raises(InputError, match="has another preset, other photographs or files of another version"):
+        run.study(StudyOptions([photograph_folder], finished, "small"))
 
 
-def test_other_photographs_are_refused_also_from_a_folder_of_the_same_name(finished, photographs, tmp_path):
-    others = tmp_path / photographs.name
+def test_other_photographs_are_refused_even_from_a_folder_of_the_same_name(finished, photograph_folder, tmp_path):
+    others = tmp_path / photograph_folder.name
     others.mkdir()
     for number in range(8):
         photograph(8 + number).save(others / f"{number}.jpg")
-    with pytest.raises(InputError, match="begun with another preset or other photographs"):
-        run.study(finished, [others], "tiny")
+    with pytest.raises(InputError, match="has another preset, other photographs or files of another version"):
+        run.study(StudyOptions([others], finished, "tiny"))
 
 
-def test_a_damaged_photograph_is_refused_before_anything_is_begun(photographs, tmp_path):
+def test_a_study_with_files_of_another_version_is_refused(photograph_folder, tmp_path):
+    """Its images and questions are pickles of classes that may have changed since."""
+    options = StudyOptions([photograph_folder], tmp_path, "tiny")
+    run._check_settings(options)
+    run._check_settings(options)  # the same version may resume
+    settings = json.loads((tmp_path / "study.json").read_text())
+    (tmp_path / "study.json").write_text(json.dumps(settings | {"format": settings["format"] - 1}))
+    with pytest.raises(InputError, match="has another preset, other photographs or files of another version"):
+        run._check_settings(options)
+
+
+def test_a_damaged_photograph_is_refused_before_any_work(photograph_folder, tmp_path):
     for number in range(8):
-        shutil.copy(photographs / f"{number}.jpg", tmp_path)
+        shutil.copy(photograph_folder / f"{number}.jpg", tmp_path)
     (tmp_path / "0.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:300])
     with pytest.raises(InputError, match="the photograph .*0.jpg is damaged or cannot be read"):
-        run.study(tmp_path / "out", [tmp_path])
+        run.study(StudyOptions([tmp_path], tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_one_study_at_a_time_in_a_folder(photographs, tmp_path):
+def test_a_folder_takes_one_study_at_a_time(photograph_folder, tmp_path):
     other = os.open(tmp_path, os.O_RDONLY)
     try:
         lock(other, tmp_path)
         with pytest.raises(InputError, match="another run is writing"):
-            run.study(tmp_path, [photographs], "tiny")
+            run.study(StudyOptions([photograph_folder], tmp_path, "tiny"))
     finally:
         os.close(other)
 
 
-def test_its_processes_end_with_a_study_that_is_killed(photographs, tmp_path):
-    study = started(photographs, tmp_path / "out", preset="small")
+def test_the_processes_of_a_killed_study_end(photograph_folder, tmp_path):
+    study = started(photograph_folder, tmp_path / "out", preset="small")
     try:
         while "seed-0 start: encoder" not in study.stderr.readline():  # which takes minutes
             assert study.poll() is None
@@ -171,35 +178,48 @@ def test_its_processes_end_with_a_study_that_is_killed(photographs, tmp_path):
 
 
 def killed(*_):
-    """A unit whose process the system ends."""
+    """A unit whose process is killed."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_process_is_told_in_one_sentence(photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_unit", killed)
+def test_a_killed_process_is_reported_in_one_sentence(photograph_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_run_unit", killed)
     with pytest.raises(InputError, match="a process of the study was killed"):
-        run.study(tmp_path / "out", [photographs], "tiny", seeds=[0], jobs=1)
+        run.study(StudyOptions([photograph_folder], tmp_path / "out", "tiny", seeds="0", jobs=1))
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"preset": "large"}, "the preset is 'large'; allowed: tiny, small"),
-        ({"systems": ["flex"]}, "there is no system 'flex' in the study; allowed: llava, "),
-        ({"seeds": []}, "a study needs a seed"),
-        ({"jobs": 0}, "the number of jobs is 0"),
-        (
-            {"preset": "tiny", "examples": [3, 20]},
-            "there is no question 20; the preset .tiny. has 20, numbered from 0",
-        ),
+        ({"preset": "large"}, "--preset is 'large'; allowed: tiny, small"),
+        ({"systems": "llava,flex"}, "--systems has 'flex'; allowed: all, or some of llava, "),
+        ({"systems": ""}, "--systems has ''; allowed"),
+        ({"seeds": "0,x"}, "--seeds is '0,x'; give comma-separated numbers"),
+        ({"seeds": ""}, "--seeds is ''; give comma-separated numbers"),
+        ({"jobs": 0}, "--jobs is 0; it must be at least 1"),
+        ({"preset": "tiny", "examples": "3,20"}, "--examples has 20; the preset 'tiny' has the questions 0 to 19"),
+        ({"examples": "all"}, "--examples is 'all'; give comma-separated numbers"),
     ],
 )
-def test_bad_input(options, message, photographs, tmp_path):
+def test_options_that_are_not_allowed_are_refused(options, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        run.study(tmp_path / "out", [photographs], **options)
-    assert not (tmp_path / "out").exists()
+        StudyOptions([tmp_path], tmp_path / "out", **options)
+
+
+def test_the_command_has_the_options_of_the_dataclass(monkeypatch, tmp_path):
+    studies = []
+    monkeypatch.setattr(run, "study", lambda options, command, progress: studies.append(options))
+    arguments = "--photographs a --photographs b -o out --seeds 3,1,3 --systems hd,llava --jobs 2 --examples 5"
+    for given in (arguments, "--photographs a --output out"):
+        result = CliRunner().invoke(app, given.split())
+        assert result.exit_code == 0, result.output
+    chosen = StudyOptions([Path("a"), Path("b")], Path("out"), "small", "3,1,3", "hd,llava", 2, "5")
+    assert studies == [chosen, StudyOptions([Path("a")], Path("out"))]
+    assert (chosen.seed_numbers, chosen.system_names, chosen.example_numbers) == ([3, 1], ["hd", "llava"], [5])
+    assert (studies[1].seed_numbers, studies[1].system_names) == ([0, 1, 2], list(SYSTEMS))
+    assert studies[1].example_numbers is None
 
 
 def test_too_few_photographs(tmp_path):
     with pytest.raises(InputError, match="found 0 photographs"):
-        run.study(tmp_path / "out", [tmp_path])
+        run.study(StudyOptions([tmp_path], tmp_path / "out"))

@@ -1,32 +1,34 @@
 """The shared stages of the study: token labels, encoded scenes, batches, and the map that is supervised."""
 
 import copy
+import dataclasses
 import random
 from collections import Counter
 
 import pytest
 import torch
-from test_study_scenes import photograph
+from small_study import photograph
 
 from flexattn_cuda import Trace
 from flexattn_cuda.families.llava.vision import encode_images
 from flexattn_cuda.mechanism import attention
 from flexattn_cuda.mechanism.config import FlexAttnConfig, settings_of
-from studies.small import pretraining
-from studies.small.encoded_scenes import cells_of, encode_scenes, resolutions_of
-from studies.small.presets import settings_for
-from studies.small.pretraining import (
-    CLASSES,
-    UNSURE,
-    EncoderData,
-    MapOfLayer,
-    TokenLabels,
-    train_encoder,
-    train_low_resolution,
-    whiten,
-)  # fmt: skip
-from studies.small.scenes import TASKS, Glyph, Painter, Sign, make_scenes, vocabulary
+from flexattn_cuda.tasks.training_data import IGNORED
+from studies.small import low_resolution_stage
+from studies.small.attention_maps import causal_visibility, record_maps
+from studies.small.batches import cells_of, pack_scenes, question_batch
+from studies.small.encoded_scenes import Pick, encode_scenes, resolutions_of
+from studies.small.encoder_data import EncoderData
+from studies.small.encoder_stage import train_encoder, whiten
+from studies.small.low_resolution_stage import LowResolutionModel, masked_attention, train_low_resolution
+from studies.small.objects import Box, Glyph, Sign
+from studies.small.optimizer import MuonAndAdamW, one_cycle
+from studies.small.painter import Painter
+from studies.small.presets import PRESETS, settings_for
+from studies.small.questions import TASKS, vocabulary
+from studies.small.scenes import make_scenes
 from studies.small.small_model import ModelSizes, build_model, build_processor
+from studies.small.token_labels import CLASSES, UNSURE, TokenLabels
 
 SIZES = ModelSizes(vision_layers=1, layers=3)
 FLEXATTN = settings_for("flexattn", SIZES)
@@ -49,11 +51,12 @@ def encoded(built):
 
 def test_a_token_has_the_class_of_what_covers_it():
     labels = TokenLabels(4, 8, CLASSES)
-    labels.add_sign(Sign("green", (Glyph("7", (8, 8, 16, 16)), Glyph("star", (16, 8, 24, 16))), (6, 6, 26, 18)))
+    glyphs = (Glyph("7", Box(8, 8, 16, 16)), Glyph("star", Box(16, 8, 24, 16)))
+    labels.add_sign(Sign("green", glyphs, Box(6, 6, 26, 18)))
     names = {name: [*classes, None] for name, classes in CLASSES.items()}
     value = {name: labels.labels[name][1, 1:3] for name in CLASSES}
     assert [names["glyph"][v] for v in value["glyph"]] == ["7", "star"]
-    assert [names["place"][v] for v in value["place"]] == ["first", "second"]
+    assert [names["position"][v] for v in value["position"]] == ["first", "second"]
     assert [names["colour"][v] for v in value["colour"]] == ["green"] * 2
     assert labels.labels["colour"][0, 0] == UNSURE  # a corner of 4 pixels
     assert labels.labels["glyph"][0, 0] == len(CLASSES["glyph"])
@@ -63,14 +66,14 @@ def test_a_token_has_the_class_of_what_covers_it():
 @pytest.mark.parametrize("box", [(8, 8, 12, 12), (28, 8, 37, 17)], ids=["too small", "cut by the edge"])
 def test_what_cannot_be_read_has_no_label(box):
     labels = TokenLabels(4, 8, CLASSES)
-    labels.add_sign(Sign("red", (Glyph("star", box),), (4, 4, 32, 20)))
+    labels.add_sign(Sign("red", (Glyph("star", Box(*box)),), Box(4, 4, 32, 20)))
     glyphs = labels.labels["glyph"]
     assert (glyphs == UNSURE).any()
     assert set(glyphs.flatten()) == {UNSURE, len(CLASSES["glyph"])}
 
 
 def test_cells_of_boxes_are_those_that_they_touch():
-    touched = cells_of([(10, 0, 30, 10), (390 - 20, 370, 384, 384)], side=12).view(12, 12)
+    touched = cells_of([Box(10, 0, 30, 10), Box(370, 370, 384, 384)], side=12).view(12, 12)
     assert touched.nonzero().tolist() == [[0, 0], [11, 11]]
 
 
@@ -95,16 +98,16 @@ def test_features_are_those_of_the_model_on_the_image(built, encoded):
 @pytest.mark.parametrize("settings", [None, FLEXATTN, settings_of("hd", SIZES.lowres)], ids=["low", "flexattn", "hd"])
 def test_labels_are_the_answers_at_the_end_of_the_prompt(built, encoded, settings):
     _, processor = built
-    batch = encoded.batch(encoded.asked(), processor, settings)
+    batch = question_batch(encoded, encoded.asked(), processor, settings)
     for row, scene in enumerate(encoded.scenes):
-        words = processor.tokenizer.convert_ids_to_tokens(batch["labels"][row][batch["labels"][row] != -100])
+        words = processor.tokenizer.convert_ids_to_tokens(batch["labels"][row][batch["labels"][row] != IGNORED])
         assert tuple(words) == (*scene.asked.answer, "</s>")
-    labelled = batch["labels"] != -100
+    labelled = batch["labels"] != IGNORED
     assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
     tokens = 144 + (256 if settings and settings.system == "hd" else 0)
     assert ((batch["input_ids"] == processor.image_token_id).sum(1) == tokens).all()
     assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == processor.tokenizer.pad_token_id)
-    prompts = encoded.batch(encoded.asked(), processor, settings, answers=False)
+    prompts = question_batch(encoded, encoded.asked(), processor, settings, answers=False)
     assert "labels" not in prompts
     assert (prompts["input_ids"][:, -1] != processor.tokenizer.eos_token_id).all()
 
@@ -135,11 +138,10 @@ def test_images_and_their_features_are_answered_alike(system):
     processor = build_processor(vocabulary(), settings, SIZES)
     torch.manual_seed(0)
     model = build_model(processor, settings, SIZES)
-    high = [(settings.zoom, settings.highres_size)] if settings else []
-    own = encode_scenes(model, processor, make_scenes([photograph(0)], 1, seed=0), 1, high)
+    own = encode_scenes(model, processor, make_scenes([photograph(0)], 1, seed=0), 1, resolutions_of([settings]))
     scene = next(make_scenes([photograph(0)], 1, seed=0))
     inputs = processor(images=scene.image, text=processor.prompt(scene.asked.text))
-    features = own.batch(own.asked(), processor, settings, answers=False)
+    features = question_batch(own, own.asked(), processor, settings, answers=False)
     assert torch.equal(features["input_ids"], inputs["input_ids"])
     with torch.no_grad():
         torch.testing.assert_close(model(**features).logits, model(**inputs).logits, atol=2e-2, rtol=0)
@@ -155,84 +157,79 @@ def plain():
 def test_packed_questions_are_answered_as_alone(plain, built, encoded):
     processor = built[1]
     numbers = [0, 3, 5]
-    packed = encoded.packed(numbers, processor)
-    image = packed["input_ids"] == processor.image_token_id
-    embedded = plain.get_input_embeddings()(packed["input_ids"]).masked_scatter(
-        image.unsqueeze(-1), packed["image_features"]
-    )
-    language = plain.model.language_model
+    picks = [Pick(number, question) for number in numbers for question in encoded.scenes[number].questions]
     with torch.no_grad():
-        language.set_attn_implementation("sdpa")
-        hidden = language(
-            inputs_embeds=embedded,
-            attention_mask=packed["visible"],
-            position_ids=packed["position_ids"],
-        ).last_hidden_state
-        language.set_attn_implementation(attention.NAME)
-        for row, number in enumerate(numbers):
-            picks = [(number, question) for question in encoded.scenes[number].questions]
-            alone = encoded.batch(picks, processor, None)
-            predicting = alone["labels"].roll(-1, 1) != UNSURE
-            expected = plain(**alone, use_cache=False).logits[predicting]
-            rows = packed["cells"][row].any(-1)
-            torch.testing.assert_close(plain.lm_head(hidden[row, rows]), expected, atol=1e-5, rtol=1e-4)
-            assert torch.equal(packed["labels"][row].roll(-1)[rows], alone["labels"][alone["labels"] != UNSURE])
-            looks = [boxes for _, question in picks for boxes in (*question.looks, question.boxes)]
-            assert torch.equal(
-                packed["cells"][row][rows],
-                torch.stack([cells_of(boxes, SIZES.lr_side) for boxes in looks]),
-            )
+        with masked_attention(plain), record_maps(plain, range(SIZES.first_layer - 1, SIZES.layers)) as maps:
+            packed = LowResolutionModel(plain, processor, maps).predict(encoded, numbers, SIZES.layers)
+        # One question a batch, so that none is padded.
+        alone = [question_batch(encoded, [pick], processor, None) for pick in picks]
+        predicting = [batch["labels"].roll(-1, 1) != IGNORED for batch in alone]
+        logits = [plain(**batch, use_cache=False).logits[rows] for batch, rows in zip(alone, predicting)]
+    torch.testing.assert_close(packed.logits, torch.cat(logits), atol=1e-5, rtol=1e-4)
+    labels = [batch["labels"][batch["labels"] != IGNORED] for batch in alone]
+    assert torch.equal(packed.labels, torch.cat(labels))
+    looks = [boxes for pick in picks for boxes in (*pick.question.looks, pick.question.boxes)]
+    assert torch.equal(packed.cells.bool(), torch.stack([cells_of(boxes, SIZES.lr_side) for boxes in looks]))
+    assert packed.maps.shape == (SIZES.layers - SIZES.first_layer + 1, len(looks), SIZES.lr_side**2)
+
+
+def test_packed_rows_are_padded_on_the_right(built, encoded):
+    """Padding is seen by no question and predicts nothing."""
+    processor = built[1]
+    packed = pack_scenes(encoded, [0, 3], processor)
+    padding = packed.input_ids == processor.tokenizer.pad_token_id
+    assert padding.any() and not (padding[:, :-1] & ~padding[:, 1:]).any()
+    assert not (packed.visible[:, 0] & ~padding[:, :, None] & padding[:, None]).any()
+    assert (packed.labels[padding] == IGNORED).all() and not packed.cells[padding].any()
+
+
+def test_the_first_layers_alone_give_the_same_first_map(plain, built, encoded):
+    """The localise stage runs no layer that its map does not need."""
+    with torch.no_grad(), masked_attention(plain), record_maps(plain, range(1, SIZES.layers)) as maps:
+        low = LowResolutionModel(plain, built[1], maps)
+        first, every = (low.predict(encoded, [0, 1], layers) for layers in (2, SIZES.layers))
+    assert len(first.maps) == 1 and len(every.maps) == 2
+    assert torch.equal(first.maps[0], every.maps[0])
+    assert not torch.equal(first.logits, every.logits)
 
 
 def test_the_supervised_map_is_the_one_that_selects(built, encoded):
     """The operator's map, which is the sum over heads, of every answer row."""
     model, processor = built
-    picks = [pick for pick in encoded.asked() if pick[1].task == "text"]
-    inputs = encoded.batch(picks, processor, FLEXATTN)
-    map_of, trace = MapOfLayer(model, SIZES.first_layer - 1), Trace()
+    picks = [pick for pick in encoded.asked() if pick.question.task == "text"]
+    inputs = question_batch(encoded, picks, processor, FLEXATTN)
+    trace, selecting = Trace(), SIZES.first_layer - 1
     assert inputs["attention_mask"].all()  # questions of one length: nothing is padded
-    with torch.no_grad():
+    with torch.no_grad(), record_maps(model, [selecting]) as (recorded,):
         model(**inputs, use_cache=False, flexattn_trace=trace)
-        maps = map_of(torch.ones(inputs["input_ids"].shape[1:] * 2, dtype=torch.bool).tril())
-    map_of.handle.remove()
-    begin = inputs["input_ids"][0].tolist().index(processor.image_token_id)
-    recorded = trace.steps[0][SIZES.first_layer - 1].map[:, :, 0]
-    torch.testing.assert_close(maps[:, -4:-1, begin : begin + 144] * SIZES.heads, recorded, atol=1e-6, rtol=1e-4)
+        maps = recorded.map(causal_visibility(inputs["attention_mask"]))
+    start = inputs["input_ids"][0].tolist().index(processor.image_token_id)
+    expected = trace.steps[0][selecting].map[:, :, 0]
+    torch.testing.assert_close(maps[:, -4:-1, start : start + 144] * SIZES.heads, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_the_low_resolution_stage_learns_and_leaves_the_encoder(plain, built, encoded, monkeypatch):
+def test_the_low_resolution_stages_learn_and_leave_the_encoder(plain, built, encoded, monkeypatch):
     model, processor = copy.deepcopy(plain), built[1]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     losses = {"localise": [], "answer": []}
-    loop = pretraining.train_loop
+    train_stage = low_resolution_stage.train_stage
 
-    def recorded(name, steps, parameters, rate, loss_of, report):
-        loop(
-            name,
-            steps,
-            parameters,
-            rate,
-            lambda step: losses[name].append(loss_of(step)) or losses[name][-1],
-            report,
-        )
+    def recorded(stage, steps):
+        loss = stage.loss
+        stage.loss = lambda step: losses[stage.name].append(loss(step)) or losses[stage.name][-1]
+        train_stage(stage, steps)
 
-    monkeypatch.setattr(pretraining, "train_loop", recorded)
-    found = train_low_resolution(
-        model,
-        processor,
-        encoded,
-        encoded,
-        SIZES.first_layer,
-        localise_steps=6,
-        answer_steps=4,
-        seed=0,
-    )
+    monkeypatch.setattr(low_resolution_stage, "train_stage", recorded)
+    preset = dataclasses.replace(PRESETS["tiny"], localise_steps=6, answer_steps=4, sizes=SIZES)
+    found = train_low_resolution(model, processor, encoded, encoded, preset)
+    assert [len(of_stage) for of_stage in losses.values()] == [6, 4]
     assert all(of_stage[-1] < of_stage[0] for of_stage in losses.values())
     assert all(0 <= value <= 1 for row in found.values() for value in row.values())
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed and all("language_model" in name or "lm_head" in name for name in changed)
     assert len(model.model.language_model.layers) == SIZES.layers
     assert model.model.language_model.config._attn_implementation == attention.NAME
+    assert not any(layer.self_attn._forward_pre_hooks for layer in model.model.language_model.layers)
 
 
 def test_whitening_leaves_no_direction_that_varies_much_more_than_another(built):
@@ -259,11 +256,8 @@ def test_the_encoder_stage_reports_every_resolution_and_freezes_the_encoder(buil
     model, processor = copy.deepcopy(built[0]), built[1]
     before = model.model.multi_modal_projector.linear_1.weight.clone()
     right = train_encoder(model, processor, [photograph(0)], [photograph(1)], steps=3, batch=2)
-    assert set(right) == {
-        "low",
-        "hd",
-        *(f"zoom {zoom} {size}" for zoom in (2, 3, 4) for size in ("small", "large")),
-    }
+    tiles = (f"zoom {zoom} {size}" for zoom in (2, 3, 4) for size in ("small", "large"))
+    assert set(right) == {"low", "hd", *tiles}
     assert set(right["zoom 3 small"]) == set(CLASSES)
     assert not torch.equal(model.model.multi_modal_projector.linear_1.weight, before)
     assert not any(p.requires_grad for p in model.model.vision_tower.parameters())
@@ -275,13 +269,11 @@ def test_zoom_sets_the_high_resolution():
     )
 
 
-def test_the_optimizer_goes_on_from_its_state():
-    """Six steps, and three with three more by an optimizer that has the first one's state: the same weights and rates."""
+def test_the_optimizer_resumes_from_its_state():
+    """Six steps equal three, and three more by an optimizer with the state of the first, in weights and rates."""
     torch.manual_seed(0)
-    inputs, start = (
-        torch.randn(6, 8, 4),
-        torch.nn.ModuleDict({"between": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 2)}),
-    )
+    inputs = torch.randn(6, 8, 4)
+    start = torch.nn.ModuleDict({"between": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 2)})
 
     def steps(model, optimizer, schedule, batches):
         for batch in batches:
@@ -292,8 +284,8 @@ def test_the_optimizer_goes_on_from_its_state():
         return [group["lr"] for group in optimizer.param_groups]
 
     def made(model):
-        optimizer = pretraining.MuonAndAdamW(dict(model.named_parameters()), 1e-2)
-        return model, optimizer, pretraining.one_cycle(optimizer, 7)
+        optimizer = MuonAndAdamW(dict(model.named_parameters()), 1e-2)
+        return model, optimizer, one_cycle(optimizer, 7)
 
     once, halved = made(copy.deepcopy(start)), made(copy.deepcopy(start))
     rates = steps(*once, inputs)

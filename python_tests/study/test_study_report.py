@@ -1,6 +1,5 @@
 """The study's report, on made-up results whose figures can be computed by hand."""
 
-import csv
 import json
 import math
 import re
@@ -8,12 +7,14 @@ from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
+from small_study import read_csv, write_csv
 
 pytest.importorskip("matplotlib")
 
 from flexattn_cuda.errors import InputError
 from studies.small import figures, statistics
 from studies.small.collection import costs
+from studies.small.outcomes import Selection
 from studies.small.presets import SYSTEMS
 from studies.small.report import write_report
 from studies.small.results import TITLES, Results
@@ -28,18 +29,6 @@ SMALL = {
 LARGE = 8  # of every system
 
 
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def answers(systems=("llava", "hd", "flexattn", "random", "center"), seeds=(0, 1, 2)):
     """LLaVA-HD answers as FlexAttention, the strategies as LLaVA."""
     rows = []
@@ -49,8 +38,9 @@ def answers(systems=("llava", "hd", "flexattn", "random", "center"), seeds=(0, 1
             asked = [(task, size, k) for size in ("small", "large") for task in TASKS for k in range(10)]
             for number, (task, size, k) in enumerate(asked):
                 right = k < (like[task][seed] if size == "small" else LARGE)
-                rows.append({"seed": seed, "system": system, "number": number, "task": task, "size": size, "question": "What?",
-                             "expected": "4 7", "answer": "4 7" if right else "1 1", "right": int(right)})  # fmt: skip
+                row = {"seed": seed, "system": system, "number": number, "task": task, "size": size}
+                row |= {"question": "What?", "expected": "4 7", "answer": "4 7" if right else "1 1"}
+                rows.append(row | {"right": int(right)})
     return rows
 
 
@@ -70,24 +60,33 @@ def fill(folder, **given):
 def finished(tmp_path_factory):
     """The folder of a finished study, with its report."""
     folder = fill(tmp_path_factory.mktemp("results"), systems=tuple(TITLES))
-    write_csv(folder / "maps.csv", [
-        {"seed": seed, "system": system, "layer": layer, "size": size, "mass": 0.1 + 0.2 * seed, "largest": 0.5, "boxes": 0.05}
-        for seed in range(3) for system in ("llava", "flexattn") for layer in range(2) for size in ("small", "large")
-    ])  # fmt: skip
-    write_csv(folder / "costs.csv", [
-        {"system": system, "study_gflops_published": 5 - k, "study_gflops_here": 1 + k, "paper_tflops_published": 9 + k, "paper_tflops_here": 8 + k,
-         "selected_share": 0.1 if system == "flexattn" else ""} for k, system in enumerate(("llava", "flexattn", "hd"))
-    ])  # fmt: skip
-    write_csv(folder / "systems.csv", [
-        {"seed": seed, "system": "flexattn", "steps": 100, "final_loss": 0.5, "selected_share": 0.1, "train_seconds": 60 * (1 + seed)}
-        for seed in range(3)
-    ])  # fmt: skip
+    at = {"mass": 0.1, "largest": 0.5, "boxes": 0.05}
+    write_csv(
+        folder / "maps.csv",
+        [
+            {"seed": seed, "system": system, "layer": layer, "size": size} | at | {"mass": 0.1 + 0.2 * seed}
+            for seed in range(3)
+            for system in ("llava", "flexattn")
+            for layer in range(2)
+            for size in ("small", "large")
+        ],
+    )
+    costs = ("study_gflops_published", "study_gflops_here", "paper_tflops_published", "paper_tflops_here")
+    write_csv(
+        folder / "costs.csv",
+        [
+            {"system": system, **dict(zip(costs, (5 - k, 1 + k, 9 + k, 8 + k))), "selected_share": share}
+            for k, (system, share) in enumerate((("llava", ""), ("flexattn", 0.1), ("hd", "")))
+        ],
+    )
+    training = {"system": "flexattn", "steps": 100, "final_loss": 0.5, "selected_share": 0.1}
+    minutes = [{"seed": seed, **training, "train_seconds": 60 * (1 + seed)} for seed in range(3)]
+    write_csv(folder / "systems.csv", minutes)
     (folder / "examples").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "examples" / "1.png")
-    (folder / "examples.json").write_text(json.dumps([
-        {"file": "examples/1.png", "caption": "a <sign>", "question": "What?", "expected": "4 7",
-         "answers": {"flexattn": "4 7", "llava": "1 1"}}
-    ]))  # fmt: skip
+    example = {"file": "examples/1.png", "caption": "a <sign>", "question": "What?", "expected": "4 7"}
+    example["answers"] = {"flexattn": "4 7", "llava": "1 1"}
+    (folder / "examples.json").write_text(json.dumps([example]))
     (folder / "remarks.txt").write_text("Two & two.\n\nMore.")
     write_report(folder)
     return folder
@@ -137,25 +136,17 @@ def test_differences_are_paired_by_question(finished):
     assert float(row["difference"]) == pytest.approx(17 / 30, rel=1e-5)
     assert float(row["error_questions"]) == pytest.approx(math.sqrt(17 / 30 * 13 / 30 / 29), rel=1e-5)
     assert float(row["error_seeds"]) == pytest.approx(math.sqrt((2 * (1 / 30) ** 2 + (2 / 30) ** 2) / 2 / 3), rel=1e-5)
-    assert (row["same_sign"], row["over_two_standard_errors"], row["holds"]) == (
-        "yes",
-        "yes",
-        "yes",
-    )
+    assert {row["same_sign"], row["over_two_standard_errors"], row["holds"]} == {"yes"}
 
 
 def test_a_difference_that_does_not_hold_is_reported_as_not_holding(finished, page):
     row = row_of(read_csv(finished / "differences.csv"), minus="llava", task="text")
-    assert (
-        float(row["difference"]),
-        row["same_sign"],
-        row["over_two_standard_errors"],
-        row["holds"],
-    ) == (0, "no", "no", "no")
+    assert float(row["difference"]) == 0
+    assert {row["same_sign"], row["over_two_standard_errors"], row["holds"]} == {"no"}
     first, second, third = sentences(page)
+    holding = r" holds for all tasks together \([^)]*\) and attribute, "
     for sentence in (first, second):
-        assert re.search(r" holds for all tasks together \([^)]*\) and attribute, but does not hold for text \(\+0\.0 ± [0-9.]+ points\)",
-                         sentence)  # fmt: skip
+        assert re.search(holding + r"but does not hold for text \(\+0\.0 ± [0-9.]+ points\)", sentence)
     assert "LLaVA-HD" in third and "does not hold" not in third.split(";")[0]
 
 
@@ -167,14 +158,12 @@ def test_a_system_that_is_behind_is_not_level(tmp_path):
     write_csv(tmp_path / "answers.csv", rows)
     page = write_report(tmp_path).read_text()
     assert row_of(read_csv(tmp_path / "differences.csv"), minus="hd", task="all")["holds"] == "no"
-    assert (
-        "at least level with LLaVA-HD, over objects of all sizes, does not hold for all tasks together (−"
-        in sentences(page)[2]
-    )
+    expectation = "at least level with LLaVA-HD on objects of all sizes"
+    assert f"{expectation} does not hold for all tasks together (−" in sentences(page)[2]
 
 
 def test_seeds_that_disagree_do_not_hold():
-    """Many questions in favour, but one seed against: neither the sign nor the error over seeds is that of a finding."""
+    """Many questions in favour but one seed against: neither the sign nor the error over seeds supports it."""
     one = {seed: dict.fromkeys(range(1000), seed != 2) for seed in range(3)}
     other = {seed: dict.fromkeys(range(1000), seed == 2) for seed in range(3)}
     found = statistics.paired_difference(one, other)
@@ -192,50 +181,40 @@ def test_questions_that_only_one_system_answered_do_not_count():
 
 def test_costs_and_fewer_flops(finished, page):
     row = row_of(read_csv(finished / "table_1_2.csv"), system="hd", objects="all", task="all")
-    columns = (
-        "study_gflops_published",
-        "study_gflops_here",
-        "paper_tflops_published",
-        "selected_share",
-    )
+    columns = ("study_gflops_published", "study_gflops_here", "paper_tflops_published", "selected_share")
     assert [row[name] for name in columns] == ["3", "3", "11", ""]
     assert sentences(page)[2].endswith(
-        "needs fewer FLOPs holds for GFLOPs in the study as run here (2 against 3), TFLOPs at 7B as published (10 against 11) and "
-        "TFLOPs at 7B as run here (9 against 10), but does not hold for GFLOPs in the study as published (4 against 3)."
+        "needs fewer FLOPs holds for GFLOPs in the study as run here (2 against 3), "
+        "TFLOPs at 7B as published (10 against 11) and TFLOPs at 7B as run here (9 against 10), "
+        "but does not hold for GFLOPs in the study as published (4 against 3)."
     )
 
 
 @pytest.mark.parametrize("share, tiles", [(0.55, 2.5), (0.26, 1.04)])
 def test_costs_are_counted_whatever_the_maps_select(share, tiles):
     """At zoom 2: means over questions, each of which selects in no more tiles than hold its tokens."""
-    row = costs("flexattn-zoom2", ModelSizes(), share, tiles)
+    row = costs("flexattn-zoom2", ModelSizes(), Selection(share, tiles))
     assert row["selected_share"] == share
     assert 0 < row["study_gflops_here"] < 10 and 0 < row["paper_tflops_here"] < row["paper_tflops_published"]
 
 
-def test_a_study_under_way_tells_what_is_missing(tmp_path):
+def test_the_report_of_an_unfinished_study_lists_what_is_missing(tmp_path):
     folder = fill(tmp_path)
-    under_way = {
-        ("llava", 0): 40,
-        ("llava", 2): 40,
-        ("flexattn", 0): 40,
-        ("flexattn", 1): 40,
-        ("flexattn", 2): 30,
-    }
+    under_way = {("llava", 0): 40, ("llava", 2): 40, ("flexattn", 0): 40, ("flexattn", 1): 40, ("flexattn", 2): 30}
     rows = [row for row in answers() if row["number"] < under_way.get((row["system"], row["seed"]), 0)]
     write_csv(folder / "answers.csv", rows)
     page = write_report(folder).read_text()
     told = re.search(r'id="missing".*?</div>', page, re.DOTALL).group(0)
-    assert "Seed 1 has no answers of: LLaVA, low resolution; LLaVA-HD;" in told
+    assert "Seed 1 lacks answers from: LLaVA, low resolution; LLaVA-HD;" in told
     assert "Seed 2: FlexAttention has answered 30 of 40 questions." in told
-    assert "There is nothing in costs.csv." in told
-    assert sentences(page)[1].count("is not measured yet") == 2
+    assert "costs.csv is missing or empty." in told
+    assert sentences(page)[1].count("has not been tested yet") == 2
     assert row_of(read_csv(folder / "differences.csv"), minus="random", task="all")["holds"] == ""
 
 
-def test_one_seed_is_told(tmp_path):
+def test_a_single_seed_is_pointed_out(tmp_path):
     write_csv(tmp_path / "answers.csv", answers(seeds=(0,)))
-    assert "There is one seed only" in Results.read(tmp_path).missing()[0]
+    assert "There is only one seed" in Results.read(tmp_path).missing()[0]
 
 
 def test_a_finished_study_misses_nothing(page):
@@ -279,17 +258,27 @@ def test_the_report_is_the_same_when_made_again(finished, page):
     assert write_report(str(finished)).read_text() == page
 
 
-def test_without_matplotlib_a_sentence_says_so(tmp_path, monkeypatch):
+def test_a_report_without_matplotlib_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="need matplotlib: pip install matplotlib"):
+    with pytest.raises(InputError, match="need matplotlib; run pip install matplotlib"):
         write_report(fill(tmp_path))
 
 
-def test_without_answers_a_sentence_says_so(tmp_path):
+def test_a_report_without_answers_is_refused(tmp_path):
     folder = fill(tmp_path)
     (folder / "answers.csv").write_text("")
-    with pytest.raises(InputError, match="no answers in .*answers.csv"):
+    with pytest.raises(InputError, match="answers.csv holds no answers"):
         write_report(folder)
     (folder / "answers.csv").write_text("seed,system\n0,llava\n")
     with pytest.raises(InputError, match="answers.csv has no column number, task, size, right"):
+        write_report(folder)
+
+
+def test_a_table_with_a_wrong_value_is_refused(tmp_path):
+    folder = fill(tmp_path)
+    write_csv(
+        folder / "maps.csv",
+        [{"seed": 0, "system": "llava", "layer": "first", "size": "small", "mass": 0.1, "boxes": 0}],
+    )
+    with pytest.raises(InputError, match="maps.csv cannot be read: .*'first'"):
         write_report(folder)

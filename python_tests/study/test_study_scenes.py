@@ -1,4 +1,4 @@
-"""The study's images: what is drawn, what is asked, and that both are known."""
+"""The study's images: what is drawn and asked is known, and answers are balanced."""
 
 import random
 from collections import Counter
@@ -9,38 +9,11 @@ from PIL import Image
 
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.inputs.images import square_resized
-from studies.small.scenes import (
-    CHANCE,
-    COLORS,
-    SHAPES,
-    SIDE,
-    SIZES,
-    TASKS,
-    VEHICLES,
-    Glyph,
-    Painter,
-    Sign,
-    find_photographs,
-    make_scenes,
-    photograph_files,
-    shape_outline,
-    sign_questions,
-    square_corner,
-    vehicle_outline,
-    vehicle_questions,
-    vocabulary,
-)  # fmt: skip
-
-
-def photograph(seed: int) -> Image.Image:
-    """Smooth noise."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((240, 180), Image.Resampling.BICUBIC)
-
-
-@pytest.fixture(scope="module")
-def photographs():
-    return [photograph(seed) for seed in range(3)]
+from studies.small.objects import COLORS, SHAPES, VEHICLES, Box, Glyph, Sign, shape_outline, vehicle_outline
+from studies.small.painter import SIDE, Painter
+from studies.small.photographs import find_photographs, photograph_files
+from studies.small.questions import CHANCE, TASKS, sign_questions, vehicle_questions, vocabulary
+from studies.small.scenes import SIZES, draw_scene, make_scenes, square_corner
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +41,7 @@ def test_images_have_the_side_that_they_are_resampled_from(scenes):
     assert {max(scene.image.size) for scene in scenes} == {SIDE}
 
 
-def test_boxes_lie_inside_the_image_within_its_padding(scenes):
+def test_boxes_lie_inside_the_image(scenes):
     for scene in scenes:
         left, top = ((SIDE - part) // 2 for part in scene.image.size)
         right, bottom = left + scene.image.width, top + scene.image.height
@@ -78,15 +51,12 @@ def test_boxes_lie_inside_the_image_within_its_padding(scenes):
 
 @pytest.mark.parametrize("size", [(257, 384), (384, 193), (256, 384), (384, 384)])
 def test_the_square_begins_where_the_preprocessing_pads(size):
-    """An image with one white pixel, padded to a square of its own side."""
+    """Checked with one white pixel in an image that is padded to a square."""
     image = Image.new("RGB", size)
     image.putpixel((5, 7), (255, 255, 255))
     left, top = square_corner(image)
-    assert square_resized(image, max(size), (0, 0, 0)).getpixel((5 - left, 7 - top)) == (
-        255,
-        255,
-        255,
-    )
+    padded = square_resized(image, max(size), (0, 0, 0))
+    assert padded.getpixel((5 - left, 7 - top)) == (255, 255, 255)
 
 
 def test_glyphs_lie_on_their_sign_in_reading_order(scenes):
@@ -107,7 +77,7 @@ def test_nothing_drawn_overlaps(scenes):
 
 
 def test_a_sign_has_its_colour_and_light_glyphs_where_the_boxes_say(scenes):
-    """A corner inside the border is plain; the middle of a circle or square is the colour of the glyphs."""
+    """A corner inside the border shows the plate; the middle of a circle, square or cross shows the glyph."""
     seen = 0
     for scene in scenes:
         pad = [(SIDE - part) // 2 for part in scene.image.size]
@@ -137,10 +107,8 @@ def test_answers_follow_from_what_is_drawn(scenes):
                 assert question.answer == ("yes" if right else "no",)
             else:
                 (sign,) = (sign for sign in scene.signs if sign.color in words)
-                names, looks = (
-                    tuple(glyph.name for glyph in sign.glyphs),
-                    tuple((glyph.box,) for glyph in sign.glyphs),
-                )
+                names = tuple(glyph.name for glyph in sign.glyphs)
+                looks = tuple((glyph.box,) for glyph in sign.glyphs)
                 if question.task == "spatial":
                     assert words[2] == "circle"
                     subject = names.index("circle")
@@ -151,21 +119,14 @@ def test_answers_follow_from_what_is_drawn(scenes):
                     assert question.answer == names and len(names) == (2 if question.task == "text" else 1)
 
 
-def test_colours_tell_signs_apart(scenes):
+def test_no_two_signs_have_the_same_colour(scenes):
     assert all(len({sign.color for sign in scene.signs}) == len(scene.signs) for scene in scenes)
 
 
 def test_large_things_are_larger_by_the_factor_of_the_sizes(scenes):
-    for things in ("signs", "vehicles"):
+    for kind in ("signs", "vehicles"):
         width = {
-            size: np.mean(
-                [
-                    thing.box[2] - thing.box[0]
-                    for scene in scenes
-                    if scene.size == size
-                    for thing in getattr(scene, things)
-                ]
-            )
+            size: np.mean([drawn.box.width for scene in scenes if scene.size == size for drawn in getattr(scene, kind)])
             for size in SIZES
         }
         # Widths vary within a fifth of their mean: the mean of hundreds is within 5 %.
@@ -176,7 +137,7 @@ def test_answers_are_balanced(photographs):
     """Within four standard errors of uniform, in what is asked and in all questions of the training."""
     painter = Painter(photographs, None, random.Random(3))
     painter.background = lambda width, height, shares: Image.new("RGB", (width, height))
-    drawn = {task: [painter.scene(task, "small", turn) for turn in range(300)] for task in TASKS}
+    drawn = {task: [draw_scene(painter, task, "small", turn) for turn in range(300)] for task in TASKS}
     possible = {
         "attribute": SHAPES,
         "spatial": ("left", "right"),
@@ -191,11 +152,8 @@ def test_answers_are_balanced(photographs):
                 for number, scene in enumerate(drawn[task])
             ],
         ):
-            counts, p, n = (
-                Counter(question.answer for question in chosen),
-                CHANCE[task],
-                len(chosen),
-            )
+            counts = Counter(question.answer for question in chosen)
+            p, n = CHANCE[task], len(chosen)
             assert set(counts) == {(answer,) for answer in answers}
             assert p == 1 / len(answers)
             assert max(abs(count - p * n) for count in counts.values()) < 4 * (n * p * (1 - p)) ** 0.5
@@ -212,33 +170,28 @@ def test_two_answers_are_asked_for_equally_often(scenes):
 
 def test_how_many_vehicles_there_are_tells_nothing_about_the_answer():
     """Every fleet asks about each kind alike: renaming the kinds turns one answer into the other."""
-    box = (0.0, 0.0, 1.0, 1.0)
+    box = Box(0, 0, 1, 1)
     for fleet in (["car", "car", "boat"], ["plane"] * 3 + ["car"] * 2):
         questions = vehicle_questions([Glyph(kind, box) for kind in fleet])
-        assert Counter(question.answer for question in questions if question.task == "comparison") == {
-            ("yes",): 1,
-            ("no",): 1,
-        }
+        answers = Counter(question.answer for question in questions if question.task == "comparison")
+        assert answers == {("yes",): 1, ("no",): 1}
 
 
 @pytest.mark.parametrize("names, answer", [(("star", "circle"), "right"), (("circle", "star"), "left")])
 def test_a_sign_with_two_shapes_is_asked_where_its_circle_is(names, answer):
-    glyphs = tuple(Glyph(name, (float(k), 0.0, k + 1.0, 1.0)) for k, name in enumerate(names))
-    (question,) = sign_questions([Sign("red", glyphs, (0.0, 0.0, 2.0, 1.0))])
-    assert (question.text, question.answer) == (
-        "Is the circle left or right of the star on the red sign?",
-        (answer,),
-    )
+    glyphs = tuple(Glyph(name, Box(k, 0, k + 1, 1)) for k, name in enumerate(names))
+    (question,) = sign_questions([Sign("red", glyphs, Box(0, 0, 2, 1))])
+    assert question.text == "Is the circle left or right of the star on the red sign?"
+    assert question.answer == (answer,)
     assert question.boxes == (glyphs[names.index("circle")].box,)
 
 
 def test_area_and_extent_do_not_tell_vehicles_apart():
     """Equal within 5 %: a blob at low resolution is as bright and as large for each."""
     outlines = [np.array(vehicle_outline(kind)) for kind in VEHICLES]
-    for values in (
-        [area(corners) for corners in outlines],
-        [np.hypot(*corners.T).max() for corners in outlines],
-    ):
+    areas = [area(corners) for corners in outlines]
+    extents = [np.hypot(*corners.T).max() for corners in outlines]
+    for values in (areas, extents):
         assert max(values) / min(values) < 1.05
 
 
@@ -261,7 +214,7 @@ def test_the_vocabulary_has_every_word(scenes):
         assert {*words(question.text), *question.answer} <= known
 
 
-def test_held_out_photographs_are_others(tmp_path):
+def test_held_out_photographs_are_not_trained_on(tmp_path):
     for number in range(9):
         Image.new("RGB", (40, 30), (28 * number, 0, 0)).save(tmp_path / f"{number}.jpg", quality=100)
     shades = [
@@ -272,8 +225,8 @@ def test_held_out_photographs_are_others(tmp_path):
     assert not shades[0] & shades[1]
 
 
-def test_photographs_of_both_endings_in_any_case_come_by_name(tmp_path):
-    folder = tmp_path / "desktop" / "photographs"  # what lies above the given folder does not matter
+def test_photographs_are_sorted_by_name_whatever_their_folder_and_ending(tmp_path):
+    folder = tmp_path / "desktop" / "photographs"  # parents of the given folder do not matter
     names = ["a.jpg", "b.JPG", "c.jpeg", "d.jpg", "e.JPEG", "f.jpg", "g.Jpg", "h.jpg"]
     for number, name in enumerate(reversed(names)):
         path = folder / str(number % 3) / name

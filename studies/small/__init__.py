@@ -1,1 +1,1 @@
-"""The paper's comparison in small: generated images, a small model trained from nothing, every system fine-tuned from one start."""
+"""The paper's comparison in small: generated images, and a small model that every system fine-tunes from one start."""

@@ -1,4 +1,4 @@
-"""What is there of all seeds and systems, gathered into the files that the report is made of."""
+"""Gathers the outcomes of all seeds and systems into the files that the report is made of."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,61 +18,110 @@ import flexattn_cuda
 from flexattn_cuda.analysis import flops
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks.load import load
-from studies.small.presets import PRESETS, SYSTEMS, name_and_zoom, settings_for
+from studies.small.options import StudyOptions
+from studies.small.outcomes import Answered, Outcome, Selection
+from studies.small.photographs import find_photographs
+from studies.small.presets import SYSTEMS, name_and_zoom, settings_for
+from studies.small.questions import CHANCE, TASKS, vocabulary
 from studies.small.results import write_csv
-from studies.small.scenes import CHANCE, TASKS, find_photographs, make_scenes, vocabulary
+from studies.small.scenes import make_scenes
 from studies.small.small_model import ModelSizes, build_model, build_processor
+from studies.small.start import question_scenes_seed
 
 EXAMPLES_PER_TASK = 2
-PROMPT_TOKENS = {
-    "study_gflops": 12,
-    "paper_tflops": 80,
-}  # text tokens of a prompt for which costs are counted
+PROMPT_TOKENS = {"study_gflops": 12, "paper_tflops": 80}
+"""Text tokens of the prompt whose cost is counted, by column of costs.csv."""
+_LAST_LOSSES = 50  # steps whose mean is the final loss
 
 
-def collect(
-    output: Path,
-    photographs: Sequence[Path],
-    preset: str,
-    command: str,
-    examples: Sequence[int] | None = None,
-) -> Path:
-    """Gathers what is there of all seeds and systems into OUT/results, in the form that `report.write_report` reads.
+@dataclass(frozen=True)
+class Finished:
+    """A system of a seed that has answered."""
+
+    seed: int
+    system: str
+    outcome: Outcome
+
+    def row(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row of a table."""
+        return {"seed": self.seed, "system": self.system, **values}
+
+
+def collect(options: StudyOptions, command: str) -> Path:
+    """Gather what is there of all seeds and systems into OUT/results, in the form that `report.write_report` reads.
 
     Args:
-        examples: Numbers of the lowest seed's questions that the page shows; by default the first of each task about small objects.
+        options: Of the study.
+        command: The command that ran it.
+
+    Returns:
+        The folder OUT/results.
     """
-    results = output / "results"
+    results = options.output / "results"
     results.mkdir(exist_ok=True)
-    starts = [path.parent for path in output.glob("seed-*/start")]
-    seeds = dict(sorted((int(path.name[5:]), path) for path in starts if re.fullmatch(r"seed--?\d+", path.name)))
-    outcomes = {
-        (seed, system): json.loads((folder / f"{system}.json").read_text())
+    seeds = _seed_folders(options.output)
+    finished = [
+        Finished(seed, system, Outcome.read(folder / f"{system}.json"))
         for seed, folder in seeds.items()
         for system in SYSTEMS
         if (folder / f"{system}.json").exists()
+    ]
+    _write_tables(results, finished, options.settings.sizes)
+    (results / "study.json").write_text(json.dumps(_describe(options, command, seeds), indent=1))
+    if finished:
+        first = finished[0].seed
+        answers = {one.system: one.outcome.answers for one in finished if one.seed == first}
+        numbers = options.example_numbers
+        if numbers is None:
+            numbers = first_small_questions(next(iter(answers.values())))
+        examples = Examples(seeds[first], first, options.photographs, answers)
+        examples.draw(results / "examples", numbers)
+    return results
+
+
+def _seed_folders(output: Path) -> dict[int, Path]:
+    """Return the folders of the seeds that have a start, in the order of the seeds."""
+    folders = [path.parent for path in output.glob("seed-*/start")]
+    return dict(sorted((int(path.name[5:]), path) for path in folders if re.fullmatch(r"seed--?\d+", path.name)))
+
+
+def _write_tables(results: Path, finished: Sequence[Finished], sizes: ModelSizes) -> None:
+    """Write answers.csv, maps.csv, systems.csv and costs.csv."""
+    write_csv(results / "answers.csv", [one.row(asdict(row)) for one in finished for row in one.outcome.answers])
+    write_csv(results / "maps.csv", [one.row(asdict(row)) for one in finished for row in one.outcome.maps])
+    write_csv(results / "systems.csv", [one.row(_training_row(one.outcome)) for one in finished])
+    selections: dict[str, list[Selection]] = {one.system: [] for one in finished}
+    for one in finished:
+        selections[one.system] += [one.outcome.selected] if one.outcome.selected else []
+    write_csv(results / "costs.csv", [costs(system, sizes, _mean(own)) for system, own in selections.items()])
+
+
+def _training_row(outcome: Outcome) -> dict[str, Any]:
+    last = outcome.losses[-_LAST_LOSSES:]
+    return {
+        "steps": len(outcome.losses),
+        "final_loss": sum(last) / len(last),
+        "selected_share": outcome.selected and outcome.selected.share,
+        "train_seconds": outcome.seconds,
     }
-    named = [({"seed": seed, "system": system}, outcome) for (seed, system), outcome in outcomes.items()]
-    write_csv(results / "answers.csv", [who | row for who, outcome in named for row in outcome["answers"]])
-    write_csv(results / "maps.csv", [who | row for who, outcome in named for row in outcome["maps"]])
-    write_csv(results / "systems.csv", [
-        who | {"steps": len(outcome["losses"]), "final_loss": _mean(outcome["losses"][-50:]),
-               "selected_share": outcome["selected"] and outcome["selected"]["share"], "train_seconds": outcome["seconds"]}
-        for who, outcome in named
-    ])  # fmt: skip
-    selected: dict[str, list[dict[str, float]]] = {system: [] for _, system in outcomes}
-    for (_, system), outcome in outcomes.items():
-        selected[system] += [outcome["selected"]] if outcome["selected"] else []
-    write_csv(results / "costs.csv", [
-        costs(system, PRESETS[preset].sizes, _mean(one["share"] for one in own), _mean(one["tiles"] for one in own))
-        for system, own in selected.items()
-    ])  # fmt: skip
-    about = {
+
+
+def _mean(selections: Iterable[Selection]) -> Selection | None:
+    selections = list(selections)
+    if not selections:
+        return None
+    share, tiles = (sum(values) / len(selections) for values in zip(*((one.share, one.tiles) for one in selections)))
+    return Selection(share, tiles)
+
+
+def _describe(options: StudyOptions, command: str, seeds: Mapping[int, Path]) -> dict[str, Any]:
+    """Return what results/study.json says of the study."""
+    return {
         "command": command,
-        "preset": preset,
+        "preset": options.preset,
         "seeds": list(seeds),
         "chance": CHANCE,
-        "settings": asdict(PRESETS[preset]),
+        "settings": asdict(options.settings),
         "starts": {folder.name: json.loads((folder / "start" / "start.json").read_text()) for folder in seeds.values()},
         "versions": {
             "flexattn_cuda": flexattn_cuda.__version__,
@@ -80,81 +129,77 @@ def collect(
             "transformers": transformers.__version__,
         },
     }
-    (results / "study.json").write_text(json.dumps(about, indent=1))
-    if outcomes:
-        first = min(seed for seed, _ in outcomes)
-        given = {system: outcome["answers"] for (seed, system), outcome in outcomes.items() if seed == first}
-        if examples is None:
-            examples = first_about_small_objects(next(iter(given.values())))
-        draw_examples(results / "examples", seeds[first], first, photographs, given, examples)
-    return results
 
 
-def costs(system: str, sizes: ModelSizes, share: float | None, tiles: float | None) -> dict[str, Any]:
-    """A row of costs.csv: the prefill of a question, counted at the study's sizes (GFLOPs) and at LLaVA-1.5-7B's (TFLOPs), with
-    the share of HR tokens and the number of tiles that the study's maps select.
+def costs(system: str, sizes: ModelSizes, selected: Selection | None) -> dict[str, Any]:
+    """Return a row of costs.csv: the FLOPs of a question's prefill at the study's sizes and at LLaVA-1.5-7B's.
 
-    The tiles are rounded up: what is selected fits into the mean number of tiles, and then into these."""
+    Tiles are rounded up: the selected tokens fit into the mean number of tiles, and so into these.
+
+    Args:
+        system: One of SYSTEMS.
+        sizes: Of the study's model.
+        selected: What the maps select on average; None for systems that do not select.
+    """
     processor = build_processor(vocabulary(), None, sizes)
     small = build_model(processor, settings_for(system, sizes), sizes).config
     large = flops.as_system(flops.llava_shape("7b"), *name_and_zoom(system))
     row: dict[str, Any] = {"system": system}
     for name, config, unit in (("study_gflops", small, 1e9), ("paper_tflops", large, 1e12)):
-        chosen = (
-            {} if share is None else {"selected": round(share * config.hr_side**2), "tiles": max(1, math.ceil(tiles))}
-        )
+        chosen = {}
+        if selected is not None:
+            tokens, tiles = round(selected.share * config.hr_side**2), max(1, math.ceil(selected.tiles))
+            chosen = {"selected": tokens, "tiles": tiles}
         spent = flops.cost(config, PROMPT_TOKENS[name], **chosen)
-        row |= {
-            f"{name}_published": sum(spent.published.values()) / unit,
-            f"{name}_here": sum(spent.here.values()) / unit,
-        }
-    return row | {"selected_share": share}
+        row[f"{name}_published"] = sum(spent.published.values()) / unit
+        row[f"{name}_here"] = sum(spent.here.values()) / unit
+    return row | {"selected_share": selected and selected.share}
 
 
-def first_about_small_objects(rows: Sequence[dict[str, Any]]) -> list[int]:
-    """Numbers of the first questions of each task; rows: What one system answered."""
+def first_small_questions(answers: Sequence[Answered]) -> list[int]:
+    """Return the numbers of the first questions of each task about small objects."""
     numbers = []
     for task in TASKS:
-        numbers += [row["number"] for row in rows if (row["task"], row["size"]) == (task, "small")][:EXAMPLES_PER_TASK]
+        of_task = [row.number for row in answers if (row.task, row.size) == (task, "small")]
+        numbers += of_task[:EXAMPLES_PER_TASK]
     return numbers
 
 
-def draw_examples(
-    folder: Path,
-    start: Path,
-    seed: int,
-    photographs: Sequence[Path],
-    given: dict[str, list[dict[str, Any]]],
-    numbers: Sequence[int],
-) -> None:
-    """The questions with these numbers, with what FlexAttention looked at drawn over the image.
+class Examples:
+    """Questions of a seed with all systems' answers, as the report shows them.
 
     Args:
-        folder: For the images; examples.json is written beside it.
-        start: The seed's folder, OUT/seed-N.
-        given: What each system answered.
+        folder: The seed's folder, OUT/seed-N.
+        seed: The seed.
+        photographs: Folders of JPEG files.
+        answers: By system.
     """
-    answered = {system: {row["number"]: row for row in rows} for system, rows in given.items()}
-    rows = next(iter(answered.values()))
-    asked = load(start / "flexattn", "cpu") if "flexattn" in given else None
-    held_out, listed = find_photographs(photographs, True), []
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
-    for row in (rows[number] for number in numbers):
-        (scene,) = make_scenes(held_out, 1, 10 * seed + 1, first=row["number"])
-        image, file = scene.image, f"{row['number']:04d}.png"
-        if asked is not None:
-            answer = answering.ask(*asked, image, row["question"], 4, trace=True)
-            image = answer.draw()
+
+    def __init__(self, folder: Path, seed: int, photographs: Sequence[Path], answers: Mapping[str, Sequence[Answered]]):
+        self._scenes_seed = question_scenes_seed(seed)
+        self._held_out = find_photographs(photographs, held_out=True)
+        self._answers = {system: {row.number: row for row in rows} for system, rows in answers.items()}
+        self._flexattn = load(folder / "flexattn", "cpu") if "flexattn" in answers else None
+
+    def draw(self, folder: Path, numbers: Sequence[int]) -> None:
+        """Write an image for each question, and examples.json beside the folder."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        listed = [self._draw(folder, number) for number in numbers]
+        (folder.parent / "examples.json").write_text(json.dumps(listed, indent=1))
+
+    def _draw(self, folder: Path, number: int) -> dict[str, Any]:
+        """Draw the image of a question, with what FlexAttention looked at, and return its entry in examples.json."""
+        asked = next(iter(self._answers.values()))[number]
+        (scene,) = make_scenes(self._held_out, 1, self._scenes_seed, first=number)
+        image, file = scene.image, f"{number:04d}.png"
+        if self._flexattn is not None:
+            image = answering.ask(*self._flexattn, image, asked.question, 4, trace=True).draw()
         image.save(folder / file)
-        listed.append({
-            "file": f"examples/{file}", "caption": f"{row['task']}, {row['size']} objects", "question": row["question"],
-            "expected": row["expected"], "answers": {system: by[row["number"]]["answer"] for system, by in answered.items()},
-        })  # fmt: skip
-    (folder.parent / "examples.json").write_text(json.dumps(listed, indent=1))
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return sum(values) / len(values) if values else None
+        return {
+            "file": f"{folder.name}/{file}",
+            "caption": f"{asked.task}, {asked.size} objects",
+            "question": asked.question,
+            "expected": asked.expected,
+            "answers": {system: rows[number].answer for system, rows in self._answers.items()},
+        }

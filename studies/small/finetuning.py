@@ -1,12 +1,12 @@
-"""One system of a seed: fine-tuned by the trainer of `flexattn train`, in the same way for all, and asked all questions."""
+"""Fine-tunes a system with the trainer of `flexattn train`, in the same way for all, and asks it all questions."""
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,114 +14,154 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from flexattn_cuda.runs.files import write_whole
+from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.tasks.train import FlexAttnTrainer, last_complete_checkpoint
+from studies.small.batches import question_batch
 from studies.small.encoded_scenes import EncodedScenes, Pick
-from studies.small.evaluation import answers, attention_in_boxes, selection
+from studies.small.evaluation import answer_questions, measure_maps, measure_selection
+from studies.small.optimizer import MuonAndAdamW, one_cycle, train_only
+from studies.small.outcomes import Outcome
 from studies.small.presets import Preset, settings_for
-from studies.small.pretraining import MuonAndAdamW, one_cycle, trained
 from studies.small.results import MAPPED
-from studies.small.start import load
+from studies.small.start import load_as, selected_share
 
 
 def run_system(folder: Path, seed: int, system: str, preset: Preset, tell: Callable[[str], None]) -> None:
-    """Fine-tunes one system and asks it all questions."""
-    begun = time.process_time()
-    started = json.loads((folder / "start" / "start.json").read_text())
-    settings = settings_for(system, preset.sizes, started["selected"]["share"])
+    """Fine-tune a system from the seed's start, ask it all questions, and write its checkpoint and outcome.
+
+    Args:
+        folder: The seed's folder.
+        seed: The seed.
+        system: One of SYSTEMS.
+        preset: How much is done.
+        tell: Takes progress messages.
+    """
+    started = time.process_time()
+    settings = settings_for(system, preset.sizes, selected_share(folder))
     torch.manual_seed(seed)
-    model, processor = load(folder / "start", settings)
-    images = torch.load(folder / "images.pt", weights_only=False, mmap=True)
-    trained(model, lambda name: "language_model" in name or "lm_head" in name)
-    losses = fine_tune(
-        model, Picks(images, preset.steps, preset.batch, seed), lambda picks: images.batch(picks, processor, settings),
-        folder / f"{system}.checkpoints", preset.batch, preset.rate, seed, tell,
-    )  # fmt: skip
-    del images
-    seconds = time.process_time() - begun
+    model, processor = load_as(folder / "start", settings)
+    train_only(model, lambda name: "language_model" in name or "lm_head" in name)
+    checkpoints = folder / f"{system}.checkpoints"
+    plan = FineTuning(checkpoints, preset.steps, preset.batch, preset.rate, seed)
+    losses = fine_tune(model, processor, _load_scenes(folder / "images.pt"), settings, plan, tell)
+    seconds = time.process_time() - started
     tell("questions")
-    questions = torch.load(folder / "questions.pt", weights_only=False, mmap=True)
+    questions = _load_scenes(folder / "questions.pt")
     torch.manual_seed(seed)
-    rows = answers(model, processor, questions, settings)
-    maps = attention_in_boxes(model, processor, questions, settings) if system in MAPPED else []
-    selected = selection(model, processor, questions) if model.config.system == "flexattn" else None
+    outcome = Outcome(
+        answers=answer_questions(model, processor, questions, settings),
+        maps=measure_maps(model, processor, questions, settings) if system in MAPPED else [],
+        selected=measure_selection(model, processor, questions) if model.config.system == "flexattn" else None,
+        losses=losses,
+        seconds=round(seconds, 1),
+    )
     model.save_pretrained(folder / system)
     processor.save_pretrained(folder / system)
-    outcome = {
-        "answers": rows,
-        "maps": maps,
-        "selected": selected,
-        "losses": losses,
-        "seconds": round(seconds, 1),
-    }
-    write_whole(folder / f"{system}.json", json.dumps(outcome))
-    shutil.rmtree(folder / f"{system}.checkpoints", ignore_errors=True)
+    outcome.write(folder / f"{system}.json")
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-class Picks(torch.utils.data.Dataset):
+def _load_scenes(path: Path) -> EncodedScenes:
+    return torch.load(path, weights_only=False, mmap=True)
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How a model is fine-tuned.
+
+    Attributes:
+        folder: For checkpoints; a run resumes from the last complete one.
+        steps: Optimizer steps.
+        batch: Questions per step.
+        rate: Muon's peak learning rate.
+        seed: Of the questions and their order.
+    """
+
+    folder: Path
+    steps: int
+    batch: int
+    rate: float
+    seed: int
+
+    def arguments(self) -> TrainingArguments:
+        """Return the trainer's arguments."""
+        return TrainingArguments(
+            output_dir=str(self.folder),
+            max_steps=self.steps,
+            per_device_train_batch_size=self.batch,
+            max_grad_norm=1.0,
+            save_steps=max(1, self.steps // 4),
+            save_total_limit=2,
+            logging_steps=1,
+            seed=self.seed,
+            data_seed=self.seed,
+            remove_unused_columns=False,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+        )
+
+
+class TrainingQuestions(torch.utils.data.Dataset):
     """The questions of all steps, the same for every system of a seed."""
 
-    def __init__(self, images: EncodedScenes, steps: int, batch: int, seed: int):
-        rng = random.Random(f"fine-tune {seed}")
-        self.picks = [pick for _ in range(steps) for pick in images.sample(rng, batch)]
+    def __init__(self, images: EncodedScenes, plan: FineTuning):
+        rng = random.Random(f"fine-tune {plan.seed}")
+        self._picks = [pick for _ in range(plan.steps) for pick in images.sample(rng, plan.batch)]
 
     def __len__(self) -> int:
-        return len(self.picks)
+        return len(self._picks)
 
-    def __getitem__(self, number: int):
-        return self.picks[number]
+    def __getitem__(self, number: int) -> Pick:
+        return self._picks[number]
 
 
 def fine_tune(
     model: Any,
-    picks: torch.utils.data.Dataset,
-    collate: Callable[[Sequence[Pick]], dict[str, torch.Tensor]],
-    folder: Path,
-    batch: int,
-    rate: float,
-    seed: int,
+    processor: Any,
+    images: EncodedScenes,
+    settings: FlexAttnConfig | None,
+    plan: FineTuning,
     tell: Callable[[str], None],
 ) -> list[float]:
-    """Trains the parameters that require a gradient, as all stages do: `MuonAndAdamW` at `rate`, in one cycle. Goes on from a
-    checkpoint in `folder`.
+    """Train the parameters that require a gradient, or resume from a checkpoint in the plan's folder.
 
     Args:
-        picks: All questions of the run; the trainer shuffles them by `seed`.
+        model: The model, left in evaluation mode.
+        processor: Of the model.
+        images: Scenes to draw questions from.
+        settings: Of the system, which say what resolution it sees; None for the low resolution alone.
+        plan: Steps, batch, rate, seed and folder.
+        tell: Takes progress messages.
+
     Returns:
         The loss of each step.
     """
-    steps = len(picks) // batch
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        max_grad_norm=1.0,
-        save_steps=max(1, steps // 4),
-        save_total_limit=2,
-        logging_steps=1,
-        seed=seed,
-        data_seed=seed,
-        remove_unused_columns=False,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-    )
-    optimizer = MuonAndAdamW({name: p for name, p in model.named_parameters() if p.requires_grad}, rate)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = MuonAndAdamW(trained, plan.rate)
+
+    def collate(picks: Sequence[Pick]) -> dict[str, torch.Tensor]:
+        return question_batch(images, picks, processor, settings)
+
     trainer = FlexAttnTrainer(
-        model, arguments, train_dataset=picks, data_collator=collate, callbacks=[_Told(tell)],
-        optimizers=(optimizer, one_cycle(optimizer, steps)),
-    )  # fmt: skip
+        model,
+        plan.arguments(),
+        train_dataset=TrainingQuestions(images, plan),
+        data_collator=collate,
+        callbacks=[_AverageLoss(tell)],
+        optimizers=(optimizer, one_cycle(optimizer, plan.steps)),
+    )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = last_complete_checkpoint(folder) if folder.exists() else None
+    checkpoint = last_complete_checkpoint(plan.folder) if plan.folder.exists() else None
     if checkpoint is not None:
-        tell(f"goes on from {checkpoint.name}")
+        tell(f"resuming from {checkpoint.name}")
     trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-class _Told(TrainerCallback):
-    """The average loss, ten times in a run."""
+class _AverageLoss(TrainerCallback):
+    """Tells the average loss ten times in a run."""
 
     def __init__(self, tell: Callable[[str], None]):
         self._tell = tell

@@ -1,25 +1,53 @@
-"""The study's report as HTML: no script, nothing from outside; its images are the files beside it."""
+"""The study's report as HTML: no script, nothing from elsewhere; its images are the files beside it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from studies.small.results import ALL, COSTS, Results, means, title
+from studies.small.results import ALL, Cost, Results, title
 from studies.small.statistics import Difference, Verdict, accuracy
+from studies.small.tables import AccuracyRow, map_means, training_means
 
 
-def make_page(results: Results, verdicts: Sequence[Verdict], by_task: Sequence[dict], by_size: Sequence[dict]) -> str:
-    """The page.
+def make_page(
+    results: Results, verdicts: Sequence[Verdict], by_task: Sequence[AccuracyRow], by_size: Sequence[AccuracyRow]
+) -> str:
+    """Return the page.
 
     Args:
+        results: What the runner left.
         verdicts: All tasks of an expectation one after the other, "all" last.
-        by_task, by_size: Rows of table_1_2.csv and table_4.csv.
+        by_task: Rows of table_1_2.csv.
+        by_size: Rows of table_4.csv.
     """
+    remarks = results.folder / "remarks.txt"
+    return _template().render(
+        results=results,
+        by_task={(row.system, row.objects, row.task): row.found for row in by_task},
+        by_size={(row.system, row.objects): row.found for row in by_size},
+        costs=[(system, results.costs[system]) for system in results.systems if system in results.costs],
+        cost_of=lambda system: results.costs.get(system, Cost()),
+        chance=results.chance(),
+        verdicts=verdicts,
+        summary=summarise(results, verdicts),
+        missing=results.missing(),
+        training=training_means(results),
+        maps=map_means(results),
+        exists=lambda name: (results.folder / name).exists(),
+        described=list(_flat({name: value for name, value in results.study.items() if name != "command"})),
+        command=results.study.get("command", ""),
+        questions=len({(row.seed, row.number) for row in results.answers}),
+        remarks=remarks.read_text(encoding="utf-8").split("\n\n") if remarks.exists() else [],
+    )
+
+
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -28,92 +56,87 @@ def make_page(results: Results, verdicts: Sequence[Verdict], by_task: Sequence[d
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"percent": _percent, "points": _points, "digits": _digits}
-    systems = sorted(
-        (row for row in results.systems if row["system"] in results.there),
-        key=lambda row: results.there.index(row["system"]),
-    )
-    remarks = results.folder / "remarks.txt"
-    return environment.get_template("report.html").render(
-        results=results, title=title, cells={(row["system"], row["objects"], row["task"]): row for row in by_task},
-        sizes={(row["system"], row["objects"]): row for row in by_size},
-        costs=[(system, results.costs[system]) for system in results.there if system in results.costs],
-        chance=results.chance(), verdicts=verdicts, answer=answer(results, verdicts), missing=results.missing(),
-        training=means(systems, ("system",), ("steps", "final_loss", "selected_share", "train_seconds")),
-        maps=means(results.maps, ("system", "size", "layer"), ("mass", "largest", "boxes")),
-        holds=_holds, there=lambda name: (results.folder / name).exists(),
-        described=list(_flat({name: value for name, value in results.study.items() if name != "command"})),
-        command=results.study.get("command", ""), questions=len({(row["seed"], row["number"]) for row in results.answers}),
-        remarks=remarks.read_text(encoding="utf-8").split("\n\n") if remarks.exists() else [],
-    )  # fmt: skip
+    environment.globals |= {"title": title, "holds": _holds}
+    return environment.get_template("report.html")
 
 
-def answer(results: Results, verdicts: Sequence[Verdict]) -> list[str]:
-    """Three sentences: against the low-resolution model, against the other strategies, against LLaVA-HD and its cost."""
+def summarise(results: Results, verdicts: Sequence[Verdict]) -> list[str]:
+    """Return three sentences: against the LR model, against the other strategies, against LLaVA-HD and its cost."""
     by_other = {other: [one for one in verdicts if one.other == other] for other in {one.other for one in verdicts}}
-    shares = [
+    accuracies = [
         f"{name} {_percent(found.accuracy)} %"
         for system, name in (("flexattn", "FlexAttention"), ("llava", "LLaVA"))
         if (found := accuracy(results.marks(system, objects="small")))
     ]
     low_resolution = (
-        f"Right answers about small objects: {_and(shares) or 'none yet'}; "
-        f"that FlexAttention is above LLaVA there {_listed(by_other['llava'])}."
+        f"Accuracy on small objects: {_and(accuracies) or 'none yet'}; "
+        f"the expectation that FlexAttention is above LLaVA there {_which_hold(by_other['llava'])}."
     )
     strategies = (
-        f"That selection by the attention map is above random selection there {_listed(by_other['random'])}; "
-        f"that it is above selection of the center {_listed(by_other['center'])}."
+        "The expectation that selection by the attention map is above random selection there "
+        f"{_which_hold(by_other['random'])}; that it is above central selection {_which_hold(by_other['center'])}."
     )
     high_resolution = (
-        f"That FlexAttention is at least level with LLaVA-HD, over objects of all sizes, {_listed(by_other['hd'])}; "
-        f"that it needs fewer FLOPs {_cheaper(results)}."
+        "The expectation that FlexAttention is at least level with LLaVA-HD on objects of all sizes "
+        f"{_which_hold(by_other['hd'])}; that it needs fewer FLOPs {_where_cheaper(results)}."
     )
     return [low_resolution, strategies, high_resolution]
 
 
+@dataclass(frozen=True)
+class _Finding:
+    """Whether an expectation holds for something; None if that has not been tested."""
+
+    holds: bool | None
+    subject: str
+
+
 def _holds(known: bool | None) -> str:
-    return {True: "holds", False: "does not hold", None: "is not measured yet"}[known]
+    return {True: "holds", False: "does not hold", None: "has not been tested yet"}[known]
 
 
-def _listed(verdicts: Sequence[Verdict]) -> str:
-    """Which of them hold, over all tasks first, with the differences of that and of those that do not hold."""
-    if verdicts[-1].found is None:
+def _which_hold(verdicts: Sequence[Verdict]) -> str:
+    """Say for which tasks an expectation holds, all tasks first, with that difference and those that do not hold."""
+    *tasks, overall = verdicts
+    if overall.found is None:
         return _holds(None)
-    told = []
-    for one in (verdicts[-1], *verdicts[:-1]):
-        name = "all tasks together" if one.task == ALL else one.task
-        told.append(
-            (
-                one.holds,
-                f"{name} ({_with_error(one.found)})" if one.found and (one.task == ALL or not one.holds) else name,
-            )
-        )
-    return _by_outcome(told)
+    return _by_outcome([_finding(overall), *map(_finding, tasks)])
 
 
-def _cheaper(results: Results) -> str:
-    """At the study's sizes and at 7B, as published and as run here."""
+def _finding(verdict: Verdict) -> _Finding:
+    name = "all tasks together" if verdict.task == ALL else verdict.task
+    if verdict.found and (verdict.task == ALL or not verdict.holds):
+        name = f"{name} ({_with_error(verdict.found)})"
+    return _Finding(verdict.holds, name)
+
+
+def _where_cheaper(results: Results) -> str:
+    """Say where FlexAttention needs fewer FLOPs than LLaVA-HD: in the study and at 7B, as published and as run here."""
     ours, other = (results.costs.get(system) for system in ("flexattn", "hd"))
     if not ours or not other:
         return _holds(None)
-    kinds = [
-        f"{unit} {how}" for unit in ("GFLOPs in the study", "TFLOPs at 7B") for how in ("as published", "as run here")
-    ]
-    told = []
-    for name, kind in zip(COSTS[:4], kinds, strict=True):
-        one, two = ours[name], other[name]
-        told.append(
-            (
-                None if math.isnan(one + two) else one < two,
-                f"{kind} ({_digits(one)} against {_digits(two)})",
-            )
-        )
-    return _by_outcome(told)
+    pairs = (
+        ("GFLOPs in the study as published", ours.study_gflops_published, other.study_gflops_published),
+        ("GFLOPs in the study as run here", ours.study_gflops_here, other.study_gflops_here),
+        ("TFLOPs at 7B as published", ours.paper_tflops_published, other.paper_tflops_published),
+        ("TFLOPs at 7B as run here", ours.paper_tflops_here, other.paper_tflops_here),
+    )
+    return _by_outcome(
+        [
+            _Finding(None if math.isnan(one + two) else one < two, f"{kind} ({_digits(one)} against {_digits(two)})")
+            for kind, one, two in pairs
+        ]
+    )
 
 
-def _by_outcome(told: Sequence[tuple[bool | None, str]]) -> str:
-    """For which things it holds, for which it does not and for which it is not known, of (holds, thing)."""
-    names = {known: [name for one, name in told if one is known] for known in (True, False, None)}
-    return ", but ".join(f"{_holds(known)} for {_and(some)}" for known, some in names.items() if some)
+def _by_outcome(findings: Sequence[_Finding]) -> str:
+    """Say for what an expectation holds, for what it does not, and for what it has not been tested."""
+    parts = []
+    for known in (True, False, None):
+        subjects = [one.subject for one in findings if one.holds is known]
+        if subjects:
+            parts.append(f"{_holds(known)} for {_and(subjects)}")
+    return ", but ".join(parts)
 
 
 def _percent(share: float | None) -> str:
@@ -125,8 +148,10 @@ def _points(difference: float | None) -> str:
 
 
 def _digits(value: float | None) -> str:
-    """Three significant digits, or all before the point."""
-    return "–" if value is None or math.isnan(value) else f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    """Format a number with three significant digits, or all before the point."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _with_error(found: Difference) -> str:
@@ -138,7 +163,7 @@ def _and(names: Sequence[str]) -> str:
 
 
 def _flat(values: Any, name: str = "") -> Iterable[tuple[str, str]]:
-    """Nested dicts as lines of "a, b" and the value."""
+    """Yield nested dicts as lines of "a, b" and the value."""
     if isinstance(values, dict):
         for key, value in values.items():
             yield from _flat(value, f"{name}, {key}" if name else str(key))

@@ -1,9 +1,9 @@
-"""What the study compares, and how much is done for it."""
+"""The systems that the study compares, and how much is done for each."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flexattn_cuda.mechanism.config import FlexAttnConfig, settings_of
 from studies.small.small_model import ModelSizes
@@ -23,8 +23,19 @@ SYSTEMS = (
 
 @dataclass(frozen=True)
 class Preset:
-    """How much is done. images: To train on, in the low-resolution stage and in fine-tuning; questions: Of the evaluation,
-    half of them about large objects; the steps of the stages, and of each system's fine-tuning, with its batch and its rate."""
+    """How much is done.
+
+    Attributes:
+        images: Number of images to train on, in the low-resolution stages and in fine-tuning.
+        questions: Number of questions in the evaluation, half of them about large objects.
+        encoder_steps: Steps of the encoder stage.
+        localise_steps: Steps of the localise stage.
+        answer_steps: Steps of the answer stage.
+        steps: Steps of each system's fine-tuning.
+        batch: Questions per step of fine-tuning.
+        rate: Muon's peak learning rate in fine-tuning.
+        sizes: Of the model.
+    """
 
     images: int
     questions: int
@@ -34,7 +45,7 @@ class Preset:
     steps: int
     batch: int
     rate: float
-    sizes: ModelSizes = ModelSizes()
+    sizes: ModelSizes = field(default_factory=ModelSizes)
 
 
 PRESETS = {
@@ -62,12 +73,14 @@ PRESETS = {
 
 
 def settings_for(system: str, sizes: ModelSizes, share: float = 0.1) -> FlexAttnConfig | None:
-    """A system at the study's sizes. "flexattn-zoom2" is FlexAttention at that zoom.
+    """Return a system's settings at the study's sizes; None for plain LLaVA.
 
-    The grid of LR cells is small: selections are not pooled, and the first layer with HR tokens is the model's own.
+    The LR grid is small: selections are not pooled, and the first layer with HR tokens is the model's own.
 
     Args:
-        share: Of the LR cells that "random" and "center" choose.
+        system: One of SYSTEMS; "flexattn-zoom2" is FlexAttention at that zoom.
+        sizes: Of the model.
+        share: Share of the LR cells that "random" and "center" select.
     """
     name, zoom = name_and_zoom(system)
     settings = settings_of(name, sizes.lowres, zoom)
@@ -77,5 +90,6 @@ def settings_for(system: str, sizes: ModelSizes, share: float = 0.1) -> FlexAttn
 
 
 def name_and_zoom(system: str) -> tuple[str, int]:
+    """Split the name of a system from its zoom, 3 by default."""
     name, _, zoom = system.partition("-zoom")
     return name, int(zoom or 3)

@@ -1,11 +1,14 @@
-"""What the study's runner leaves in a folder, for its report.
+"""What the study's runner leaves in a folder for the report.
 
-Files (a share is in [0, 1]; a file or a column's value may be missing while a study is under way, answers.csv may not):
-    answers.csv    seed, system, number, task, size ("small", "large": the objects asked for), question, expected, answer, right (0, 1)
-    maps.csv       seed, system, layer (from 0), size, mass (share of the attention map in the answer boxes), largest (share of
-                   questions whose largest cell is in one), boxes (the boxes' share of the cells: a flat map's mass)
-    costs.csv      system, study_gflops_published, study_gflops_here, paper_tflops_published, paper_tflops_here, selected_share
-    systems.csv    seed, system, steps, final_loss, selected_share (of the high-resolution tokens), train_seconds (CPU)
+Files (a share is in [0, 1]; while a study is under way, files and values may be missing, but not answers.csv):
+    answers.csv    seed, system, number, task, size ("small" or "large": the objects asked for), question, expected,
+                   answer, right (0 or 1)
+    maps.csv       seed, system, layer (from 0), size, mass (share of the attention map in the answer boxes), largest
+                   (share of questions whose largest cell is in one), boxes (the boxes' share of the cells, which is a
+                   flat map's mass)
+    costs.csv      system, study_gflops_published, study_gflops_here, paper_tflops_published, paper_tflops_here,
+                   selected_share
+    systems.csv    seed, system, steps, final_loss, selected_share (of the HR tokens), train_seconds (CPU)
     study.json     command, seeds (list), chance (task -> share), and whatever else describes the study
     examples.json  list of {file, caption, question, expected, answers: {system: answer}}
     remarks.txt    optional, written by hand: paragraphs for the page
@@ -16,10 +19,10 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 
@@ -37,121 +40,199 @@ TITLES = {
     "flexattn-zoom2": "FlexAttention, zoom 2",
     "flexattn-zoom4": "FlexAttention, zoom 4",
 }
-MAPPED = ("llava", "flexattn")  # whose attention maps are measured, as in the supplement's figure 2
+MAPPED = ("llava", "flexattn")  # systems whose attention maps are measured, as in the supplement's figure 2
 ALL = "all"  # tasks, or sizes
-COSTS = (
-    "study_gflops_published",
-    "study_gflops_here",
-    "paper_tflops_published",
-    "paper_tflops_here",
-    "selected_share",
-)
+
+Row = TypeVar("Row")
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """A row of answers.csv, as far as the report reads it."""
+
+    seed: int
+    system: str
+    number: int
+    task: str
+    size: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class MapRow:
+    """A row of maps.csv."""
+
+    seed: int
+    system: str
+    layer: int
+    size: str
+    mass: float
+    boxes: float
+    largest: float = math.nan
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """A row of systems.csv."""
+
+    seed: int
+    system: str
+    steps: float = math.nan
+    final_loss: float = math.nan
+    selected_share: float = math.nan
+    train_seconds: float = math.nan
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A row of costs.csv without its system: a prompt's FLOPs, and the share of the HR tokens that is selected."""
+
+    study_gflops_published: float = math.nan
+    study_gflops_here: float = math.nan
+    paper_tflops_published: float = math.nan
+    paper_tflops_here: float = math.nan
+    selected_share: float = math.nan
+
+
+@dataclass(frozen=True)
+class _CostRow(Cost):
+    system: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question of the report's page, with the right answer and each system's; `file` is its image."""
+
+    file: str
+    caption: str
+    question: str
+    expected: str
+    answers: dict[str, str]
 
 
 @dataclass
 class Results:
-    """What the runner left: rows of the tables with their texts, and the two JSON files."""
+    """What the runner left.
+
+    Attributes:
+        folder: With the files.
+        answers: At least one.
+        maps: Empty without maps.csv.
+        costs: By system.
+        training: Empty without systems.csv.
+        study: study.json.
+        examples: Empty without examples.json.
+        tasks: Those of the answers.
+        sizes: Those of the answers, small before large.
+        systems: Those of the answers, in the order of TITLES.
+        seeds: Those of the answers and of study.json.
+    """
 
     folder: Path
-    answers: list[dict[str, str]]
-    maps: list[dict[str, str]]
-    costs: dict[str, dict[str, float]]
-    systems: list[dict[str, str]]
+    answers: list[AnswerRow]
+    maps: list[MapRow]
+    costs: dict[str, Cost]
+    training: list[TrainingRow]
     study: dict[str, Any]
-    examples: list[dict[str, Any]]
+    examples: list[Example]
 
     @classmethod
     def read(cls, folder: Path) -> Results:
-        costs = _rows(folder / "costs.csv", ("system",))
+        """Read the files of a folder.
+
+        Raises:
+            InputError: There are no answers, or a file cannot be read.
+        """
+        costs = _read_table(folder / "costs.csv", _CostRow, required=("system",))
         return cls(
             folder,
-            _rows(folder / "answers.csv", ("seed", "system", "number", "task", "size", "right")),
-            _rows(folder / "maps.csv", ("seed", "system", "layer", "size", "mass", "boxes")),
-            {row["system"]: {name: _number(row.get(name)) for name in COSTS} for row in costs},
-            _rows(folder / "systems.csv", ("seed", "system")),
-            _json(folder / "study.json", {}),
-            _json(folder / "examples.json", []),
+            _read_table(folder / "answers.csv", AnswerRow),
+            _read_table(folder / "maps.csv", MapRow),
+            {row.system: Cost(*(getattr(row, field.name) for field in fields(Cost))) for row in costs},
+            _read_table(folder / "systems.csv", TrainingRow),
+            _read_json(folder / "study.json", {}),
+            [Example(**values) for values in _read_json(folder / "examples.json", [])],
         )
 
     def __post_init__(self):
         if not self.answers:
-            raise InputError(
-                f"there are no answers in {self.folder / 'answers.csv'}: the report is made of a study's results"
-            )
-        self.tasks = list(dict.fromkeys(row["task"] for row in self.answers))
-        self.sizes = sorted({row["size"] for row in self.answers}, reverse=True)  # small, large
-        there = {row["system"] for row in self.answers}
-        self.there = [name for name in TITLES if name in there] + sorted(there - TITLES.keys())
-        self.seeds = sorted({int(row["seed"]) for row in self.answers} | set(self.study.get("seeds", ())))
-        self._rows_of: dict[str, list[tuple[int, int, str, str, bool]]] = {}
-        for row in self.answers:
-            marked = (
-                int(row["seed"]),
-                int(row["number"]),
-                row["task"],
-                row["size"],
-                row["right"] == "1",
-            )
-            self._rows_of.setdefault(row["system"], []).append(marked)
+            raise InputError(f"{self.folder / 'answers.csv'} holds no answers; run the study before its report")
+        self.tasks = list(dict.fromkeys(row.task for row in self.answers))
+        self.sizes = sorted({row.size for row in self.answers}, reverse=True)
+        there = {row.system for row in self.answers}
+        self.systems = [name for name in TITLES if name in there] + sorted(there - TITLES.keys())
+        self.seeds = sorted({row.seed for row in self.answers} | set(self.study.get("seeds", ())))
+        self._of_system = grouped(self.answers, lambda row: row.system)
 
     def marks(self, system: str, task: str = ALL, objects: str = ALL) -> Marks:
-        """What the system answered to the questions of a task and a size."""
-        found: dict[int, dict[int, bool]] = {}
-        for seed, number, of_task, size, right in self._rows_of.get(system, ()):
-            if task in (ALL, of_task) and objects in (ALL, size):
-                found.setdefault(seed, {})[number] = right
-        return found
+        """Return what a system answered to the questions of a task and a size."""
+        marks: dict[int, dict[int, bool]] = {}
+        for row in self._of_system.get(system, ()):
+            if task in (ALL, row.task) and objects in (ALL, row.size):
+                marks.setdefault(row.seed, {})[row.number] = row.right
+        return marks
 
     def missing(self) -> list[str]:
-        """A sentence for everything that a whole study has and this one does not."""
-        told = (
-            ["There is one seed only: what training leaves to chance is not counted."] if len(self.seeds) == 1 else []
-        )
-        asked = {system: {seed: len(marks) for seed, marks in self.marks(system).items()} for system in self.there}
+        """Return a sentence for everything that a complete study has and this one lacks."""
+        sentences = []
+        if len(self.seeds) == 1:
+            sentences.append("There is only one seed: the variance between trainings is not measured.")
         for seed in self.seeds:
-            whole = max((by_seed.get(seed, 0) for by_seed in asked.values()), default=0)
-            absent = [title(system) for system in TITLES if not asked.get(system, {}).get(seed)]
-            if absent:
-                told.append(
-                    f"Seed {seed} has no answers of: {'; '.join(absent)}."
-                    if whole
-                    else f"Seed {seed} has no answers yet."
-                )
-            told += [f"Seed {seed}: {title(system)} has answered {by_seed[seed]} of {whole} questions."
-                     for system, by_seed in asked.items() if 0 < by_seed.get(seed, 0) < whole]  # fmt: skip
-        others = {
+            sentences += self._missing_answers(seed)
+        files = {
             "maps.csv": self.maps,
             "costs.csv": self.costs,
-            "systems.csv": self.systems,
+            "systems.csv": self.training,
             "study.json": self.study,
+            "examples.json": self.examples,
         }
-        others["examples.json"] = self.examples
-        return told + [f"There is nothing in {name}." for name, found in others.items() if not found]
+        return sentences + [f"{name} is missing or empty." for name, found in files.items() if not found]
+
+    def _missing_answers(self, seed: int) -> list[str]:
+        counts = {system: len(self.marks(system).get(seed, ())) for system in self.systems}
+        questions = max(counts.values(), default=0)
+        if not questions:
+            return [f"Seed {seed} has no answers yet."]
+        absent = [title(system) for system in TITLES if not counts.get(system)]
+        sentences = [f"Seed {seed} lacks answers from: {'; '.join(absent)}."] if absent else []
+        return sentences + [
+            f"Seed {seed}: {title(system)} has answered {count} of {questions} questions."
+            for system, count in counts.items()
+            if 0 < count < questions
+        ]
 
     def chance(self) -> dict[str, float]:
-        """Share of right answers of a guess, by task and over all; tasks have as many questions each. nan where unknown."""
+        """Return a guess's accuracy by task and over all tasks, which have as many questions each; NaN if unknown."""
         given = self.study.get("chance", {})
         by_task = {task: float(given.get(task, math.nan)) for task in self.tasks}
         return by_task | {ALL: float(np.mean(list(by_task.values())))}
 
 
 def title(system: str) -> str:
+    """Return a system's name for readers."""
     return TITLES.get(system, system)
 
 
-def means(rows: Sequence[dict[str, str]], keys: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Means of the columns over rows that have the keys in common (over seeds), with how many there are."""
-    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+def grouped(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
+    """Return the rows by key, both in order of appearance."""
+    groups: dict[Key, list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return [
-        dict(zip(keys, key)) | {"seeds": len(group)} | {name: _mean(row.get(name) for row in group) for name in columns}
-        for key, group in groups.items()
-    ]
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def mean(values: Iterable[float]) -> float:
+    """Return the mean of the values that are not NaN; NaN if there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """All columns of any row; six digits, yes and no, and nothing for what is not there. An empty file without rows."""
+    """Write the columns of all rows: numbers with six digits, yes or no, and nothing for None and NaN.
+
+    Without rows the file is empty.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", newline="", encoding="utf-8") as file:
         if columns:
@@ -168,28 +249,45 @@ def _cell(value: Any) -> Any:
     return value
 
 
-def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a CSV file; none where it is missing or empty."""
+_PARSERS: dict[Any, Callable[[str], Any]] = {
+    str: str,
+    int: int,
+    float: lambda text: float(text) if text else math.nan,
+    bool: lambda text: text == "1",
+}
+
+
+def _read_table(path: Path, row_type: type[Row], required: Sequence[str] | None = None) -> list[Row]:
+    """Return the rows of a CSV file; none if it is missing or empty.
+
+    Args:
+        path: The file.
+        row_type: A dataclass whose fields are columns.
+        required: Columns that must be there; those without a default if None.
+
+    Raises:
+        InputError: A required column is missing, or a value has the wrong type.
+    """
     if not path.exists():
         return []
+    if required is None:
+        required = [field.name for field in fields(row_type) if field.default is MISSING]
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if rows and (absent := [name for name in columns if rows[0].get(name) is None]):
+    if rows and (absent := [name for name in required if rows[0].get(name) is None]):
         raise InputError(f"{path} has no column {', '.join(absent)}")
-    return rows
-
-
-def _json(path: Path, otherwise: Any) -> Any:
+    parsers = {name: _PARSERS[kind] for name, kind in get_type_hints(row_type).items()}
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else otherwise
+        return [
+            row_type(**{name: parse(row[name]) for name, parse in parsers.items() if row.get(name) is not None})
+            for row in rows
+        ]
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def _read_json(path: Path, default: Any) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
-
-
-def _number(text: str | None) -> float:
-    return float(text) if text else math.nan
-
-
-def _mean(texts: Iterable[str | None]) -> float:
-    values = [float(text) for text in texts if text]
-    return float(np.mean(values)) if values else math.nan

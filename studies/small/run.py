@@ -1,12 +1,13 @@
-"""The study: every system fine-tuned from one start, asked the same questions, for several seeds.
+"""Runs the study: every system fine-tuned from one start and asked the same questions, for several seeds.
 
-    OUT/seed-N/start/           encoder and low-resolution stage of the seed, shared by its systems: a checkpoint
-    OUT/seed-N/images.pt      encoded images to train on, and those that are asked about (questions.pt)
+    OUT/study.json              settings, which a resumed study must repeat
+    OUT/seed-N/start/           encoder and low-resolution stages of the seed, shared by its systems: a checkpoint
+    OUT/seed-N/images.pt        encoded images to train on; questions.pt holds those that are asked about
     OUT/seed-N/SYSTEM/          the fine-tuned model and its processor, for `flexattn ask --model`
-    OUT/seed-N/SYSTEM.json      what it answered; written last, so a system without it is taken up again
-    OUT/results/                tables, figures and the report (report.py); all that is worth keeping
+    OUT/seed-N/SYSTEM.json      its answers; written last, so a system without it is resumed
+    OUT/results/                tables, figures and the report (report.py): all that is worth keeping
 
-A unit of work is a seed's start or one system of a seed. Each runs in one thread of a process of its own.
+A unit of work is a seed's start or one system of a seed. Each runs in a single-threaded process of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,141 +33,127 @@ from flexattn_cuda.errors import InputError
 from flexattn_cuda.runs.files import locked_folder
 from flexattn_cuda.runs.progress import Progress
 from flexattn_cuda.tasks.train import require_accelerate
-from studies.small import pretraining
 from studies.small.collection import collect
 from studies.small.figures import require_matplotlib
 from studies.small.finetuning import run_system
-from studies.small.presets import PRESETS, SYSTEMS
+from studies.small.optimizer import require_muon
+from studies.small.options import StudyOptions
+from studies.small.photographs import find_photographs, photograph_files
+from studies.small.presets import Preset
 from studies.small.report import write_report
-from studies.small.scenes import find_photographs, photograph_files
+from studies.small.stage import console
 from studies.small.start import make_start
 
+FORMAT = 2  # of the files in OUT/seed-N; another version cannot resume a study
+_START = "start"
 
-def study(
-    output: Path,
-    photographs: Sequence[Path],
-    preset: str = "small",
-    seeds: Sequence[int] = (0, 1, 2),
-    systems: Sequence[str] = SYSTEMS,
-    jobs: int | None = None,
-    command: str = "",
-    progress: bool = False,
-    examples: Sequence[int] | None = None,
-) -> Path:
-    """Runs what is not done yet of all seeds and systems, then writes the report.
+
+@dataclass(frozen=True)
+class Unit:
+    """A seed's start, or one system of a seed.
+
+    Attributes:
+        output: The study's folder.
+        seed: The seed.
+        name: "start", or the system.
+    """
+
+    output: Path
+    seed: int
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """The seed's folder."""
+        return self.output / f"seed-{self.seed}"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its last file is there."""
+        return (self.folder / (_START if self.name == _START else f"{self.name}.json")).exists()
+
+
+def study(options: StudyOptions, command: str = "", progress: bool = False) -> Path:
+    """Run what is not done yet of all seeds and systems, then write the report. Call again to resume.
+
+    Every fourth photograph, by name, is held out for the questions.
 
     Args:
-        output: A folder, see above; called again with it, the study goes on.
-        photographs: Folders of JPEG files; every fourth, by name, is held out for the questions.
-        preset: A key of PRESETS.
-        jobs: Processes at a time; by default as many as there are cores.
-        command: How the study was called, for the report.
-        progress: Tell on stderr how far it is.
-        examples: Numbers, as in answers.csv, of the lowest seed's questions that the report shows; by default the first of each
-            task about small objects.
+        options: What to run.
+        command: The command that runs the study, for the report.
+        progress: Print progress to stderr.
+
     Returns:
-        The report's path.
+        The path of the report.
+
     Raises:
-        InputError: Something cannot be used, an earlier study in `output` had other settings, another process is writing there,
-            or a process of the study was killed.
+        InputError: A photograph or the output folder cannot be used, a package is missing, the study in the folder has
+            other settings, another process is writing there, or a process of the study was killed.
     """
-    if preset not in PRESETS:
-        raise InputError(f"the preset is {preset!r}; allowed: {', '.join(PRESETS)}")
-    if unknown := sorted(set(systems) - set(SYSTEMS)):
-        raise InputError(f"there is no system {unknown[0]!r} in the study; allowed: {', '.join(SYSTEMS)}")
-    if not seeds or not systems:
-        raise InputError("a study needs a seed and a system at least")
-    if jobs is not None and jobs < 1:
-        raise InputError(f"the number of jobs is {jobs}; it must be at least 1")
-    for number in examples or ():
-        if not 0 <= number < PRESETS[preset].questions:
-            raise InputError(
-                f"there is no question {number}; the preset {preset!r} has {PRESETS[preset].questions}, numbered from 0"
-            )
     require_matplotlib()
     require_accelerate()
-    pretraining.require_muon()
+    require_muon()
     for held_out in (True, False):
-        find_photographs(photographs, held_out)  # before anything is begun
+        find_photographs(options.photographs, held_out)  # before any work
+    with locked_folder(options.output):
+        _check_settings(options)
+        _run_units(options, progress)
+        return write_report(collect(options, command))
+
+
+def _check_settings(options: StudyOptions) -> None:
+    """Write the settings of a new study; raise InputError if those of an earlier one differ."""
+    photographs = [(path.name, path.stat().st_size) for path in photograph_files(options.photographs)]
     settings = {
-        "preset": {"name": preset, **asdict(PRESETS[preset])},
-        "photographs": _digest(photographs),
+        "format": FORMAT,
+        "preset": {"name": options.preset, **asdict(options.settings)},
+        "photographs": hashlib.blake2b(json.dumps(photographs).encode(), digest_size=16).hexdigest(),
     }
-    with locked_folder(output):
-        _same_settings(output, settings)
-        _run(
-            output,
-            list(photographs),
-            preset,
-            list(dict.fromkeys(seeds)),
-            list(dict.fromkeys(systems)),
-            jobs,
-            progress,
-        )
-        return write_report(collect(output, photographs, preset, command, examples))
-
-
-def _digest(photographs: Sequence[Path]) -> str:
-    """Of the files' names and sizes in bytes."""
-    files = [(path.name, path.stat().st_size) for path in photograph_files(photographs)]
-    return hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()
-
-
-def _same_settings(output: Path, settings: dict[str, Any]) -> None:
-    written = output / "study.json"
+    file = options.output / "study.json"
     try:
-        if not written.exists():
-            written.write_text(json.dumps(settings))
-        before = json.loads(written.read_text())
+        if not file.exists():
+            file.write_text(json.dumps(settings))
+        before = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{output} cannot be used for a study: {error}") from None
-    if before != json.loads(json.dumps(settings)):
+        raise InputError(f"{options.output} cannot be used for a study: {error}") from None
+    if before != settings:
         raise InputError(
-            f"the study in {output} was begun with another preset or other photographs; choose another folder"
+            f"the study in {options.output} has another preset, other photographs or files of another version; "
+            "choose another folder"
         )
 
 
-def _run(
-    output: Path,
-    photographs: list[Path],
-    preset: str,
-    seeds: list[int],
-    systems: list[str],
-    jobs: int | None,
-    progress: bool,
-) -> None:
-    """The units that are not done, starts first, several at a time. What one says is told; one that fails ends the study."""
+def _run_units(options: StudyOptions, progress: bool) -> None:
+    """Run the units that are not done, starts first, several at a time. A unit that fails ends the study."""
     context = multiprocessing.get_context("spawn")
-    said = context.SimpleQueue()
-    with (
-        Progress(len(seeds) * (1 + len(systems)), "units", progress) as report,
-        _pool(jobs, context, said) as pool,
-    ):
-        running: dict[Future, tuple[int, str]] = {}
+    messages = context.SimpleQueue()
+    photographs, systems = list(options.photographs), options.system_names
+    total = len(options.seed_numbers) * (1 + len(systems))
+    with Progress(total, "units", progress) as shown, _pool(options.jobs, context, messages) as pool:
+        running: dict[Future, Unit] = {}
 
-        def submit(seed: int, unit: str) -> None:
-            running[pool.submit(_unit, output / f"seed-{seed}", seed, unit, photographs, preset)] = seed, unit
+        def submit(unit: Unit) -> None:
+            running[pool.submit(_run_unit, unit, options.settings, photographs)] = unit
 
-        for seed in seeds:
-            submit(seed, "start")
+        for seed in options.seed_numbers:
+            submit(Unit(options.output, seed, _START))
         while running:
             done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-            while not said.empty():
-                report.say(said.get())
+            while not messages.empty():
+                shown.say(messages.get())
             for future in done:
-                seed, unit = running.pop(future)
+                unit = running.pop(future)
                 future.result()
-                report.advance(1)
-                if unit == "start":
-                    for system in systems:
-                        submit(seed, system)
+                shown.advance(1)
+                for system in systems if unit.name == _START else ():
+                    submit(Unit(unit.output, unit.seed, system))
 
 
 @contextmanager
-def _pool(jobs: int | None, context: Any, said: Any) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose processes end at once with an error or Ctrl-C here: what they have begun is taken up again."""
+def _pool(jobs: int | None, context: Any, messages: Any) -> Iterator[ProcessPoolExecutor]:
+    """Open a pool whose processes end at once on an error or Ctrl-C here: a rerun resumes their work."""
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs or len(os.sched_getaffinity(0)), context, _begin_process, (said,))
+    pool = ProcessPoolExecutor(jobs or len(os.sched_getaffinity(0)), context, _start_process, (messages,))
     try:
         yield pool
     except BaseException as error:
@@ -174,41 +161,43 @@ def _pool(jobs: int | None, context: Any, said: Any) -> Iterator[ProcessPoolExec
             process.terminate()
         if isinstance(error, BrokenProcessPool):
             raise InputError(
-                "a process of the study was killed, perhaps for lack of memory; the same command goes on"
+                "a process of the study was killed, perhaps for lack of memory; rerun the same command to resume"
             ) from None
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_said: Any = None  # in a process of the pool: the queue of what it tells
+_messages: Any = None  # in a process of the pool: the queue of its messages
 
 
-def _begin_process(said: Any) -> None:
-    global _said
-    _said = said
+def _start_process(messages: Any) -> None:
+    global _messages
+    _messages = messages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study ends its processes itself
-    threading.Thread(target=_end_with_the_study, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    pretraining.console.quiet = True  # what it tells goes through the queue
+    console.quiet = True  # messages go through the queue
 
 
-def _end_with_the_study() -> None:
-    """Where it was killed: nothing may go on writing into a folder that another study can lock by now."""
+def _exit_with_parent() -> None:
+    """Exit when the study is killed: by then another study may have locked the folder."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def _unit(folder: Path, seed: int, unit: str, photographs: list[Path], preset: str) -> None:
-    """Does a unit that has not been done; in a process of the pool."""
+def _run_unit(unit: Unit, preset: Preset, photographs: Sequence[Path]) -> None:
+    """Run a unit, in a process of the pool, unless it is done."""
+    if unit.is_done:
+        return
 
     def tell(text: str) -> None:
-        _said.put(f"{folder.name} {unit}: {text}")
+        _messages.put(f"{unit.folder.name} {unit.name}: {text}")
 
-    folder.mkdir(exist_ok=True)
-    if unit == "start" and not (folder / "start").exists():
-        make_start(folder, seed, PRESETS[preset], photographs, tell)
-    elif unit != "start" and not (folder / f"{unit}.json").exists():
-        run_system(folder, seed, unit, PRESETS[preset], tell)
+    unit.folder.mkdir(exist_ok=True)
+    if unit.name == _START:
+        make_start(unit.folder, unit.seed, preset, photographs, tell)
+    else:
+        run_system(unit.folder, unit.seed, unit.name, preset, tell)

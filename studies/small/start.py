@@ -1,4 +1,4 @@
-"""What the systems of a seed share: the encoder, the low-resolution stage, and the encoded images."""
+"""What the systems of a seed share: the encoder, the low-resolution stages, and the encoded images."""
 
 from __future__ import annotations
 
@@ -7,96 +7,148 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 
 from flexattn_cuda import checkpoints
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
 from flexattn_cuda.mechanism.config import FlexAttnConfig
-from studies.small import pretraining
-from studies.small.encoded_scenes import EncodedScenes, encode_scenes, resolutions_of
-from studies.small.evaluation import selection
+from studies.small.encoded_scenes import EncodedScenes, Resolution, encode_scenes, resolutions_of
+from studies.small.encoder_stage import train_encoder
+from studies.small.evaluation import measure_selection
+from studies.small.low_resolution_stage import train_low_resolution
+from studies.small.photographs import find_photographs
 from studies.small.presets import SYSTEMS, Preset, settings_for
-from studies.small.scenes import find_photographs, make_scenes, vocabulary
+from studies.small.questions import vocabulary
+from studies.small.scenes import make_scenes
 from studies.small.small_model import build_model, build_processor
+
+Made = TypeVar("Made")
+
+_CHECKED = 250  # scenes that the low-resolution stages are measured on
+
+
+@dataclass(frozen=True)
+class TrainedEncoder:
+    """The model after the encoder stage.
+
+    Attributes:
+        weights: Of the whole model.
+        accuracy: On held-out tokens, by kind of image and of label.
+        seconds: CPU time of the stage.
+    """
+
+    weights: dict[str, torch.Tensor]
+    accuracy: dict[str, dict[str, float]]
+    seconds: float
 
 
 def make_start(
-    folder: Path,
-    seed: int,
-    preset: Preset,
-    photographs: Sequence[Path],
-    tell: Callable[[str], None],
+    folder: Path, seed: int, preset: Preset, photographs: Sequence[Path], tell: Callable[[str], None]
 ) -> None:
-    """Trains what the systems of a seed share, and encodes its images at every resolution.
+    """Train what the systems of a seed share, and encode its images at every resolution.
 
-    Written into `folder`: encoder.pt, images.pt (to train on), questions.pt (to ask), and last the folder start, a checkpoint
-    of plain LLaVA with start.json: CPU seconds and held-out figures of the stages, and what the first map selects.
+    Writes encoder.pt, images.pt (to train on), questions.pt (to ask) and last the folder start, a checkpoint of plain
+    LLaVA. Its start.json holds CPU seconds and held-out figures of the stages, and what the first map selects.
+
+    Args:
+        folder: The seed's folder.
+        seed: The seed.
+        preset: How much is done.
+        photographs: Folders of JPEG files.
+        tell: Takes progress messages.
     """
-    train, held_out = (find_photographs(photographs, part) for part in (False, True))
-    torch.manual_seed(seed)
-    processor = build_processor(vocabulary(), settings_for("flexattn", preset.sizes), preset.sizes)
-    model = build_model(processor, None, preset.sizes)
+    _SeedStart(folder, seed, preset, photographs, tell).make()
 
-    def encoder() -> dict[str, Any]:
-        tell("encoder")
-        begun = time.process_time()
-        accuracy = pretraining.train_encoder(model, processor, train, held_out, preset.encoder_steps, seed)
-        return {
-            "weights": model.state_dict(),
-            "accuracy": accuracy,
-            "seconds": time.process_time() - begun,
-        }
 
-    def encoded(
-        name: str,
-        photographs: list,
-        count: int,
-        number: int,
-        resolutions: Sequence[tuple[int, int]],
+class _SeedStart:
+    def __init__(
+        self, folder: Path, seed: int, preset: Preset, photographs: Sequence[Path], tell: Callable[[str], None]
+    ):
+        self.folder, self.seed, self.preset, self.tell = folder, seed, preset, tell
+        self.photographs = find_photographs(photographs, held_out=False)
+        self.held_out = find_photographs(photographs, held_out=True)
+        torch.manual_seed(seed)
+        self.processor = build_processor(vocabulary(), settings_for("flexattn", preset.sizes), preset.sizes)
+        self.model = build_model(self.processor, None, preset.sizes)
+
+    def make(self) -> None:
+        encoder = stored(self.folder / "encoder.pt", self._train_encoder)
+        self.model.load_state_dict(encoder.weights)
+        resolutions = resolutions_of(settings_for(system, self.preset.sizes) for system in SYSTEMS)
+        images = stored(self.folder / "images.pt", lambda: self._encode_images(resolutions))
+        stored(self.folder / "questions.pt", lambda: self._encode_questions(resolutions))
+        started = time.process_time()
+        held_out = self._train_low_resolution(images)
+        self._save(images, {
+            "encoder": {"seconds": round(encoder.seconds), "accuracy": encoder.accuracy},
+            "low resolution": {"seconds": round(time.process_time() - started), "held out": held_out},
+        })  # fmt: skip
+
+    def _train_encoder(self) -> TrainedEncoder:
+        self.tell("encoder")
+        started, steps = time.process_time(), self.preset.encoder_steps
+        accuracy = train_encoder(self.model, self.processor, self.photographs, self.held_out, steps, self.seed)
+        return TrainedEncoder(self.model.state_dict(), accuracy, time.process_time() - started)
+
+    def _encode_images(self, resolutions: Sequence[Resolution]) -> EncodedScenes:
+        self.tell("images")
+        return self._encode(self.photographs, self.preset.images, training_scenes_seed(self.seed), resolutions)
+
+    def _encode_questions(self, resolutions: Sequence[Resolution]) -> EncodedScenes:
+        self.tell("questions")
+        return self._encode(self.held_out, self.preset.questions, question_scenes_seed(self.seed), resolutions)
+
+    def _train_low_resolution(self, images: EncodedScenes) -> dict[str, dict[str, float]]:
+        self.tell("low resolution")
+        torch.manual_seed(self.seed)
+        checked = self._encode(self.held_out, min(_CHECKED, self.preset.questions), checked_scenes_seed(self.seed), [])
+        return train_low_resolution(self.model, self.processor, images, checked, self.preset, self.seed)
+
+    def _encode(
+        self, photographs: list[Image.Image], count: int, seed: int, resolutions: Sequence[Resolution]
     ) -> EncodedScenes:
-        tell(name)
-        return encode_scenes(
-            model,
-            processor,
-            make_scenes(photographs, count, 10 * seed + number),
-            count,
-            resolutions,
-        )
+        return encode_scenes(self.model, self.processor, make_scenes(photographs, count, seed), count, resolutions)
 
-    kept = stored(folder / "encoder.pt", encoder)
-    model.load_state_dict(kept["weights"])
-    resolutions = resolutions_of(settings_for(system, preset.sizes) for system in SYSTEMS)
-    images = stored(folder / "images.pt", lambda: encoded("images", train, preset.images, 0, resolutions))
-    stored(
-        folder / "questions.pt",
-        lambda: encoded("questions", held_out, preset.questions, 1, resolutions),
-    )
-
-    begun = time.process_time()
-    torch.manual_seed(seed)
-    checked = encoded("low resolution", held_out, min(250, preset.questions), 2, [])
-    first_layer, steps = preset.sizes.first_layer, (preset.localise_steps, preset.answer_steps)
-    low = pretraining.train_low_resolution(model, processor, images, checked, first_layer, *steps, seed)
-    found = {
-        "encoder": {"seconds": round(kept["seconds"]), "accuracy": kept["accuracy"]},
-        "low resolution": {"seconds": round(time.process_time() - begun), "held out": low},
-    }
-    unfinished = folder / "start.new"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    processor.save_pretrained(unfinished)
-    settings = settings_for("flexattn", preset.sizes)
-    found["selected"] = selection(*load(unfinished, settings), images)
-    (unfinished / "start.json").write_text(json.dumps(found))
-    os.replace(unfinished, folder / "start")
+    def _save(self, images: EncodedScenes, figures: dict[str, Any]) -> None:
+        """Write the checkpoint, which is never seen half written."""
+        unfinished = self.folder / "start.new"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        self.model.save_pretrained(unfinished)
+        self.processor.save_pretrained(unfinished)
+        model, processor = load_as(unfinished, settings_for("flexattn", self.preset.sizes))
+        figures["selected"] = asdict(measure_selection(model, processor, images))
+        (unfinished / "start.json").write_text(json.dumps(figures))
+        os.replace(unfinished, self.folder / "start")
 
 
-def stored(path: Path, make: Callable[[], Any]) -> Any:
-    """What `make` gives, kept in a file that is never seen half written; what the file holds, where there is one."""
+def training_scenes_seed(seed: int) -> int:
+    """Return the seed of the scenes that a seed trains on."""
+    return 10 * seed
+
+
+def question_scenes_seed(seed: int) -> int:
+    """Return the seed of the scenes that a seed asks about."""
+    return 10 * seed + 1
+
+
+def checked_scenes_seed(seed: int) -> int:
+    """Return the seed of the scenes that a seed's low-resolution stages are measured on."""
+    return 10 * seed + 2
+
+
+def selected_share(folder: Path) -> float:
+    """Return the share of the HR tokens that the map of a seed's start selects."""
+    return json.loads((folder / "start" / "start.json").read_text())["selected"]["share"]
+
+
+def stored(path: Path, make: Callable[[], Made]) -> Made:
+    """Return what a file holds; if it is missing, write what `make` returns, so that it is never seen half written."""
     if not path.exists():
         unfinished = path.with_suffix(".new")
         torch.save(make(), unfinished)
@@ -104,10 +156,10 @@ def stored(path: Path, make: Callable[[], Any]) -> Any:
     return torch.load(path, weights_only=False, mmap=True)
 
 
-def load(
+def load_as(
     folder: Path, settings: FlexAttnConfig | None
 ) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
-    """A checkpoint as another system; None is plain LLaVA."""
+    """Load a checkpoint as another system; None is plain LLaVA."""
     config = checkpoints.load_config(folder).with_settings(settings)
     model = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder, config=config)
     return model.eval(), FlexAttnLlavaProcessor.from_pretrained(folder, config=config)

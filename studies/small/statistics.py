@@ -1,26 +1,32 @@
-"""Shares of right answers and their paired differences, over several seeds.
+"""Accuracies and their paired differences, over several seeds.
 
-What a system answered is given as `Marks`: seed -> number of the question -> right or not. All systems of a seed are asked
-the same questions, so differences are taken question by question; the questions of two seeds are different ones.
+A system's answers are given as `Marks`. All systems of a seed are asked the same questions, so differences are taken
+question by question; two seeds ask different questions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 Marks = Mapping[int, Mapping[int, bool]]
+"""By seed and number of the question, whether the answer is right."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares in [0, 1].
+    """Accuracy over several seeds, in [0, 1].
 
-    accuracy, deviation: Mean and standard deviation (of a sample) over the seeds; the deviation is nan for one seed.
-    wilson_low, wilson_high: Wilson's 95 % interval over the questions of all seeds.
+    Attributes:
+        accuracy: Mean over the seeds.
+        deviation: Sample standard deviation over the seeds; NaN for one seed.
+        wilson_low: Lower end of Wilson's 95 % interval over the questions of all seeds.
+        wilson_high: Upper end.
+        questions: Number of questions of all seeds.
+        seeds: Number of seeds.
     """
 
     accuracy: float
@@ -33,11 +39,14 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two systems' accuracies, over the questions that both answered.
+    """Difference of two systems' accuracies, over the questions that both answered, in [-1, 1].
 
-    difference: Mean over all paired questions, in [-1, 1]; by_seed: seed -> its mean.
-    error_questions: Standard error of the mean, from the spread of the paired questions.
-    error_seeds: The same from the spread of the seeds' means; nan for one seed.
+    Attributes:
+        difference: Mean over all paired questions.
+        by_seed: Mean over those of each seed.
+        error_questions: Standard error of the mean, from the spread of the paired questions.
+        error_seeds: The same from the spread of the seeds' means; NaN for one seed.
+        questions: Number of paired questions.
     """
 
     difference: float
@@ -48,31 +57,41 @@ class Difference:
 
     @property
     def error(self) -> float:
-        """The larger of the two standard errors: that of the seeds counts what training leaves to chance."""
+        """The larger of the two standard errors: that of the seeds includes the variance between trainings."""
         return float(np.nanmax([self.error_questions, self.error_seeds]))
 
     @property
     def same_sign(self) -> bool:
+        """Whether all seeds agree on which system is better."""
         return all(part > 0 for part in self.by_seed.values()) or all(part < 0 for part in self.by_seed.values())
 
     @property
     def over_two_standard_errors(self) -> bool:
+        """Whether the difference is more than two standard errors from zero."""
         return abs(self.difference) > 2 * self.error
 
     @property
     def above(self) -> bool:
-        """Greater than zero in all seeds, and by more than two standard errors."""
+        """Whether the difference is positive in every seed and more than two standard errors from zero."""
         return self.difference > 0 and self.same_sign and self.over_two_standard_errors
 
     @property
     def level(self) -> bool:
-        """Not below zero by more than two standard errors."""
+        """Whether the difference is not below zero by more than two standard errors."""
         return self.difference >= 0 or not self.over_two_standard_errors
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """An expectation and what was found; `found` is None without answers."""
+    """An expectation of FlexAttention against another system, and what was found.
+
+    Attributes:
+        other: The other system.
+        objects: Size of the objects, or "all".
+        task: The task, or "all".
+        expected: "above" or "level".
+        found: None without answers.
+    """
 
     other: str
     objects: str
@@ -82,11 +101,14 @@ class Verdict:
 
     @property
     def holds(self) -> bool | None:
-        return self.found and getattr(self.found, self.expected)
+        """Whether the expectation holds; None without answers."""
+        if self.found is None:
+            return None
+        return self.found.above if self.expected == "above" else self.found.level
 
 
 def wilson(right: int, questions: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval of a share (E. B. Wilson, 1927), by default of 95 %."""
+    """Return the lower and upper end of Wilson's interval of a share (E. B. Wilson, 1927), by default of 95 %."""
     share, extra = right / questions, z * z / questions
     middle = (share + extra / 2) / (1 + extra)
     half = math.sqrt(share * (1 - share) * extra + extra * extra / 4) / (1 + extra)
@@ -94,22 +116,17 @@ def wilson(right: int, questions: int, z: float = 1.959964) -> tuple[float, floa
 
 
 def accuracy(marks: Marks) -> Accuracy | None:
-    """None without answers."""
+    """Return a system's accuracy; None without answers."""
     seeds = [list(by_number.values()) for by_number in marks.values() if by_number]
     if not seeds:
         return None
     shares, questions = [np.mean(seed) for seed in seeds], sum(map(len, seeds))
-    return Accuracy(
-        float(np.mean(shares)),
-        _deviation(shares),
-        *wilson(sum(map(sum, seeds)), questions),
-        questions,
-        len(seeds),
-    )
+    low, high = wilson(sum(map(sum, seeds)), questions)
+    return Accuracy(float(np.mean(shares)), _deviation(shares), low, high, questions, len(seeds))
 
 
 def paired_difference(one: Marks, other: Marks) -> Difference | None:
-    """One minus other; None where they have fewer than two questions in common."""
+    """Return one system's accuracy minus the other's; None if they share fewer than two questions."""
     pairs = {
         seed: np.array([int(one[seed][number]) - int(other[seed][number]) for number in common])
         for seed in sorted(one.keys() & other.keys())
@@ -120,10 +137,13 @@ def paired_difference(one: Marks, other: Marks) -> Difference | None:
         return None
     means = {seed: float(part.mean()) for seed, part in pairs.items()}
     return Difference(
-        float(values.mean()), means, _deviation(values) / math.sqrt(len(values)),
-        _deviation(list(means.values())) / math.sqrt(len(means)), len(values),
-    )  # fmt: skip
+        difference=float(values.mean()),
+        by_seed=means,
+        error_questions=_deviation(values) / math.sqrt(len(values)),
+        error_seeds=_deviation(list(means.values())) / math.sqrt(len(means)),
+        questions=len(values),
+    )
 
 
-def _deviation(values) -> float:
+def _deviation(values: Sequence[float] | np.ndarray) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan

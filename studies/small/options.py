@@ -1,0 +1,79 @@
+"""The study's options, for its command and for Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from flexattn_cuda.errors import InputError
+from studies.small.presets import PRESETS, SYSTEMS, Preset
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """What a study runs on, compares and shows. Each field's help text is that of the command's option.
+
+    Raises:
+        InputError: An option has a value that is not allowed.
+    """
+
+    photographs: Annotated[
+        list[Path],
+        Option(metavar="DIR", help="Folder of JPEG photographs, the backgrounds; may be repeated.", show_default=False),
+    ]
+    output: Annotated[
+        Path, Option("--output", "-o", metavar="DIR", help="Folder for models and results.", show_default=False)
+    ]
+    preset: Annotated[str, Option(help="small, or tiny, which runs in minutes and learns nothing.")] = "small"
+    seeds: Annotated[str, Option(help="Comma-separated seeds.")] = "0,1,2"
+    systems: Annotated[str, Option(help="all, or comma-separated names, such as llava,flexattn.")] = "all"
+    jobs: Annotated[int | None, Option(help="Number of single-threaded processes; one per core by default.")] = None
+    examples: Annotated[
+        str | None,
+        Option(help="Comma-separated numbers, in answers.csv, of the questions that the report shows."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise InputError(f"--preset is {self.preset!r}; allowed: {', '.join(PRESETS)}")
+        if unknown := [name for name in self.system_names if name not in SYSTEMS]:
+            raise InputError(f"--systems has {unknown[0]!r}; allowed: all, or some of {', '.join(SYSTEMS)}")
+        _numbers("--seeds", self.seeds)
+        if self.jobs is not None and self.jobs < 1:
+            raise InputError(f"--jobs is {self.jobs}; it must be at least 1")
+        for number in self.example_numbers or ():
+            if not 0 <= number < self.settings.questions:
+                raise InputError(
+                    f"--examples has {number}; the preset {self.preset!r} has the questions 0 to "
+                    f"{self.settings.questions - 1}"
+                )
+
+    @property
+    def settings(self) -> Preset:
+        """The preset."""
+        return PRESETS[self.preset]
+
+    @property
+    def seed_numbers(self) -> list[int]:
+        """The seeds, each once."""
+        return list(dict.fromkeys(_numbers("--seeds", self.seeds)))
+
+    @property
+    def system_names(self) -> list[str]:
+        """The systems, each once."""
+        return list(SYSTEMS if self.systems == "all" else dict.fromkeys(self.systems.split(",")))
+
+    @property
+    def example_numbers(self) -> list[int] | None:
+        """The questions to show; None for the first of each task about small objects."""
+        return None if self.examples is None else _numbers("--examples", self.examples)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} is {text!r}; give comma-separated numbers, such as 0,1,2") from None
