@@ -144,7 +144,7 @@ def _sizes(config: FlexAttnLlavaConfig) -> dict[str, int | None]:
 def _mean_and_std(folder: Path) -> dict[str, Any]:
     folders = [folder]
     if checkpoints.checkpoint_format(folder) == "released":
-        folders.append(checkpoints.vision_tower_folder(folder))
+        folders.append(checkpoints.vision_tower_folder(folder, checkpoints.config.read_config(folder)))
     for place in folders:
         for values in (
             _read_json(place / "processor_config.json").get("image_processor"),
