@@ -16,8 +16,8 @@ from flexattn_cuda.mechanism.config import FlexAttnConfig
 
 _FORMATS = {"flexattn_llava": "flexattn", "llava": "llava", "llava_llama": "released"}
 
-# Sizes that must be whole numbers from 1 up to a limit, far beyond any model, that keeps a damaged file from filling the
-# memory with modules. None stands for a default that transformers derives.
+# Sizes that must be whole numbers from 1 up to a limit. The limits lie far beyond any model, and keep a damaged file
+# from filling the memory with modules. None stands for a default that transformers derives.
 _MAX_SIZE = 1 << 24
 _MAX_SIZES = {
     "head_dim": _MAX_SIZE,

@@ -65,7 +65,8 @@ _LISTS_OF_TOKENS = ("suppress_tokens", "begin_suppress_tokens")
 # Of no effect on the answer of this model, or overridden by every call.
 _IGNORED = (
     "_from_model_config", "assistant_lookbehind", "decoder_start_token_id", "diversity_penalty", "low_memory",
-    "num_assistant_tokens", "num_assistant_tokens_schedule", "pad_token_id", "target_lookbehind", "transformers_version",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "pad_token_id", "target_lookbehind",
+    "transformers_version",
 )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def check_generation_config(folder: Path, config: FlexAttnLlavaConfig) -> None:
         if value is None or name in _IGNORED:
             continue
         if name not in rules:
-            if value is False or not hasattr(GenerationConfig, name) and name not in known:
+            if value is False or not (name in known or hasattr(GenerationConfig, name)):
                 continue
             raise CheckpointError(f"{path} sets {name}, which this package does not support; remove it from the file")
         if not rules[name].holds(value):

@@ -50,7 +50,7 @@ class HubOptions:
 
     Attributes:
         revision: Branch, tag or commit; None: the main branch.
-        token: Access token, True for the one that `hf auth login` has stored, or False for none; None: the hub's default.
+        token: Access token, True for the one that `hf auth login` has stored, False for none; None: the hub's default.
         cache_dir: Folder of the hub cache; None: the hub's default.
         local_files_only: Use what the cache holds, and never the network.
         force_download: Download files anew that the cache already holds.
@@ -180,8 +180,8 @@ def _from_hub(name: str, hub: HubOptions, parts: Part) -> Path:
         folder = None
     if hub.force_download or folder is None or not _holds(folder, parts, hub.variant):
         raise CheckpointError(
-            f"no checkpoint {name!r}: it is not a local folder, it is not complete in the local hub cache, and it could "
-            f"not be downloaded ({reason})"
+            f"no checkpoint {name!r}: it is not a local folder, not complete in the local hub cache, and could not be "
+            f"downloaded ({reason})"
         )
     return folder
 

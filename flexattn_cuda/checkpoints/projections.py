@@ -26,7 +26,7 @@ def layer_of(name: str) -> int:
 
 @torch.no_grad()
 def start_projections(model: Any, names: Iterable[str], config: FlexAttnLlavaConfig) -> None:
-    """Start the named projections as `hr_init` says; the output of LLaVA-XAttn's cross-attention starts at zero either way.
+    """Start the named projections as `hr_init` says; the output of LLaVA-XAttn's cross-attention always starts at zero.
 
     Raises:
         CheckpointError: The weights are quantised: codes are not numbers that a projection could start from.

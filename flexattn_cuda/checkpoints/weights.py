@@ -18,7 +18,7 @@ from flexattn_cuda.checkpoints.released import KEY_MAPPING, vision_tower_folder
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 
-# transformers 5.0 nests CLIP in a `vision_model` and reads only names that do; a checkpoint saved by a later one has none.
+# transformers 5.0 nests CLIP in a `vision_model`, and reads only names with it; later versions save names without it.
 _NESTED_TOWER_KEYS = {
     r"^language_model\.lm_head": "lm_head",
     r"^language_model\.model": "model.language_model",
@@ -73,7 +73,10 @@ def load_weights(
 
 
 def register_key_conversion(model_class: type) -> None:
-    """Let a class outside transformers convert names of weights as LLaVA does (up to 5.16 transformers does so by itself)."""
+    """Let a class outside transformers convert names of weights as LLaVA does.
+
+    Up to 5.16 transformers does so by itself.
+    """
     mapping = conversion_mapping.get_checkpoint_conversion_mapping("llava")
     if mapping is not None:
         conversion_mapping.register_checkpoint_conversion_mapping(model_class.__name__, mapping, overwrite=True)
@@ -94,7 +97,7 @@ def _read_weights(loader: Callable[..., Any], folder: Path, *args: Any, **kwargs
         except Exception as error:
             if any(path.suffix == ".bin" for path in files) and _is_of_pickle(error):
                 raise CheckpointError(
-                    f"the weights in {folder} are damaged, or are a pickle that holds more than tensors, which is never "
+                    f"the weights in {folder} are damaged, or a pickle that holds more than tensors, which is never "
                     "executed; convert them to safetensors where they come from"
                 ) from error
             if type(error).__name__ == "SafetensorError":

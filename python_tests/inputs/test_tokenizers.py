@@ -23,7 +23,8 @@ from transformers import (
 
 from flexattn_cuda.checkpoints import load_config
 from flexattn_cuda.errors import CheckpointError, InputError
-from flexattn_cuda.inputs.processor import CLIP_MEAN, RELEASED_IMAGE_ID, FlexAttnLlavaProcessor
+from flexattn_cuda.inputs.image_processor import CLIP_MEAN
+from flexattn_cuda.inputs.processor import RELEASED_IMAGE_ID, FlexAttnLlavaProcessor
 from flexattn_cuda.inputs.sentencepiece import read_sentencepiece
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 
