@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flexattn_cuda.errors import CheckpointError, InputError
+from flexattn_cuda.errors import CheckpointError
 
 _READ_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin")
 _MAX_MESSAGE = 400  # characters of another library's message
@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {type(values).__name__}, not a JSON object")
+        raise CheckpointError(f"{path} does not hold a JSON object")
     return values
 
 
@@ -71,15 +71,15 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def refusing(what: str) -> Iterator[None]:
+def refusing(what: str, *passing: type[Exception]) -> Iterator[None]:
     """Turn any error of the block into CheckpointError("WHAT: first line of the message").
 
-    transformers, tokenizers and safetensors raise errors of a dozen types on damaged files, so that all are caught.
-    Errors of this package and those of a full memory pass.
+    transformers, tokenizers and safetensors raise errors of a dozen types on damaged files, so that all are caught but
+    CheckpointError itself, those of a full memory, and `passing`.
     """
     try:
         yield
-    except (CheckpointError, InputError, MemoryError):
+    except (CheckpointError, MemoryError, *passing):
         raise
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":

@@ -53,6 +53,7 @@ _RULES = {
     **dict.fromkeys(("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"), _whole_from(0)),
     **dict.fromkeys(("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"), _NUMBER),
     **dict.fromkeys(("max_time", "repetition_penalty"), _POSITIVE),
+    "pad_token_id": _whole_from(-1),  # -1: none, as the first LLaMA checkpoints have it
     "length_penalty": _NUMBER,
     "assistant_confidence_threshold": _SHARE,
     "num_return_sequences": _one_of(1),
@@ -65,8 +66,7 @@ _LISTS_OF_TOKENS = ("suppress_tokens", "begin_suppress_tokens")
 # Of no effect on the answer of this model, or overridden by every call.
 _IGNORED = (
     "_from_model_config", "assistant_lookbehind", "decoder_start_token_id", "diversity_penalty", "low_memory",
-    "num_assistant_tokens", "num_assistant_tokens_schedule", "pad_token_id", "target_lookbehind",
-    "transformers_version",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "target_lookbehind", "transformers_version",
 )  # fmt: skip
 
 

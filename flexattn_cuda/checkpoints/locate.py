@@ -171,19 +171,19 @@ def _from_hub(name: str, hub: HubOptions, parts: Part) -> Path:
             raise
         except Exception as error:  # of the hub, of the network, of the disk: all end in one sentence below
             reason = _why_not(error, hub)
-    try:
-        cached = huggingface_hub.snapshot_download(
-            name, revision=hub.revision, cache_dir=hub.cache_dir, local_files_only=True
-        )
-        folder = Path(cached, hub.subfolder)
-    except Exception:
-        folder = None
+    folder = _cached_folder(name, hub)
     if hub.force_download or folder is None or not _holds(folder, parts, hub.variant):
         raise CheckpointError(
             f"no checkpoint {name!r}: it is not a local folder, not complete in the local hub cache, and could not be "
             f"downloaded ({reason})"
         )
     return folder
+
+
+def _cached_folder(name: str, hub: HubOptions) -> Path | None:
+    config = str(PurePosixPath(hub.subfolder, "config.json"))
+    found = huggingface_hub.try_to_load_from_cache(name, config, cache_dir=hub.cache_dir, revision=hub.revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _why_not(error: Exception, hub: HubOptions) -> str:
@@ -200,9 +200,7 @@ def _why_not(error: Exception, hub: HubOptions) -> str:
 
 
 def _holds(folder: Path, parts: Part, variant: str | None) -> bool:
-    """Return whether a cached snapshot has the parts; it may hold a configuration alone."""
-    if not (folder / "config.json").is_file():
-        return False
+    """Return whether a cached snapshot with a config.json has the other parts too."""
     if Part.TEXT in parts and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return False
     if Part.WEIGHTS in parts:
@@ -232,7 +230,7 @@ class _Repository:
         if str(home / "config.json") not in self.files:
             raise CheckpointError(f"no checkpoint {self.name!r}: {home / 'config.json'} is not in that hub repository")
         root = self.fetch(self._paths(home, Part.CONFIG))
-        paths = self._paths(home, parts)
+        paths = self._paths(home, parts | Part.CONFIG)
         tower = read_json(root / home / "config.json").get("mm_vision_tower")  # in the released format
         if isinstance(tower, str) and tower:
             paths += self._paths(home / PurePosixPath(tower).name, parts | Part.CONFIG)

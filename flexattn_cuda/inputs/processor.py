@@ -97,7 +97,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
             CheckpointError: The checkpoint's chat template fails, or does not mark every image.
         """
         check_question(question)
-        with refusing("the chat template of the checkpoint fails"):
+        with refusing("the chat template of the checkpoint fails", InputError):
             prompt = self.apply_chat_template([user_message(question, images)], add_generation_prompt=True)
         if prompt.count(IMAGE) < images:
             raise CheckpointError(
