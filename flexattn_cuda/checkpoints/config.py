@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,20 @@ from flexattn_cuda.mechanism.config import FlexAttnConfig
 _FORMATS = {"flexattn_llava": "flexattn", "llava": "llava", "llava_llama": "released"}
 
 # Sizes that must be whole numbers from 1 up to a limit. The limits lie far beyond any model, and keep a damaged file
-# from filling the memory with modules. None stands for a default that transformers derives.
+# from filling the memory with modules.
 _MAX_SIZE = 1 << 24
+_MAX_PIXELS = 1 << 14  # of a side
 _MAX_SIZES = {
     "head_dim": _MAX_SIZE,
     "hidden_size": _MAX_SIZE,
-    "image_size": 1 << 16,
+    "image_size": _MAX_PIXELS,
     "intermediate_size": _MAX_SIZE,
     "max_position_embeddings": 1 << 31,
     "num_attention_heads": 1 << 16,
     "num_channels": 3,
     "num_hidden_layers": 1 << 12,
     "num_key_value_heads": 1 << 16,
-    "patch_size": 1 << 16,
+    "patch_size": _MAX_PIXELS,
     "vocab_size": _MAX_SIZE,
 }
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -102,7 +104,8 @@ def _from_llava(folder: Path) -> FlexAttnLlavaConfig:
 
 def _check_fields(config: FlexAttnLlavaConfig) -> None:
     """Raise ValueError if a field has a value that no model can have."""
-    _ = config.flexattn  # raises where one of its fields is wrong
+    if config.flexattn is not None:
+        _check_settings(config.flexattn)
     for part in (config.text_config, config.vision_config):
         _check_sizes(part)
     _check_image_token(config)
@@ -112,10 +115,22 @@ def _check_fields(config: FlexAttnLlavaConfig) -> None:
         raise ValueError(f"dtype is {str(dtype)!r}; allowed: {', '.join(_DTYPES)}")
 
 
+def _check_settings(settings: FlexAttnConfig) -> None:
+    for name in ("scale", "threshold", "ratio", "warmup"):
+        value = getattr(settings, name)
+        if not _is_number(value) and not (name == "warmup" and value is None):
+            raise ValueError(f"flexattn {name} is {value!r}; it must be a number")
+    if not isinstance(settings.mask_padding, bool):
+        raise ValueError(f"flexattn mask_padding is {settings.mask_padding!r}; it must be true or false")
+    if settings.highres_size > _MAX_PIXELS:
+        raise ValueError(f"flexattn highres_size is {settings.highres_size}; it may be at most {_MAX_PIXELS}")
+
+
 def _check_sizes(config: PreTrainedConfig) -> None:
     for name, limit in _MAX_SIZES.items():
-        size = getattr(config, name, None)
-        if size is not None and not _is_whole(size, 1, limit):
+        size = getattr(config, name, 1)
+        derived = size is None and name in ("head_dim", "num_key_value_heads")
+        if not derived and not _is_whole(size, 1, limit):
             raise ValueError(f"{config.model_type} {name} is {size!r}; it must be a whole number from 1 to {limit}")
     heads = config.num_attention_heads
     if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
@@ -134,10 +149,18 @@ def _check_feature_layers(config: FlexAttnLlavaConfig) -> None:
     layers = config.vision_config.num_hidden_layers
     chosen = config.vision_feature_layer
     for layer in chosen if isinstance(chosen, (list, tuple)) and chosen else [chosen]:
-        if not _is_whole(layer, -layers - 1, layers):
+        if not _is_whole(layer, -layers, layers) or layer == 0:
             raise ValueError(
-                f"vision_feature_layer is {chosen!r}; the vision tower has hidden states {-layers - 1} to {layers}"
+                f"vision_feature_layer is {chosen!r}; the vision tower has layers 1 to {layers}, or {-layers} to -1"
             )
+    if config.vision_feature_select_strategy != "default":
+        raise ValueError(
+            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; only 'default' is known"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_whole(value: Any, low: int, high: int) -> bool:

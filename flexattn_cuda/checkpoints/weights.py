@@ -100,6 +100,8 @@ def _read_weights(loader: Callable[..., Any], folder: Path, *args: Any, **kwargs
                     f"the weights in {folder} are damaged, or a pickle that holds more than tensors, which is never "
                     "executed; convert them to safetensors where they come from"
                 ) from error
+            if "ignore_mismatched_sizes" in str(error):
+                raise CheckpointError(f"the weights in {folder} have other shapes than its config.json says") from error
             if type(error).__name__ == "SafetensorError":
                 raise CheckpointError(f"the weights in {folder} are damaged: {first_line(error)}") from error
             raise
