@@ -75,13 +75,17 @@ def refusing(what: str, *passing: type[Exception]) -> Iterator[None]:
     """Turn any error of the block into CheckpointError("WHAT: first line of the message").
 
     transformers, tokenizers and safetensors raise errors of a dozen types on damaged files, so that all are caught but
-    CheckpointError itself, those of a full memory, and `passing`.
+    CheckpointError itself, those of a full memory, and `passing`. A panic of their Rust code is not even an Exception.
     """
     try:
         yield
     except (CheckpointError, MemoryError, *passing):
         raise
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
+    except BaseException as error:
+        kind = type(error).__name__
+        if kind == "OutOfMemoryError" or not (isinstance(error, Exception) or kind == "PanicException"):
             raise
-        raise CheckpointError(f"{what}: {first_line(error)}") from error
+        reason = first_line(error)
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its own, which is never executed"
+        raise CheckpointError(f"{what}: {reason}") from error

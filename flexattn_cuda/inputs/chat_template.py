@@ -77,9 +77,7 @@ def refuse_special_texts(conversation: Any, special: list[str], end: str | None)
         if found == IMAGE:
             raise InputError(f"a text of the {role} contains {IMAGE}, which marks where an image goes; leave it out")
         if found is not None:
-            raise InputError(
-                f"a text of the {role} contains {found!r}, a special token of the model; leave it out"
-            )
+            raise InputError(f"a text of the {role} contains {found!r}, a special token of the model; leave it out")
 
 
 def _texts(conversation: Any) -> Iterator[tuple[str, str, bool]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flexattn_cuda.checkpoints.files import first_line, read_json
+from flexattn_cuda.checkpoints.files import read_json, refusing
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.inputs.sentencepiece import read_sentencepiece
 
@@ -25,7 +25,7 @@ def load_tokenizer(folder: Path, form: str) -> Any:
     has_json, has_model = ((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     if not has_json and not has_model:
         raise CheckpointError(f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model")
-    try:
+    with refusing(f"the tokenizer in {folder} cannot be read"):
         if has_model and (form == "released" or not has_json):
             tokenizer = _sentencepiece_tokenizer(folder)
         elif form == "llava":
@@ -33,13 +33,6 @@ def load_tokenizer(folder: Path, form: str) -> Any:
         else:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         _finish(tokenizer)
-    except CheckpointError:
-        raise
-    except Exception as error:  # tokenizers and transformers raise errors of many types, some of them plain Exception
-        reason = first_line(error)
-        if "trust_remote_code" in str(error):
-            reason = "it needs code of its own, which is never executed"
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
     return tokenizer
 
 

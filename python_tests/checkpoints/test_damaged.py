@@ -61,7 +61,7 @@ def save_released(folder: Path) -> None:
     shutil.copytree(RELEASED, folder)
     shutil.copy(small_checkpoint.TOKENIZER, folder)
     values = json.loads((folder / "config.json").read_text())
-    values["extra"] |= {"lowres_size": "112", "highres_size": "336"}  # faster than the released sizes
+    values["extra"] |= {"lowres_size": "126", "highres_size": "378"}  # faster than the released sizes
     (folder / "config.json").write_text(json.dumps(values | {"vocab_size": 500}))
     weights = load_file(folder / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -223,6 +223,19 @@ def test_every_setting_of_generation_may_be_null_or_absent(damaged):
 )
 def test_a_bad_chat_template_gives_an_answer_or_a_sentence(damaged, form, template):
     assert is_a_sentence(damaged(form, lambda folder: (folder / "chat_template.jinja").write_text(template)))
+
+
+def test_a_tokenizer_that_panics_is_refused(damaged):
+    """The tokenizers library panics where its post-processor names a token without ids: not an Exception in Python."""
+
+    def damage(folder: Path) -> None:
+        values = json.loads((folder / "tokenizer.json").read_text())
+        single = [{"SpecialToken": {"id": "<none>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        values["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+        (folder / "tokenizer.json").write_text(json.dumps(values))
+
+    message = damaged("flexattn", damage)
+    assert message is not None and "the tokenizer in" in message and is_a_sentence(message)
 
 
 def test_a_damaged_sentencepiece_model_gives_an_answer_or_a_sentence(damaged):
