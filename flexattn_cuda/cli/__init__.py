@@ -403,7 +403,7 @@ def _plain(text: str) -> str:
 @app.command()
 def info(model: Model = None) -> None:
     """Versions, build, GPUs, and why a path cannot be used; with --model, the memory that the model needs."""
-    folder = None if model is None else checkpoints.resolve_folder(model)
+    folder = None if model is None else checkpoints.resolve_folder(model, parts=checkpoints.Part.CONFIG)
     tables = [_facts()] if folder is None else [_facts(), "", *_memory_report(folder)]
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
     for table in tables:
@@ -548,7 +548,7 @@ def flops(
     if plot is not None:
         costs.check_plot(plot)
     shape = shape or "7b"
-    config = costs.llava_shape(shape) if model is None else checkpoints.load_config(checkpoints.resolve_folder(model))
+    config = costs.llava_shape(shape) if model is None else checkpoints.fetch_config(model)
     configs = {name: costs.as_system(config, name, zoom) for name in names}
     with Console(stderr=True).status("counting"):
         found = {name: costs.cost(one, text_tokens, selected, tiles) for name, one in configs.items()}

@@ -1,4 +1,4 @@
-"""Image files and arrays as upright RGB, padded to a square and resized as the released preprocessing does."""
+"""Image files and arrays: made upright RGB, padded to a square, and resized as the released preprocessing does."""
 
 from __future__ import annotations
 
@@ -6,29 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from flexattn_cuda.errors import InputError
 
-_LONGEST_SIDE = 65_535  # pixels; what a JPEG can hold. Beyond it the padded square alone would fill the memory.
+_MAX_SIDE = 65_535  # pixels, as a JPEG can hold; beyond it the padded square alone would fill the memory
 _BAND_PIXELS = 1 << 24  # pixels of the padded square that are held at a time
 
 
-# ------------------------------------------------------------------------------------------------------------- images
-
-
 def open_image(path: str | Path) -> Image.Image:
-    """Reads an image file, upright and in RGB. InputError where it is missing, empty, damaged or too large."""
+    """Read an image file.
+
+    Args:
+        path: A PNG, JPEG or any other file that Pillow reads.
+    Returns:
+        The image upright and in RGB, see `upright_rgb`.
+    Raises:
+        InputError: The file is missing, empty, damaged, not an image, or too large.
+    """
     path = Path(path)
-    try:
-        if not path.exists():
-            raise InputError(f"there is no image {path}")
-        if not path.is_file():
-            raise InputError(f"{path} is not an image file; pass the path of a PNG, JPEG or other image file")
-        if path.stat().st_size == 0:
-            raise InputError(f"the image {path} is an empty file")
-    except OSError as error:  # a folder that may not be entered, a name that is too long
-        raise InputError(f"the image {path} cannot be read: {error.strerror}") from None
+    _check_file(path)
     try:
         with Image.open(path) as image:
             return upright_rgb(image)
@@ -38,34 +35,80 @@ def open_image(path: str | Path) -> Image.Image:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise InputError(f"the image {path} has more than {limit} pixels; make it smaller first") from None
     except Image.UnidentifiedImageError:
-        raise InputError(f"{path} is not an image that can be read; PNG, JPEG and other common formats can") from None
+        raise InputError(f"{path} is not an image that can be read; use PNG, JPEG or another common format") from None
     except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
-        raise InputError(f"the image {path} is damaged or cannot be read: {error}") from None
+        raise InputError(f"the image {path} is damaged or cannot be read: {_one_line(error)}") from None
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if not path.exists():
+            raise InputError(f"there is no image {path}")
+        if not path.is_file():
+            raise InputError(f"{path} is not an image file; pass the path of a PNG, JPEG or other image file")
+        if path.stat().st_size == 0:
+            raise InputError(f"the image {path} is an empty file")
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise InputError(f"the image {path} cannot be read: {error.strerror}") from None
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The image as a viewer shows it: turned by its EXIF orientation, transparent parts white, 8 bits of RGB."""
+    """Return an image as a viewer shows it.
+
+    It is turned as its EXIF block says (an unreadable block is ignored, as viewers do), 16-bit grey is scaled to 8
+    bits, and transparent parts become white. The result carries no EXIF block, so that no one turns it again.
+
+    Raises:
+        InputError: The image is empty or too large, cannot be decoded, or holds NaN or infinite values.
+    """
     if min(image.size) < 1:
-        raise InputError(f"it has {image.width} x {image.height} pixels")
-    if max(image.size) > _LONGEST_SIDE:
-        raise InputError(f"it has {image.width} x {image.height} pixels; a side may have at most {_LONGEST_SIDE}")
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        levels = np.asarray(image, dtype=np.float32)
-        if levels.max() > 255:  # 16 bits; Pillow would clip them
-            levels = levels / 257
-        image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        backdrop = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(backdrop, image)
-    return image.convert("RGB")
+        raise InputError(f"the image has {image.width} x {image.height} pixels")
+    if max(image.size) > _MAX_SIDE:
+        raise InputError(f"the image has {image.width} x {image.height} pixels; a side may have at most {_MAX_SIDE}")
+    try:
+        image.load()
+        image = _turned(image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):
+            image = _eight_bits(image)
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
+        raise InputError(f"the image is damaged or cannot be decoded: {_one_line(error)}") from None
+    image.info = {}
+    return image
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # SyntaxError, struct.error, ...: an EXIF block that no one can read turns nothing
+        return image
+    if not turned:
+        return image
+    upright = ImageOps.exif_transpose(image)
+    return image if upright is None else upright
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    levels = np.asarray(image, dtype=np.float32)
+    if not np.isfinite(levels).all():
+        raise InputError("the image holds values that are NaN or infinite; replace them first")
+    if levels.max() > 255:  # 16 bits; Pillow would clip them
+        levels = levels / 257
+    return Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
 
 
 def valid_rect_of(width: int, height: int, side: int) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right), half-open, of an image inside its square padding, in cells of a side x side grid.
+    """Return where an image of width x height pixels lies inside its square padding, in cells of a side x side grid.
 
     The margin is rounded as in the released code: `(W - H) // 2` first, truncated to cells last.
+
+    Returns:
+        (top, left, bottom, right), half-open.
     """
     margin = int((abs(width - height) // 2) / max(width, height) * side)
     if width > height:
@@ -74,7 +117,7 @@ def valid_rect_of(width: int, height: int, side: int) -> tuple[int, int, int, in
 
 
 def square_resized(image: Image.Image, side: int, colour: tuple[int, int, int]) -> Image.Image:
-    """The image padded to a centred square of `colour`, resized to side x side with Pillow's bicubic filter.
+    """Return an RGB image padded to a centred square of `colour` and resized to side x side, bicubic as in Pillow.
 
     Pillow resizes rows first, then columns, so the square is made a band of rows at a time: the pixels are those of
     the whole square resized at once, without holding it.
@@ -92,22 +135,29 @@ def square_resized(image: Image.Image, side: int, colour: tuple[int, int, int]) 
 
 
 def as_image(image: Any) -> Image.Image:
-    """A PIL image from a PIL image or a uint8 array [H, W] or [H, W, 3 or 4]."""
+    """Return a PIL image for a PIL image or a uint8 array [H, W] or [H, W, 3 or 4].
+
+    Raises:
+        InputError: It is something else.
+    """
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-        if image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4)):
+        if 0 not in image.shape and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
             return Image.fromarray(image)
-        raise InputError(f"an array {list(image.shape)} is no image; it must be [H, W] or [H, W, 3 or 4]")
-    raise InputError(
-        f"an image is a PIL image or a uint8 array [H, W, 3], not {type(image).__name__}; open a file with open_image"
-    )
+        raise InputError(f"an array {list(image.shape)} is not an image; it must be [H, W] or [H, W, 3 or 4]")
+    given = f"an array of {image.dtype}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
+    raise InputError(f"an image is a PIL image or a uint8 array [H, W, 3], not {given}; open a file with open_image")
 
 
 def flat_list(images: Any) -> list[Any]:
-    """One image, a list, or a list of lists, as one list."""
+    """Return one image, a list of images, or a list of such lists as one list; [] for None."""
     if images is None:
         return []
     if isinstance(images, (list, tuple)):
         return [image for part in images for image in flat_list(part)]
     return [images]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

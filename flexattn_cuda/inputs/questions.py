@@ -1,4 +1,4 @@
-"""What a question may be. Imports nothing heavy, so that a command can refuse one at once."""
+"""What may be asked. Imports nothing heavy, so that a command can refuse a question at once."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ IMAGE = "<image>"
 
 
 def check_question(question: str) -> None:
-    """InputError where a question cannot be asked."""
+    """Raise InputError if a question is empty, is not text, or contains <image>."""
     if not isinstance(question, str) or not question.strip():
         raise InputError("the question is empty")
     if IMAGE in question:
-        raise InputError(f"the question contains {IMAGE}, the mark of an image's place; leave it out")
+        raise InputError(f"the question contains {IMAGE}, which marks where an image goes; leave it out")
 
 
 def user_message(question: str, images: int = 1) -> dict[str, Any]:
-    """What a chat template is told of a question about so many images."""
+    """Return the chat message that asks a question about a number of images, as chat templates take it."""
     return {
         "role": "user",
         "content": [{"type": "image"}] * images + [{"type": "text", "text": question}],

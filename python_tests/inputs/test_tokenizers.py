@@ -23,7 +23,8 @@ from transformers import (
 
 from flexattn_cuda.checkpoints import load_config
 from flexattn_cuda.errors import CheckpointError, InputError
-from flexattn_cuda.inputs.processor import CLIP_MEAN, RELEASED_IMAGE_ID, FlexAttnLlavaProcessor
+from flexattn_cuda.inputs.image_processor import CLIP_MEAN
+from flexattn_cuda.inputs.processor import RELEASED_IMAGE_ID, FlexAttnLlavaProcessor
 from flexattn_cuda.inputs.sentencepiece import read_sentencepiece
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 
@@ -294,13 +295,13 @@ def test_llava_images_use_the_folders_mean(llava):
     ]
 
 
-@pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
-def test_a_checkpoints_own_prompt_is_used(llava, place):
+@pytest.mark.parametrize("file", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
+def test_a_checkpoints_own_prompt_is_used(llava, file):
     template = "{% for message in messages %}Q: <image>{{ message['content'][-1]['text'] }} A:{% endfor %}"
-    if place.endswith(".jinja"):
-        (llava / place).write_text(template)
+    if file.endswith(".jinja"):
+        (llava / file).write_text(template)
     else:
-        path = llava / place
+        path = llava / file
         values = json.loads(path.read_text()) if path.exists() else {}
         write(path, **(values | {"chat_template": template}))
     assert FlexAttnLlavaProcessor.from_pretrained(llava).prompt("why?") == "Q: <image>why? A:"
@@ -402,6 +403,71 @@ def test_images_and_prompts_that_do_not_match(llava, inputs, says):
 def test_questions_that_cannot_be_asked(llava, question, says):
     with pytest.raises(InputError, match=says):
         FlexAttnLlavaProcessor.from_pretrained(llava).prompt(question)
+
+
+SPECIAL = ["</s>", "<s>", "<unk>"]
+
+
+@pytest.mark.parametrize("source", ["released", "llava"])
+@pytest.mark.parametrize("token", [*SPECIAL, "<pad>", "<extra>", "<image>"])
+def test_a_question_cannot_write_special_tokens(request, source, token):
+    """They would become the tokens' ids: a question could end the prompt, or begin another."""
+    processor = FlexAttnLlavaProcessor.from_pretrained(request.getfixturevalue(source))
+    if token == "<extra>":
+        processor.tokenizer.add_tokens([token], special_tokens=True)
+    question = f"What is {token} in HTML?"
+    if token not in processor.tokenizer.get_vocab():  # the released tokenizer has no <pad>
+        assert processor.prompt(question)
+        return
+    with pytest.raises(InputError, match=f"contains '?{token}"):
+        processor.prompt(question)
+    part = [{"type": "text", "text": question}]
+    system = {"role": "system", "content": part}
+    user = {"role": "user", "content": part}
+    for messages in (
+        [user],
+        [system, user],
+        [user, {"role": "assistant", "content": question}, user],
+        [[user], [user]],
+    ):
+        with pytest.raises(InputError, match=f"contains '?{token}"):
+            processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+
+
+@pytest.mark.parametrize("source", ["released", "llava"])
+def test_only_the_template_writes_special_tokens(request, source):
+    processor = FlexAttnLlavaProcessor.from_pretrained(request.getfixturevalue(source))
+    special = set(processor.tokenizer.all_special_ids) - {processor.tokenizer.bos_token_id}
+    for question in ("Is 1 < s > 0?", "</ s>", "< unk>", "<S>", "a\u2581b"):
+        ids = processor.tokenize(processor.prompt(question))
+        assert not special & (set(ids) - {processor.image_token_id, RELEASED_IMAGE_ID})
+    turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "yes"}]
+    assert processor.tokenize(processor.apply_chat_template(turns)).count(processor.tokenizer.eos_token_id) == 1
+
+
+def test_a_caller_may_end_an_answer_and_mark_an_image_in_plain_content(llava):
+    processor = FlexAttnLlavaProcessor.from_pretrained(llava)
+    turns = [{"role": "user", "content": "<image>\none?"}, {"role": "assistant", "content": "yes</s>"}]
+    assert "<image>\none? ASSISTANT: yes</s>" in processor.apply_chat_template(turns)
+    turns[1]["content"] = "yes</s> no</s>"
+    with pytest.raises(InputError, match="of the assistant contains '</s>'"):
+        processor.apply_chat_template(turns)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for", "the chat template of the checkpoint fails"),
+        ("{{ raise_exception('no') }}", "the chat template of the checkpoint fails: no"),
+        ("{{ messages[7]['content'] }}", "the chat template of the checkpoint fails"),
+        ("{{ messages[0]['content'][-1]['text'] }}", "writes 0 <image> marks for 1 images"),
+    ],
+)
+def test_a_chat_template_that_cannot_ask(llava, template, says):
+    (llava / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointError, match=says) as error:
+        FlexAttnLlavaProcessor.from_pretrained(llava).prompt("why?")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("source", ["released", "llava"])

@@ -246,6 +246,19 @@ def test_later_answers_follow_the_prompt_of_the_conversation_so_far(options):
     assert ids[:begin] == one(text=prompt, images=Image.new("RGB", (9, 9)))["input_ids"][0].tolist()
 
 
+@pytest.mark.parametrize("options", PROCESSORS.values(), ids=PROCESSORS.keys())
+@pytest.mark.parametrize("turn", [("What is </s>?", 1, "An end."), ("What is it?", 1, "It is <s>.")])
+def test_a_record_with_the_text_of_a_special_token_is_reported(folder, options, turn):
+    one = processor(**options)
+    with pytest.raises(InputError, match="a special token of the model"):
+        data.labelled_ids(one, [turn])
+    question, _, answer = turn
+    parts = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    records = [{"image": "image.png", "conversations": parts}]
+    found = data.check(records, folder, lambda conversation: data.encode(one, conversation, 400))
+    assert [(broken.record, broken.kind) for broken in found] == [(0, "conversation that cannot be asked")]
+
+
 def test_a_template_that_writes_questions_alone_gets_the_answer_and_its_end():
     one = FlexAttnLlavaProcessor.from_pretrained(DEFAULT_MODEL)
     ids, labels = data.labelled_ids(one, [(QUESTION, 1, "42")])

@@ -86,16 +86,18 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             config: Replaces the checkpoint's configuration.
             flexattn: Replaces the settings of the mechanism, e.g. `FlexAttnConfig.paper()`.
             output_loading_info: As in transformers: (model, info) instead of model.
-            kwargs: As in transformers: dtype, device_map, ...
+            kwargs: As in transformers: dtype, device_map, revision, token, cache_dir, local_files_only, force_download,
+                subfolder, ...
         Raises:
             CheckpointError: The folder is missing, of an unknown format, or lacks weights.
         """
-        folder = checkpoints.resolve_folder(name_or_path)
-        config = config or checkpoints.load_config(folder)
+        hub = checkpoints.HubOptions.pop_from(kwargs)
+        folder = checkpoints.resolve_folder(name_or_path, hub, checkpoints.Part.CONFIG | checkpoints.Part.WEIGHTS)
+        config = config or checkpoints.load_config(folder, hub)
         if flexattn is not None:
             config.flexattn_config = flexattn.to_dict()
         config.check()
-        model, info = checkpoints.load_weights(super().from_pretrained, folder, config, *args, **kwargs)
+        model, info = checkpoints.load_weights(super().from_pretrained, folder, config, *args, hub=hub, **kwargs)
         return (model, info) if output_loading_info else model
 
     # ---------------------------------------------------------------------------------------------------- forward

@@ -1,4 +1,4 @@
-"""Images to tensors: the released preprocessing, every kind of image file, and images that cannot be used."""
+"""Images to tensors: the released preprocessing, every kind of image file, and images that are refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image
 from flexattn_cuda.checkpoints import load_config
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.inputs import images
+from flexattn_cuda.inputs.image_processor import FlexAttnLlavaImageProcessor
 from flexattn_cuda.inputs.images import open_image, square_resized, upright_rgb, valid_rect_of
-from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor
 
 VECTORS = Path(__file__).parents[1] / "data" / "reference_vectors"
 GREY = (122, 116, 104)
@@ -101,12 +101,12 @@ def test_resizing_in_bands_gives_the_pixels_of_the_whole_square(monkeypatch, siz
         (300, 400, 16, (0, 2, 16, 14)),
     ],
 )
-def test_live_rectangle(width, height, side, expected):
+def test_the_valid_rectangle(width, height, side, expected):
     assert valid_rect_of(width, height, side) == expected
 
 
 @given(st.integers(1, 65_535), st.integers(1, 65_535), st.integers(1, 64))
-def test_live_rectangle_is_never_empty(width, height, side):
+def test_the_valid_rectangle_is_never_empty(width, height, side):
     top, left, bottom, right = valid_rect_of(width, height, side)
     assert 0 <= top < bottom <= side and 0 <= left < right <= side
 
@@ -140,11 +140,60 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     assert colours(open_image(tmp_path / "deep.png")) == [(0,) * 3, (100,) * 3, (255,) * 3]
 
 
-def test_a_image_is_turned_upright(tmp_path):
+def test_an_image_is_turned_upright_once(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned a quarter to the left
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (20, 40)
+    image = open_image(tmp_path / "turned.jpg")
+    assert image.size == upright_rgb(image).size == (20, 40)
+
+
+@pytest.mark.parametrize("block", [b"Exif\0\0not a TIFF header", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*"])
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_an_exif_block_that_cannot_be_read_turns_nothing(tmp_path, small_processor, block, ending):
+    image = noise(40, 20)
+    image.save(tmp_path / f"image.{ending}", exif=block)
+    upright = open_image(tmp_path / f"image.{ending}")
+    assert upright.size == (40, 20) and "exif" not in upright.info
+    with Image.open(tmp_path / f"image.{ending}") as lazy:
+        assert small_processor(lazy)["valid_rect"].tolist() == [[1, 0, 5, 6]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_numbers_are_not_pixels(tmp_path, value):
+    levels = np.full((8, 8), 100, dtype=np.float32)
+    Image.fromarray(levels).save(tmp_path / "float.tiff")
+    assert set(colours(open_image(tmp_path / "float.tiff"))) == {(100, 100, 100)}
+    levels[3, 4] = value
+    Image.fromarray(levels).save(tmp_path / "float.tiff")
+    with pytest.raises(InputError, match="values that are NaN or infinite"):
+        open_image(tmp_path / "float.tiff")
+
+
+def test_an_image_that_pillow_fails_to_decode_is_refused(tmp_path, small_processor):
+    noise(64, 64).save(tmp_path / "image.png")
+    (tmp_path / "image.png").write_bytes((tmp_path / "image.png").read_bytes()[:3000])
+    with Image.open(tmp_path / "image.png") as lazy, pytest.raises(InputError, match="damaged") as error:
+        small_processor(lazy)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ending", ["bmp", "gif", "jpg", "png", "ppm", "tga", "tiff", "webp"])
+def test_damage_anywhere_in_a_file_is_an_input_error(tmp_path, monkeypatch, ending):
+    """Each byte of the header, and some of the rest, is set to three other values."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    noise(12, 9).save(tmp_path / f"image.{ending}")
+    whole = (tmp_path / f"image.{ending}").read_bytes()
+    for at in [*range(min(len(whole), 64)), *range(64, len(whole), 97)]:
+        for value in (0, 0x7F, 0xFF):
+            path = tmp_path / f"damaged.{ending}"
+            path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+            try:
+                opened = open_image(path).mode
+            except InputError as error:
+                opened = str(error)
+            assert "\n" not in opened
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -181,14 +230,14 @@ def bad_file(folder: Path, kind: str) -> Path:
         ("long", "may have at most 65535"),
     ],
 )
-def test_files_that_are_no_image(tmp_path, kind, says):
+def test_files_that_are_not_images(tmp_path, kind, says):
     path = bad_file(tmp_path, kind)
     with pytest.raises(InputError, match=says) as error:
         open_image(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_image_beyond_the_limit_of_pixels(tmp_path, monkeypatch):
+def test_an_image_beyond_the_limit_of_pixels(tmp_path, monkeypatch):
     noise(64, 64).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(InputError, match="more than 2000 pixels"):
@@ -202,10 +251,11 @@ def test_a_image_beyond_the_limit_of_pixels(tmp_path, monkeypatch):
         3,
         np.zeros((4, 4)),
         np.zeros((4, 4, 7), dtype=np.uint8),
+        np.zeros((0, 4, 3), dtype=np.uint8),
         torch.zeros(3, 4, 4),
         [],
     ],
 )
-def test_things_that_are_no_image(small_processor, thing):
+def test_things_that_are_not_images(small_processor, thing):
     with pytest.raises(InputError, match="image"):
         small_processor(thing)

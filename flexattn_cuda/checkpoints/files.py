@@ -1,0 +1,91 @@
+"""Reading a checkpoint's files: JSON objects, links that leave the folder, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flexattn_cuda.errors import CheckpointError
+
+_READ_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin")
+_MAX_MESSAGE = 400  # characters of another library's message
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, {} if there is no such file.
+
+    Raises:
+        CheckpointError: The file cannot be read, is not JSON, or holds something other than an object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return values
+
+
+def refuse_links_outside(folder: Path) -> None:
+    """Raise CheckpointError if a file that would be read is a symbolic link to somewhere outside of the folder.
+
+    Links of the hub cache are fine: snapshots/COMMIT/FILE -> blobs/HASH of the same repository.
+    """
+    for path in folder.iterdir():
+        if path.is_symlink() and path.suffix in _READ_SUFFIXES and not is_inside(path, folder):
+            raise CheckpointError(f"{path} is a link to a file outside of its folder; put the file itself there")
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Return whether a path, links followed, lies in the folder or is a blob of the hub cache that holds the folder."""
+    target, home = path.resolve(), folder.resolve()
+    if target.is_relative_to(home):
+        return True
+    snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
+    if snapshots is None or not snapshots.parent.name.startswith("models--"):
+        return False
+    # A blob may itself be a link into the store that repositories share, so only its first step is looked at.
+    blob = Path(path.parent.resolve(), path.readlink()) if path.is_symlink() else target
+    return Path(*_normal(blob)).parent == snapshots.parent / "blobs"
+
+
+def _normal(path: Path) -> list[str]:
+    parts: list[str] = []
+    for part in path.parts:
+        if part == "..":
+            parts.pop()
+        else:
+            parts.append(part)
+    return parts
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's type if it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:_MAX_MESSAGE] if lines else type(error).__name__
+
+
+@contextmanager
+def refusing(what: str, *passing: type[Exception]) -> Iterator[None]:
+    """Turn any error of the block into CheckpointError("WHAT: first line of the message").
+
+    transformers, tokenizers and safetensors raise errors of a dozen types on damaged files, so that all are caught but
+    CheckpointError itself, those of a full memory, and `passing`. A panic of their Rust code is not even an Exception.
+    """
+    try:
+        yield
+    except (CheckpointError, MemoryError, *passing):
+        raise
+    except BaseException as error:
+        kind = type(error).__name__
+        if kind == "OutOfMemoryError" or not (isinstance(error, Exception) or kind == "PanicException"):
+            raise
+        reason = first_line(error)
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its own, which is never executed"
+        raise CheckpointError(f"{what}: {reason}") from error
