@@ -42,8 +42,8 @@ MaxNewTokens = Annotated[int, Option("Maximum length of an answer in tokens.", m
 class AskOptions(Options):
     """Options of `flexattn ask`."""
 
-    image: Annotated[Path, Option("Image file: PNG, JPEG, ...", positional=True, metavar="IMAGE")]
-    question: Annotated[str, Option("Question about the image.", positional=True, metavar="QUESTION")]
+    image: Annotated[Path, Option("Image file: PNG, JPEG, ...", positional=True)]
+    question: Annotated[str, Option("Question about the image.", positional=True)]
     model: Model = None
     map: Annotated[
         Path | None,
@@ -151,7 +151,7 @@ class TrainOptions(Options):
     accumulate: Annotated[int, Option("Number of batches per optimizer step.", minimum=1, fixed=True)] = 1
     learning_rate: Annotated[float, Option("Maximum learning rate.", minimum=0, fixed=True)] = 2e-5
     optimizer: Annotated[str, Option("Optimizer: adamw, sgd or another name of transformers.", fixed=True)] = "adamw"
-    schedule: Annotated[str, Option("Learning-rate schedule.", choices=SCHEDULES, fixed=True)] = "cosine"
+    schedule: Annotated[str, Option(f"Learning-rate schedule: {', '.join(SCHEDULES)}.", choices=SCHEDULES, fixed=True)] = "cosine"
     warmup_steps: Annotated[int, Option("Number of steps that the learning rate rises for.", minimum=0, fixed=True)] = 0
     weight_decay: Annotated[float, Option("Weight decay.", minimum=0, fixed=True)] = 0.0
     clip: Annotated[float, Option("Maximum norm of the gradients; 0 for no limit.", minimum=0, fixed=True)] = 1.0
@@ -227,9 +227,7 @@ class FlopsOptions(Options):
         int | None,
         Option("Number of HR tokens that a layer selects; by default 43 % of them.", metavar="M"),
     ] = None
-    tiles: Annotated[
-        int | None, Option("Number of tiles with a selected token; by default all.", metavar="K")
-    ] = None
+    tiles: Annotated[int | None, Option("Number of tiles with a selected token; by default all.", metavar="K")] = None
     zoom: Annotated[
         int | None,
         Option("Number of tiles per side of the HR image; by default the model's own, or 3.", minimum=1, metavar="Z"),

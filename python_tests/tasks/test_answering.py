@@ -64,7 +64,7 @@ def test_the_answer_comes_piece_by_piece(loaded, tmp_path):
 def test_a_character_of_several_tokens_is_handed_over_whole(loaded):
     tokenizer = loaded[1].tokenizer
     heard: list[str] = []
-    pieces = answering._Pieces(tokenizer, heard.append)
+    pieces = answering._TextPieces(tokenizer, heard.append)
     pieces.put(torch.tensor([[1, 5, 6]]))  # the prompt
     for token in ["a", "<0xC3>", "<0xA9>", "b", "<0xC3>"]:
         pieces.put(torch.tensor([tokenizer.convert_tokens_to_ids(token)]))
@@ -116,7 +116,7 @@ def test_drawing(loaded, tmp_path):
         (dict(token="last"), "the token to draw"),
         (dict(layer=0), "the layer to draw is 0; there are layers 1 to 4"),
         (dict(layer=[]), "the layer to draw"),
-        (dict(path="map.txt"), "no ending of an image file"),
+        (dict(path="map.txt"), "does not have the extension of an image file"),
         (dict(path="no/such/folder/map.png"), "there is no folder"),
     ],
 )

@@ -23,7 +23,7 @@ from flexattn_cuda.inputs.images import open_image
 from flexattn_cuda.runs import progress as report
 from flexattn_cuda.runs.processes import Processes
 from flexattn_cuda.tasks import ask as answering
-from flexattn_cuda.tasks import ask_batch as batch
+from flexattn_cuda.tasks.ask_batch import run as batch
 from flexattn_cuda.tasks import load as loading
 from flexattn_cuda.tasks.ask_batch import Totals, answer_file
 
@@ -195,7 +195,7 @@ BROKEN = [
     ({"image": "0.png", "question": None}, '"question" is not a string'),
     ({"image": "0.png", "question": " "}, "the question is empty"),
     ({"image": "0.png", "question": "<image>?"}, "contains <image>"),
-    ({"image": "0.png", "question": "\ud800"}, "no character"),
+    ({"image": "0.png", "question": "\ud800"}, "not a character"),
     ({"image": "0.png", "question": "why", "id": [1]}, '"id" is neither'),
     ({"image": "0.png", "question": "long " * 300}, "the question is too long"),
     ({"image": "nowhere.png", "question": "why"}, "there is no image"),
@@ -316,16 +316,16 @@ def test_another_input_model_or_setting_is_refused(checkpoint, folder, monkeypat
         interrupt(patch, after=1)
         answer_file(questions, output, **settings)
     for changed, what in [
-        (dict(max_new_tokens=3), "max_new_tokens"),
+        (dict(max_new_tokens=3), "max new tokens"),
         (dict(model=None), "model"),
         (dict(dtype="float16"), "dtype"),
     ]:
-        with pytest.raises(InputError, match=f"begun with another {what};.*--restart"):
+        with pytest.raises(InputError, match=rf"started with other options \({what}\);.*--restart"):
             answer_file(questions, output, **settings | changed)
-    with pytest.raises(InputError, match="begun with another input"):
+    with pytest.raises(InputError, match=r"started with other options \(input\)"):
         answer_file(write(folder / "other.jsonl", some(4)), output, **settings)
     write(questions, some(5))
-    with pytest.raises(InputError, match="begun with another input"):
+    with pytest.raises(InputError, match=r"started with other options \(input\)"):
         answer_file(questions, output, **settings)
     assert answer_file(questions, output, **settings, restart=True) == Totals(5, 0)
 
@@ -333,7 +333,7 @@ def test_another_input_model_or_setting_is_refused(checkpoint, folder, monkeypat
 def test_an_output_is_not_overwritten(checkpoint, folder, asked):
     questions, output = write(folder / "q.jsonl", some(2)), folder / "a.jsonl"
     output.write_text("dear to me")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         answer_file(questions, output, checkpoint, "cpu", max_new_tokens=2)
     assert output.read_text() == "dear to me" and not asked
     assert answer_file(questions, output, checkpoint, "cpu", max_new_tokens=2, restart=True) == Totals(2, 0)
@@ -425,12 +425,12 @@ def test_two_processes_go_on_where_one_was_ended(checkpoint, folder, monkeypatch
     ]
     run = subprocess.run(
         [*launcher, folder / "program.py", "ask-batch", questions, "-o", output, *options],
-        cwd=folder, env=os.environ | {"PYTHONPATH": str(Path(batch.__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stderr.splitlines() == [
-        "2 questions were answered before, 8 are left",
+        "resuming: 2 questions are answered, 8 are left",
         f"wrote {output}: answers 9, errors 1",
     ]
     assert read(output) == expected
@@ -482,7 +482,7 @@ def test_each_of_several_processes_takes_the_gpu_of_its_local_rank(monkeypatch):
         (["q.jsonl", "-o", "."], "it is a folder"),
         (["q.jsonl", "-o", "./q.jsonl"], "would overwrite the questions"),
         (["q.jsonl", "-o", "./q.jsonl", "--restart"], "would overwrite the questions"),
-        (["q.jsonl", "-o", "a.jsonl", "--batch-size", "0"], "the batch size is 0"),
+        (["q.jsonl", "-o", "a.jsonl", "--batch-size", "0"], "batch size is 0"),
         (["q.jsonl", "-o", "a.jsonl", "--max-new-tokens", "0"], "must be at least 1"),
         (["q.jsonl", "-o", "a.jsonl", "--device", "tpu"], "allowed: auto, cpu, cuda"),
         (["q.jsonl", "-o", "a.jsonl", "--dtype", "int8"], "allowed: auto, float32"),
@@ -509,8 +509,8 @@ def test_the_command_tells_how_far_it_is(flexattn, checkpoint, folder, monkeypat
     assert (code, out) == (0, "") and err.endswith(f"wrote {output}: answers 3, errors 0\n")
     assert len(read(output)) == 3
     if terminal:
-        assert "3/3" in err and "a second" in err and "left" in err
+        assert "3/3" in err and "per second" in err and "left" in err
     else:
         first, second, _ = err.splitlines()
         assert first.startswith("2 of 3 questions, ") and second.startswith("3 of 3 questions, ")
-        assert " a second, 0:00:0" in first and second.endswith(" a second, 0:00:00 left")
+        assert " per second, 0:00:0" in first and second.endswith(" per second, 0:00:00 left")

@@ -106,7 +106,7 @@ def refused(result: tuple[int, str, str]) -> str:
         (["image.png", QUESTION, "--model", "image.png"], "is a file"),
         (["image.png", QUESTION, "--model", "."], "has no config.json"),
         (["image.png", QUESTION, "--map", "no/folder/map.png"], "there is no folder"),
-        (["image.png", QUESTION, "--map", "map"], "no ending of an image file"),
+        (["image.png", QUESTION, "--map", "map"], "does not have the extension of an image file"),
         (["image.png", QUESTION, "--map", "./image.png"], "would overwrite the image"),
         (["image.png", QUESTION, "--map-tokens", "last"], "allowed: first, all, or numbers"),
         (["image.png", QUESTION, "--map-layers", "-3"], "allowed: first, all, or numbers"),
@@ -201,7 +201,7 @@ def test_a_gpu_that_is_too_small(flexattn, image, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(loading, "load", load)
-    assert "the GPU's memory is too small" in refused(flexattn("ask", image, QUESTION))
+    assert "the GPU does not have enough memory" in refused(flexattn("ask", image, QUESTION))
 
 
 # ---------------------------------------------------------------------------------------------------------------- info

@@ -19,7 +19,7 @@ from flexattn_cuda.inputs.sentencepiece import read_sentencepiece
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks import training_data as data
 from flexattn_cuda.tasks.load import DEFAULT_MODEL
-from flexattn_cuda.tasks.training_data import BrokenRecord, Collator, Conversation, Conversations
+from flexattn_cuda.tasks.training_data import BrokenRecordError, Collator, Conversation, Conversations, Turn, checks
 
 SIZE = small.SIDE * small.PATCH
 
@@ -66,7 +66,7 @@ def test_a_list_and_lines_hold_the_same_records(tmp_path):
         ("none.json", None, "cannot be read: No such file"),
         ("a.json", "[]", "holds no records"),
         ("a.jsonl", "\n", "holds no records"),
-        ("a.json", "{}", "holds no list"),
+        ("a.json", "{}", "does not hold a list"),
         ("a.json", '{"image": 1}\n{"image": 2}', "must end in .jsonl"),
     ],
 )
@@ -90,7 +90,7 @@ BROKEN = [
     ("roles out of order", record("image.png", ASKED)),
     ("roles out of order", {"conversations": record(None)["conversations"][::-1]}),
     ("roles out of order", {"conversations": record(None)["conversations"][:1] * 2}),
-    ("no text", record(None, "\ud800?", "Yes.")),
+    ("not text", record(None, "\ud800?", "Yes.")),
     ("empty question", record("image.png", "<image>\n ", "42")),
     ("empty answer", record("image.png", ASKED, " \n")),
     ("image tag in an answer", record("image.png", QUESTION, "<image>")),
@@ -161,22 +161,22 @@ def test_broken_records_are_told_as_they_are_found(folder, capsys):
 def test_a_image_is_read_again_only_when_it_has_changed(folder, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        data,
+        checks,
         "open_image",
-        lambda path, real=data.open_image: (opened.append(path.name), real(path))[1],
+        lambda path, real=checks.open_image: (opened.append(path.name), real(path))[1],
     )
     records = [record("image.png"), record("image.png"), record("damaged.png")]
     known = folder / "images.jsonl"
-    first = check(records, folder, known_images=known)
+    first = check(records, folder, verdicts=known)
     assert sorted(opened) == ["damaged.png", "image.png"]
     with open(known, "a") as file:
         file.write('{"path": "image.p')  # a run was ended while it wrote
     opened.clear()
-    assert check(records, folder, known_images=known) == first and opened == []
+    assert check(records, folder, verdicts=known) == first and opened == []
     Image.new("RGB", (70, 40)).save(folder / "damaged.png")
-    assert check(records, folder, known_images=known) == [] and opened == ["damaged.png"]
+    assert check(records, folder, verdicts=known) == [] and opened == ["damaged.png"]
     opened.clear()
-    assert check(records, folder, known_images=known) == [] and opened == []
+    assert check(records, folder, verdicts=known) == [] and opened == []
 
 
 # --------------------------------------------------------------------------------------------------------------- labels
@@ -202,9 +202,9 @@ PROCESSORS = {
     "a template with lines": {"chat_template": LINES},
 }
 TURNS = [
-    (QUESTION, 1, "42"),
-    ("And on the blue one?", 0, "There is no blue sign."),
-    ("Compare the next.", 1, "é 漢"),
+    Turn(QUESTION, 1, "42"),
+    Turn("And on the blue one?", 0, "There is no blue sign."),
+    Turn("Compare the next.", 1, "é 漢"),
 ]
 
 
@@ -223,11 +223,11 @@ def test_each_answer_is_learned_with_its_end_where_generate_would_begin_it(optio
     ids, labels = data.labelled_ids(one, TURNS[:count])
     assert len(ids) == len(labels) and all(label in (data.IGNORED, id) for id, label in zip(ids, labels))
     runs = learned(labels)
-    assert [answering.answer_text(one, run) for run in runs] == [answer for _, _, answer in TURNS[:count]]
+    assert [answering.answer_text(one, run) for run in runs] == [turn.answer for turn in TURNS[:count]]
     assert all(run[-1] == 2 and run.count(2) == 1 for run in runs)
     begin = next(place for place, label in enumerate(labels) if label != data.IGNORED)
     assert ids[:begin] == one(text=one.prompt(QUESTION), images=Image.new("RGB", (9, 9)))["input_ids"][0].tolist()
-    assert ids.count(small_checkpoint.IMAGE_ID) == sum(images for _, images, _ in TURNS[:count]) * small.SIDE**2
+    assert ids.count(small_checkpoint.IMAGE_ID) == sum(turn.images for turn in TURNS[:count]) * small.SIDE**2
 
 
 @pytest.mark.parametrize("options", PROCESSORS.values(), ids=PROCESSORS.keys())
@@ -238,9 +238,9 @@ def test_later_answers_follow_the_prompt_of_the_conversation_so_far(options):
     end = "" if options.get("chat_template") != PLAIN else "</s>"
     content = [
         [{"type": "image"}, {"type": "text", "text": QUESTION}],
-        [{"type": "text", "text": TURNS[0][2] + end}],
+        [{"type": "text", "text": TURNS[0].answer + end}],
     ]
-    content.append([{"type": "text", "text": TURNS[1][0]}])
+    content.append([{"type": "text", "text": TURNS[1].question}])
     messages = [dict(role=role, content=part) for role, part in zip(("user", "assistant", "user"), content)]
     prompt = one.apply_chat_template(messages, add_generation_prompt=True)
     assert ids[:begin] == one(text=prompt, images=Image.new("RGB", (9, 9)))["input_ids"][0].tolist()
@@ -248,21 +248,21 @@ def test_later_answers_follow_the_prompt_of_the_conversation_so_far(options):
 
 def test_a_template_that_writes_questions_alone_gets_the_answer_and_its_end():
     one = FlexAttnLlavaProcessor.from_pretrained(DEFAULT_MODEL)
-    ids, labels = data.labelled_ids(one, [(QUESTION, 1, "42")])
+    ids, labels = data.labelled_ids(one, [Turn(QUESTION, 1, "42")])
     digits = one.tokenizer.convert_tokens_to_ids(["4", "2"])
     assert learned(labels) == [[*digits, one.tokenizer.eos_token_id]]
     assert ids[:-3] == one(text=one.prompt(QUESTION), images=Image.new("RGB", (9, 9)))["input_ids"][0].tolist()
-    with pytest.raises(BrokenRecord, match="writes single questions; this conversation has 2"):
+    with pytest.raises(BrokenRecordError, match="renders single questions only; this conversation has 2"):
         data.labelled_ids(one, TURNS[:2])
-    with pytest.raises(BrokenRecord, match="makes 144 image tokens for 0 images"):
-        data.encode(one, Conversation([], [("Hello?", 0, "Yes.")]), 500)
+    with pytest.raises(BrokenRecordError, match="makes 144 image tokens for 0 images"):
+        data.encode(one, Conversation([], [Turn("Hello?", 0, "Yes.")]), 500)
 
 
 def test_the_longest_record_that_fits_is_fine():
-    one, conversation = processor(), Conversation(["image.png"], [(QUESTION, 1, "42")])
+    one, conversation = processor(), Conversation(["image.png"], [Turn(QUESTION, 1, "42")])
     length = len(data.labelled_ids(one, conversation.turns)[0])
     assert len(data.encode(one, conversation, length)[0]) == length
-    with pytest.raises(BrokenRecord, match=f"takes {length} positions, .* the limit is {length - 1}"):
+    with pytest.raises(BrokenRecordError, match=f"takes {length} tokens, .* the maximum is {length - 1}"):
         data.encode(one, conversation, length - 1)
 
 

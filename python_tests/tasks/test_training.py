@@ -20,22 +20,23 @@ import small_checkpoint
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from training_data import record, save_preset, write
+from training_data import record, save_preset, train_on, write
 from transformers import TrainingArguments
 
 from flexattn_cuda import Trace
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.runs.progress import Progress
 from flexattn_cuda.tasks import ask as answering
-from flexattn_cuda.tasks import train as training
 from flexattn_cuda.tasks import training_data as data
 from flexattn_cuda.tasks.load import load
+from flexattn_cuda.tasks.options import SCHEDULES
 from flexattn_cuda.tasks.train import (
     FlexAttnTrainer,
     answer_loss,
+    callbacks,
     choose_trained,
     last_complete_checkpoint,
-    train,
+    trainer,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +81,7 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 def test_a_run_killed_at_random_and_resumed_ends_as_if_nothing_had_happened(checkpoint, files, tmp_path):
     settings = dict(steps=20, save_every=2, batch_size=2, accumulate=2, learning_rate=1e-2, seed=3, device="cpu")
-    whole = train(*files, tmp_path / "whole", checkpoint, **settings)
+    whole = train_on(files, tmp_path / "whole", checkpoint, **settings)
     assert whole.losses.keys() == set(range(1, 21)) and whole.losses[20] < whole.losses[1]
 
     output = tmp_path / "killed"
@@ -108,7 +109,7 @@ def test_a_run_killed_at_random_and_resumed_ends_as_if_nothing_had_happened(chec
     assert process.returncode == -signal.SIGKILL, said
     assert not (output / "model.safetensors").exists()
 
-    resumed = train(*files, output, checkpoint, **settings)
+    resumed = train_on(files, output, checkpoint, **settings)
     assert resumed.losses == whole.losses
     assert (output / "loss.csv").read_text() == (tmp_path / "whole" / "loss.csv").read_text()
     assert furthest(weights(output), weights(tmp_path / "whole")) == 0
@@ -116,14 +117,14 @@ def test_a_run_killed_at_random_and_resumed_ends_as_if_nothing_had_happened(chec
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(checkpoint, files, tmp_path):
     settings = dict(steps=6, save_every=2, batch_size=4, learning_rate=1e-2, device="cpu", keep=3)
-    whole = train(*files, tmp_path, checkpoint, **settings)
+    whole = train_on(files, tmp_path, checkpoint, **settings)
     expected = weights(tmp_path)
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
     for name in ("model.safetensors", "optimizer.pt", "trainer_state.json", "complete.json"):
         path = tmp_path / "checkpoint-6" / name
         path.write_bytes(path.read_bytes()[:-7])
         assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
-        assert train(*files, tmp_path, checkpoint, **settings).losses == whole.losses
+        assert train_on(files, tmp_path, checkpoint, **settings).losses == whole.losses
         assert furthest(weights(tmp_path), expected) == 0
     (tmp_path / "checkpoint-6" / "scheduler.pt").unlink()
     (tmp_path / "checkpoint-4" / "complete.json").unlink()
@@ -132,44 +133,44 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(checkpoint,
 
 def test_a_run_that_has_ended_is_not_trained_further(checkpoint, files, tmp_path):
     settings = dict(steps=2, batch_size=4, learning_rate=1e-2, device="cpu")
-    before = train(*files, tmp_path, checkpoint, **settings), weights(tmp_path)
-    assert train(*files, tmp_path, checkpoint, **settings) == before[0] and furthest(weights(tmp_path), before[1]) == 0
+    before = train_on(files, tmp_path, checkpoint, **settings), weights(tmp_path)
+    assert train_on(files, tmp_path, checkpoint, **settings) == before[0] and furthest(weights(tmp_path), before[1]) == 0
 
 
 def test_a_run_of_other_settings_is_refused_unless_it_begins_anew(checkpoint, files, tmp_path):
     settings = dict(steps=2, batch_size=4, device="cpu")
-    train(*files, tmp_path, checkpoint, **settings, learning_rate=1e-3)
-    with pytest.raises(InputError, match="was begun with another learning rate, seed; .* --restart"):
-        train(*files, tmp_path, checkpoint, **settings, learning_rate=1e-2, seed=1)
-    again = train(*files, tmp_path, checkpoint, **settings, learning_rate=1e-2, seed=1, restart=True)
+    train_on(files, tmp_path, checkpoint, **settings, learning_rate=1e-3)
+    with pytest.raises(InputError, match=r"was started with other options \(learning rate, seed\); .* --restart"):
+        train_on(files, tmp_path, checkpoint, **settings, learning_rate=1e-2, seed=1)
+    again = train_on(files, tmp_path, checkpoint, **settings, learning_rate=1e-2, seed=1, restart=True)
     assert len(again.losses) == 2
 
 
 def test_a_run_goes_on_with_the_records_and_images_it_was_begun_with(checkpoint, files, tmp_path):
     settings = dict(model=checkpoint, steps=1, batch_size=4, device="cpu")
     output = tmp_path / "out"
-    train(*files, output, **settings)
+    train_on(files, output, **settings)
     moved = files[1].rename(tmp_path / "moved")
-    with pytest.raises(InputError, match="was begun with another folder of images; "):
-        train(files[0], moved, output, **settings)
+    with pytest.raises(InputError, match=r"was started with other options \(images\); "):
+        train_on((files[0], moved), output, **settings)
     files[1].symlink_to(moved)
-    with pytest.raises(InputError, match="was begun with another folder of images; "):
-        train(*files, output, **settings)
+    with pytest.raises(InputError, match=r"was started with other options \(images\); "):
+        train_on(files, output, **settings)
     files[1].unlink()
     moved.rename(files[1])
     (files[1] / "2.png").rename(tmp_path / "2.png")
-    with pytest.raises(InputError, match="was begun with another set of broken records; "):
-        train(*files, output, **settings)
+    with pytest.raises(InputError, match=r"was started with other options \(set of broken records\); "):
+        train_on(files, output, **settings)
     (tmp_path / "2.png").rename(files[1] / "2.png")
-    train(*files, output, **settings)
+    train_on(files, output, **settings)
 
 
 @pytest.mark.parametrize("content", ['{"a": ', "[]", "null", "\udcff"])
 def test_settings_that_no_run_has_written_are_refused(checkpoint, files, tmp_path, content):
     (tmp_path / "run.json").write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(InputError, match="run.json does not hold the settings of a run; .* --restart"):
-        train(*files, tmp_path, checkpoint, steps=1, device="cpu")
-    train(*files, tmp_path, checkpoint, steps=1, device="cpu", restart=True)
+    with pytest.raises(InputError, match="run.json does not hold the options of a run; .* --restart"):
+        train_on(files, tmp_path, checkpoint, steps=1, device="cpu")
+    train_on(files, tmp_path, checkpoint, steps=1, device="cpu", restart=True)
 
 
 @pytest.mark.parametrize(
@@ -189,10 +190,10 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(
             loss.register_hook(lambda gradient: gradient * math.inf)
         return loss * math.nan if len(losses) == 3 and what == "loss" else loss
 
-    monkeypatch.setattr(training, "answer_loss", third_is_wrong)
-    with pytest.raises(InputError, match=f"the loss of step {step} or its gradient is not a number; .*{whole}"):
-        train(
-            *files,
+    monkeypatch.setattr(trainer, "answer_loss", third_is_wrong)
+    with pytest.raises(InputError, match=f"the loss of step {step} or its gradient is NaN or infinite; .*{whole}"):
+        train_on(
+            files,
             tmp_path,
             checkpoint,
             steps=3,
@@ -207,9 +208,9 @@ def test_two_runs_never_write_one_folder(checkpoint, files, tmp_path):
     folder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)  # as the other run does
     with pytest.raises(InputError, match=f"another run is writing {tmp_path}"):
-        train(*files, tmp_path, checkpoint, steps=1, device="cpu")
+        train_on(files, tmp_path, checkpoint, steps=1, device="cpu")
     os.close(folder)
-    train(*files, tmp_path, checkpoint, steps=1, device="cpu")
+    train_on(files, tmp_path, checkpoint, steps=1, device="cpu")
 
 
 @pytest.mark.parametrize("preset, batch", [("released", 2), ("paper", 1)])
@@ -248,25 +249,25 @@ def test_two_processes_train_as_one_with_the_doubled_batch(files, tmp_path, pres
         timeout=120,
     )
     assert ran.returncode == 0, ran.stderr
-    train(*files, tmp_path / "one", checkpoint, steps=20, batch_size=2 * batch, **SGD)
+    train_on(files, tmp_path / "one", checkpoint, steps=20, batch_size=2 * batch, **SGD)
     one, two, begun = (weights(folder) for folder in (tmp_path / "one", tmp_path / "two", checkpoint))
     assert furthest(one, two) <= 1e-8
     assert all((one[name] - begun[name]).abs().max() > 1e-4 for name in one if "_proj_hd" in name)
 
 
 def test_accumulated_batches_train_as_one_batch(checkpoint, files, tmp_path):
-    train(*files, tmp_path / "parts", checkpoint, steps=6, batch_size=1, accumulate=4, **SGD)
-    train(*files, tmp_path / "whole", checkpoint, steps=6, batch_size=4, **SGD)
+    train_on(files, tmp_path / "parts", checkpoint, steps=6, batch_size=1, accumulate=4, **SGD)
+    train_on(files, tmp_path / "whole", checkpoint, steps=6, batch_size=4, **SGD)
     assert furthest(weights(tmp_path / "parts"), weights(tmp_path / "whole")) <= 1e-8
 
 
 @pytest.mark.parametrize("system", [None, "llava", "hd", "xattn"])
 def test_every_system_learns_and_answers(checkpoint, files, tmp_path, system):
-    outcome = train(
-        *files,
+    outcome = train_on(
+        files,
         tmp_path / "out",
         checkpoint,
-        system,
+        system=system,
         steps=12,
         batch_size=8,
         learning_rate=1e-2,
@@ -293,8 +294,8 @@ def test_every_system_learns_and_answers(checkpoint, files, tmp_path, system):
     [("all", "vision_tower"), ("projector", "multi_modal_projector"), ("hr", "_proj_hd")],
 )
 def test_only_the_part_that_is_named_is_trained(checkpoint, files, tmp_path, part, trained):
-    train(
-        *files,
+    train_on(
+        files,
         tmp_path,
         checkpoint,
         steps=2,
@@ -372,7 +373,7 @@ def test_a_image_that_is_deleted_during_the_run_does_not_end_it(checkpoint, file
         return found
 
     monkeypatch.setattr(data, "check", then_delete)
-    outcome = train(*files, tmp_path / "out", checkpoint, epochs=2, batch_size=4, device="cpu")
+    outcome = train_on(files, tmp_path / "out", checkpoint, epochs=2, batch_size=4, device="cpu")
     assert len(outcome.losses) == 4
     assert capsys.readouterr().err.count("record 0: unreadable image: ") == 1
     assert json.loads((tmp_path / "out" / "broken.jsonl").read_text())["record"] == 0
@@ -383,21 +384,21 @@ def test_a_image_that_is_deleted_during_the_run_does_not_end_it(checkpoint, file
     [
         (["--batch-size", 0], "batch size is 0; it must be at least 1"),
         (["--epochs", 0], "epochs is 0.0; it must be more than 0"),
-        (["--epochs", "inf"], "epochs is inf; it must be more than 0 and finite"),
+        (["--epochs", "inf"], "epochs is inf; it must be a finite number"),
         (["--learning-rate", "nan"], "learning rate is nan; it must be a finite number"),
         (["--learning-rate", "inf"], "learning rate is inf; it must be a finite number"),
-        (["--seed", -1], "seed is -1; it must be at least 0 and less than 2**32"),
-        (["--seed", 99999999999], "seed is 99999999999; it must be at least 0 and less than 2**32"),
+        (["--seed", -1], "seed is -1; it must be at least 0"),
+        (["--seed", 99999999999], "seed is 99999999999; it must be less than 4294967296"),
         (["--keep", 1], "keep is 1; it must be at least 2"),
-        (["--save-every", 5, "--log-every", 2], "falls between two entries of the loss"),
+        (["--save-every", 5, "--log-every", 2], "a checkpoint must fall on an entry of the loss"),
         (["--broken", "ignore"], "allowed: skip, refuse"),
-        (["--optimizer", "best"], "the optimizer is 'best'; allowed: "),
-        (["--schedule", "best"], "the schedule is 'best'; allowed: linear, "),
+        (["--optimizer", "best"], "optimizer is 'best'; allowed: "),
+        (["--schedule", "best"], "schedule is 'best'; allowed: linear, "),
         (
             ["--schedule", "cosine_with_min_lr"],
-            "the schedule is 'cosine_with_min_lr'; allowed: linear, ",
+            "schedule is 'cosine_with_min_lr'; allowed: linear, ",
         ),
-        (["--precision", "int8"], "the precision is 'int8'; allowed: auto, float32"),
+        (["--precision", "int8"], "precision is 'int8'; allowed: auto, float32"),
         (["--precision", "float16"], "mixed precision in float16 needs a GPU"),
         (["--train", "nothing"], "allowed: all, projector, hr"),
         (
@@ -406,7 +407,7 @@ def test_a_image_that_is_deleted_during_the_run_does_not_end_it(checkpoint, file
         ),
         (["--system", "vit"], "there is no system 'vit'; allowed: llava, hd"),
         (["--max-length", 100000], "the model has 512 positions"),
-        (["--max-length", 10], "has no record that can be trained on"),
+        (["--max-length", 10], "all 8 records are broken"),
         (["--images", "nowhere"], "there is no folder nowhere of images"),
         (["--data", "nowhere.json"], "nowhere.json cannot be read"),
         (["--model", "nowhere"], "no checkpoint 'nowhere'"),
@@ -449,9 +450,9 @@ def test_the_model_is_not_written_over(flexattn, checkpoint, files):
     )
 
 
-@pytest.mark.parametrize("schedule", training._SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_that_is_offered_can_be_used(checkpoint, files, tmp_path, schedule):
-    assert train(*files, tmp_path, checkpoint, steps=1, schedule=schedule, device="cpu").losses.keys() == {1}
+    assert train_on(files, tmp_path, checkpoint, steps=1, schedule=schedule, device="cpu").losses.keys() == {1}
 
 
 @pytest.mark.parametrize("missing", [ImportError, ValueError])
@@ -493,10 +494,10 @@ def test_an_interrupted_run_gives_the_terminal_back(checkpoint, files, tmp_path,
         assert shown
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "Progress", Shown)
-    monkeypatch.setattr(training, "answer_loss", interrupted)
+    monkeypatch.setattr(callbacks, "Progress", Shown)
+    monkeypatch.setattr(trainer, "answer_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(*files, tmp_path, checkpoint, steps=1, device="cpu", progress=True)
+        train_on(files, tmp_path, checkpoint, steps=1, device="cpu", progress=True)
     assert not shown
 
 
@@ -544,7 +545,7 @@ class Features(Dataset):
         return self.items[index]
 
 
-def trainer(model, folder: Path, optimizers=(None, None), **changes) -> FlexAttnTrainer:
+def small_trainer(model, folder: Path, optimizers=(None, None), **changes) -> FlexAttnTrainer:
     arguments = dict(
         per_device_train_batch_size=2,
         max_steps=6,
@@ -569,7 +570,7 @@ def test_ready_features_and_an_optimizer_of_ones_own_are_taken(tmp_path):
     optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    one = trainer(model, tmp_path, (optimizer, schedule))
+    one = small_trainer(model, tmp_path, (optimizer, schedule))
     one.train()
     assert one.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 7)
     changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
@@ -580,7 +581,7 @@ def test_alpha_follows_the_epochs(tmp_path):
     model = small.flex(small.settings(warmup=0.75))
     seen = []
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs.get("hr_alpha")), with_kwargs=True)
-    one = trainer(
+    one = small_trainer(
         model, tmp_path, num_train_epochs=2, max_steps=-1, gradient_accumulation_steps=1
     )  # three steps an epoch
     one.train()
@@ -625,7 +626,7 @@ def test_gradients_are_the_same_with_checkpointing(tmp_path):
         model = small.flex(small.PRESETS["released"]).double()
         if enabled:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        one = trainer(model, tmp_path)
+        one = small_trainer(model, tmp_path)
         one.state.epoch = 0.2
         one.compute_loss(model.train(), next(iter(one.get_train_dataloader()))).backward()
         assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == enabled
@@ -664,8 +665,8 @@ def test_mixed_precision_with_loss_scaling_learns_as_float32():
 
 
 def test_bfloat16_learns_on_the_cpu(checkpoint, files, tmp_path):
-    outcome = train(
-        *files,
+    outcome = train_on(
+        files,
         tmp_path,
         checkpoint,
         steps=6,
