@@ -151,7 +151,9 @@ class TrainOptions(Options):
     accumulate: Annotated[int, Option("Number of batches per optimizer step.", minimum=1, fixed=True)] = 1
     learning_rate: Annotated[float, Option("Maximum learning rate.", minimum=0, fixed=True)] = 2e-5
     optimizer: Annotated[str, Option("Optimizer: adamw, sgd or another name of transformers.", fixed=True)] = "adamw"
-    schedule: Annotated[str, Option(f"Learning-rate schedule: {', '.join(SCHEDULES)}.", choices=SCHEDULES, fixed=True)] = "cosine"
+    schedule: Annotated[
+        str, Option(f"Learning-rate schedule: {', '.join(SCHEDULES)}.", choices=SCHEDULES, fixed=True)
+    ] = "cosine"
     warmup_steps: Annotated[int, Option("Number of steps that the learning rate rises for.", minimum=0, fixed=True)] = 0
     weight_decay: Annotated[float, Option("Weight decay.", minimum=0, fixed=True)] = 0.0
     clip: Annotated[float, Option("Maximum norm of the gradients; 0 for no limit.", minimum=0, fixed=True)] = 1.0

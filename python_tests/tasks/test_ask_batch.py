@@ -23,6 +23,7 @@ from flexattn_cuda.inputs.images import open_image
 from flexattn_cuda.runs import progress as report
 from flexattn_cuda.runs.processes import Processes
 from flexattn_cuda.tasks import ask as answering
+from flexattn_cuda.tasks.ask_batch import answers
 from flexattn_cuda.tasks.ask_batch import run as batch
 from flexattn_cuda.tasks import load as loading
 from flexattn_cuda.tasks.ask_batch import Totals, answer_file
@@ -171,7 +172,7 @@ def test_the_images_of_one_batch_at_most_are_in_memory(checkpoint, folder, monke
         most.append(sum(one() is not None for one in images))
         return image
 
-    monkeypatch.setattr(batch, "open_image", opened)
+    monkeypatch.setattr(answers, "open_image", opened)
     answer_file(
         write(folder / "q.jsonl", some(7)),
         folder / "a.jsonl",

@@ -12,15 +12,12 @@ import torch
 
 from flexattn_cuda import devices
 from flexattn_cuda.errors import InputError
-from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
-from flexattn_cuda.inputs.images import open_image
-from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
 from flexattn_cuda.runs.files import check_writable, fsync_file, fsync_folder, os_errors_as_input_errors
 from flexattn_cuda.runs.fingerprint import Fingerprint
 from flexattn_cuda.runs.processes import Processes
 from flexattn_cuda.runs.progress import Progress
-from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks import load as loading
+from flexattn_cuda.tasks.ask_batch.answers import BatchModel
 from flexattn_cuda.tasks.ask_batch.journal import (
     Journal,
     discard_journal,
@@ -28,7 +25,7 @@ from flexattn_cuda.tasks.ask_batch.journal import (
     journal_paths,
     read_journal,
 )
-from flexattn_cuda.tasks.ask_batch.lines import Lines, Result, Results, encode_json, read_lines, usable_lines
+from flexattn_cuda.tasks.ask_batch.lines import Lines, Result, Results, encode_json, read_lines
 from flexattn_cuda.tasks.options import BatchOptions
 
 _CHECKPOINT_FILES = (".json", ".jinja", ".model", ".safetensors", ".bin")
@@ -55,19 +52,6 @@ class Begun:
     fingerprint: Fingerprint
     lines: Lines
     results: Results
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is left to do.
-
-    Attributes:
-        batches: Numbers of the lines of each batch.
-        too_long: Results of the lines that the model has no room for.
-    """
-
-    batches: list[list[int]]
-    too_long: Results
 
 
 def answer_file(
@@ -138,8 +122,8 @@ def answer_questions(options: BatchOptions, progress: bool = False) -> Totals:
     with Processes() as processes:
         device = processes.device(options.device)
         begun = processes.broadcast_from_rank0(lambda: _begin(options))
-        model, processor = loading.load(options.model, device, options.dtype)
-        plan = processes.broadcast_from_rank0(lambda: _plan(model, processor, begun, options.batch_size))
+        batch_model = BatchModel(*loading.load(options.model, device, options.dtype), options)
+        plan = processes.broadcast_from_rank0(lambda: batch_model.plan(begun.lines, begun.results))
         share = plan.batches[processes.rank :: processes.count]
         what = "questions" if processes.count == 1 else f"questions of the first of {processes.count} processes"
         shown = Progress(sum(map(len, share)), what, progress and processes.rank == 0)
@@ -148,13 +132,7 @@ def answer_questions(options: BatchOptions, progress: bool = False) -> Totals:
         answered: Results = {}
         if share:
             with Journal(journal_path(options.output, processes.rank), begun.fingerprint) as journal, shown:
-                for batch in share:
-                    results = _answer_batch(
-                        model, processor, {number: begun.lines[number] for number in batch}, options
-                    )
-                    journal.append(results)
-                    answered |= results
-                    shown.advance(len(batch))
+                answered = batch_model.answer_share(begun.lines, share, journal, shown)
         results = begun.results | plan.too_long
         for part in processes.gather_to_rank0(answered):
             results |= part
@@ -219,56 +197,6 @@ def _checkpoint_hash(folder: Path) -> str:
                 one.update(part)
         total.update(path.name.encode("utf-8", "surrogateescape") + one.digest())
     return total.hexdigest()
-
-
-# ----------------------------------------------------------------------------------------------------------- answer
-
-
-def _plan(
-    model: FlexAttnLlavaForConditionalGeneration, processor: FlexAttnLlavaProcessor, begun: Begun, batch_size: int
-) -> Plan:
-    """Cut what is not answered yet into batches of prompts of similar length, so that little is padding.
-
-    The longest come first, so that a batch that does not fit into the memory fails at once.
-    """
-    lengths: dict[int, int] = {}
-    too_long: Results = {}
-    for number in sorted(usable_lines(begun.lines) - begun.results.keys()):
-        try:
-            lengths[number] = answering.prompt_length(model, processor, begun.lines[number].question)
-        except InputError as error:
-            too_long[number] = Result(error=str(error))
-    order = sorted(lengths, key=lambda number: (-lengths[number], number))
-    return Plan([order[start : start + batch_size] for start in range(0, len(order), batch_size)], too_long)
-
-
-def _answer_batch(
-    model: FlexAttnLlavaForConditionalGeneration,
-    processor: FlexAttnLlavaProcessor,
-    lines: Lines,
-    batch: list[int],
-    options: BatchOptions,
-) -> Results:
-    """Answer the lines of a batch, whose images are in memory only here."""
-    results: Results = {}
-    images = {}
-    for number in batch:
-        try:
-            images[number] = open_image(options.input.parent / lines[number].image)
-        except InputError as error:
-            results[number] = Result(error=" ".join(str(error).split()))
-    if not images:
-        return results
-    questions = [lines[number].question for number in images]
-    try:
-        answers = answering.generate_answers(model, processor, [*images.values()], questions, options.max_new_tokens)
-    except torch.OutOfMemoryError:
-        raise InputError(
-            f"the GPU does not have enough memory for {len(images)} questions at a time; use a smaller batch size, "
-            "finished answers are kept"
-        ) from None
-    texts = (answering.answer_text(processor, tokens) for tokens in answers)
-    return results | {number: Result(answer=text) for number, text in zip(images, texts)}
 
 
 # ----------------------------------------------------------------------------------------------------------- finish
