@@ -36,7 +36,7 @@ from torch import nn
 
 from flexattn_cuda.families.llava.vision import encode_images
 from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor
-from flexattn_cuda.runs.files import write_whole
+from flexattn_cuda.runs.files import write_atomically
 from studies.small import scenes
 from studies.small.encoded_scenes import EncodedScenes, Pick, encode_scenes, resolutions_of
 from studies.small.evaluation import selection
@@ -334,7 +334,7 @@ def main() -> None:
         for shown in (system, "HR off") if system == "attention" else (system,):
             result = options.work / f"result {shown}.json"
             if not result.exists():
-                write_whole(result, json.dumps(evaluate(model, processor, questions, shown, share)))
+                write_atomically(result, json.dumps(evaluate(model, processor, questions, shown, share)))
             rows.append(json.loads(result.read_text()))
             console.log("{system}: exact {exact:.3f} [{exact_low:.3f}, {exact_high:.3f}], per digit {digits:.3f} "
                         "[{digits_low:.3f}, {digits_high:.3f}] on {images} images".format(**rows[-1]))  # fmt: skip

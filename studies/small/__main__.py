@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from flexattn_cuda.cli import run_app
+from flexattn_cuda.cli import run_app, silence_transformers
 from flexattn_cuda.errors import InputError
 from studies.small import run
 
@@ -62,4 +62,5 @@ def _number_list(text: str, option: str) -> list[int]:
 
 
 if __name__ == "__main__":
+    silence_transformers()
     run_app(app, "python -m studies.small")

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from flexattn_cuda.runs.files import write_whole
+from flexattn_cuda.runs.files import write_atomically
 from flexattn_cuda.tasks.train import FlexAttnTrainer, last_complete_checkpoint
 from studies.small.encoded_scenes import EncodedScenes, Pick
 from studies.small.evaluation import answers, attention_in_boxes, selection
@@ -54,7 +54,7 @@ def run_system(folder: Path, seed: int, system: str, preset: Preset, tell: Calla
         "losses": losses,
         "seconds": round(seconds, 1),
     }
-    write_whole(folder / f"{system}.json", json.dumps(outcome))
+    write_atomically(folder / f"{system}.json", json.dumps(outcome))
     shutil.rmtree(folder / f"{system}.checkpoints", ignore_errors=True)
 
 
