@@ -117,34 +117,37 @@ class Options:
 
 
 def _checked(declared: DeclaredOption, value: Any) -> Any:
+    """Return a value of the declared type; raise InputError if it is another or not allowed."""
     if declared.kind is Path:
-        return Path(value)
-    if declared.kind is str:
+        value = Path(value) if isinstance(value, str) else value
+    elif declared.kind is str:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
-        _check_choice(declared, value)
-    elif declared.kind in (int, float):
-        _check_number(declared, value)
+    problem = _type_problem(declared.kind, value) or _range_problem(declared.option, value)
+    if problem is not None:
+        raise InputError(f"{declared.label} is {value!r}; {problem}")
     return value
 
 
-def _check_choice(declared: DeclaredOption, value: Any) -> None:
-    choices = declared.option.choices
-    if choices and value not in choices:
-        raise InputError(f"{declared.label} is {value!r}; allowed: {', '.join(choices)}")
+def _type_problem(kind: type, value: Any) -> str | None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int and not (is_number and isinstance(value, int)):
+        return "it must be a whole number"
+    if kind is float and not (is_number and math.isfinite(value)):
+        return "it must be a finite number"
+    if kind is bool and not isinstance(value, bool):
+        return "it must be True or False"
+    if kind in (str, Path) and not isinstance(value, kind):
+        return "it must be text" if kind is str else "it must be a path"
+    return None
 
 
-def _check_number(declared: DeclaredOption, value: Any) -> None:
-    option = declared.option
-    problem = None
-    if isinstance(value, bool) or not isinstance(value, (int, declared.kind)):
-        problem = "a whole number" if declared.kind is int else "a number"
-    elif not math.isfinite(value):
-        problem = "a finite number"
-    elif option.minimum is not None and value < option.minimum:
-        problem = f"at least {option.minimum}"
-    elif option.above is not None and value <= option.above:
-        problem = f"more than {option.above}"
-    elif option.below is not None and value >= option.below:
-        problem = f"less than {option.below}"
-    if problem is not None:
-        raise InputError(f"{declared.label} is {value}; it must be {problem}")
+def _range_problem(option: Option, value: Any) -> str | None:
+    if option.choices and value not in option.choices:
+        return f"allowed: {', '.join(option.choices)}"
+    if option.minimum is not None and value < option.minimum:
+        return f"it must be at least {option.minimum}"
+    if option.above is not None and value <= option.above:
+        return f"it must be more than {option.above}"
+    if option.below is not None and value >= option.below:
+        return f"it must be less than {option.below}"
+    return None
