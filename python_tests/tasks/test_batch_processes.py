@@ -40,25 +40,9 @@ def test_two_processes_go_on_where_one_was_ended(checkpoint, folder, monkeypatch
     )
     expected = uninterrupted(checkpoint, questions)
     interrupted_answers(monkeypatch, 2, questions, output, checkpoint, "cpu", max_new_tokens=2, batch_size=1)
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     (folder / "program.py").write_text(PROGRAM)
-    options = [
-        "--model",
-        checkpoint,
-        "--max-new-tokens",
-        "2",
-        "--batch-size",
-        "2",
-        "--device",
-        "cpu",
-    ]
+    options = ["--model", checkpoint, "--max-new-tokens", "2", "--batch-size", "2", "--device", "cpu"]
     run = subprocess.run(
         [*launcher, folder / "program.py", "ask-batch", questions, "-o", output, *options],
         cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

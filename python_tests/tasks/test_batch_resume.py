@@ -27,17 +27,7 @@ def test_a_killed_run_goes_on(folder, asked):
         folder / "a.jsonl",
         folder / "a.jsonl.partial.0",
     )
-    command = [
-        sys.executable,
-        "-m",
-        "flexattn_cuda.cli",
-        "ask-batch",
-        questions,
-        "-o",
-        output,
-        "--batch-size",
-        "1",
-    ]
+    command = [sys.executable, "-m", "flexattn_cuda.cli", "ask-batch", questions, "-o", output, "--batch-size", "1"]
     run = subprocess.Popen([*command, "--device", "cpu"], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         while run.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 3):

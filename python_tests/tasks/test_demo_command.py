@@ -32,17 +32,8 @@ def examples(tmp_path, image, checkpoint):
 
 
 def test_demo_answers_and_writes_overlays(flexattn, checkpoint, examples, tmp_path):
-    code, out, _ = flexattn(
-        "demo",
-        "--examples",
-        examples,
-        "--model",
-        checkpoint,
-        "--output",
-        tmp_path / "out",
-        "--max-new-tokens",
-        3,
-    )
+    options = ("--model", checkpoint, "--output", tmp_path / "out", "--max-new-tokens", 3)
+    code, out, _ = flexattn("demo", "--examples", examples, *options)
     assert code == 0 and "1 of 1 answers are right" in out and QUESTION in out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["01_image.png"]
 
@@ -50,17 +41,8 @@ def test_demo_answers_and_writes_overlays(flexattn, checkpoint, examples, tmp_pa
 def test_demo_fails_when_an_answer_is_wrong(flexattn, checkpoint, examples, tmp_path):
     questions = json.loads((examples / "questions.json").read_text())
     (examples / "questions.json").write_text(json.dumps([questions[0] | {"answer": "something else"}]))
-    code, out, _ = flexattn(
-        "demo",
-        "--examples",
-        examples,
-        "--model",
-        checkpoint,
-        "--output",
-        tmp_path / "out",
-        "--max-new-tokens",
-        3,
-    )
+    options = ("--model", checkpoint, "--output", tmp_path / "out", "--max-new-tokens", 3)
+    code, out, _ = flexattn("demo", "--examples", examples, *options)
     assert code == 1 and "WRONG, expected something else" in out and "0 of 1" in out
 
 

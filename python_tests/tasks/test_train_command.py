@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 from training_data import record, train_on
@@ -11,11 +12,14 @@ from training_data import record, train_on
 from flexattn_cuda.runs.progress import Progress
 from flexattn_cuda.tasks import training_data as data
 from flexattn_cuda.tasks.options import SCHEDULES
-from flexattn_cuda.tasks.train import (
-    FlexAttnTrainer,
-    callbacks,
-    trainer,
-)
+from flexattn_cuda.tasks.train import FlexAttnTrainer, callbacks, trainer
+
+
+def line(files: tuple[Path, Path], model: Path, output: Path) -> list:
+    """The command line of a run."""
+    data, images = files
+    required = ["--data", data, "--images", images, "--output", output]
+    return ["train", *required, "--model", model, "--device", "cpu"]
 
 
 def test_broken_records_are_counted_listed_and_left_out(flexattn, checkpoint, files, tmp_path):
@@ -26,19 +30,7 @@ def test_broken_records_are_counted_listed_and_left_out(flexattn, checkpoint, fi
         record("gone.png"),
     ]
     files[0].write_text(json.dumps(records))
-    arguments = [
-        "train",
-        "--data",
-        files[0],
-        "--images",
-        files[1],
-        "--model",
-        checkpoint,
-        "--device",
-        "cpu",
-        "--output",
-        tmp_path / "out",
-    ]
+    arguments = line(files, checkpoint, tmp_path / "out")
     code, _, err = flexattn(*arguments, "--steps", 2, "--batch-size", 8)
     assert code == 0
     for said in (
@@ -116,34 +108,13 @@ def test_an_image_that_is_deleted_during_the_run_does_not_end_it(checkpoint, fil
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_sentence(flexattn, checkpoint, files, tmp_path, options, says):
-    arguments = [
-        "--data",
-        files[0],
-        "--images",
-        files[1],
-        "--model",
-        checkpoint,
-        "--device",
-        "cpu",
-        "--output",
-        tmp_path / "out",
-    ]
-    code, out, err = flexattn("train", *arguments, *options)
+    arguments = line(files, checkpoint, tmp_path / "out")
+    code, out, err = flexattn(*arguments, *options)
     assert code == 2 and out == "" and says in err.splitlines()[-1]
 
 
 def test_the_model_is_not_written_over(flexattn, checkpoint, files):
-    arguments = [
-        "train",
-        "--data",
-        files[0],
-        "--images",
-        files[1],
-        "--model",
-        checkpoint,
-        "--output",
-        checkpoint / ".." / checkpoint.name,
-    ]
+    arguments = line(files, checkpoint, checkpoint / ".." / checkpoint.name)
     code, _, err = flexattn(*arguments)
     assert (
         code == 2
@@ -163,19 +134,7 @@ def test_an_optimizer_whose_package_is_missing_is_refused(flexattn, checkpoint, 
         raise missing("install it\nwith pip")
 
     monkeypatch.setattr(FlexAttnTrainer, "get_optimizer_cls_and_kwargs", find)
-    arguments = [
-        "train",
-        "--data",
-        files[0],
-        "--images",
-        files[1],
-        "--model",
-        checkpoint,
-        "--device",
-        "cpu",
-        "--output",
-        tmp_path / "out",
-    ]
+    arguments = line(files, checkpoint, tmp_path / "out")
     code, _, err = flexattn(*arguments, "--optimizer", "lion_8bit")
     assert code == 2 and err.splitlines()[-1] == "flexattn: the optimizer lion_8bit cannot be used: install it with pip"
 
@@ -206,16 +165,6 @@ def test_an_interrupted_run_gives_the_terminal_back(checkpoint, files, tmp_path,
 @pytest.mark.parametrize("package", ["accelerate", "tensorboard"])
 def test_a_missing_package_is_named(flexattn, checkpoint, files, tmp_path, monkeypatch, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name.startswith(package) else object())
-    arguments = [
-        "--data",
-        files[0],
-        "--images",
-        files[1],
-        "--model",
-        checkpoint,
-        "--output",
-        tmp_path / "out",
-        "--tensorboard",
-    ]
-    code, _, err = flexattn("train", *arguments)
+    arguments = line(files, checkpoint, tmp_path / "out")
+    code, _, err = flexattn(*arguments, "--tensorboard")
     assert code == 2 and f"need{'s' if package == 'accelerate' else ''} the package {package}: pip install" in err

@@ -34,17 +34,8 @@ def test_a_run_killed_at_random_and_resumed_ends_as_if_nothing_had_happened(chec
 
     output = tmp_path / "killed"
     options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
-    started = command(
-        "--data",
-        files[0],
-        "--images",
-        files[1],
-        "--model",
-        checkpoint,
-        "--output",
-        output,
-        *options,
-    )
+    required = ["--data", files[0], "--images", files[1], "--output", output]
+    started = command(*required, "--model", checkpoint, *options)
     last = random.randrange(3, 13)  # well before the end
     process = subprocess.Popen(started, env=environment(), stderr=subprocess.PIPE)
     end = time.monotonic() + 120
@@ -167,30 +158,8 @@ def test_two_runs_never_write_one_folder(checkpoint, files, tmp_path):
 def test_two_processes_train_as_one_with_the_doubled_batch(files, tmp_path, preset, batch):
     """One record at a time: now and then a process has no image at all."""
     checkpoint = save_preset(tmp_path / "model", preset)
-    options = [
-        "--steps",
-        20,
-        "--optimizer",
-        "sgd",
-        "--schedule",
-        "constant",
-        "--learning-rate",
-        0.5,
-        "--precision",
-        "float64",
-    ]
-    options += [
-        "--data",
-        files[0],
-        "--images",
-        files[1],
-        "--model",
-        checkpoint,
-        "--device",
-        "cpu",
-        "--batch-size",
-        batch,
-    ]
+    options = [part for name, value in SGD.items() for part in (f"--{name.replace('_', '-')}", value)]
+    options += ["--data", files[0], "--images", files[1], "--model", checkpoint, "--steps", 20, "--batch-size", batch]
     ran = subprocess.run(
         command(*options, "--output", tmp_path / "two", processes=2),
         env=environment(),

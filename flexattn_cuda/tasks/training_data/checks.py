@@ -74,9 +74,10 @@ class _Check:
             _Verdicts(remembered) as verdicts,
         ):
             for image, error in verdicts.on(folder, self._users):
-                for number in self._users[image] if error is not None else ():
-                    if number not in self._broken:
-                        self._add(number, error, progress)
+                if error is not None:
+                    for number in self._users[image]:
+                        if number not in self._broken:
+                            self._add(number, error, progress)
                 progress.advance(1)
 
     def _add(self, number: int, error: BrokenRecordError, progress: Progress) -> None:
@@ -156,8 +157,8 @@ class _Verdicts:
             self._known[version] = _error_of_image(path)
             if self._file is not None:
                 self._file.write(_Verdict(version, self._known[version]).to_line())
-        error = self._known[version]
-        return None if error is None else BrokenRecordError("unreadable image", error)
+        problem = self._known[version]
+        return None if problem is None else BrokenRecordError("unreadable image", problem)
 
 
 def _error_of_image(path: Path) -> str | None:
