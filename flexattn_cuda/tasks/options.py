@@ -157,11 +157,10 @@ class TrainOptions(Options):
     warmup_steps: Annotated[int, Option("Number of steps that the learning rate rises for.", minimum=0, fixed=True)] = 0
     weight_decay: Annotated[float, Option("Weight decay.", minimum=0, fixed=True)] = 0.0
     clip: Annotated[float, Option("Maximum norm of the gradients; 0 for no limit.", minimum=0, fixed=True)] = 1.0
-    part: Annotated[
+    train: Annotated[
         str,
         Option(
             "Weights to train: all (except the vision tower), projector, or hr (the HR projections).",
-            flags=("--train",),
             choices=("all", "projector", "hr"),
             fixed=True,
         ),

@@ -25,12 +25,12 @@ def read(path: Path) -> list[dict]:
 
 
 def some(count: int) -> list[dict]:
-    """Questions of different lengths about different photographs."""
+    """Questions of different lengths about different images."""
     return [{"image": f"{number % 3}.png", "question": "why" * (1 + number * 7 % 5)} for number in range(count)]
 
 
 def signs() -> list[dict]:
-    """Questions for the default model: the example photographs, each with its own question and two of other lengths."""
+    """Questions for the default model: the example images, each with its own question and two of other lengths."""
     records = [{"image": str(EXAMPLES / one["file"]), "question": one["question"]} for one in SIGNS]
     colours = [
         "Which digits are on the sign that is blue?",

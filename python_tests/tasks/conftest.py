@@ -26,7 +26,7 @@ def image(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with photographs 0.png, 1.png, 2.png of different shapes."""
+    """A folder with images 0.png, 1.png and 2.png of different shapes."""
     random = np.random.default_rng(5)
     for number, (width, height) in enumerate([(20, 15), (15, 20), (12, 12)]):
         values = random.integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -36,14 +36,14 @@ def test_the_answer_is_what_generate_gives(loaded):
     assert "".join(answer.pieces).strip() == answer.text
 
 
-def test_the_answer_comes_piece_by_piece(loaded, tmp_path):
+def test_the_answer_is_streamed_in_pieces(loaded, tmp_path):
     image().save(tmp_path / "image.png")
     heard: list[str] = []
     answer = ask(*loaded, tmp_path / "image.png", QUESTION, max_new_tokens=12, on_text=heard.append)
     assert "".join(heard).strip() == answer.text and len(heard) > 1
 
 
-def test_a_character_of_several_tokens_is_handed_over_whole(loaded):
+def test_a_character_of_several_tokens_is_streamed_whole(loaded):
     tokenizer = loaded[1].tokenizer
     heard: list[str] = []
     pieces = answering._TextPieces(tokenizer, heard.append)
@@ -72,7 +72,7 @@ def test_the_end_of_sequence_token_is_not_part_of_the_answer(loaded):
         model.generation_config.eos_token_id = None
 
 
-def test_drawing(loaded, tmp_path):
+def test_a_panel_shows_the_map_and_the_selection_of_its_token_and_layer(loaded, tmp_path):
     answer = ask(*loaded, image(), QUESTION, max_new_tokens=3, trace=True)
     sheet = answer.draw(tmp_path / "map.png")
     assert Image.open(tmp_path / "map.png").size == sheet.size
@@ -102,14 +102,14 @@ def test_drawing(loaded, tmp_path):
         (dict(path="no/such/folder/map.png"), "there is no folder"),
     ],
 )
-def test_things_that_cannot_be_drawn(loaded, tmp_path, monkeypatch, wanted, says):
+def test_what_cannot_be_drawn_is_refused(loaded, tmp_path, monkeypatch, wanted, says):
     monkeypatch.chdir(tmp_path)
     answer = ask(*loaded, image(), QUESTION, max_new_tokens=3, trace=True)
     with pytest.raises(InputError, match=says):
         answer.draw(**wanted)
 
 
-def test_nothing_recorded_nothing_drawn(loaded):
+def test_without_a_trace_nothing_can_be_drawn(loaded):
     with pytest.raises(InputError, match="trace=True"):
         ask(*loaded, image(), QUESTION, max_new_tokens=1).draw()
 
@@ -127,7 +127,7 @@ def test_nothing_recorded_nothing_drawn(loaded):
         (dict(max_new_tokens=2.5), "max_new_tokens is 2.5"),
     ],
 )
-def test_things_that_cannot_be_asked(loaded, change, says):
+def test_what_cannot_be_asked_is_refused(loaded, change, says):
     with pytest.raises(InputError, match=says):
         ask(*loaded, **(dict(image=image(), question=QUESTION, max_new_tokens=2) | change))
 

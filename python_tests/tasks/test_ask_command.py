@@ -91,13 +91,13 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(flexattn, image, tmp_pat
     assert says in refused(flexattn("ask", *arguments))
 
 
-def test_cuda_without_cuda_says_why(flexattn, image, monkeypatch):
+def test_a_device_that_cannot_be_used_is_refused_with_the_reason(flexattn, image, monkeypatch):
     monkeypatch.setattr("flexattn_cuda.build.cuda_unavailable_reason", lambda *_: "no GPU is seen")
     assert "'cuda' cannot be used: no GPU is seen" in refused(flexattn("ask", image, QUESTION, "--device", "cuda"))
 
 
 @pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root may write everywhere")
-def test_a_map_that_may_not_be_written(flexattn, image, tmp_path):
+def test_a_map_that_cannot_be_written_is_refused(flexattn, image, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     assert "permission denied" in refused(flexattn("ask", image, QUESTION, "--map", tmp_path / "locked" / "map.png"))
 
@@ -112,7 +112,7 @@ def make_folder(path):
     return path
 
 
-def test_layers_that_do_not_select(flexattn, checkpoint, image, tmp_path):
+def test_layers_that_do_not_select_are_refused(flexattn, checkpoint, image, tmp_path):
     said = refused(
         flexattn(
             "ask",
@@ -129,7 +129,7 @@ def test_layers_that_do_not_select(flexattn, checkpoint, image, tmp_path):
     assert "the layers of this model that select are 1 to 4" in said
 
 
-def test_tokens_that_the_answer_does_not_have(flexattn, checkpoint, image, tmp_path):
+def test_tokens_that_the_answer_does_not_have_are_refused(flexattn, checkpoint, image, tmp_path):
     options = (
         "--model",
         checkpoint,
@@ -156,7 +156,7 @@ def test_tokens_that_the_answer_does_not_have(flexattn, checkpoint, image, tmp_p
         ({"flexattn_config": {"first_layer": 99}}, "first_layer is 99"),
     ],
 )
-def test_checkpoints_that_cannot_be_used(flexattn, image, tmp_path, changes, says):
+def test_checkpoints_that_cannot_be_used_are_refused(flexattn, image, tmp_path, changes, says):
     folder = tmp_path / "model"
     config = small_checkpoint.small_config()
     config.save_pretrained(folder)
@@ -167,7 +167,7 @@ def test_checkpoints_that_cannot_be_used(flexattn, image, tmp_path, changes, say
     assert says in refused(flexattn("info", "--model", folder))
 
 
-def test_a_gpu_that_is_too_small(flexattn, image, monkeypatch):
+def test_a_gpu_without_enough_memory_is_reported(flexattn, image, monkeypatch):
     def load(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -40,7 +40,7 @@ def test_long_answers_are_those_of_ask(checkpoint, folder):
     assert [one["answer"] for one in read(folder / "a.jsonl")] == expected
 
 
-def test_a_long_question_takes_no_room_from_the_answers_of_others(checkpoint, folder, monkeypatch):
+def test_a_long_question_does_not_shorten_the_answers_of_others(checkpoint, folder, monkeypatch):
     model, processor = load(checkpoint, "cpu")
     questions, image = ["x", "x" * 200, "x" * 202], open_image(folder / "0.png")
     lengths = [answering.prompt_length(model, processor, one) for one in questions]
@@ -119,7 +119,7 @@ BROKEN = [
 ]
 
 
-def test_a_broken_line_costs_itself_alone(checkpoint, folder):
+def test_a_bad_line_is_reported_and_the_others_are_answered(checkpoint, folder):
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:300])
     good = {"id": "good", "image": str(folder / "1.png"), "question": "why"}
     records = [one for line, _ in BROKEN for one in (good, line, "")]
@@ -135,7 +135,7 @@ def test_a_broken_line_costs_itself_alone(checkpoint, folder):
     assert totals == Totals(len(BROKEN), len(BROKEN))
 
 
-def test_a_gpu_that_is_too_small(checkpoint, folder, monkeypatch):
+def test_a_gpu_without_enough_memory_is_reported(checkpoint, folder, monkeypatch):
     def generate(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -36,7 +36,7 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(flexattn, folder, monkey
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_the_command_tells_how_far_it_is(flexattn, checkpoint, folder, monkeypatch, terminal):
+def test_the_command_prints_progress(flexattn, checkpoint, folder, monkeypatch, terminal):
     monkeypatch.setattr(report, "SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
     questions, output = write(folder / "q.jsonl", some(3)), folder / "a.jsonl"

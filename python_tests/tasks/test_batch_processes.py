@@ -33,7 +33,7 @@ cli.main()
 """
 
 
-def test_two_processes_go_on_where_one_was_ended(checkpoint, folder, monkeypatch):
+def test_two_processes_resume_a_run_of_one(checkpoint, folder, monkeypatch):
     questions, output = (
         write(folder / "q.jsonl", [*some(9), {"image": "nowhere.png", "question": "y"}]),
         folder / "a.jsonl",
@@ -59,7 +59,7 @@ def test_two_processes_go_on_where_one_was_ended(checkpoint, folder, monkeypatch
     assert min(map(len, asked)) >= 3 and len(asked[0] + asked[1]) == 7
 
 
-def test_one_process_goes_on_where_several_were_ended(checkpoint, folder, monkeypatch, asked):
+def test_one_process_resumes_a_run_of_several(checkpoint, folder, monkeypatch, asked):
     questions, output = write(folder / "q.jsonl", some(9)), folder / "a.jsonl"
     expected = uninterrupted(checkpoint, questions)
     interrupted_answers(monkeypatch, 6, questions, output, checkpoint, "cpu", max_new_tokens=2, batch_size=1)

@@ -20,7 +20,7 @@ from flexattn_cuda.tasks.ask_batch import Totals, answer_file
 from flexattn_cuda.tasks.ask_batch import run as batch
 
 
-def test_a_killed_run_goes_on(folder, asked):
+def test_a_killed_run_is_resumed(folder, asked):
     records = signs() * 4
     questions, output, journal = (
         write(folder / "q.jsonl", records),
@@ -46,7 +46,7 @@ def test_a_killed_run_goes_on(folder, asked):
     assert not journal.exists()
 
 
-def test_a_journal_cut_anywhere_is_continued(checkpoint, folder, monkeypatch, asked):
+def test_a_journal_cut_off_anywhere_is_continued(checkpoint, folder, monkeypatch, asked):
     questions, output, journal = (
         write(folder / "q.jsonl", some(6)),
         folder / "a.jsonl",
@@ -75,7 +75,7 @@ def test_a_journal_cut_anywhere_is_continued(checkpoint, folder, monkeypatch, as
         output.unlink()
 
 
-def test_nothing_is_left_to_ask_when_a_run_was_ended_before_the_output(checkpoint, folder, monkeypatch, asked):
+def test_nothing_is_asked_again_when_a_run_was_interrupted_before_the_output(checkpoint, folder, monkeypatch, asked):
     questions, output = write(folder / "q.jsonl", some(5)), folder / "a.jsonl"
     with monkeypatch.context() as patch:
         patch.setattr(batch, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -113,7 +113,7 @@ def test_an_output_is_not_overwritten(checkpoint, folder, asked):
     assert answer_file(questions, output, checkpoint, "cpu", max_new_tokens=2, restart=True) == Totals(2, 0)
 
 
-def test_what_is_no_journal_is_neither_read_nor_discarded(checkpoint, folder):
+def test_a_file_that_is_not_a_journal_is_neither_read_nor_discarded(checkpoint, folder):
     questions, stranger = write(folder / "q.jsonl", some(2)), folder / "a.jsonl.partial.0"
     stranger.write_text("dear to me")
     for restart in (False, True):
@@ -122,7 +122,7 @@ def test_what_is_no_journal_is_neither_read_nor_discarded(checkpoint, folder):
     assert stranger.read_text() == "dear to me"
 
 
-def test_two_runs_at_a_time_are_refused(checkpoint, folder, monkeypatch):
+def test_a_second_run_at_the_same_time_is_refused(checkpoint, folder, monkeypatch):
     questions, output, refused = write(folder / "q.jsonl", some(2)), folder / "a.jsonl", []
 
     def meanwhile(*_):

@@ -32,11 +32,11 @@ def code_and_modules(*arguments: str) -> tuple[int, set[str]]:
     return code, set(modules)
 
 
-def test_version(flexattn):
+def test_the_version_is_printed(flexattn):
     assert flexattn("--version") == (0, f"flexattn {flexattn_cuda.__version__}\n", "")
 
 
-def test_wrong_usage_from_a_shell():
+def test_wrong_usage_ends_with_exit_code_2():
     wrong = subprocess.run([sys.executable, "-m", "flexattn_cuda.cli", "ask"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert "question" in wrong.stderr or "image" in wrong.stderr

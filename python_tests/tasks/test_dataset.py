@@ -35,7 +35,7 @@ def test_a_batch_is_padded_on_the_right_and_its_images_follow_each_other(tmp_pat
         assert torch.equal(batch[name], torch.cat([items[0][name], items[2][name]]))
 
 
-def test_an_image_that_is_gone_later_costs_its_record_alone(tmp_path):
+def test_an_image_that_disappears_is_reported_once_and_replaced(tmp_path):
     file, images = write(tmp_path)
     one, told = processor(), []
     records = data.read_records(file)

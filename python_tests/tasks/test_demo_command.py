@@ -47,7 +47,7 @@ def test_demo_fails_when_an_answer_is_wrong(flexattn, checkpoint, examples, tmp_
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '[{"file": "a.png"}]', "3", '{"a": 1}'])
-def test_demo_without_examples(flexattn, tmp_path, content):
+def test_demo_without_examples_is_refused(flexattn, tmp_path, content):
     if content is not None:
         (tmp_path / "questions.json").write_text(content)
     refused(flexattn("demo", "--examples", tmp_path, "--output", tmp_path / "out"))

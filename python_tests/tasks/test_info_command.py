@@ -8,7 +8,7 @@ import flexattn_cuda
 from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaConfig
 
 
-def test_info_tells_versions_build_and_paths(flexattn, monkeypatch):
+def test_info_prints_versions_build_and_paths(flexattn, monkeypatch):
     monkeypatch.setattr("flexattn_cuda.build.cuda_unavailable_reason", lambda *_: "no GPU is seen")
     code, out, _ = flexattn("info")
     assert code == 0

@@ -59,7 +59,7 @@ def learned(labels: list[int]) -> list[list[int]]:
 
 @pytest.mark.parametrize("options", PROCESSORS.values(), ids=PROCESSORS.keys())
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_each_answer_is_learned_with_its_end_where_generate_would_begin_it(options, count):
+def test_each_answer_is_learned_with_its_end_from_where_generate_would_start(options, count):
     one = processor(**options)
     ids, labels = data.labelled_ids(one, TURNS[:count])
     assert len(ids) == len(labels) and all(label in (data.IGNORED, token) for token, label in zip(ids, labels))
@@ -87,7 +87,7 @@ def test_later_answers_follow_the_prompt_of_the_conversation_so_far(options):
     assert ids[:begin] == one(text=prompt, images=Image.new("RGB", (9, 9)))["input_ids"][0].tolist()
 
 
-def test_a_template_that_writes_questions_alone_gets_the_answer_and_its_end():
+def test_a_template_that_renders_questions_alone_gets_the_answer_and_its_end():
     one = FlexAttnLlavaProcessor.from_pretrained(DEFAULT_MODEL)
     ids, labels = data.labelled_ids(one, [Turn(QUESTION, 1, "42")])
     digits = one.tokenizer.convert_tokens_to_ids(["4", "2"])
@@ -99,7 +99,7 @@ def test_a_template_that_writes_questions_alone_gets_the_answer_and_its_end():
         data.encode(one, Conversation([], [Turn("Hello?", 0, "Yes.")]), 500)
 
 
-def test_the_longest_record_that_fits_is_fine():
+def test_a_record_of_exactly_the_maximum_length_is_accepted():
     one, conversation = processor(), Conversation(["image.png"], [Turn(QUESTION, 1, "42")])
     length = len(data.labelled_ids(one, conversation.turns)[0])
     assert len(data.encode(one, conversation, length)[0]) == length

@@ -35,19 +35,19 @@ def image(width: int = 160, height: int = 120) -> Image.Image:
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
-def test_dtypes(checkpoint, name):
+def test_a_model_loads_in_every_dtype(checkpoint, name):
     model, processor = load(checkpoint, device="cpu", dtype=name)
     assert model.dtype == getattr(torch, name) == choose_dtype(name)
     assert isinstance(ask(model, processor, image(), QUESTION, max_new_tokens=2), Answer)
 
 
 @pytest.mark.parametrize("choose, given", [(choose_dtype, "int8"), (choose_device, "tpu"), (choose_device, "meta")])
-def test_unknown_dtype_or_device(choose, given):
+def test_an_unknown_dtype_or_device_is_refused(choose, given):
     with pytest.raises(InputError, match=f"{given}.*allowed"):
         choose(given)
 
 
-def test_cuda_says_why_it_cannot_be_used(monkeypatch):
+def test_a_refused_device_says_why(monkeypatch):
     monkeypatch.setattr("flexattn_cuda.build.cuda_unavailable_reason", lambda *_: "no GPU is seen")
     assert choose_device("auto") == choose_device(None) == torch.device("cpu")
     with pytest.raises(InputError, match="'cuda:1' cannot be used: no GPU is seen"):
@@ -85,12 +85,12 @@ def test_a_checkpoint_in_llava_format_answers(tmp_path):
     assert ask(model, processor, image(), QUESTION, max_new_tokens=2).tokens
 
 
-def test_a_tokenizer_of_another_model(tmp_path):
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="ids up to 499, but its model embeds ids up to 299"):
         load(released(tmp_path / "released", 300), device="cpu")
 
 
-def test_a_model_without_weights_or_of_parts_that_do_not_fit(tmp_path):
+def test_a_checkpoint_without_weights_or_with_parts_that_do_not_fit_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint"):
         load(tmp_path / "nowhere", device="cpu")
     small_checkpoint.small_config(first_layer=77).save_pretrained(tmp_path)

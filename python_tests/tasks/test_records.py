@@ -110,7 +110,7 @@ def test_every_broken_record_is_named_with_its_number_and_no_other(folder):
         assert "\n" not in str(one) and str(one).startswith(f"record {one.record}: {kind}: ")
 
 
-def test_a_conversation_that_the_processor_refuses_costs_its_record_alone(folder):
+def test_a_conversation_that_the_processor_refuses_is_listed(folder):
     def encode(conversation):
         if not conversation.images:
             raise InputError("there is\nno image")
@@ -119,7 +119,7 @@ def test_a_conversation_that_the_processor_refuses_costs_its_record_alone(folder
     assert list(map(str, found)) == ["record 1: conversation that cannot be asked: there is no image"]
 
 
-def test_broken_records_are_told_as_they_are_found(folder, capsys):
+def test_broken_records_are_reported_as_they_are_found(folder, capsys):
     check(
         [record("nowhere.png"), record("image.png"), record(None, "Hello?", " ")],
         folder,

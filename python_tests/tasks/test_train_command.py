@@ -58,7 +58,7 @@ def test_broken_records_are_counted_listed_and_left_out(flexattn, checkpoint, fi
     assert code == 0 and "11 records, 3 of them broken" in err
 
 
-def test_an_image_that_is_deleted_during_the_run_does_not_end_it(checkpoint, files, tmp_path, monkeypatch, capsys):
+def test_an_image_that_is_deleted_during_a_run_does_not_end_it(checkpoint, files, tmp_path, monkeypatch, capsys):
     check = data.check
 
     def then_delete(*arguments):
@@ -113,7 +113,7 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(flexattn, checkpoint, fi
     assert code == 2 and out == "" and says in err.splitlines()[-1]
 
 
-def test_the_model_is_not_written_over(flexattn, checkpoint, files):
+def test_the_model_is_not_overwritten(flexattn, checkpoint, files):
     arguments = line(files, checkpoint, checkpoint / ".." / checkpoint.name)
     code, _, err = flexattn(*arguments)
     assert (
@@ -124,7 +124,7 @@ def test_the_model_is_not_written_over(flexattn, checkpoint, files):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_schedule_that_is_offered_can_be_used(checkpoint, files, tmp_path, schedule):
+def test_every_schedule_can_be_used(checkpoint, files, tmp_path, schedule):
     assert train_on(files, tmp_path, checkpoint, steps=1, schedule=schedule, device="cpu").losses.keys() == {1}
 
 

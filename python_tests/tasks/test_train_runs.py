@@ -27,7 +27,7 @@ from flexattn_cuda.tasks.train import (
 SGD = dict(optimizer="sgd", schedule="constant", learning_rate=0.5, precision="float64", device="cpu")
 
 
-def test_a_run_killed_at_random_and_resumed_ends_as_if_nothing_had_happened(checkpoint, files, tmp_path):
+def test_a_run_killed_at_random_and_resumed_equals_an_uninterrupted_one(checkpoint, files, tmp_path):
     settings = dict(steps=20, save_every=2, batch_size=2, accumulate=2, learning_rate=1e-2, seed=3, device="cpu")
     whole = train_on(files, tmp_path / "whole", checkpoint, **settings)
     assert whole.losses.keys() == set(range(1, 21)) and whole.losses[20] < whole.losses[1]
@@ -54,7 +54,7 @@ def test_a_run_killed_at_random_and_resumed_ends_as_if_nothing_had_happened(chec
     assert furthest(weights(output), weights(tmp_path / "whole")) == 0
 
 
-def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(checkpoint, files, tmp_path):
+def test_an_incomplete_checkpoint_is_passed_over(checkpoint, files, tmp_path):
     settings = dict(steps=6, save_every=2, batch_size=4, learning_rate=1e-2, device="cpu", keep=3)
     whole = train_on(files, tmp_path, checkpoint, **settings)
     expected = weights(tmp_path)
@@ -70,7 +70,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(checkpoint,
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
-def test_a_run_that_has_ended_is_not_trained_further(checkpoint, files, tmp_path):
+def test_a_finished_run_is_not_trained_further(checkpoint, files, tmp_path):
     settings = dict(steps=2, batch_size=4, learning_rate=1e-2, device="cpu")
     before = train_on(files, tmp_path, checkpoint, **settings), weights(tmp_path)
     assert (
@@ -78,7 +78,7 @@ def test_a_run_that_has_ended_is_not_trained_further(checkpoint, files, tmp_path
     )
 
 
-def test_a_run_of_other_settings_is_refused_unless_it_begins_anew(checkpoint, files, tmp_path):
+def test_a_run_with_other_options_is_refused_unless_it_is_restarted(checkpoint, files, tmp_path):
     settings = dict(steps=2, batch_size=4, device="cpu")
     train_on(files, tmp_path, checkpoint, **settings, learning_rate=1e-3)
     with pytest.raises(InputError, match=r"was started with other options \(learning rate, seed\); .* --restart"):
@@ -87,7 +87,7 @@ def test_a_run_of_other_settings_is_refused_unless_it_begins_anew(checkpoint, fi
     assert len(again.losses) == 2
 
 
-def test_a_run_goes_on_with_the_records_and_images_it_was_begun_with(checkpoint, files, tmp_path):
+def test_a_run_is_resumed_only_with_the_records_and_images_it_was_started_with(checkpoint, files, tmp_path):
     settings = dict(model=checkpoint, steps=1, batch_size=4, device="cpu")
     output = tmp_path / "out"
     train_on(files, output, **settings)
@@ -107,7 +107,7 @@ def test_a_run_goes_on_with_the_records_and_images_it_was_begun_with(checkpoint,
 
 
 @pytest.mark.parametrize("content", ['{"a": ', "[]", "null", "\udcff"])
-def test_settings_that_no_run_has_written_are_refused(checkpoint, files, tmp_path, content):
+def test_a_damaged_file_of_options_is_refused(checkpoint, files, tmp_path, content):
     (tmp_path / "run.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match="run.json does not hold the options of a run; .* --restart"):
         train_on(files, tmp_path, checkpoint, steps=1, device="cpu")
@@ -119,7 +119,7 @@ def test_settings_that_no_run_has_written_are_refused(checkpoint, files, tmp_pat
     [(1, 3, "the last complete checkpoint is .*checkpoint-2$"), (4, 3, "no checkpoint")],
 )
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(
+def test_a_nan_or_infinite_loss_ends_the_run_before_it_is_saved(
     checkpoint, files, tmp_path, monkeypatch, log_every, step, whole, what
 ):
     losses = []
@@ -145,7 +145,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(
     assert not (tmp_path / "checkpoint-3").exists() and not (tmp_path / "model.safetensors").exists()
 
 
-def test_two_runs_never_write_one_folder(checkpoint, files, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(checkpoint, files, tmp_path):
     folder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)  # as the other run does
     with pytest.raises(InputError, match=f"another run is writing {tmp_path}"):
@@ -155,7 +155,7 @@ def test_two_runs_never_write_one_folder(checkpoint, files, tmp_path):
 
 
 @pytest.mark.parametrize("preset, batch", [("released", 2), ("paper", 1)])
-def test_two_processes_train_as_one_with_the_doubled_batch(files, tmp_path, preset, batch):
+def test_two_processes_train_like_one_with_twice_the_batch(files, tmp_path, preset, batch):
     """One record at a time: now and then a process has no image at all."""
     checkpoint = save_preset(tmp_path / "model", preset)
     options = [part for name, value in SGD.items() for part in (f"--{name.replace('_', '-')}", value)]
@@ -174,7 +174,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(files, tmp_path, pres
     assert all((one[name] - begun[name]).abs().max() > 1e-4 for name in one if "_proj_hd" in name)
 
 
-def test_accumulated_batches_train_as_one_batch(checkpoint, files, tmp_path):
+def test_accumulated_batches_train_like_one_batch(checkpoint, files, tmp_path):
     train_on(files, tmp_path / "parts", checkpoint, steps=6, batch_size=1, accumulate=4, **SGD)
     train_on(files, tmp_path / "whole", checkpoint, steps=6, batch_size=4, **SGD)
     assert furthest(weights(tmp_path / "parts"), weights(tmp_path / "whole")) <= 1e-8
@@ -212,7 +212,7 @@ def test_every_system_learns_and_answers(checkpoint, files, tmp_path, system):
     "part, trained",
     [("all", "vision_tower"), ("projector", "multi_modal_projector"), ("hr", "_proj_hd")],
 )
-def test_only_the_part_that_is_named_is_trained(checkpoint, files, tmp_path, part, trained):
+def test_only_the_named_part_is_trained(checkpoint, files, tmp_path, part, trained):
     train_on(
         files,
         tmp_path,
@@ -221,7 +221,7 @@ def test_only_the_part_that_is_named_is_trained(checkpoint, files, tmp_path, par
         batch_size=8,
         learning_rate=1e-2,
         device="cpu",
-        part=part,
+        train=part,
     )
     before, after = weights(checkpoint), weights(tmp_path)
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -61,7 +61,7 @@ def small_trainer(model, folder: Path, optimizers=(None, None), **changes) -> Fl
     )
 
 
-def test_ready_features_and_an_optimizer_of_ones_own_are_taken(tmp_path):
+def test_precomputed_features_and_a_custom_optimizer_are_accepted(tmp_path):
     model = small.flex()
     choose_trained(model, "hr")
     optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1, momentum=0.9)
@@ -85,7 +85,7 @@ def test_alpha_follows_the_epochs(tmp_path):
     assert seen == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 1.0])
     seen.clear()
     one.evaluate(Features(model, 2))
-    assert seen == [None]  # what is asked later is answered with all of it
+    assert seen == [None]  # evaluation uses the full weight
 
 
 def test_only_selected_hr_tokens_are_projected():
@@ -107,7 +107,7 @@ def test_only_selected_hr_tokens_are_projected():
         assert rows == selected and 0 < selected < mask.shape[0] * mask[0, 0].numel()
 
 
-def test_the_loss_is_that_of_transformers():
+def test_the_loss_equals_that_of_transformers():
     model = small.flex()
     batch = data.Collator(0)([Features(model)[number] for number in range(3)])
     theirs = model(**batch).loss, model(**batch, num_items_in_batch=torch.tensor(20)).loss
@@ -133,7 +133,7 @@ def test_gradients_are_the_same_with_checkpointing(tmp_path):
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-12, atol=1e-14), name
 
 
-def test_mixed_precision_with_loss_scaling_learns_as_float32():
+def test_mixed_precision_with_loss_scaling_learns_like_float32():
     """What accelerate does on a GPU with fp16=True (the V100 has no bfloat16), on the CPU."""
     losses: dict[bool, list[float]] = {}
     for half in (False, True):

@@ -1,4 +1,4 @@
-"""A run: begin or resume, plan the batches, answer them, and write the output."""
+"""A run: start or resume, plan the batches, answer them, and write the output."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A run as process 0 begins or resumes it.
+class RunState:
+    """A run as process 0 starts or resumes it.
 
     Attributes:
         fingerprint: What a resumed run must repeat.
@@ -121,30 +121,30 @@ def answer_questions(options: BatchOptions, progress: bool = False) -> Totals:
     devices.choose_dtype(options.dtype)
     with Processes() as processes:
         device = processes.device(options.device)
-        begun = processes.broadcast_from_rank0(lambda: _begin(options))
+        state = processes.broadcast_from_rank0(lambda: _start_or_resume(options))
         batch_model = BatchModel(*loading.load(options.model, device, options.dtype), options)
-        plan = processes.broadcast_from_rank0(lambda: batch_model.plan(begun.lines, begun.results))
+        plan = processes.broadcast_from_rank0(lambda: batch_model.plan(state.lines, state.results))
         share = plan.batches[processes.rank :: processes.count]
         what = "questions" if processes.count == 1 else f"questions of the first of {processes.count} processes"
         shown = Progress(sum(map(len, share)), what, progress and processes.rank == 0)
-        if begun.results:
-            shown.say(f"resuming: {len(begun.results)} questions are answered, {sum(map(len, plan.batches))} are left")
+        if state.results:
+            shown.say(f"resuming: {len(state.results)} questions are answered, {sum(map(len, plan.batches))} are left")
         answered: Results = {}
         if share:
-            with Journal(journal_path(options.output, processes.rank), begun.fingerprint) as journal, shown:
-                answered = batch_model.answer_share(begun.lines, share, journal, shown)
-        results = begun.results | plan.too_long
+            with Journal(journal_path(options.output, processes.rank), state.fingerprint) as journal, shown:
+                answered = batch_model.answer_share(state.lines, share, journal, shown)
+        results = state.results | plan.too_long
         for part in processes.gather_to_rank0(answered):
             results |= part
-        totals = processes.broadcast_from_rank0(lambda: _finish(options.output, begun.lines, results, processes.count))
+        totals = processes.broadcast_from_rank0(lambda: _finish(options.output, state.lines, results, processes.count))
         shown.say(f"wrote {options.output}: answers {totals.answers}, errors {totals.errors}")
         return totals
 
 
-# ------------------------------------------------------------------------------------------------------------ begin
+# --------------------------------------------------------------------------------------------------------------- start
 
 
-def _begin(options: BatchOptions) -> Begun:
+def _start_or_resume(options: BatchOptions) -> RunState:
     """Check input, output and journals, and read the results of earlier runs."""
     content = _read_input(options.input)
     lines = read_lines(content)
@@ -162,11 +162,11 @@ def _begin(options: BatchOptions) -> Begun:
         for path in journal_paths(options.output):
             discard_journal(path)
         options.output.unlink(missing_ok=True)
-        return Begun(fingerprint, lines, {})
+        return RunState(fingerprint, lines, {})
     results: Results = {}
     for path in journal_paths(options.output):
         results |= read_journal(path, fingerprint)
-    return Begun(fingerprint, lines, results)
+    return RunState(fingerprint, lines, results)
 
 
 def _read_input(path: Path) -> bytes:

@@ -115,7 +115,7 @@ class TrainingRun:
         options = self._options
         dtype = None if options.check_only else self._machine.weights
         self._model, self._processor = loading.load(options.model, "cpu", dtype, system=options.system)
-        choose_trained(self._model, options.part)
+        choose_trained(self._model, options.train)
         self._check_optimizer()
         if options.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
