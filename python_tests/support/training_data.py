@@ -25,7 +25,7 @@ def record(image: Any = None, *said: str, **others: Any) -> dict[str, Any]:
 
 
 def write(folder: Path) -> tuple[Path, Path]:
-    """Eight records with answers of different lengths, one without an image, one with two questions -> (file, images)."""
+    """Write eight records, one without an image, one with two questions; return (data, images)."""
     images = folder / "images"
     images.mkdir()
     rng = np.random.default_rng(0)

@@ -34,7 +34,7 @@ def image(width: int = 160, height: int = 120) -> Image.Image:
     return Image.fromarray(values).resize((width, height))
 
 
-@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "float64"])
 def test_a_model_loads_in_every_dtype(checkpoint, name):
     model, processor = load(checkpoint, device="cpu", dtype=name)
     assert model.dtype == getattr(torch, name) == choose_dtype(name)
