@@ -30,14 +30,14 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import typer
 from rich.progress import Progress
 from sign_stages import BATCH, SIZES, SignCrops, train_encoder, train_localisation
 from signs import QUESTIONS, SignPainter, SignQuestion, digits_of
-from typer import Option
 
-from flexattn_cuda.cli import run_app
-from flexattn_cuda.runs.files import write_whole
-from studies.small.command_line import command_line
+from flexattn_cuda.cli import as_command, run_app
+from flexattn_cuda.runs.files import write_atomically
+from flexattn_cuda.runs.options import Option, Options
 from studies.small.encoded_scenes import EncodedScenes, encode_scenes, resolutions_of
 from studies.small.encoder_stage import whiten
 from studies.small.evaluation import measure_selection
@@ -57,23 +57,21 @@ _LOCALISE_SCENES = 256  # held-out images of stage 2, which are not those of the
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
+class TrainingOptions(Options):
     """The options of the script."""
 
-    photographs: Annotated[
-        list[Path], Option(metavar="FOLDER", help="Folder of JPEG photographs; may be repeated.", show_default=False)
-    ]
-    font: Annotated[Path, Option(help="DejaVuSans-Bold.ttf.", show_default=False)]
-    output: Annotated[Path, Option(metavar="DIR", help="Folder of the model.", show_default=False)]
-    work: Annotated[Path, Option(metavar="DIR", help="Folder of what the stages keep.")] = Path("out/default_model")
-    systems: Annotated[str, Option(help="Comma-separated systems to train.")] = SYSTEMS
-    encoder_steps: Annotated[int, Option(help="Steps of the encoder stage.")] = 2400
-    localise_steps: Annotated[int, Option(help="Steps of the localise stage.")] = 900
-    answer_steps: Annotated[int, Option(help="Steps of each system's answer stage.")] = 1500
-    images: Annotated[int, Option(help="Number of images to train on.")] = 5000
-    held_out: Annotated[int, Option(help="Number of images in the evaluation.")] = 500
-    seed: Annotated[int, Option(help="Seed of weights and batches.")] = 0
-    threads: Annotated[int, Option(help="Number of CPU threads.")] = 2
+    photographs: Annotated[list[Path], Option("Folder of JPEG photographs; may be repeated.", metavar="DIR")]
+    font: Annotated[Path, Option("DejaVuSans-Bold.ttf.", metavar="FILE")]
+    output: Annotated[Path, Option("Folder of the model.", metavar="DIR")]
+    work: Annotated[Path, Option("Folder of what the stages keep.", metavar="DIR")] = Path("out/default_model")
+    systems: Annotated[str, Option("Comma-separated systems to train.")] = SYSTEMS
+    encoder_steps: Annotated[int, Option("Steps of the encoder stage.", minimum=1)] = 2400
+    localise_steps: Annotated[int, Option("Steps of the localise stage.", minimum=1)] = 900
+    answer_steps: Annotated[int, Option("Steps of each system's answer stage.", minimum=1)] = 1500
+    images: Annotated[int, Option("Number of images to train on.", minimum=1)] = 5000
+    held_out: Annotated[int, Option("Number of images in the evaluation.", minimum=1)] = 500
+    seed: Annotated[int, Option("Seed of weights and batches.", minimum=0)] = 0
+    threads: Annotated[int, Option("Number of CPU threads.", minimum=1)] = 2
 
 
 @dataclass(frozen=True)
@@ -246,7 +244,7 @@ def evaluated(default: DefaultModel, system: str, questions: list[SignQuestion],
     """Evaluate a system, or return the result that an earlier run left."""
     file = default.options.work / f"result {system}.json"
     if not file.exists():
-        write_whole(file, json.dumps(asdict(default.evaluate(system, questions, share))))
+        write_atomically(file, json.dumps(asdict(default.evaluate(system, questions, share))))
     return Result(**json.loads(file.read_text()))
 
 
@@ -260,4 +258,6 @@ def write_results(path: Path, results: list[Result]) -> None:
 
 
 if __name__ == "__main__":
-    run_app(command_line(TrainingOptions, train), "train_default_model.py")
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(as_command(train))
+    run_app(app, "train_default_model.py")

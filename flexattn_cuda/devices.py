@@ -1,4 +1,4 @@
-"""Which device and dtype a name stands for, and why one cannot be used here."""
+"""Devices and dtypes by name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ import torch
 from flexattn_cuda import build
 from flexattn_cuda.errors import InputError
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device meant; InputError where it is unknown or cannot be used, with the reason."""
+    """Return the device of a name; None and "auto" are the GPU if it can be used, and the CPU otherwise.
+
+    Raises:
+        InputError: If the device is unknown, or cannot be used here; the message says why.
+    """
     if device is None or device == "auto":
         return torch.device("cpu" if build.cuda_unavailable_reason() else "cuda")
     try:
@@ -26,7 +35,11 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The dtype meant, None for the checkpoint's own."""
+    """Return the dtype of a name; None, which stands for the checkpoint's own, for None and "auto".
+
+    Raises:
+        InputError: If the dtype is unknown.
+    """
     if dtype is None or dtype == "auto":
         return None
     if isinstance(dtype, torch.dtype):

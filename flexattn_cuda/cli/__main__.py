@@ -1,4 +1,4 @@
-"""`python -m flexattn_cuda.cli` and `torchrun -m flexattn_cuda.cli`: the same as `flexattn`."""
+"""`python -m flexattn_cuda.cli` and `torchrun -m flexattn_cuda.cli` are `flexattn`."""
 
 from flexattn_cuda.cli import main
 

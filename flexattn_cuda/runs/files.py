@@ -1,4 +1,4 @@
-"""Files that outlive this process, that one process writes at a time, and what is said where they cannot be written."""
+"""Files that survive a crash, and folders that one run writes at a time."""
 
 from __future__ import annotations
 
@@ -13,57 +13,92 @@ from flexattn_cuda.errors import InputError
 
 
 def lock(file: BinaryIO | int, path: Path) -> None:
-    """Until the file (or folder, by its descriptor) is closed, so that two runs never write one. Some file systems have no
-    locks."""
+    """Lock an open file, or a folder by its descriptor, until it is closed.
+
+    Does nothing on file systems without locks.
+
+    Raises:
+        InputError: If another run holds the lock; `path` is named in the message.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"another run is writing {path}; wait for its end, or end it first") from None
+        raise InputError(f"another run is writing {path}; wait for it to finish, or stop it first") from None
     except OSError:
         pass
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Makes a folder, where it is missing, that is this run's alone meanwhile."""
-    with told(folder):
+    """Create a folder if it is missing, and lock it for this run."""
+    with os_errors_as_input_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        opened = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
     try:
-        lock(opened, folder)
+        lock(descriptor, folder)
         yield
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
-    """What the system says when a file cannot be written, in one sentence."""
+def os_errors_as_input_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into an InputError that says why `path` cannot be written."""
     try:
         yield
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def to_disk(file: BinaryIO) -> None:
+def make_writable_folder(folder: Path) -> None:
+    """Create a folder if it is missing; raise InputError if it cannot be created or written."""
+    with os_errors_as_input_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} cannot be written: permission denied")
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError if no file can be written at `path`."""
+    if path.is_dir() or not path.parent.is_dir():
+        reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise InputError(f"{path} cannot be written: {reason}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: permission denied")
+
+
+def check_image_path(path: str | Path) -> None:
+    """Raise InputError if no image can be saved at `path`."""
+    from PIL import Image  # not needed by those who write other files
+
+    path = Path(path)
+    Image.init()
+    savable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE}
+    if path.suffix.lower() not in savable:
+        raise InputError(f"{path} does not have the extension of an image file; use .png or .jpg")
+    check_writable(path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file in one step, so that nobody ever sees it half written."""
+    new = path.with_name(f"{path.name}.new")
+    with open(new, "wb") as file:
+        file.write(text.encode())
+        fsync_file(file)
+    os.replace(new, path)
+    fsync_folder(path.parent)
+
+
+def fsync_file(file: BinaryIO) -> None:
+    """Flush a file to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one step: it is never seen half written."""
-    new = path.with_name(f"{path.name}.new")
-    with open(new, "wb") as file:
-        file.write(text.encode())
-        to_disk(file)
-    os.replace(new, path)
-    folder_to_disk(path.parent)
-
-
-def folder_to_disk(folder: Path) -> None:
-    """A new name is on the disk only when its folder is."""
-    opened = os.open(folder, os.O_RDONLY)
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder to the disk: a new file can be found after a crash only then."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)

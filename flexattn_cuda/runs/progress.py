@@ -1,4 +1,4 @@
-"""How far a long piece of work is, told on stderr."""
+"""Progress of a long task, on stderr."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """How far this process is: a bar where stderr is a terminal, else a line every so often.
+    """Progress of this process: a bar if stderr is a terminal, otherwise a line every now and then.
 
     Args:
-        total: How many things there are to do, `done` of them before.
+        total: Number of things to do, `done` of which were done before.
         what: Their name, in the plural.
-        wanted: Otherwise nothing is told.
+        enabled: If False, print nothing.
     """
 
-    def __init__(self, total: int, what: str, wanted: bool = True, done: int = 0):
-        self._total, self._done, self._before = total, done, done
-        self._what, self._wanted = what, wanted
+    def __init__(self, total: int, what: str, enabled: bool = True, done: int = 0):
+        self._total, self._done, self._done_before = total, done, done
+        self._what, self._enabled = what, enabled
         console = Console(stderr=True)
         self._bar: Bar | None = None
-        if wanted and console.is_terminal:
+        if enabled and console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -37,7 +37,7 @@ class Progress:
             self._bar = Bar(*columns, console=console)
 
     def __enter__(self) -> Progress:
-        self._began = self._last_line = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(self._what, total=self._total, completed=self._done, pace="")
@@ -48,6 +48,7 @@ class Progress:
             self._bar.stop()
 
     def advance(self, count: int) -> None:
+        """Count so many more as done."""
         self._done += count
         now = time.monotonic()
         if self._bar is not None:
@@ -57,12 +58,13 @@ class Progress:
             self.say(f"{self._done} of {self._total} {self._what}, {self._pace(now)}")
 
     def say(self, line: str) -> None:
+        """Print a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        elif self._wanted:
+        elif self._enabled:
             print(line, file=sys.stderr, flush=True)
 
     def _pace(self, now: float) -> str:
-        rate = (self._done - self._before) / (now - self._began)
+        rate = (self._done - self._done_before) / (now - self._started)
         left = timedelta(seconds=round((self._total - self._done) / rate))
-        return f"{rate:.3g} a second, {left} left"
+        return f"{rate:.3g} per second, {left} left"

@@ -1,7 +1,8 @@
-"""A model and its processor, ready to answer."""
+"""Load a model with its processor, or its configuration alone."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from flexattn_cuda import checkpoints
 from flexattn_cuda.devices import choose_device, choose_dtype
 from flexattn_cuda.errors import CheckpointError, InputError
-from flexattn_cuda.families.llava.config import as_system
+from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig, as_system
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
 from flexattn_cuda.mechanism.config import FlexAttnConfig
@@ -24,20 +25,21 @@ def load(
     flexattn: FlexAttnConfig | None = None,
     system: str | None = None,
 ) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
-    """A model, ready to answer, and its processor.
+    """Load a model, ready to answer, and its processor.
 
     Args:
-        model: A checkpoint folder or hub id in any of the three formats; None: the small model of this package.
-        device: "cpu", "cuda" or "cuda:N"; None or "auto": the GPU where it can be used, else the CPU.
-        dtype: "float32", "float16" or "bfloat16"; None: that of the checkpoint.
-        flexattn: Settings of the mechanism in place of the checkpoint's.
-        system: One of `configuration.SYSTEMS` in place of the checkpoint's, as `configuration.as_system` makes it.
+        model: Checkpoint folder or hub id in any of the three formats; by default the small model of this package.
+        device: "cpu", "cuda" or "cuda:N"; None and "auto" are the GPU if it can be used, and the CPU otherwise.
+        dtype: Data type of the weights by name or as torch's; None and "auto" keep the checkpoint's.
+        flexattn: Settings of the mechanism that replace the checkpoint's.
+        system: One of `mechanism.config.SYSTEMS`, to load the checkpoint as (`families.llava.config.as_system`).
+
     Raises:
-        CheckpointError: There is no such checkpoint, or it cannot be loaded.
-        InputError: The device or dtype is unknown, or cannot be used here.
+        CheckpointError: If there is no such checkpoint, or it cannot be loaded.
+        InputError: If the device, the dtype or the system is unknown, or cannot be used here.
     """
     device, dtype = choose_device(device), choose_dtype(dtype)
-    folder = checkpoints.resolve_folder(DEFAULT_MODEL if model is None else model)
+    folder = checkpoint_folder(model)
     config = checkpoints.load_config(folder)
     if system is not None:
         try:
@@ -50,20 +52,55 @@ def load(
         )
     except CheckpointError:
         raise
-    except (
-        ValueError,
-        RuntimeError,
-    ) as error:  # what transformers says of parts that do not fit together
+    except (ValueError, RuntimeError) as error:  # transformers: the parts of the checkpoint do not fit together
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder} cannot be loaded: {first_line}") from error
     processor = FlexAttnLlavaProcessor.from_pretrained(folder, config=loaded.config)
-    ids = processor.tokenizer.get_vocab().values()
-    highest, rows = (
-        max(set(ids) - {processor.image_token_id}),
-        loaded.get_input_embeddings().num_embeddings,
-    )
-    if highest >= rows:
-        raise CheckpointError(
-            f"{folder} has a tokenizer with ids up to {highest}, but its model embeds ids up to {rows - 1} only"
-        )
+    _check_vocabulary(folder, loaded, processor)
     return loaded.eval().to(device), processor
+
+
+def _check_vocabulary(
+    folder: Path, model: FlexAttnLlavaForConditionalGeneration, processor: FlexAttnLlavaProcessor
+) -> None:
+    max_id = max(set(processor.tokenizer.get_vocab().values()) - {processor.image_token_id})
+    embedded = model.get_input_embeddings().num_embeddings
+    if max_id >= embedded:
+        raise CheckpointError(
+            f"{folder} has a tokenizer with ids up to {max_id}, but its model embeds ids up to {embedded - 1} only; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint as far as its configuration describes it.
+
+    Attributes:
+        folder: Where it is.
+        format: "flexattn", "llava" or "released".
+        config: The model's configuration.
+    """
+
+    folder: Path
+    format: str
+    config: FlexAttnLlavaConfig
+
+
+def read_checkpoint_info(model: str | Path) -> CheckpointInfo:
+    """Read the configuration of a checkpoint folder or hub id, without its weights.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or its configuration cannot be used.
+    """
+    folder = checkpoints.resolve_folder(model, parts=checkpoints.Part.CONFIG)
+    return CheckpointInfo(folder, checkpoints.checkpoint_format(folder), checkpoints.load_config(folder))
+
+
+def checkpoint_folder(model: str | Path | None) -> Path:
+    """Return the folder of a checkpoint folder or hub id; None is the small model of this package.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint.
+    """
+    return checkpoints.resolve_folder(DEFAULT_MODEL if model is None else model)

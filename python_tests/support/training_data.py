@@ -12,6 +12,7 @@ import small_checkpoint
 from PIL import Image
 
 from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor
+from flexattn_cuda.tasks.train import Outcome, TrainOptions, train
 
 QUESTION = "Which digits stand on the red sign?"
 
@@ -24,7 +25,7 @@ def record(image: Any = None, *said: str, **others: Any) -> dict[str, Any]:
 
 
 def write(folder: Path) -> tuple[Path, Path]:
-    """Eight records with answers of different lengths, one without an image, one with two questions -> (file, images)."""
+    """Write eight records, one without an image, one with two questions; return (data, images)."""
     images = folder / "images"
     images.mkdir()
     rng = np.random.default_rng(0)
@@ -38,6 +39,14 @@ def write(folder: Path) -> tuple[Path, Path]:
     data = folder / "data.json"
     data.write_text(json.dumps(records))
     return data, images
+
+
+def train_on(
+    files: tuple[Path, Path], output: Path, model: str | Path | None = None, progress: bool = False, **options: Any
+) -> Outcome:
+    """Train a model on (data, images)."""
+    data, images = files
+    return train(TrainOptions(data=data, images=images, output=output, model=model, **options), progress)
 
 
 def save_preset(folder: Path, preset: str) -> Path:

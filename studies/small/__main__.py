@@ -8,19 +8,22 @@ from __future__ import annotations
 import shlex
 import sys
 
-from flexattn_cuda.cli import run_app
+import typer
+
+from flexattn_cuda.cli import as_command, run_app, silence_transformers
 from studies.small import run
-from studies.small.command_line import command_line
 from studies.small.options import StudyOptions
 
 
 def study(options: StudyOptions) -> None:
     """Train the paper's systems on generated images, compare them and write a report; rerun to resume."""
+    silence_transformers()
     command = shlex.join(["python", "-m", "studies.small", *sys.argv[1:]])
     print(run.study(options, command, progress=True))
 
 
-app = command_line(StudyOptions, study)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(as_command(study))
 
 if __name__ == "__main__":
     run_app(app, "python -m studies.small")

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
-
 from flexattn_cuda.errors import InputError
+from flexattn_cuda.runs.options import Option, Options
 from studies.small.presets import PRESETS, SYSTEMS, Preset
 
 
-@dataclass(frozen=True)
-class StudyOptions:
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(Options):
     """What a study runs on, compares and shows. Each field's help text is that of the command's option.
 
     Raises:
@@ -21,29 +20,26 @@ class StudyOptions:
     """
 
     photographs: Annotated[
-        list[Path],
-        Option(metavar="DIR", help="Folder of JPEG photographs, the backgrounds; may be repeated.", show_default=False),
+        list[Path], Option("Folder of JPEG photographs, the backgrounds; may be repeated.", metavar="DIR")
     ]
-    output: Annotated[
-        Path, Option("--output", "-o", metavar="DIR", help="Folder for models and results.", show_default=False)
-    ]
-    preset: Annotated[str, Option(help="small, or tiny, which runs in minutes and learns nothing.")] = "small"
-    seeds: Annotated[str, Option(help="Comma-separated seeds.")] = "0,1,2"
-    systems: Annotated[str, Option(help="all, or comma-separated names, such as llava,flexattn.")] = "all"
-    jobs: Annotated[int | None, Option(help="Number of single-threaded processes; one per core by default.")] = None
+    output: Annotated[Path, Option("Folder for models and results.", flags=("--output", "-o"), metavar="DIR")]
+    preset: Annotated[
+        str, Option("small, or tiny, which runs in minutes and learns nothing.", choices=tuple(PRESETS))
+    ] = "small"
+    seeds: Annotated[str, Option("Comma-separated seeds.")] = "0,1,2"
+    systems: Annotated[str, Option("all, or comma-separated names, such as llava,flexattn.")] = "all"
+    jobs: Annotated[int | None, Option("Number of single-threaded processes; one per core by default.", minimum=1)] = (
+        None
+    )
     examples: Annotated[
-        str | None,
-        Option(help="Comma-separated numbers, in answers.csv, of the questions that the report shows."),
+        str | None, Option("Comma-separated numbers, in answers.csv, of the questions that the report shows.")
     ] = None
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise InputError(f"--preset is {self.preset!r}; allowed: {', '.join(PRESETS)}")
+        super().__post_init__()
         if unknown := [name for name in self.system_names if name not in SYSTEMS]:
             raise InputError(f"--systems has {unknown[0]!r}; allowed: all, or some of {', '.join(SYSTEMS)}")
         _numbers("--seeds", self.seeds)
-        if self.jobs is not None and self.jobs < 1:
-            raise InputError(f"--jobs is {self.jobs}; it must be at least 1")
         for number in self.example_numbers or ():
             if not 0 <= number < self.settings.questions:
                 raise InputError(

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flexattn_cuda.runs.files import write_whole
+from flexattn_cuda.runs.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Outcome:
 
     def write(self, path: Path) -> None:
         """Write the outcome as JSON."""
-        write_whole(path, json.dumps(asdict(self)))
+        write_atomically(path, json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> Outcome:

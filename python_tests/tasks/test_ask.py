@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
-
 import numpy as np
 import pytest
-import small
-import small_checkpoint
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 from flexattn_cuda.analysis import overlay as viz
-from flexattn_cuda.devices import choose_device, choose_dtype
-from flexattn_cuda.errors import CheckpointError, InputError
+from flexattn_cuda.errors import InputError
 from flexattn_cuda.tasks import ask as answering
-from flexattn_cuda.tasks.ask import Answer, ask
+from flexattn_cuda.tasks.ask import ask
 from flexattn_cuda.tasks.load import load
 
-DATA = Path(__file__).parents[1] / "data"
 QUESTION = "Which digits stand on the red sign?"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return small_checkpoint.save(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +36,17 @@ def test_the_answer_is_what_generate_gives(loaded):
     assert "".join(answer.pieces).strip() == answer.text
 
 
-def test_the_answer_comes_piece_by_piece(loaded, tmp_path):
+def test_the_answer_is_streamed_in_pieces(loaded, tmp_path):
     image().save(tmp_path / "image.png")
     heard: list[str] = []
     answer = ask(*loaded, tmp_path / "image.png", QUESTION, max_new_tokens=12, on_text=heard.append)
     assert "".join(heard).strip() == answer.text and len(heard) > 1
 
 
-def test_a_character_of_several_tokens_is_handed_over_whole(loaded):
+def test_a_character_of_several_tokens_is_streamed_whole(loaded):
     tokenizer = loaded[1].tokenizer
     heard: list[str] = []
-    pieces = answering._Pieces(tokenizer, heard.append)
+    pieces = answering._TextPieces(tokenizer, heard.append)
     pieces.put(torch.tensor([[1, 5, 6]]))  # the prompt
     for token in ["a", "<0xC3>", "<0xA9>", "b", "<0xC3>"]:
         pieces.put(torch.tensor([tokenizer.convert_tokens_to_ids(token)]))
@@ -90,7 +72,7 @@ def test_the_end_of_sequence_token_is_not_part_of_the_answer(loaded):
         model.generation_config.eos_token_id = None
 
 
-def test_drawing(loaded, tmp_path):
+def test_a_panel_shows_the_map_and_the_selection_of_its_token_and_layer(loaded, tmp_path):
     answer = ask(*loaded, image(), QUESTION, max_new_tokens=3, trace=True)
     sheet = answer.draw(tmp_path / "map.png")
     assert Image.open(tmp_path / "map.png").size == sheet.size
@@ -116,18 +98,18 @@ def test_drawing(loaded, tmp_path):
         (dict(token="last"), "the token to draw"),
         (dict(layer=0), "the layer to draw is 0; there are layers 1 to 4"),
         (dict(layer=[]), "the layer to draw"),
-        (dict(path="map.txt"), "no ending of an image file"),
+        (dict(path="map.txt"), "does not have the extension of an image file"),
         (dict(path="no/such/folder/map.png"), "there is no folder"),
     ],
 )
-def test_things_that_cannot_be_drawn(loaded, tmp_path, monkeypatch, wanted, says):
+def test_what_cannot_be_drawn_is_refused(loaded, tmp_path, monkeypatch, wanted, says):
     monkeypatch.chdir(tmp_path)
     answer = ask(*loaded, image(), QUESTION, max_new_tokens=3, trace=True)
     with pytest.raises(InputError, match=says):
         answer.draw(**wanted)
 
 
-def test_nothing_recorded_nothing_drawn(loaded):
+def test_without_a_trace_nothing_can_be_drawn(loaded):
     with pytest.raises(InputError, match="trace=True"):
         ask(*loaded, image(), QUESTION, max_new_tokens=1).draw()
 
@@ -145,7 +127,7 @@ def test_nothing_recorded_nothing_drawn(loaded):
         (dict(max_new_tokens=2.5), "max_new_tokens is 2.5"),
     ],
 )
-def test_things_that_cannot_be_asked(loaded, change, says):
+def test_what_cannot_be_asked_is_refused(loaded, change, says):
     with pytest.raises(InputError, match=says):
         ask(*loaded, **(dict(image=image(), question=QUESTION, max_new_tokens=2) | change))
 
@@ -159,70 +141,3 @@ def test_the_answer_ends_where_the_model_ends(loaded):
         assert len(ask(model, processor, image(), question).tokens) == 4
     finally:
         model.config.text_config.max_position_embeddings = 512
-
-
-@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
-def test_dtypes(checkpoint, name):
-    model, processor = load(checkpoint, device="cpu", dtype=name)
-    assert model.dtype == getattr(torch, name) == choose_dtype(name)
-    assert isinstance(ask(model, processor, image(), QUESTION, max_new_tokens=2), Answer)
-
-
-@pytest.mark.parametrize("choose, given", [(choose_dtype, "int8"), (choose_device, "tpu"), (choose_device, "meta")])
-def test_unknown_dtype_or_device(choose, given):
-    with pytest.raises(InputError, match=f"{given}.*allowed"):
-        choose(given)
-
-
-def test_cuda_says_why_it_cannot_be_used(monkeypatch):
-    monkeypatch.setattr("flexattn_cuda.build.cuda_unavailable_reason", lambda *_: "no GPU is seen")
-    assert choose_device("auto") == choose_device(None) == torch.device("cpu")
-    with pytest.raises(InputError, match="'cuda:1' cannot be used: no GPU is seen"):
-        choose_device("cuda:1")
-
-
-def released(folder: Path, vocabulary: int) -> Path:
-    """The reference vectors' model, with the tokenizer in small and a vocabulary of another size."""
-    shutil.copytree(DATA / "reference_vectors" / "model", folder)
-    shutil.copy(small_checkpoint.TOKENIZER, folder)
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | {"vocab_size": vocabulary}))
-    weights = load_file(folder / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = weights[name].repeat(3, 1)[:vocabulary].contiguous()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def test_a_checkpoint_in_the_released_format_answers(tmp_path):
-    model, processor = load(released(tmp_path / "released", 500), device="cpu")
-    answer = ask(model, processor, image(), QUESTION, max_new_tokens=2, trace=True)
-    assert answer.tokens and sorted(answer.trace.steps[0]) == [8, 9, 10, 11]
-    assert answer.draw().width >= 160
-
-
-def test_a_checkpoint_in_llava_format_answers(tmp_path):
-    small.llava().save_pretrained(tmp_path)
-    backend = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "red": 3, "<image>": 95}, unk_token="<unk>"))
-    backend.pre_tokenizer = Whitespace()
-    backend.add_special_tokens([AddedToken("<image>", normalized=False)])
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
-    model, processor = load(tmp_path, device="cpu", flexattn=small.settings())
-    assert (model.config.lr_side, model.config.hr_side) == (6, 18)
-    assert ask(model, processor, image(), QUESTION, max_new_tokens=2).tokens
-
-
-def test_a_tokenizer_of_another_model(tmp_path):
-    with pytest.raises(CheckpointError, match="ids up to 499, but its model embeds ids up to 299"):
-        load(released(tmp_path / "released", 300), device="cpu")
-
-
-def test_a_model_without_weights_or_of_parts_that_do_not_fit(tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        load(tmp_path / "nowhere", device="cpu")
-    small_checkpoint.small_config(first_layer=77).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="first_layer is 77"):
-        load(tmp_path, device="cpu")
-    small_checkpoint.small_config().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError):
-        load(tmp_path, device="cpu")

@@ -1,0 +1,47 @@
+"""`flexattn` and its commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import flexattn_cuda
+from flexattn_cuda.cli.ask import ask
+from flexattn_cuda.cli.ask_batch import ask_batch
+from flexattn_cuda.cli.demo import demo
+from flexattn_cuda.cli.flops import flops
+from flexattn_cuda.cli.info import info
+from flexattn_cuda.cli.options import as_command
+from flexattn_cuda.cli.runner import run_app
+from flexattn_cuda.cli.train import train
+
+app = typer.Typer(
+    help="Ask questions about large images: a vision-language model with FlexAttention (Li et al., ECCV 2024).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (ask, ask_batch, train, demo, info, flops):
+    app.command()(as_command(command))
+
+
+def main() -> None:
+    """Run `flexattn`."""
+    run_app(app, "flexattn")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"flexattn {flexattn_cuda.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,29 @@
+"""flexattn flops"""
+
+from __future__ import annotations
+
+import sys
+
+from flexattn_cuda.cli.runner import silence_transformers
+from flexattn_cuda.tasks.options import FlopsOptions
+
+
+def flops(options: FlopsOptions) -> None:
+    """Count the TFLOPs of a prompt with one image, by system and part, without loading any weights."""
+    silence_transformers()
+    from rich.console import Console
+
+    from flexattn_cuda.cli.console import print_all
+    from flexattn_cuda.cli.flops_table import flops_table, implied_sentence
+    from flexattn_cuda.tasks.count_flops import count_flops, plot_flops, prepare_flops, write_json
+
+    prepared = prepare_flops(options)
+    with Console(stderr=True).status("counting"):
+        report = count_flops(prepared)
+    print_all(flops_table(report), *([] if report.implied is None else [implied_sentence(report.implied)]))
+    if options.json_file is not None:
+        write_json(report, options.json_file)
+    if options.plot is not None:
+        with Console(stderr=True).status("counting for the plot"):
+            plot_flops(prepared, options.plot)
+        print(f"wrote {options.plot}", file=sys.stderr)

@@ -1,0 +1,95 @@
+"""A model that answers batches of lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flexattn_cuda.errors import InputError
+from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
+from flexattn_cuda.inputs.images import open_image
+from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
+from flexattn_cuda.runs.progress import Progress
+from flexattn_cuda.tasks import ask as answering
+from flexattn_cuda.tasks.ask_batch.journal import Journal
+from flexattn_cuda.tasks.ask_batch.lines import Lines, Result, Results, usable_lines
+from flexattn_cuda.tasks.options import BatchOptions
+
+Batch = list[int]  # numbers of lines
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is left to do.
+
+    Attributes:
+        batches: The batches to answer.
+        too_long: Results of the lines that the model has no room for.
+    """
+
+    batches: list[Batch]
+    too_long: Results
+
+
+@dataclass(frozen=True)
+class BatchModel:
+    """A model with its processor, and how it is to answer."""
+
+    model: FlexAttnLlavaForConditionalGeneration
+    processor: FlexAttnLlavaProcessor
+    options: BatchOptions
+
+    def plan(self, lines: Lines, done: Results) -> Plan:
+        """Cut the lines that are not done into batches of prompts of similar length, so that little of them is padding.
+
+        The longest come first, so that a batch that does not fit into the memory fails at once.
+        """
+        lengths: dict[int, int] = {}
+        too_long: Results = {}
+        for number in sorted(usable_lines(lines) - done.keys()):
+            try:
+                lengths[number] = answering.prompt_length(self.model, self.processor, lines[number].question)
+            except InputError as error:
+                too_long[number] = Result(error=str(error))
+        order = sorted(lengths, key=lambda number: (-lengths[number], number))
+        size = self.options.batch_size
+        return Plan([order[start : start + size] for start in range(0, len(order), size)], too_long)
+
+    def answer_share(self, lines: Lines, share: list[Batch], journal: Journal, progress: Progress) -> Results:
+        """Answer batches, and keep each in the journal as soon as it is answered."""
+        answered: Results = {}
+        for batch in share:
+            results = self.answer({number: lines[number] for number in batch})
+            journal.append(results)
+            answered |= results
+            progress.advance(len(batch))
+        return answered
+
+    def answer(self, lines: Lines) -> Results:
+        """Answer lines as one batch, whose images are in memory only here.
+
+        Raises:
+            InputError: If the GPU does not have enough memory.
+        """
+        results: Results = {}
+        images = {}
+        for number, line in lines.items():
+            try:
+                images[number] = open_image(self.options.input.parent / line.image)
+            except InputError as error:
+                results[number] = Result(error=" ".join(str(error).split()))
+        if not images:
+            return results
+        questions = [lines[number].question for number in images]
+        try:
+            answers = answering.generate_answers(
+                self.model, self.processor, [*images.values()], questions, self.options.max_new_tokens
+            )
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"the GPU does not have enough memory for {len(images)} questions at a time; use a smaller batch size, "
+                "finished answers are kept"
+            ) from None
+        texts = (answering.answer_text(self.processor, tokens) for tokens in answers)
+        return results | {number: Result(answer=text) for number, text in zip(images, texts)}

@@ -1,0 +1,221 @@
+"""A run: start or resume, plan the batches, answer them, and write the output."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexattn_cuda import devices
+from flexattn_cuda.errors import InputError
+from flexattn_cuda.runs.files import check_writable, fsync_file, fsync_folder, os_errors_as_input_errors
+from flexattn_cuda.runs.fingerprint import Fingerprint
+from flexattn_cuda.runs.processes import Processes
+from flexattn_cuda.runs.progress import Progress
+from flexattn_cuda.tasks import load as loading
+from flexattn_cuda.tasks.ask_batch.answers import BatchModel
+from flexattn_cuda.tasks.ask_batch.journal import (
+    Journal,
+    discard_journal,
+    journal_path,
+    journal_paths,
+    read_journal,
+)
+from flexattn_cuda.tasks.ask_batch.lines import Lines, Result, Results, encode_json, read_lines
+from flexattn_cuda.tasks.options import BatchOptions
+
+_CHECKPOINT_FILES = (".json", ".jinja", ".model", ".safetensors", ".bin")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Number of output lines that hold an answer, and of those that hold an error."""
+
+    answers: int
+    errors: int
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run as process 0 starts or resumes it.
+
+    Attributes:
+        fingerprint: What a resumed run must repeat.
+        lines: The lines of the input.
+        results: The results of earlier runs.
+    """
+
+    fingerprint: Fingerprint
+    lines: Lines
+    results: Results
+
+
+def answer_file(
+    input: str | Path,  # noqa: A002 (a public name)
+    output: str | Path,
+    model: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    max_new_tokens: int = BatchOptions.max_new_tokens,
+    *,
+    progress: bool = False,
+    **options: Any,
+) -> Totals:
+    """Answer the questions of a JSON Lines file; call it again to resume after an interruption.
+
+    See `answer_questions`, which takes the same as `BatchOptions`.
+
+    Args:
+        input: The questions.
+        output: The answers.
+        model: As in `load`.
+        device: As in `load`.
+        dtype: As in `load`.
+        max_new_tokens: Maximum length of an answer in tokens.
+        progress: Print progress on stderr.
+        **options: The remaining fields of `BatchOptions`.
+
+    Returns:
+        The totals of the whole file, in every process.
+    """
+    chosen = BatchOptions(
+        input=Path(input),
+        output=Path(output),
+        model=None if model is None else str(model),
+        device="auto" if device is None else str(device),
+        dtype="auto" if dtype is None else str(dtype).removeprefix("torch."),
+        max_new_tokens=max_new_tokens,
+        **options,
+    )
+    return answer_questions(chosen, progress)
+
+
+def answer_questions(options: BatchOptions, progress: bool = False) -> Totals:
+    """Answer the questions of a JSON Lines file as `ask` would, up to the rounding of batches.
+
+    A line of the input is an object with "image" (a path, absolute or relative to the file's folder), "question" and
+    optionally "id" (a string or an integer). Empty lines are skipped. A line of the output, in the same order, is an
+    object with the id (by default the number of the line), the image, the question and the answer, or an error instead:
+    a bad line or image is reported there, and the other lines are answered.
+
+    A run that is interrupted loses the batch that it was working on, and the next one resumes it. In a process that
+    torchrun or `accelerate launch` started, this process answers its share, on the GPU of its local rank; all machines
+    must then see the folder of the output.
+
+    Args:
+        options: What to answer, and how. Batch size and device may change when a run is resumed.
+        progress: Print progress on stderr.
+
+    Returns:
+        The totals of the whole file, in every process.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or it cannot be loaded.
+        InputError: If the input cannot be read, the output exists, an earlier run had other options, or an option
+            cannot be used.
+    """
+    devices.choose_dtype(options.dtype)
+    with Processes() as processes:
+        device = processes.device(options.device)
+        state = processes.broadcast_from_rank0(lambda: _start_or_resume(options))
+        batch_model = BatchModel(*loading.load(options.model, device, options.dtype), options)
+        plan = processes.broadcast_from_rank0(lambda: batch_model.plan(state.lines, state.results))
+        share = plan.batches[processes.rank :: processes.count]
+        what = "questions" if processes.count == 1 else f"questions of the first of {processes.count} processes"
+        shown = Progress(sum(map(len, share)), what, progress and processes.rank == 0)
+        if state.results:
+            shown.say(f"resuming: {len(state.results)} questions are answered, {sum(map(len, plan.batches))} are left")
+        answered: Results = {}
+        if share:
+            with Journal(journal_path(options.output, processes.rank), state.fingerprint) as journal, shown:
+                answered = batch_model.answer_share(state.lines, share, journal, shown)
+        results = state.results | plan.too_long
+        for part in processes.gather_to_rank0(answered):
+            results |= part
+        totals = processes.broadcast_from_rank0(lambda: _finish(options.output, state.lines, results, processes.count))
+        shown.say(f"wrote {options.output}: answers {totals.answers}, errors {totals.errors}")
+        return totals
+
+
+# --------------------------------------------------------------------------------------------------------------- start
+
+
+def _start_or_resume(options: BatchOptions) -> RunState:
+    """Check input, output and journals, and read the results of earlier runs."""
+    content = _read_input(options.input)
+    lines = read_lines(content)
+    if not lines:
+        raise InputError(f"{options.input} holds no questions")
+    _check_output(options)
+    fingerprint = options.fingerprint().with_facts(
+        input={
+            "path": os.path.relpath(options.input, options.output.parent),
+            "hash": hashlib.blake2b(content).hexdigest(),
+        },
+        model=_checkpoint_hash(loading.checkpoint_folder(options.model)),
+    )
+    if options.restart:
+        for path in journal_paths(options.output):
+            discard_journal(path)
+        options.output.unlink(missing_ok=True)
+        return RunState(fingerprint, lines, {})
+    results: Results = {}
+    for path in journal_paths(options.output):
+        results |= read_journal(path, fingerprint)
+    return RunState(fingerprint, lines, results)
+
+
+def _read_input(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _check_output(options: BatchOptions) -> None:
+    output = options.output
+    check_writable(output)
+    if output.exists() and output.samefile(options.input):
+        raise InputError(f"{output} would overwrite the questions; choose another name")
+    if output.exists() and not options.restart:
+        raise InputError(
+            f"{output} already exists, so there is nothing to do; pass --restart to answer everything again"
+        )
+
+
+def _checkpoint_hash(folder: Path) -> str:
+    """Hash everything that determines a model's answers, wherever its folder is."""
+    total = hashlib.blake2b()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in _CHECKPOINT_FILES and path.is_file()):
+        one = hashlib.blake2b()
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                one.update(part)
+        total.update(path.name.encode("utf-8", "surrogateescape") + one.digest())
+    return total.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------- finish
+
+
+def _finish(output: Path, lines: Lines, results: Results, processes: int) -> Totals:
+    """Write the output in one step, and remove the journals."""
+    errors = 0
+    merged = output.with_name(f"{output.name}.partial.merged")
+    with os_errors_as_input_errors(merged), open(merged, "wb") as file:
+        for number, line in lines.items():
+            result = results[number] if line.error is None else Result(error=line.error)
+            errors += result.error is not None
+            file.write(encode_json({"id": line.id, "image": line.image, "question": line.question} | result.fields()))
+        fsync_file(file)
+    with os_errors_as_input_errors(output):
+        os.replace(merged, output)
+        fsync_folder(output.parent)
+        # Journals of other machines may not be listed here yet, but they can be removed by name.
+        for path in {*journal_paths(output), *(journal_path(output, rank) for rank in range(processes))}:
+            path.unlink(missing_ok=True)
+    return Totals(len(lines) - errors, errors)

@@ -1,0 +1,134 @@
+"""The cost of a prompt in the paper's systems, beside the paper's own figures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexattn_cuda.analysis import flops
+from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
+from flexattn_cuda.runs.files import os_errors_as_input_errors
+from flexattn_cuda.tasks.load import read_checkpoint_info
+from flexattn_cuda.tasks.options import FlopsOptions
+
+_ZOOMS = range(1, 5)  # of the plot
+
+
+@dataclass(frozen=True)
+class PreparedFlops:
+    """What to count.
+
+    Attributes:
+        options: The options.
+        base: The model's configuration, before it becomes one of the systems.
+        configs: The configuration of each system.
+        paper: TFLOPs of the paper's table 5 by system, if it is that case.
+    """
+
+    options: FlopsOptions
+    base: FlexAttnLlavaConfig
+    configs: dict[str, FlexAttnLlavaConfig]
+    paper: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ImpliedSelection:
+    """The number of selected tokens at which FlexAttention costs what the paper says.
+
+    Attributes:
+        tflops: The paper's figure.
+        selected: The number of selected HR tokens.
+        tokens: The number of all HR tokens.
+    """
+
+    tflops: float
+    selected: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class FlopsReport:
+    """Costs by system.
+
+    Attributes:
+        model: The checkpoint or the size of LLaVA-1.5.
+        text_tokens: Number of prompt tokens besides the image's.
+        costs: The cost of each system.
+        paper: The paper's TFLOPs by system, if it has the same case.
+        implied: What the paper's figure for FlexAttention implies, if it has one.
+    """
+
+    model: str
+    text_tokens: int
+    costs: dict[str, flops.Cost]
+    paper: dict[str, float]
+    implied: ImpliedSelection | None
+
+
+def prepare_flops(options: FlopsOptions) -> PreparedFlops:
+    """Make the configurations of all systems; raise InputError or CheckpointError if one cannot be made."""
+    if options.plot is not None:
+        flops.check_plot(options.plot)
+    shape = options.shape or "7b"
+    base = flops.llava_shape(shape) if options.model is None else read_checkpoint_info(options.model).config
+    systems = flops.COMPARED if options.systems is None else options.systems.split(",")
+    configs = {system.strip(): flops.as_system(base, system.strip(), options.zoom) for system in systems}
+    is_the_papers = options.model is None and shape == "7b" and options.zoom in (None, 3)
+    return PreparedFlops(options, base, configs, flops.PAPER.get(options.text_tokens, {}) if is_the_papers else {})
+
+
+def count_flops(prepared: PreparedFlops) -> FlopsReport:
+    """Count what a prompt with one image costs in each system."""
+    options = prepared.options
+    costs = {
+        system: flops.cost(config, options.text_tokens, options.selected, options.tiles)
+        for system, config in prepared.configs.items()
+    }
+    model = options.model or options.shape or "7b"
+    return FlopsReport(model, options.text_tokens, costs, prepared.paper, _implied(prepared))
+
+
+def _implied(prepared: PreparedFlops) -> ImpliedSelection | None:
+    config, tflops = prepared.configs.get("flexattn"), prepared.paper.get("flexattn")
+    if config is None or tflops is None:
+        return None
+    selected = flops.selected_for(config, tflops, prepared.options.text_tokens)
+    return ImpliedSelection(tflops, selected, config.hr_side**2)
+
+
+def write_json(report: FlopsReport, path: Path) -> None:
+    """Write a report as JSON; raise InputError if the file cannot be written."""
+    content: dict[str, Any] = {
+        "model": report.model,
+        "text_tokens": report.text_tokens,
+        "systems": {
+            system: {
+                "published_tflops": cost.published_tflops,
+                "here_tflops": cost.here_tflops,
+                "parts": {part: count / 1e12 for part, count in cost.published.items()},
+                "here_parts": {part: count / 1e12 for part, count in cost.here.items()},
+            }
+            for system, cost in report.costs.items()
+        },
+    }
+    if report.implied is not None:
+        content["implied"] = {"published_tflops": report.implied.tflops, "selected": report.implied.selected}
+    with os_errors_as_input_errors(path):
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def plot_flops(prepared: PreparedFlops, path: Path) -> None:
+    """Plot the cost of each system against the resolution, with the same share of selected tokens and tiles."""
+    options = prepared.options
+    # The other systems select nothing.
+    flexattn = next((config for config in prepared.configs.values() if config.system == "flexattn"), None)
+    share, tile_share = flops.SHARE, 1.0
+    if flexattn is not None and options.selected is not None:
+        share = options.selected / flexattn.hr_side**2
+    if flexattn is not None and options.tiles is not None:
+        tile_share = options.tiles / flexattn.flexattn.zoom**2
+    systems = list(prepared.configs)
+    points = flops.by_resolution(prepared.base, systems, _ZOOMS, options.text_tokens, share, tile_share)
+    flops.plot(points, path)

@@ -1,0 +1,251 @@
+"""The options of every task: at once its Python interface, its command line, its checks and its documentation.
+
+See `flexattn_cuda.runs.options` for how they are declared. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from flexattn_cuda.errors import InputError
+from flexattn_cuda.mechanism.config import SYSTEMS
+from flexattn_cuda.runs.options import Option, Options
+
+MAX_NEW_TOKENS = 256
+SCHEDULES = (  # those of transformers that need no arguments
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
+Model = Annotated[
+    str | None,
+    Option("Checkpoint folder or hub id; by default the small model that ships with this package.", fixed=True),
+]
+Device = Annotated[str, Option("Device to run on: auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str,
+    Option("Data type of the model: auto (the checkpoint's own), float32, float16, bfloat16 or float64.", fixed=True),
+]
+MaxNewTokens = Annotated[int, Option("Maximum length of an answer in tokens.", minimum=1, fixed=True)]
+
+
+# --------------------------------------------------------------------------------------------------------- asking
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions(Options):
+    """Options of `flexattn ask`."""
+
+    image: Annotated[Path, Option("Image file: PNG, JPEG, ...", positional=True)]
+    question: Annotated[str, Option("Question about the image.", positional=True)]
+    model: Model = None
+    map: Annotated[
+        Path | None,
+        Option("Save the image with the attention map and the selected regions drawn over it.", metavar="FILE"),
+    ] = None
+    map_tokens: Annotated[str, Option("Answer tokens to draw: first, all, or numbers from 0, such as 0,2.")] = "first"
+    map_layers: Annotated[
+        str, Option("Layers whose selection to draw: first (the first that selects), all, or numbers from 0.")
+    ] = "first"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.map is not None and self.map.resolve() == self.image.resolve():
+            raise InputError(f"--map {self.map} would overwrite the image; choose another name")
+        _numbers(self.map_tokens, "--map-tokens")
+        _numbers(self.map_layers, "--map-layers")
+
+    @property
+    def tokens_to_draw(self) -> list[int] | str:
+        """The argument `token` of `Answer.draw`."""
+        chosen = _numbers(self.map_tokens, "--map-tokens")
+        return [0] if chosen == "first" else chosen
+
+    @property
+    def layers_to_draw(self) -> list[int] | str | None:
+        """The argument `layer` of `Answer.draw`."""
+        chosen = _numbers(self.map_layers, "--map-layers")
+        return None if chosen == "first" else chosen
+
+
+def _numbers(text: str, flag: str) -> list[int] | str:
+    """Return "first" and "all" as they are, and "0,2" as [0, 2]."""
+    if text in ("first", "all"):
+        return text
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [-1]
+    if min(numbers) < 0:
+        raise InputError(f"{flag} is {text!r}; allowed: first, all, or numbers from 0, such as 0,2")
+    return numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions(Options):
+    """Options of `flexattn ask-batch` and `flexattn_cuda.answer_file`."""
+
+    input: Annotated[
+        Path,
+        Option(
+            "JSON Lines file with an image, a question and an optional id per line.",
+            positional=True,
+            metavar="INPUT.jsonl",
+        ),
+    ]
+    output: Annotated[
+        Path, Option("JSON Lines file to write the answers to.", flags=("--output", "-o"), metavar="OUT.jsonl")
+    ]
+    model: Model = None
+    batch_size: Annotated[int, Option("Number of questions per batch.", minimum=1)] = 8
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS
+    restart: Annotated[bool, Option("Discard the answers of an earlier run.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(Options):
+    """Options of `flexattn demo`."""
+
+    output: Annotated[Path, Option("Folder to write the overlays to.", metavar="DIR")] = Path("flexattn-demo")
+    examples: Annotated[
+        Path | None, Option("Folder with questions.json and its images; by default the examples.", metavar="DIR")
+    ] = None
+    model: Model = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    max_new_tokens: MaxNewTokens = 64
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(Options):
+    """Options of `flexattn train` and `flexattn_cuda.tasks.train.train`."""
+
+    data: Annotated[Path, Option("Records in LLaVA's format: a JSON list, or JSON Lines.", metavar="FILE")]
+    images: Annotated[Path, Option("Folder that the paths of the images are relative to.", metavar="DIR", fixed=True)]
+    output: Annotated[
+        Path, Option("Folder to write checkpoints and the model to.", flags=("--output", "-o"), metavar="DIR")
+    ]
+    model: Model = None
+    system: Annotated[
+        str | None, Option(f"Train the checkpoint as another system: {', '.join(SYSTEMS)}.", fixed=True)
+    ] = None
+    epochs: Annotated[float, Option("Number of passes through the data.", above=0, fixed=True)] = 1.0
+    steps: Annotated[int | None, Option("Number of optimizer steps, instead of --epochs.", minimum=1, fixed=True)] = (
+        None
+    )
+    batch_size: Annotated[int, Option("Number of records per batch and process.", minimum=1, fixed=True)] = 4
+    accumulate: Annotated[int, Option("Number of batches per optimizer step.", minimum=1, fixed=True)] = 1
+    learning_rate: Annotated[float, Option("Maximum learning rate.", minimum=0, fixed=True)] = 2e-5
+    optimizer: Annotated[str, Option("Optimizer: adamw, sgd or another name of transformers.", fixed=True)] = "adamw"
+    schedule: Annotated[
+        str, Option(f"Learning-rate schedule: {', '.join(SCHEDULES)}.", choices=SCHEDULES, fixed=True)
+    ] = "cosine"
+    warmup_steps: Annotated[int, Option("Number of steps that the learning rate rises for.", minimum=0, fixed=True)] = 0
+    weight_decay: Annotated[float, Option("Weight decay.", minimum=0, fixed=True)] = 0.0
+    clip: Annotated[float, Option("Maximum norm of the gradients; 0 for no limit.", minimum=0, fixed=True)] = 1.0
+    train: Annotated[
+        str,
+        Option(
+            "Weights to train: all (except the vision tower), projector, or hr (the HR projections).",
+            choices=("all", "projector", "hr"),
+            fixed=True,
+        ),
+    ] = "all"
+    precision: Annotated[
+        str,
+        Option(
+            "Arithmetic: float32, float64, or mixed precision on float32 weights in float16 (with loss scaling; V100) "
+            "or bfloat16; auto is float32 on the CPU and the GPU's fastest.",
+            choices=("auto", "float32", "float16", "bfloat16", "float64"),
+            fixed=True,
+        ),
+    ] = "auto"
+    gradient_checkpointing: Annotated[bool, Option("Recompute activations to save memory.")] = False
+    max_length: Annotated[
+        int | None, Option("Maximum sequence length in tokens; by default the model's.", minimum=1, fixed=True)
+    ] = None
+    broken: Annotated[
+        str,
+        Option("Whether to skip bad records, or to refuse to train on data that has any.", choices=("skip", "refuse")),
+    ] = "skip"
+    check_only: Annotated[bool, Option("Check the data and exit.")] = False
+    save_every: Annotated[int, Option("Number of steps between checkpoints; a multiple of --log-every.", minimum=1)] = (
+        500
+    )
+    keep: Annotated[int, Option("Number of checkpoints to keep; at least 2, so that one is complete.", minimum=2)] = 2
+    log_every: Annotated[int, Option("Number of steps between entries of the loss.", minimum=1)] = 1
+    seed: Annotated[int, Option("Seed of all random numbers.", minimum=0, below=2**32, fixed=True)] = 0
+    workers: Annotated[int, Option("Number of processes that load data; 0 loads in the main process.", minimum=0)] = 0
+    device: Annotated[str, Option("Device to train on: auto, cpu or cuda.")] = "auto"
+    tensorboard: Annotated[bool, Option("Write TensorBoard logs to the output folder.")] = False
+    restart: Annotated[bool, Option("Discard the checkpoints of an earlier run.")] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.save_every % self.log_every:
+            raise InputError(
+                f"save every is {self.save_every} and log every is {self.log_every}; "
+                "a checkpoint must fall on an entry of the loss, so make the first a multiple of the second"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------- facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoOptions(Options):
+    """Options of `flexattn info`."""
+
+    model: Annotated[str | None, Option("Checkpoint folder or hub id whose memory to estimate.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopsOptions(Options):
+    """Options of `flexattn flops`."""
+
+    model: Annotated[str | None, Option("Checkpoint folder or hub id, instead of --shape.")] = None
+    shape: Annotated[str | None, Option("Size of LLaVA-1.5: 7b (the default) or 13b.")] = None
+    systems: Annotated[
+        str | None,
+        Option(f"Comma-separated systems: {', '.join(SYSTEMS)}; by default those of the paper's table 5."),
+    ] = None
+    text_tokens: Annotated[int, Option("Number of prompt tokens besides the image's.", minimum=1, metavar="T")] = 80
+    selected: Annotated[
+        int | None,
+        Option("Number of HR tokens that a layer selects; by default 43 % of them.", metavar="M"),
+    ] = None
+    tiles: Annotated[int | None, Option("Number of tiles with a selected token; by default all.", metavar="K")] = None
+    zoom: Annotated[
+        int | None,
+        Option("Number of tiles per side of the HR image; by default the model's own, or 3.", minimum=1, metavar="Z"),
+    ] = None
+    json_file: Annotated[
+        Path | None,
+        Option(
+            "Write a JSON file: per system published_tflops, here_tflops, parts and here_parts.",
+            flags=("--json",),
+            metavar="FILE",
+        ),
+    ] = None
+    plot: Annotated[
+        Path | None, Option("Plot TFLOPs against the resolution, zoom 1 to 4 (needs matplotlib).", metavar="FILE")
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is not None and self.shape is not None:
+            raise InputError("--model and --shape exclude each other; leave one of them out")

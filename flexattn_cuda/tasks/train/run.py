@@ -1,0 +1,237 @@
+"""A run: prepare, check, resume, fit."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from flexattn_cuda.errors import InputError
+from flexattn_cuda.runs.files import locked_folder, make_writable_folder, os_errors_as_input_errors, write_atomically
+from flexattn_cuda.runs.fingerprint import Fingerprint
+from flexattn_cuda.runs.processes import Processes
+from flexattn_cuda.tasks import ask as answering
+from flexattn_cuda.tasks import load as loading
+from flexattn_cuda.tasks import training_data
+from flexattn_cuda.tasks.options import TrainOptions
+from flexattn_cuda.tasks.train.arguments import start_processes, training_arguments
+from flexattn_cuda.tasks.train.broken_list import BrokenList, print_summary
+from flexattn_cuda.tasks.train.callbacks import LossFile, ProgressBar
+from flexattn_cuda.tasks.train.checkpoints import (
+    last_complete_checkpoint,
+    remove_checkpoints,
+    remove_incomplete_checkpoints,
+)
+from flexattn_cuda.tasks.train.requirements import (
+    choose_machine,
+    require_accelerate,
+    require_tensorboard,
+    transformers_optimizer,
+)
+from flexattn_cuda.tasks.train.trainer import FlexAttnTrainer, choose_trained
+from flexattn_cuda.tasks.training_data import Broken
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a run.
+
+    Attributes:
+        records: Number of records in the data.
+        broken: Those that were left out.
+        losses: The loss by step, including the steps of earlier runs that this one resumed; empty after a mere check.
+    """
+
+    records: int
+    broken: list[Broken]
+    losses: dict[int, float]
+
+
+def train(options: TrainOptions, progress: bool = False) -> Outcome:
+    """Train a model on data in LLaVA's format; call it again with the same options to resume after an interruption.
+
+    All records are checked before the first step. Of several processes that torchrun or `accelerate launch` started,
+    each takes its share of every step; what accelerate's configuration says of FSDP or DeepSpeed applies.
+
+    Args:
+        options: What to train, on what, and how.
+        progress: Print progress on stderr.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or it cannot be loaded.
+        InputError: If something cannot be used, an earlier run in the output folder had other options, or the loss
+            becomes NaN or infinite.
+    """
+    with TrainingRun(options, progress) as run:
+        run.prepare()
+        broken = run.check()
+        losses = {} if options.check_only else run.fit(run.resume(broken), broken)
+        return Outcome(run.record_count, broken, losses)
+
+
+class TrainingRun:
+    """One run of `train`, whose steps are called in the order of their definition.
+
+    As a context manager it holds the processes, the lock of the output folder and the progress bar.
+    """
+
+    def __init__(self, options: TrainOptions, progress: bool = False):
+        self._options, self._progress = options, progress
+        self._open = ExitStack()
+        self._broken_list = BrokenList(options.output / "broken.jsonl")
+
+    def __enter__(self) -> TrainingRun:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    @property
+    def record_count(self) -> int:
+        return len(self._records)
+
+    def prepare(self) -> None:
+        """Refuse what cannot be used, read the records, start the processes and load the model."""
+        options = self._options
+        _check_requirements(options)
+        self._machine = choose_machine(options)
+        _check_output(options)
+        self._records = training_data.read_records(options.data)
+        make_writable_folder(options.output)
+        self._arguments = training_arguments(options, self._machine)
+        set_seed(options.seed)  # for projections that start at random
+        start_processes(self._arguments)
+        self._processes = self._open.enter_context(Processes())
+        self._progress &= self._processes.rank == 0
+        self._load_model()
+
+    def _load_model(self) -> None:
+        options = self._options
+        dtype = None if options.check_only else self._machine.weights
+        self._model, self._processor = loading.load(options.model, "cpu", dtype, system=options.system)
+        choose_trained(self._model, options.train)
+        self._check_optimizer()
+        if options.gradient_checkpointing:
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+        max_positions = self._model.config.text_config.max_position_embeddings
+        if options.max_length is not None and options.max_length > max_positions:
+            raise InputError(f"max length is {options.max_length}; the model has {max_positions} positions")
+        self._encode = partial(
+            training_data.encode,
+            self._processor,
+            max_length=options.max_length or max_positions,
+            ends=answering.end_ids(self._model, self._processor),
+        )
+
+    def _check_optimizer(self) -> None:
+        try:
+            FlexAttnTrainer.get_optimizer_cls_and_kwargs(self._arguments, self._model)
+        except (ImportError, ValueError) as error:  # some optimizers come from packages that may be missing
+            reason = " ".join(str(error).split())
+            raise InputError(f"the optimizer {self._options.optimizer} cannot be used: {reason}") from None
+
+    def check(self) -> list[Broken]:
+        """Lock the output folder, check all records, and return the broken ones."""
+        return self._processes.broadcast_from_rank0(self._check_on_rank0)
+
+    def _check_on_rank0(self) -> list[Broken]:
+        options = self._options
+        self._open.enter_context(locked_folder(options.output))
+        if not options.images.is_dir():
+            raise InputError(f"there is no folder {options.images} of images")
+        verdicts = options.output / "images.jsonl"
+        with os_errors_as_input_errors(verdicts):
+            found = training_data.check(self._records, options.images, self._encode, verdicts, self._progress)
+        self._broken_list.write(found)
+        if self._progress:
+            print_summary(found, self.record_count)
+        if not options.check_only:
+            self._broken_list.require_usable(found, self.record_count, options.broken)
+        return found
+
+    def resume(self, broken: list[Broken]) -> Path | None:
+        """Return the checkpoint to resume from, or None to start at the first step."""
+        fingerprint = self._fingerprint(broken)
+        checkpoint = self._processes.broadcast_from_rank0(
+            lambda: _checkpoint_to_resume(self._options.output, fingerprint, self._options.restart)
+        )
+        if checkpoint is not None and self._progress:
+            print(f"resuming from {checkpoint}", file=sys.stderr)
+        return checkpoint
+
+    def _fingerprint(self, broken: list[Broken]) -> Fingerprint:
+        options = self._options
+        return options.fingerprint().with_facts(
+            data=hashlib.blake2b(options.data.read_bytes()).hexdigest(),
+            images=str(options.images.resolve()),
+            precision=self._machine.precision,
+            processes=self._processes.count,
+            set_of_broken_records=[one.record for one in broken],
+        )
+
+    def fit(self, checkpoint: Path | None, broken: list[Broken]) -> dict[int, float]:
+        """Train, save the model, and return the loss by step."""
+        options = self._options
+        trainer = FlexAttnTrainer(
+            self._model,
+            self._arguments,
+            train_dataset=self._dataset(broken),
+            data_collator=training_data.Collator(self._processor.pad_id),
+            processing_class=self._processor,
+            callbacks=self._callbacks(),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_model()
+        if self._progress:
+            print(f"wrote {options.output}", file=sys.stderr)
+        return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+    def _dataset(self, broken: list[Broken]) -> training_data.Conversations:
+        left_out = {one.record for one in broken}
+        return training_data.Conversations(
+            self._records,
+            [number for number in range(self.record_count) if number not in left_out],
+            self._options.images,
+            self._processor,
+            self._encode,
+            self._broken_list.report_later,
+        )
+
+    def _callbacks(self) -> list[LossFile | ProgressBar]:
+        if self._processes.rank != 0:
+            return []
+        return [LossFile(self._options.output / "loss.csv"), ProgressBar(self._progress, self._open)]
+
+
+def _check_requirements(options: TrainOptions) -> None:
+    require_accelerate()
+    if options.tensorboard:
+        require_tensorboard()
+    transformers_optimizer(options.optimizer)
+
+
+def _check_output(options: TrainOptions) -> None:
+    model = loading.DEFAULT_MODEL if options.model is None else Path(options.model)
+    if options.output.resolve() == model.resolve():
+        raise InputError(f"the output {options.output} is the folder of the model; choose another folder")
+
+
+def _checkpoint_to_resume(output: Path, fingerprint: Fingerprint, restart: bool) -> Path | None:
+    """Return the last complete checkpoint of an earlier run with the same fingerprint, and clear away the rest."""
+    written = output / "run.json"
+    with os_errors_as_input_errors(output):
+        if restart:
+            remove_checkpoints(output)
+        elif written.exists():
+            fingerprint.require_same(Fingerprint.read(written), f"the run in {output}")
+        remove_incomplete_checkpoints(output)
+        write_atomically(written, fingerprint.to_json())
+    return last_complete_checkpoint(output)

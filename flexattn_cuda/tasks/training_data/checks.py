@@ -1,0 +1,169 @@
+"""The check of all records before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flexattn_cuda.errors import InputError
+from flexattn_cuda.inputs.images import open_image
+from flexattn_cuda.runs.progress import Progress
+from flexattn_cuda.tasks.training_data.records import Broken, BrokenRecordError, Conversation, parse
+
+_CHUNK = 1024  # images handed to the threads at a time
+
+
+def check(
+    records: Sequence[Any],
+    images: str | Path,
+    encode: Callable[[Conversation], Any],
+    verdicts: str | Path | None = None,
+    progress: bool = False,
+) -> list[Broken]:
+    """Return every record that cannot be trained on; each image is decoded once.
+
+    Args:
+        records: As `read_records` returns them.
+        images: Folder that the paths of the images are relative to.
+        encode: Called with every conversation; a BrokenRecordError or InputError that it raises is listed.
+        verdicts: File that remembers the verdicts on images: one whose size and modification time are unchanged is not
+            read again.
+        progress: Print progress on stderr, and every broken record as soon as it is found.
+    """
+    return _Check(progress).run(records, Path(images), encode, None if verdicts is None else Path(verdicts))
+
+
+class _Check:
+    """One check: the conversations of all records first, then their images."""
+
+    def __init__(self, progress: bool):
+        self._progress = progress
+        self._broken: dict[int, Broken] = {}
+        self._users: dict[str, list[int]] = {}  # the records of each image
+
+    def run(
+        self, records: Sequence[Any], folder: Path, encode: Callable[[Conversation], Any], verdicts: Path | None
+    ) -> list[Broken]:
+        self._check_conversations(records, encode)
+        self._check_images(folder, verdicts)
+        return [self._broken[number] for number in sorted(self._broken)]
+
+    def _check_conversations(self, records: Sequence[Any], encode: Callable[[Conversation], Any]) -> None:
+        with Progress(len(records), "records checked", self._progress) as progress:
+            for number, record in enumerate(records):
+                try:
+                    conversation = parse(record)
+                    encode(conversation)
+                    for image in conversation.images:
+                        self._users.setdefault(image, []).append(number)
+                except BrokenRecordError as error:
+                    self._add(number, error, progress)
+                except InputError as error:
+                    self._add(number, BrokenRecordError("conversation that cannot be asked", str(error)), progress)
+                progress.advance(1)
+
+    def _check_images(self, folder: Path, remembered: Path | None) -> None:
+        with (
+            Progress(len(self._users), "images checked", self._progress) as progress,
+            _Verdicts(remembered) as verdicts,
+        ):
+            for image, error in verdicts.on(folder, self._users):
+                if error is not None:
+                    for number in self._users[image]:
+                        if number not in self._broken:
+                            self._add(number, error, progress)
+                progress.advance(1)
+
+    def _add(self, number: int, error: BrokenRecordError, progress: Progress) -> None:
+        self._broken.setdefault(number, Broken.of(number, error))
+        progress.say(str(self._broken[number]))
+
+
+class _ImageVersion(NamedTuple):
+    """A file in one of its states: two images of equal version have equal pixels."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """A line of the file of verdicts; `error` is None for an image that can be read."""
+
+    version: _ImageVersion
+    error: str | None
+
+    @classmethod
+    def from_line(cls, line: bytes) -> _Verdict | None:
+        """Read a line; return None if its writing was cut off."""
+        try:
+            fields = json.loads(line)
+            version = _ImageVersion(*(fields[name] for name in _ImageVersion._fields))
+            return cls(version, fields["error"])
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def to_line(self) -> bytes:
+        return json.dumps(self.version._asdict() | {"error": self.error}).encode() + b"\n"
+
+
+class _Verdicts:
+    """Whether images can be read, remembered in a file with one JSON object per line."""
+
+    def __init__(self, path: Path | None):
+        self._known: dict[_ImageVersion, str | None] = {}
+        self._path = path
+
+    def __enter__(self) -> _Verdicts:
+        self._file = None
+        if self._path is not None:
+            self._file = open(self._path, "ab+")
+            self._file.seek(0)
+            for verdict in filter(None, map(_Verdict.from_line, self._file)):
+                self._known[verdict.version] = verdict.error
+            self._file.write(b"\n")  # ends a line whose writing was cut off
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def on(self, folder: Path, images: Iterable[str]) -> Iterator[tuple[str, BrokenRecordError | None]]:
+        """Yield the path of every image, and what is wrong with it or None."""
+        images = iter(images)
+        # Pillow decodes without holding the interpreter's lock.
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+            while chunk := list(islice(images, _CHUNK)):
+                yield from zip(chunk, threads.map(lambda image: self._verdict(folder / image), chunk))
+
+    def _verdict(self, path: Path) -> BrokenRecordError | None:
+        try:
+            found = path.stat()
+        except FileNotFoundError as error:
+            return BrokenRecordError("missing image", f"the image {path} cannot be read: {error.strerror}")
+        except OSError as error:
+            return BrokenRecordError("unreadable image", f"the image {path} cannot be read: {error.strerror}")
+        except ValueError as error:  # a null character in the name
+            return BrokenRecordError("missing image", f"the image {path} cannot be read: {error}")
+        version = _ImageVersion(str(path), found.st_size, found.st_mtime_ns)
+        if version not in self._known:
+            self._known[version] = _error_of_image(path)
+            if self._file is not None:
+                self._file.write(_Verdict(version, self._known[version]).to_line())
+        problem = self._known[version]
+        return None if problem is None else BrokenRecordError("unreadable image", problem)
+
+
+def _error_of_image(path: Path) -> str | None:
+    try:
+        open_image(path)
+    except InputError as error:
+        return str(error)
+    return None
