@@ -23,7 +23,7 @@ class LayerTrace(NamedTuple):
 class Trace:
     """Pass `flexattn_trace=Trace()` to `generate` or to the model: every forward call appends one entry to `steps`.
 
-    `steps[t][layer]` is a `LayerTrace`. With `generate`, step 0 is the prompt (its last row predicts the first answer
+    steps[t][layer] is a `LayerTrace`. With `generate`, step 0 is the prompt (its last row predicts the first answer
     token) and step t the call that predicts answer token t. Layers are counted from 0; the first is the layer before
     the first one with HR tokens. The last layer's map is recorded too, though nothing attends to what it selects.
     """
