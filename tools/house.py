@@ -23,7 +23,7 @@ from pathlib import Path
 MAX_LINES = 50
 MAX_PARAMETERS = 8
 MAX_KERNEL_LINES = 100
-MAX_README_LINES = 130
+MAX_README_LINES = 120
 REPEATED_LINES = 6
 
 SKIPPED_FOLDERS = {"build", "dist", "shared", "site", "__pycache__"}
