@@ -1,37 +1,48 @@
-# make demo           installs into .venv and asks the example questions; fails when an answer is wrong
-# make test           installs what is missing and runs the tests
-# make cuda-compile   compiles the CUDA sources for ARCHS with NVCC, without torch and without running them
-# make sm70           what the V100 can make of the kernels, from their machine code; fails when a budget is exceeded.
-#                     NVCC up to 12.9, HOST_CXX a compiler that it takes, SM70_FLAGS e.g. "--csv sm70.csv". Counts wavefronts on
-#                     the CPU (make simt), for which it needs the .venv of make test; SM70_FLAGS=--ideal-wavefronts goes without
-# make simt           runs the CUDA kernels of every operator on the CPU, with races watched and under sanitizers
-# make sm80           that the Ampere kernels are in the machine code: tensor cores, ldmatrix, cp.async, no local memory in the main
-#                     loop. NVCC and HOST_CXX as above, NVCC with cuobjdump beside it
-# make gpu            on a machine with an NVIDIA GPU, with PYTHON's own packages and no network, its steps' limits under eight
-#                     minutes together: builds in place, runs the tests, compute-sanitizer and the benchmarks; results in OUT.
-#                     GPU_FLAGS=--dry-run prints the commands
-# make clean          removes .venv and what was built
+# make demo           install into .venv and ask the example questions; fails if an answer is wrong
+# make test           install what is missing and run all tests, on all cores
+# make test-fast      the tests that take less than about two seconds each: under a minute on two cores
+# make lint           ruff, clang-format, mypy, the boundaries between the rooms, the sizes of functions and kernels
+# make format         format Python and C++, and apply ruff's safe fixes
+# make docs           build the documentation into build/docs; a warning is an error
 #
-# A second call installs nothing: stamps in .venv tell what is there. Native code is built again when it changes.
+# make cuda-compile   compile the CUDA sources for ARCHS with NVCC, without torch
+# make sm70           bound the kernels on a V100 from their machine code; fails if a budget is exceeded. NVCC up to 12.9
+#                     (tools/volta-toolkit.sh unpacks one on Debian 12), HOST_CXX a compiler that it takes, SM70_FLAGS e.g.
+#                     "--csv sm70.csv", or --ideal-wavefronts to skip counting wavefronts on the CPU, which takes .venv
+# make sm80           check that the machine code of the Ampere kernels holds tensor-core, ldmatrix and cp.async
+#                     instructions and no local memory in the main loop; NVCC and HOST_CXX as above
+# make simt           run the CUDA kernels on the CPU, once with races watched and once under sanitizers; -j2 runs both at once
+# make gpu            on a machine with an NVIDIA GPU, with PYTHON's own packages and no network: build in place, run tests,
+#                     compute-sanitizer and benchmarks in under eight minutes; results in OUT. GPU_FLAGS=--dry-run prints
+#                     the commands
+# make clean          remove .venv and everything that was built
 #
-# TORCH    what pip installs as torch into a new .venv: a version, a wheel's path, pip options, e.g. TORCH="torch==2.10.0".
-#          Where the default brings CUDA libraries that are not wanted, name a CPU wheel.
+# A second call installs nothing: stamp files in .venv record what is there. Native code is rebuilt when it changes.
+#
+# TORCH    what pip installs as torch into a new .venv: a version, a wheel, pip options, e.g. TORCH="torch==2.10.0".
+#          If the default brings CUDA libraries that you do not want, name a CPU wheel.
 # PYTHON   the interpreter behind .venv
-# VENV     another place than .venv; where it exists and has a torch, that one is used
+# VENV     another folder than .venv; one that exists and has a torch is used as it is
+# JOBS     test processes
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+JOBS ?= auto
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
+PYTEST := HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test cuda-compile sm70 sm80 gpu simt simt-races simt-sanitizers clean
+.PHONY: demo test test-fast lint format docs cuda-compile sm70 sm80 gpu simt simt-races simt-sanitizers clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/flexattn demo
 
 test: $(VENV)/test-packages
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest python_tests
+	$(PYTEST) python_tests
+
+test-fast: $(VENV)/test-packages
+	$(PYTEST) -m "not slow" python_tests
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -43,9 +54,29 @@ $(VENV)/installed: $(VENV)/torch $(NATIVE)
 	$(PIP) install --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/test-packages: $(VENV)/installed
-	$(PIP) install "flexattn_cuda[test]"  # it is there already: this adds what the tests need
+# flexattn_cuda is installed already: these add the packages of one extra.
+$(VENV)/%-packages: $(VENV)/installed
+	$(PIP) install "flexattn_cuda[$*]"
 	touch $@
+
+CPP = $(shell git ls-files 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.h' 'python_tests/*.cu' 'python_tests/*.cpp')
+BIN = $(VENV)/bin
+lint: $(VENV)/dev-packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/boundaries.py
+	$(BIN)/python tools/house.py
+
+format: $(VENV)/dev-packages
+	$(BIN)/ruff check --fix --quiet . || true # what it cannot fix is for `make lint` to report
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+docs: $(VENV)/docs-packages
+	$(BIN)/mkdocs build --strict
 
 NVCC ?= nvcc
 ARCHS ?= 75;80;90
@@ -57,7 +88,6 @@ cuda-compile:
 	  -DCMAKE_CUDA_ARCHITECTURES="$(ARCHS)" -DCMAKE_CUDA_FLAGS="$(NVCC_FLAGS)" -DCMAKE_BUILD_TYPE=Release
 	cmake --build $(CUDA_BUILD) --parallel 2
 
-# The CUDA kernels on the CPU (csrc/simt): once with races watched, once under the sanitizers. -j2 runs both at a time.
 SIMT_TESTS := python_tests/simt/test_simt.py python_tests/ops/test_attention_paths.py python_tests/ops/test_ops.py
 simt: simt-races simt-sanitizers
 simt-races: $(VENV)/test-packages

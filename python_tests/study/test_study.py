@@ -196,7 +196,7 @@ def test_a_killed_process_is_reported_in_one_sentence(photograph_folder, tmp_pat
         ({"systems": ""}, "--systems has ''; allowed"),
         ({"seeds": "0,x"}, "--seeds is '0,x'; give comma-separated numbers"),
         ({"seeds": ""}, "--seeds is ''; give comma-separated numbers"),
-        ({"jobs": 0}, "--jobs is 0; it must be at least 1"),
+        ({"jobs": 0}, "jobs is 0; it must be at least 1"),
         ({"preset": "tiny", "examples": "3,20"}, "--examples has 20; the preset 'tiny' has the questions 0 to 19"),
         ({"examples": "all"}, "--examples is 'all'; give comma-separated numbers"),
     ],
