@@ -1,4 +1,4 @@
-"""The executor itself: faults that were planted are caught, what has none passes, and memory accesses cost what they should."""
+"""The executor itself: planted faults are caught, correct kernels pass, and memory accesses cost what they should."""
 
 import json
 import subprocess
@@ -87,7 +87,7 @@ def test_a_read_out_of_bounds_is_caught(fault):
     assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------ counted accesses
+# ----------------------------------------------------------------------------------------------------- counted accesses
 
 counts_accesses = pytest.mark.skipif(BACKEND != "races", reason="accesses are counted in the build `races`")
 UNITS = {"LDS": "wavefronts", "STS": "wavefronts", "LDG": "sectors", "STG": "sectors"}
