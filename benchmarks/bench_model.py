@@ -22,7 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from measuring import machine, print_table, write_csv
+from measuring import machine
+from tables import print_table, write_csv
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, LlavaConfig
 
 from flexattn_cuda import (
@@ -439,7 +440,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--plots needs matplotlib: pip install matplotlib")
     torch.set_num_threads(given.threads)
     clock, dtype = Clock(given.device), getattr(torch, given.dtype)
-    facts = machine(given.device) | {
+    facts = machine(given.device).columns() | {
         "shape": given.shape,
         "dtype": given.dtype,
         "threads": given.threads,
