@@ -12,6 +12,7 @@ import torch
 from flexattn_cuda.mechanism import context as state
 
 
+@pytest.mark.slow
 def test_it_writes_ratios_and_a_row_for_every_system(tmp_path, capsys):
     real = state.select
     csv_file, json_file = tmp_path / "model.csv", tmp_path / "model.json"

@@ -37,6 +37,7 @@ def test_a_step_that_fails_keeps_its_output():
     assert result.result == "FAILED" and result.detail == "why" and "said" in result.output
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_ended_with_what_it_started():
     begin = time.perf_counter()
     hangs = """
@@ -86,6 +87,7 @@ def test_tests_that_lack_a_package_do_not_look_green(tmp_path):
     assert part.startswith("not run: ") and "test_part.py:2 (could not import 'another_package'" in part
 
 
+@pytest.mark.slow
 def test_without_hypothesis_the_other_files_run(tmp_path):
     (tmp_path / "hypothesis").mkdir()
     (tmp_path / "hypothesis" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'hypothesis'\")")

@@ -140,6 +140,7 @@ def test_ids_equal_those_of_sentencepiece(case, prefix_everywhere):
     assert tokenizer.decode(case["ids"]) == case["decoded"]
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40))
 def test_ids_equal_those_of_sentencepiece_on_any_text(text):
     sentencepiece = pytest.importorskip("sentencepiece")

@@ -35,6 +35,7 @@ def digits_right(answers: list[str], asked: list[dict]) -> float:
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
+@pytest.mark.slow
 def test_it_reads_what_only_the_high_resolution_shows(loaded):
     model, processor = loaded
     asked = questions(HERE / "data" / "held_out")

@@ -77,6 +77,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_every_system_answers_the_same_questions(finished):
     answers = rows(finished / "results" / "answers.csv")
     asked = {system: [] for system in SYSTEMS.split(",")}
@@ -105,6 +106,7 @@ def test_by_default_the_report_shows_the_first_questions_about_small_objects():
     assert collection.first_about_small_objects(answers) == [0, 10, 1, 11, 2, 12, 3, 13, 4, 14]
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_ends_as_if_it_had_not_been(finished, photographs, tmp_path):
     """The start of the killed study, and one that ran through, give the same model."""
     folder = tmp_path / "seed-0"
@@ -158,6 +160,7 @@ def test_one_study_at_a_time_in_a_folder(photographs, tmp_path):
         os.close(other)
 
 
+@pytest.mark.slow
 def test_its_processes_end_with_a_study_that_is_killed(photographs, tmp_path):
     study = started(photographs, tmp_path / "out", preset="small")
     try:
@@ -175,6 +178,7 @@ def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_told_in_one_sentence(photographs, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_unit", killed)
     with pytest.raises(InputError, match="a process of the study was killed"):

@@ -200,6 +200,7 @@ def test_the_supervised_map_is_the_one_that_selects(built, encoded):
     torch.testing.assert_close(maps[:, -4:-1, begin : begin + 144] * SIZES.heads, recorded, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_low_resolution_stage_learns_and_leaves_the_encoder(plain, built, encoded, monkeypatch):
     model, processor = copy.deepcopy(plain), built[1]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -255,6 +256,7 @@ def test_whitening_leaves_no_direction_that_varies_much_more_than_another(built)
     torch.testing.assert_close(after, before / (before + 0.01 * before.mean()), atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_encoder_stage_reports_every_resolution_and_freezes_the_encoder(built):
     model, processor = copy.deepcopy(built[0]), built[1]
     before = model.model.multi_modal_projector.linear_1.weight.clone()

@@ -205,6 +205,7 @@ def test_costs_and_fewer_flops(finished, page):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share, tiles", [(0.55, 2.5), (0.26, 1.04)])
 def test_costs_are_counted_whatever_the_maps_select(share, tiles):
     """At zoom 2: means over questions, each of which selects in no more tiles than hold its tokens."""
@@ -213,6 +214,7 @@ def test_costs_are_counted_whatever_the_maps_select(share, tiles):
     assert 0 < row["study_gflops_here"] < 10 and 0 < row["paper_tflops_here"] < row["paper_tflops_published"]
 
 
+@pytest.mark.slow
 def test_a_study_under_way_tells_what_is_missing(tmp_path):
     folder = fill(tmp_path)
     under_way = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small
-import small_checkpoint
+import tiny
+import tiny_checkpoint
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -31,7 +31,7 @@ QUESTION = "Which digits stand on the red sign?"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return small_checkpoint.save(tmp_path_factory.mktemp("model"))
+    return tiny_checkpoint.save(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_cuda_says_why_it_cannot_be_used(monkeypatch):
 def released(folder: Path, vocabulary: int) -> Path:
     """The reference vectors' model, with the tokenizer in small and a vocabulary of another size."""
     shutil.copytree(DATA / "reference_vectors" / "model", folder)
-    shutil.copy(small_checkpoint.TOKENIZER, folder)
+    shutil.copy(tiny_checkpoint.TOKENIZER, folder)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"vocab_size": vocabulary}))
     weights = load_file(folder / "model.safetensors")
@@ -202,12 +202,12 @@ def test_a_checkpoint_in_the_released_format_answers(tmp_path):
 
 
 def test_a_checkpoint_in_llava_format_answers(tmp_path):
-    small.llava().save_pretrained(tmp_path)
+    tiny.llava().save_pretrained(tmp_path)
     backend = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "red": 3, "<image>": 95}, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
     backend.add_special_tokens([AddedToken("<image>", normalized=False)])
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
-    model, processor = load(tmp_path, device="cpu", flexattn=small.settings())
+    model, processor = load(tmp_path, device="cpu", flexattn=tiny.settings())
     assert (model.config.lr_side, model.config.hr_side) == (6, 18)
     assert ask(model, processor, image(), QUESTION, max_new_tokens=2).tokens
 
@@ -220,9 +220,9 @@ def test_a_tokenizer_of_another_model(tmp_path):
 def test_a_model_without_weights_or_of_parts_that_do_not_fit(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint"):
         load(tmp_path / "nowhere", device="cpu")
-    small_checkpoint.small_config(first_layer=77).save_pretrained(tmp_path)
+    tiny_checkpoint.config(first_layer=77).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="first_layer is 77"):
         load(tmp_path, device="cpu")
-    small_checkpoint.small_config().save_pretrained(tmp_path)
+    tiny_checkpoint.config().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError):
         load(tmp_path, device="cpu")

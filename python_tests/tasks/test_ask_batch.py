@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_checkpoint
+import tiny_checkpoint
 import torch
 from PIL import Image
 
@@ -34,7 +34,7 @@ SIGNS = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return small_checkpoint.save(tmp_path_factory.mktemp("model"))
+    return tiny_checkpoint.save(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,7 @@ def test_the_answers_are_those_of_ask(default, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
 
 
+@pytest.mark.slow
 def test_long_answers_are_those_of_ask(checkpoint, folder):
     records = some(7)
     answer_file(write(folder / "q.jsonl", records), folder / "a.jsonl", checkpoint, "cpu", max_new_tokens=12)
@@ -231,6 +232,7 @@ def uninterrupted(checkpoint: Path, questions: Path) -> list[dict]:
     return read(output)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(folder, asked):
     records = signs() * 4
     questions, output, journal = (
@@ -267,6 +269,7 @@ def test_a_killed_run_goes_on(folder, asked):
     assert not journal.exists()
 
 
+@pytest.mark.slow
 def test_a_journal_cut_anywhere_is_continued(checkpoint, folder, monkeypatch, asked):
     questions, output, journal = (
         write(folder / "q.jsonl", some(6)),
@@ -395,6 +398,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_where_one_was_ended(checkpoint, folder, monkeypatch):
     questions, output = (
         write(folder / "q.jsonl", some(9) + [{"image": "nowhere.png", "question": "y"}]),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_checkpoint
+import tiny_checkpoint
 import torch
 from PIL import Image
 
@@ -27,7 +27,7 @@ QUESTION = "Which digits stand on the red sign?"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return str(small_checkpoint.save(tmp_path_factory.mktemp("model")))
+    return str(tiny_checkpoint.save(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_tokens_that_the_answer_does_not_have(flexattn, checkpoint, image, tmp_p
 )
 def test_checkpoints_that_cannot_be_used(flexattn, image, tmp_path, changes, says):
     folder = tmp_path / "model"
-    config = small_checkpoint.small_config()
+    config = tiny_checkpoint.config()
     config.save_pretrained(folder)
     config.vision_config.save_pretrained(folder / "t")
     values = json.loads((folder / "config.json").read_text()) | changes
@@ -294,6 +294,7 @@ def test_version(flexattn):
     assert flexattn("--version") == (0, f"flexattn {flexattn_cuda.__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_wrong_usage_from_a_shell():
     wrong = subprocess.run([sys.executable, "-m", "flexattn_cuda.cli", "ask"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stdout == ""
@@ -307,6 +308,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 QUESTIONS = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", QUESTIONS, ids=[example["file"] for example in QUESTIONS])
 def test_the_default_model_answers_and_marks_the_region_of_the_answer(flexattn, tmp_path, example):
     code, out, _ = flexattn("ask", EXAMPLES / example["file"], example["question"], "--map", tmp_path / "map.png")
@@ -321,6 +323,7 @@ def test_the_default_model_answers_and_marks_the_region_of_the_answer(flexattn, 
     assert marked.mean() < 0.4, "as good as everything is marked"
 
 
+@pytest.mark.slow
 def test_demo_succeeds(flexattn, tmp_path):
     code, out, _ = flexattn("demo", "--examples", EXAMPLES, "--output", tmp_path)
     assert code == 0 and f"{len(QUESTIONS)} of {len(QUESTIONS)} answers are right" in out

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-import small
-import small_checkpoint
+import tiny
+import tiny_checkpoint
 import torch
 from PIL import Image
 from tokenizers import AddedToken
@@ -21,12 +21,12 @@ from flexattn_cuda.tasks import training_data as data
 from flexattn_cuda.tasks.load import DEFAULT_MODEL
 from flexattn_cuda.tasks.training_data import BrokenRecord, Collator, Conversation, Conversations
 
-SIZE = small.SIDE * small.PATCH
+SIZE = tiny.SIDE * tiny.PATCH
 
 
 def processor(split_at_images=False, prefix_everywhere=True, chat_template=None) -> FlexAttnLlavaProcessor:
     """Of LLaVA's format, where <image> is a token, or of the released one, which knows none and splits the text there."""
-    backend = read_sentencepiece(small_checkpoint.TOKENIZER, prefix_everywhere)
+    backend = read_sentencepiece(tiny_checkpoint.TOKENIZER, prefix_everywhere)
     if not split_at_images:
         backend.add_special_tokens([AddedToken("<image>", normalized=False)])
     tokenizer = PreTrainedTokenizerFast(
@@ -37,8 +37,8 @@ def processor(split_at_images=False, prefix_everywhere=True, chat_template=None)
         pad_token="<unk>",
         add_bos_token=True,
     )
-    images = FlexAttnLlavaImageProcessor(lowres_size=SIZE, highres_size=SIZE * small.ZOOM, lr_side=small.SIDE)
-    return FlexAttnLlavaProcessor(images, tokenizer, small_checkpoint.IMAGE_ID, split_at_images, chat_template)
+    images = FlexAttnLlavaImageProcessor(lowres_size=SIZE, highres_size=SIZE * tiny.ZOOM, lr_side=tiny.SIDE)
+    return FlexAttnLlavaProcessor(images, tokenizer, tiny_checkpoint.IMAGE_ID, split_at_images, chat_template)
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_each_answer_is_learned_with_its_end_where_generate_would_begin_it(optio
     assert all(run[-1] == 2 and run.count(2) == 1 for run in runs)
     begin = next(place for place, label in enumerate(labels) if label != data.IGNORED)
     assert ids[:begin] == one(text=one.prompt(QUESTION), images=Image.new("RGB", (9, 9)))["input_ids"][0].tolist()
-    assert ids.count(small_checkpoint.IMAGE_ID) == sum(images for _, images, _ in TURNS[:count]) * small.SIDE**2
+    assert ids.count(tiny_checkpoint.IMAGE_ID) == sum(images for _, images, _ in TURNS[:count]) * tiny.SIDE**2
 
 
 @pytest.mark.parametrize("options", PROCESSORS.values(), ids=PROCESSORS.keys())

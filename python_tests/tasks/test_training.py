@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
-import small
-import small_checkpoint
+import tiny
+import tiny_checkpoint
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
@@ -44,7 +44,7 @@ SGD = dict(optimizer="sgd", schedule="constant", learning_rate=0.5, precision="f
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return small_checkpoint.save(tmp_path_factory.mktemp("model"))
+    return tiny_checkpoint.save(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -78,6 +78,7 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_and_resumed_ends_as_if_nothing_had_happened(checkpoint, files, tmp_path):
     settings = dict(steps=20, save_every=2, batch_size=2, accumulate=2, learning_rate=1e-2, seed=3, device="cpu")
     whole = train(*files, tmp_path / "whole", checkpoint, **settings)
@@ -114,6 +115,7 @@ def test_a_run_killed_at_random_and_resumed_ends_as_if_nothing_had_happened(chec
     assert furthest(weights(output), weights(tmp_path / "whole")) == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(checkpoint, files, tmp_path):
     settings = dict(steps=6, save_every=2, batch_size=4, learning_rate=1e-2, device="cpu", keep=3)
     whole = train(*files, tmp_path, checkpoint, **settings)
@@ -130,12 +132,14 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(checkpoint,
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_is_not_trained_further(checkpoint, files, tmp_path):
     settings = dict(steps=2, batch_size=4, learning_rate=1e-2, device="cpu")
     before = train(*files, tmp_path, checkpoint, **settings), weights(tmp_path)
     assert train(*files, tmp_path, checkpoint, **settings) == before[0] and furthest(weights(tmp_path), before[1]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_of_other_settings_is_refused_unless_it_begins_anew(checkpoint, files, tmp_path):
     settings = dict(steps=2, batch_size=4, device="cpu")
     train(*files, tmp_path, checkpoint, **settings, learning_rate=1e-3)
@@ -145,6 +149,7 @@ def test_a_run_of_other_settings_is_refused_unless_it_begins_anew(checkpoint, fi
     assert len(again.losses) == 2
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_records_and_images_it_was_begun_with(checkpoint, files, tmp_path):
     settings = dict(model=checkpoint, steps=1, batch_size=4, device="cpu")
     output = tmp_path / "out"
@@ -164,6 +169,7 @@ def test_a_run_goes_on_with_the_records_and_images_it_was_begun_with(checkpoint,
     train(*files, output, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ['{"a": ', "[]", "null", "\udcff"])
 def test_settings_that_no_run_has_written_are_refused(checkpoint, files, tmp_path, content):
     (tmp_path / "run.json").write_bytes(content.encode(errors="surrogateescape"))
@@ -172,6 +178,7 @@ def test_settings_that_no_run_has_written_are_refused(checkpoint, files, tmp_pat
     train(*files, tmp_path, checkpoint, steps=1, device="cpu", restart=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "log_every, step, whole",
     [(1, 3, "the last complete checkpoint is .*checkpoint-2$"), (4, 3, "no checkpoint")],
@@ -203,6 +210,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(
     assert not (tmp_path / "checkpoint-3").exists() and not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_never_write_one_folder(checkpoint, files, tmp_path):
     folder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)  # as the other run does
@@ -212,6 +220,7 @@ def test_two_runs_never_write_one_folder(checkpoint, files, tmp_path):
     train(*files, tmp_path, checkpoint, steps=1, device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset, batch", [("released", 2), ("paper", 1)])
 def test_two_processes_train_as_one_with_the_doubled_batch(files, tmp_path, preset, batch):
     """One record at a time: now and then a process has no image at all."""
@@ -254,12 +263,14 @@ def test_two_processes_train_as_one_with_the_doubled_batch(files, tmp_path, pres
     assert all((one[name] - begun[name]).abs().max() > 1e-4 for name in one if "_proj_hd" in name)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_train_as_one_batch(checkpoint, files, tmp_path):
     train(*files, tmp_path / "parts", checkpoint, steps=6, batch_size=1, accumulate=4, **SGD)
     train(*files, tmp_path / "whole", checkpoint, steps=6, batch_size=4, **SGD)
     assert furthest(weights(tmp_path / "parts"), weights(tmp_path / "whole")) <= 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", [None, "llava", "hd", "xattn"])
 def test_every_system_learns_and_answers(checkpoint, files, tmp_path, system):
     outcome = train(
@@ -288,6 +299,7 @@ def test_every_system_learns_and_answers(checkpoint, files, tmp_path, system):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part, trained",
     [("all", "vision_tower"), ("projector", "multi_modal_projector"), ("hr", "_proj_hd")],
@@ -315,6 +327,7 @@ def test_only_the_part_that_is_named_is_trained(checkpoint, files, tmp_path, par
 # ----------------------------------------------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_broken_records_are_counted_listed_and_left_out(flexattn, checkpoint, files, tmp_path):
     records = [
         *json.loads(files[0].read_text()),
@@ -363,6 +376,7 @@ def test_broken_records_are_counted_listed_and_left_out(flexattn, checkpoint, fi
     assert code == 0 and "11 records, 3 of them broken" in err
 
 
+@pytest.mark.slow
 def test_a_image_that_is_deleted_during_the_run_does_not_end_it(checkpoint, files, tmp_path, monkeypatch, capsys):
     check = data.check
 
@@ -526,10 +540,10 @@ class Features(Dataset):
 
     def __init__(self, model, count: int = 6):
         with torch.no_grad():
-            features, hr_features = model.encode(None, small.images(count))
+            features, hr_features = model.encode(None, tiny.images(count))
         self.items = []
         for number in range(count):
-            ids = small.prompt(3, "image", 8 + number, seed=number)
+            ids = tiny.prompt(3, "image", 8 + number, seed=number)
             labels = torch.where(torch.arange(len(ids)) >= len(ids) - 2 - number % 3, ids, data.IGNORED)
             one = dict(
                 image_features=features[number : number + 1],
@@ -564,7 +578,7 @@ def trainer(model, folder: Path, optimizers=(None, None), **changes) -> FlexAttn
 
 
 def test_ready_features_and_an_optimizer_of_ones_own_are_taken(tmp_path):
-    model = small.flex()
+    model = tiny.flex()
     choose_trained(model, "hr")
     optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -577,7 +591,7 @@ def test_ready_features_and_an_optimizer_of_ones_own_are_taken(tmp_path):
 
 
 def test_alpha_follows_the_epochs(tmp_path):
-    model = small.flex(small.settings(warmup=0.75))
+    model = tiny.flex(tiny.settings(warmup=0.75))
     seen = []
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs.get("hr_alpha")), with_kwargs=True)
     one = trainer(
@@ -591,7 +605,7 @@ def test_alpha_follows_the_epochs(tmp_path):
 
 
 def test_only_selected_hr_tokens_are_projected():
-    model = small.flex(small.PRESETS["released"])
+    model = tiny.flex(tiny.PRESETS["released"])
     projected: dict[str, int] = {}
     for name, module in model.named_modules():
         if name.endswith(("k_proj_hd", "v_proj_hd")):
@@ -610,7 +624,7 @@ def test_only_selected_hr_tokens_are_projected():
 
 
 def test_the_loss_is_that_of_transformers():
-    model = small.flex()
+    model = tiny.flex()
     batch = data.Collator(0)([Features(model)[number] for number in range(3)])
     theirs = model(**batch).loss, model(**batch, num_items_in_batch=torch.tensor(20)).loss
     model.loss_function = answer_loss
@@ -622,7 +636,7 @@ def test_the_loss_is_that_of_transformers():
 def test_gradients_are_the_same_with_checkpointing(tmp_path):
     gradients = []
     for enabled in (False, True):
-        model = small.flex(small.PRESETS["released"]).double()
+        model = tiny.flex(tiny.PRESETS["released"]).double()
         if enabled:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         one = trainer(model, tmp_path)
@@ -635,17 +649,18 @@ def test_gradients_are_the_same_with_checkpointing(tmp_path):
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-12, atol=1e-14), name
 
 
+@pytest.mark.slow
 def test_mixed_precision_with_loss_scaling_learns_as_float32():
     """What accelerate does on a GPU with fp16=True (the V100 has no bfloat16), on the CPU."""
     losses: dict[bool, list[float]] = {}
     for half in (False, True):
-        model = small.flex(small.PRESETS["released"]).train()
+        model = tiny.flex(tiny.PRESETS["released"]).train()
         model.loss_function = answer_loss
         choose_trained(model, "all")
         optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.02)
         scaler = torch.amp.GradScaler("cpu", enabled=half)
         batch = data.Collator(0)(Features(model).items)
-        pixels = dict(pixel_values_hr=small.images(len(batch["input_ids"])))
+        pixels = dict(pixel_values_hr=tiny.images(len(batch["input_ids"])))
         batch = {name: value for name, value in batch.items() if "features" not in name} | pixels
         for step in range(15):
             with torch.autocast("cpu", dtype=torch.float16, enabled=half):
@@ -663,6 +678,7 @@ def test_mixed_precision_with_loss_scaling_learns_as_float32():
     assert losses[True] == pytest.approx(losses[False], rel=10 * 2**-11)  # ten roundings to float16
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_on_the_cpu(checkpoint, files, tmp_path):
     outcome = train(
         *files,
