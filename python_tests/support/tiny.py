@@ -26,7 +26,7 @@ def settings(**changes) -> FlexAttnConfig:
     return FlexAttnConfig(**(fields | changes))
 
 
-# The flat maps of a random model cross these thresholds in a few cells only, so that selections differ from step to step.
+# The flat maps of a random model cross these thresholds in a few cells only: selections differ from step to step.
 _PAPER = {name: getattr(FlexAttnConfig.paper(), name) for name in ("hr_rows", "map_softmax", "scale", "pool", "warmup")}
 PRESETS = {
     "released": settings(threshold=THRESHOLD),
