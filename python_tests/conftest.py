@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,14 +32,6 @@ def threads(request: pytest.FixtureRequest) -> None:
     """Use two threads for the operators, which share out their work; the tests' models are too small for a second."""
     operators = request.path.parent.name == "ops"
     torch.set_num_threads(2 if operators and BACKEND == "cpu" else 1)
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with its processor in a folder, which no test may change."""
-    import tiny_checkpoint
-
-    return tiny_checkpoint.save(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture

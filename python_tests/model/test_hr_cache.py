@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from tiny import image_question
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
@@ -19,18 +20,6 @@ from flexattn_cuda.mechanism import context as state
 from flexattn_cuda.mechanism.cache import HRCache
 
 STEPS = 64
-
-
-@pytest.fixture(params=tiny.PRESETS, ids=str)
-def model(request):
-    return tiny.flex(tiny.PRESETS[request.param])
-
-
-def image_question(seed=0, text=9):
-    return {
-        "input_ids": tiny.prompt(4, "image", text, seed=seed)[None],
-        "pixel_values_hr": tiny.images(1, seed),
-    }
 
 
 def mixed_batch():

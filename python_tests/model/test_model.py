@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from tiny import image_question
 from transformers import DynamicCache
 
 from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, Trace
@@ -15,18 +16,6 @@ EXACT = 2e-4  # float32, logits of the order of 10: other cuts give other tile s
 def assert_close(actual, expected, tolerance=EXACT):
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max().item() <= tolerance
-
-
-@pytest.fixture(params=tiny.PRESETS, ids=str)
-def model(request):
-    return tiny.flex(tiny.PRESETS[request.param])
-
-
-def image_question(seed=0, text=9):
-    return {
-        "input_ids": tiny.prompt(4, "image", text, seed=seed)[None],
-        "pixel_values_hr": tiny.images(1, seed),
-    }
 
 
 @torch.no_grad()

@@ -46,25 +46,26 @@ def vision_config() -> CLIPVisionConfig:
     )
 
 
-def text_config(**changes) -> LlamaConfig:
-    fields = dict(
+def text_config(heads: int, kv_heads: int, layers: int, vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
         max_position_embeddings=512,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
     )
-    return LlamaConfig(**(fields | changes))
 
 
-def llava_config(heads: int = 4, kv_heads: int = 2, vocabulary: int = VOCABULARY, **changes) -> LlavaConfig:
+def llava_config(
+    heads: int = 4, kv_heads: int = 2, layers: int = 5, vocabulary: int = VOCABULARY, **changes
+) -> LlavaConfig:
     """Return transformers' own configuration; the image token is the last of the vocabulary."""
-    text = text_config(num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary)
+    text = text_config(heads, kv_heads, layers, vocabulary)
     fields = dict(
         vision_config=vision_config().to_dict(),
         text_config=text.to_dict(),
@@ -120,7 +121,7 @@ def images(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(100 + seed))
 
 
-def image_question(text: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+def image_question(seed: int = 0, text: int = 9) -> dict[str, torch.Tensor]:
     """Return the inputs of a prompt with one image and `text` text tokens after it."""
     return {"input_ids": prompt(4, "image", text, seed=seed)[None], "pixel_values_hr": images(1, seed)}
 

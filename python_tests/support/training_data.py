@@ -17,14 +17,14 @@ QUESTION = "Which digits stand on the red sign?"
 
 
 def record(image: Any = None, *said: str, **others: Any) -> dict[str, Any]:
-    """A record whose conversation is `said`, by turns, or a question and a short answer."""
+    """Return a record whose conversation is `said`, turn by turn, or a question and a short answer."""
     said = said or (("<image>\n" if image is not None else "") + QUESTION, "42")
     parts = [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(said)]
     return ({} if image is None else {"image": image}) | {"conversations": parts} | others
 
 
 def write(folder: Path) -> tuple[Path, Path]:
-    """Eight records with answers of different lengths, one without an image, one with two questions -> (file, images)."""
+    """Write eight records, one without an image and one with two questions; return the file and the images' folder."""
     images = folder / "images"
     images.mkdir()
     rng = np.random.default_rng(0)
@@ -41,7 +41,7 @@ def write(folder: Path) -> tuple[Path, Path]:
 
 
 def save_preset(folder: Path, preset: str) -> Path:
-    """The tiny checkpoint with the settings of `tiny.PRESETS`."""
+    """Save the tiny checkpoint with settings of `tiny.PRESETS`."""
     tiny_checkpoint.save(folder)
     processor = FlexAttnLlavaProcessor.from_pretrained(folder)
     model = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder, flexattn=tiny.PRESETS[preset])

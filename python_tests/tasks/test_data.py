@@ -9,13 +9,10 @@ import tiny
 import tiny_checkpoint
 import torch
 from PIL import Image
-from tokenizers import AddedToken
 from training_data import QUESTION, record, write
-from transformers import PreTrainedTokenizerFast
 
 from flexattn_cuda.errors import InputError
-from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor, FlexAttnLlavaProcessor
-from flexattn_cuda.inputs.sentencepiece import read_sentencepiece
+from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks import training_data as data
 from flexattn_cuda.tasks.load import DEFAULT_MODEL
@@ -26,18 +23,8 @@ SIZE = tiny.SIDE * tiny.PATCH
 
 def processor(split_at_images=False, prefix_everywhere=True, chat_template=None) -> FlexAttnLlavaProcessor:
     """Of LLaVA's format, where <image> is a token, or of the released one, which knows none and splits the text there."""
-    backend = read_sentencepiece(tiny_checkpoint.TOKENIZER, prefix_everywhere)
-    if not split_at_images:
-        backend.add_special_tokens([AddedToken("<image>", normalized=False)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<unk>",
-        add_bos_token=True,
-    )
-    images = FlexAttnLlavaImageProcessor(lowres_size=SIZE, highres_size=SIZE * tiny.ZOOM, lr_side=tiny.SIDE)
+    tokenizer = tiny_checkpoint.tokenizer(() if split_at_images else ("<image>",), prefix_everywhere)
+    images = tiny_checkpoint.image_processor()
     return FlexAttnLlavaProcessor(images, tokenizer, tiny_checkpoint.IMAGE_ID, split_at_images, chat_template)
 
 
