@@ -82,6 +82,7 @@ def counted_on_the_cpu(model, inputs: dict) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["hd", "xattn", "center"])
 def test_the_count_is_that_of_the_same_model_on_real_tensors(system):
     config = flops.as_system(CONFIG, system)
@@ -99,6 +100,7 @@ def test_llava_costs_what_transformers_own_class_costs():
     assert sum(flops.count(config, 7, published=True).values()) == expected
 
 
+@pytest.mark.slow
 def test_parts_are_what_their_names_say():
     N, M, h = 7 + tiny.SIDE**2, 36, tiny.SIDE * tiny.ZOOM
     cost = flops.cost(flops.as_system(CONFIG, "center"), 7, selected=M, tiles=1)

@@ -33,6 +33,7 @@ def everything(tmp_path_factory):
     return *run(folder, "--seed", "3", "--all"), folder
 
 
+@pytest.mark.slow
 def test_every_case_is_there_with_the_machine_and_the_seed(everything):
     code, rows, _ = everything
     assert code == 0
@@ -58,6 +59,7 @@ def test_every_case_is_there_with_the_machine_and_the_seed(everything):
     assert all(int(row["bytes"]) * int(row["input_sets"]) >= QUICK.decode_bytes for row in decode if row["bytes"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*OURS, "eager", "sdpa math", "flex_attention"])
 def test_methods_give_what_the_reference_gives_and_are_timed(everything, method):
     rows = [row for row in everything[1] if row["method"] == method and row["case"] == "prefill"]
@@ -68,6 +70,7 @@ def test_methods_give_what_the_reference_gives_and_are_timed(everything, method)
         assert bool(row["error_map"]) == (method in (*OURS, "eager")), "the others have no map"
 
 
+@pytest.mark.slow
 def test_a_backend_that_does_not_run_says_why(everything):
     rows = [row for row in everything[1] if row["method"] == "sdpa cudnn"]
     assert rows and all(row["note"].startswith("RuntimeError: No ") and not row["median_us"] for row in rows)
@@ -236,6 +239,7 @@ def test_inputs_are_gone_through_in_turn():
     assert said == ["a", "b", "a"]
 
 
+@pytest.mark.slow
 def test_images_where_there_is_matplotlib(everything):
     *_, folder = everything
     drawn = {path.name for path in folder.glob("*.png")}

@@ -65,6 +65,7 @@ def test_the_environment_of_a_step():
 # -------------------------------------------------------------------------------------------------------------- pytest
 
 
+@pytest.mark.slow
 def test_tests_that_lack_a_package_do_not_look_green(tmp_path):
     (tmp_path / "test_good.py").write_text("def test(): pass")
     (tmp_path / "test_bad.py").write_text("import no_such_package")

@@ -69,6 +69,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("way", WAYS)
 def test_the_answers_are_those_of_projecting_everything_again(model, way):
@@ -152,6 +153,7 @@ def test_samples_of_one_prompt_share_its_images(hr_cache):
         assert (torch.cat(logits) - theirs).abs().max() <= 2e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_conversations_go_on_with_what_was_projected(model):
     first, second = tiny.prompt(4, "image", 9), tiny.prompt(3, "image", 6, seed=4)

@@ -104,6 +104,7 @@ def test_xattn_without_output_projection_is_llava(tmp_path):
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @BOTH
 def test_generation_with_a_cache_equals_recomputation(settings):
@@ -118,6 +119,7 @@ def test_generation_with_a_cache_equals_recomputation(settings):
         assert torch.equal(again, whole), options
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @BOTH
 def test_a_row_of_a_batch_is_answered_as_if_it_were_alone(settings):
@@ -240,6 +242,7 @@ def images_of(prompts: int) -> HRCache:
     )
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_the_definition(settings, checkpointing):
@@ -281,6 +284,7 @@ def test_saved_and_loaded_like_any_other_model(settings, tmp_path):
     assert all(torch.equal(p, again.state_dict()[name]) for name, p in model.state_dict().items())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("hr_init", ["copy", "random"])
 def test_a_checkpoint_of_one_system_starts_another(hr_init, tmp_path):
@@ -309,6 +313,7 @@ def test_a_checkpoint_that_lacks_its_own_projections_is_damaged(tmp_path):
         FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 @BOTH
 def test_prompts_of_the_processor_fit_the_system(settings, tmp_path):
     folder = tiny_checkpoint.save(tmp_path)
@@ -347,6 +352,7 @@ def test_the_paper_s_sizes():
         settings_of("hdx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [tiny.settings(threshold=70.0), HD, XATTN], ids=["flexattn", "hd", "xattn"])
 def test_as_another_system_and_back_a_model_keeps_its_own_settings(start):
     config = tiny.flex(dataclasses.replace(start, first_layer=2, pool=3)).config
@@ -380,6 +386,7 @@ def test_xattn_is_for_llama_only():
         config.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [HD, XATTN], ids=["hd", "xattn"])
 def test_memory_of_a_system_is_what_it_takes(settings):
     config = tiny.flex(settings).config

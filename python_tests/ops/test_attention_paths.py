@@ -99,9 +99,8 @@ def check(tensors: dict, others: dict, dtype: torch.dtype, twice: bool = True) -
         assert torch.equal(getattr(ours, name), getattr(again, name)), f"{name} differs from run to run"
 
 
-@pytest.mark.parametrize(
-    "queries", [[1, 2, 16], pytest.param([17, 63, 64, 65, 100], marks=pytest.mark.slow)], ids=["few", "many"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("queries", [[1, 2, 16], [17, 63, 64, 65, 100]], ids=["few", "many"])
 @pytest.mark.parametrize(
     "capability, dtype",
     [

@@ -393,6 +393,7 @@ def calls(device: str) -> dict[str, tuple]:
     }
 
 
+@pytest.mark.slow
 @device_cases
 @pytest.mark.parametrize("name", calls("cpu"))
 def test_opcheck(device, name):

@@ -40,6 +40,7 @@ def test_under_15_percent_of_eager():
     assert peak("all", "ours") < 0.15 * eager
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", ["all", "64"])
 def test_gradients_equal_the_reference(rows):
     case = bench_memory.TrainingCase(N=256, M=648, rows=rows)

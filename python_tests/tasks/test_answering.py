@@ -161,6 +161,7 @@ def test_the_answer_ends_where_the_model_ends(loaded):
         model.config.text_config.max_position_embeddings = 512
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
 def test_dtypes(checkpoint, name):
     model, processor = load(checkpoint, device="cpu", dtype=name)
@@ -194,6 +195,7 @@ def released(folder: Path, vocabulary: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_the_released_format_answers(tmp_path):
     model, processor = load(released(tmp_path / "released", 500), device="cpu")
     answer = ask(model, processor, image(), QUESTION, max_new_tokens=2, trace=True)

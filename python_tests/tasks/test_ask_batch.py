@@ -126,6 +126,7 @@ def test_long_answers_are_those_of_ask(checkpoint, folder):
     assert [one["answer"] for one in read(folder / "a.jsonl")] == expected
 
 
+@pytest.mark.slow
 def test_a_long_question_takes_no_room_from_the_answers_of_others(checkpoint, folder, monkeypatch):
     model, processor = load(checkpoint, "cpu")
     questions, image = ["x", "x" * 200, "x" * 202], open_image(folder / "0.png")

@@ -463,6 +463,7 @@ def test_the_model_is_not_written_over(flexattn, checkpoint, files):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", training._SCHEDULES)
 def test_every_schedule_that_is_offered_can_be_used(checkpoint, files, tmp_path, schedule):
     assert train(*files, tmp_path, checkpoint, steps=1, schedule=schedule, device="cpu").losses.keys() == {1}
