@@ -1,16 +1,17 @@
-"""Memory of attention in training: peak resident memory of a forward and a backward pass above what the inputs take.
+"""Memory of attention in training: peak resident memory of a forward and a backward pass, without the inputs.
 
     python benchmarks/bench_memory.py [--N 2048] [--M 5184] [--rows all,64] [--csv FILE] [--json FILE]
 
-Every figure comes from a process of its own (Linux). `ours` is ops.hierarchical_attention; `eager` holds the N x (N+M)
-matrix; `split` is eager too, but holds N x N and, for the rows that see HR keys, R x (N+M), so that it differs from eager
-only where few rows see them. Both eager forms are lean: one softmax, scaled queries, a mask applied in place, no map.
-The gradients of ours and of eager torch are compared with the float64 reference, a head at a time.
+Each number comes from a process of its own (Linux). `ours` is ops.hierarchical_attention; `eager` holds the N x (N+M)
+matrix; `split` is eager too, but holds N x N and, for the rows that see HR keys, R x (N+M), so that it differs from
+eager only where few rows see them. Both eager forms are lean: one softmax, scaled queries, a mask applied in place, no
+map. The gradients of ours and of eager torch are compared with the float64 reference, a head at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import subprocess
@@ -18,8 +19,10 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import measuring
+import tables
 import torch
 
 from flexattn_cuda import ops, reference
@@ -30,7 +33,7 @@ NAMES = ("q", "k", "v", "k_hr", "v_hr")
 
 @dataclass
 class TrainingCase:
-    """N causal queries and keys of one sample, and M HR keys, seen by all rows or by R of them, each with a mask of its own.
+    """N causal queries and keys of one sample, and M HR keys that all rows see, or R rows, each with its own mask.
 
     rows: "all", or R as a number: these rows are spread over the sequence, and each sees half of the HR keys.
     """
@@ -74,7 +77,7 @@ class TrainingCase:
             self.options["hr_rows"] = self.listed.to(torch.int32)[None]
             self.options["hr_row_bits"] = ops.pack_bits(~self.hidden_hr)[None]
 
-    # Masks are inputs: whoever measures asks for them first.
+    # Masks are inputs: they must be made before anything is measured.
 
     @cached_property
     def hidden_of_all(self) -> torch.Tensor:
@@ -113,17 +116,15 @@ class TrainingCase:
         return plain.index_copy(2, self.listed, seeing).transpose(1, 2)
 
     def gradients(self, way: str) -> tuple[torch.Tensor, ...]:
-        """Of q, k, v, k_hr, v_hr, in their shapes."""
+        """Return the gradients of q, k, v, k_hr and v_hr."""
         return torch.autograd.grad(getattr(self, way)(), self.leaves, self.grad_out)
 
     def reference_gradients(self) -> tuple[torch.Tensor, ...]:
-        """The same in float64 from `reference.py`, a head at a time."""
+        """Return the same in float64 from `reference.py`, a head at a time."""
         found = []
         for head in range(self.heads):
             at = slice(head, head + 1)
-            leaves = [
-                leaf.detach()[:, at].double().requires_grad_() for leaf in self.leaves
-            ]  # heads are all leaves' second
+            leaves = [leaf.detach()[:, at].double().requires_grad_() for leaf in self.leaves]
             q, k, v, k_hr, v_hr = leaves
             out = reference.hierarchical_attention(q, k, v, k_hr=k_hr, v_hr=v_hr, **self.options).out
             found.append(torch.autograd.grad(out, leaves, self.grad_out[:, :, at].double()))
@@ -131,11 +132,11 @@ class TrainingCase:
 
 
 def peak_bytes(case: TrainingCase, way: str) -> int:
-    """Peak resident memory of forward and backward above what stood there before; to be asked once in a process."""
+    """Return the peak resident memory of forward and backward without what is there before. Call once per process."""
     if way != "ours":
         _ = case.hidden_of_all, case.hidden_of_rows
     small = TrainingCase(8, 40, "all" if case.rows == "all" else "2", case.heads, case.head_dim, case.dtype)
-    small.gradients(way)  # loads what is loaded at a first call
+    small.gradients(way)  # loads what a first call loads
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
     before = _status("VmRSS")
     gradients = case.gradients(way)
@@ -149,7 +150,7 @@ def _status(field: str) -> int:
 
 
 def gradient_errors(case: TrainingCase) -> dict[str, dict[str, float]]:
-    """Largest error of each gradient over its largest value, of ours and of eager torch in the same dtype."""
+    """Return the max error of each gradient over its max, of ours and of eager torch in the same dtype."""
     exact = case.reference_gradients()
     errors = {}
     for way in ("ours", "eager"):
@@ -158,79 +159,102 @@ def gradient_errors(case: TrainingCase) -> dict[str, dict[str, float]]:
     return errors
 
 
-def in_a_process(N: int, M: int, rows: str, heads: int, head_dim: int, what: str):
-    """The answer of this file, run as a process of its own: bytes of a way, or the errors of "gradients"."""
-    case = json.dumps({"N": N, "M": M, "rows": rows, "heads": heads, "head_dim": head_dim})
-    done = subprocess.run([sys.executable, __file__, "--one", case, what], capture_output=True, text=True)
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured. The fields are columns of the table, and arguments of TrainingCase."""
+
+    N: int
+    M: int
+    rows: str
+    heads: int
+    head_dim: int
+
+
+def in_a_process(N: int, M: int, rows: str, heads: int, head_dim: int, what: str) -> Any:
+    """Run this file in a process of its own; return the bytes of a way or, with "gradients", their errors."""
+    sizes = Sizes(N, M, rows, heads, head_dim)
+    command = [sys.executable, __file__, "--one", json.dumps(dataclasses.asdict(sizes)), what]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{what} at N={N}, M={M}, rows={rows} failed:\n{done.stderr}")
+        raise RuntimeError(f"{what} at {sizes} failed:\n{done.stderr}")
     return json.loads(done.stdout)
 
 
-def worst_error(row: dict, way: str) -> str:
-    errors = [value for column, value in row.items() if column.startswith(f"{way}_error")]
-    return f"{max(errors):.1e}" if errors else "-"
+def answer(case: TrainingCase, what: str) -> None:
+    """Print what `in_a_process` asks for."""
+    torch.set_num_threads(1)
+    print(json.dumps(gradient_errors(case) if what == "gradients" else peak_bytes(case, what)))
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Row:
+    sizes: Sizes
+    peaks: dict[str, int]  # bytes, by way
+    errors: dict[str, dict[str, float]]  # by way and gradient; empty if they were not compared
+
+    def over(self, way: str) -> float:
+        return self.peaks["ours"] / self.peaks[way]
+
+    def columns(self) -> dict[str, Any]:
+        """Return the row of the CSV file."""
+        return {
+            **dataclasses.asdict(self.sizes),
+            **{f"{way}_bytes": peak for way, peak in self.peaks.items()},
+            **{f"ours_over_{way}": self.over(way) for way in WAYS[1:]},
+            **{f"{way}_error_{name}": error for way, found in self.errors.items() for name, error in found.items()},
+            **measuring.machine("cpu").columns(),
+        }
+
+    def cells(self) -> list[str]:
+        """Return the row of the printed table."""
+        return [
+            self.sizes.rows,
+            *(f"{self.peaks[way] / 2**20:.1f}" for way in WAYS),
+            *(f"{self.over(way):.1%}" for way in WAYS[1:]),
+            *(f"{max(self.errors[way].values()):.1e}" if self.errors else "-" for way in WAYS[:2]),
+        ]
+
+
+def measure(sizes: Sizes, gradients: bool) -> Row:
+    arguments = dataclasses.astuple(sizes)
+    peaks = {way: in_a_process(*arguments, way) for way in WAYS}
+    return Row(sizes, peaks, in_a_process(*arguments, "gradients") if gradients else {})
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--N", type=int, default=2048, help="queries and sequence keys (default: 2048)")
     parser.add_argument("--M", type=int, default=5184, help="HR keys (default: 5184)")
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument(
-        "--rows",
-        default="all,64",
-        help="rows that see HR keys: all, or how many, comma-separated (default: all,64)",
-    )
-    parser.add_argument(
-        "--no-gradients",
-        action="store_true",
-        help="do not compare the gradients with the float64 reference",
-    )
-    parser.add_argument("--csv", help="file for the table")
-    parser.add_argument("--json", help="file for the same as JSON")
+    parser.add_argument("--heads", type=int, default=8, help="attention heads (default: 8)")
+    parser.add_argument("--head-dim", type=int, default=64, help="channels of a head (default: 64)")
+    parser.add_argument("--rows", default="all,64",
+                        help="rows that see HR keys: all, or a number, comma-separated (default: all,64)")  # fmt: skip
+    parser.add_argument("--no-gradients", action="store_true",
+                        help="do not compare the gradients with the float64 reference")  # fmt: skip
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "WAY"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        case, what = TrainingCase(**json.loads(arguments.one[0])), arguments.one[1]
-        torch.set_num_threads(1)
-        print(json.dumps(gradient_errors(case) if what == "gradients" else peak_bytes(case, what)))
-        return
+    return parser.parse_args()
 
-    table = []
-    for rows in arguments.rows.split(","):
-        sizes = (arguments.N, arguments.M, rows, arguments.heads, arguments.head_dim)
-        peak = {way: in_a_process(*sizes, way) for way in WAYS}
-        row = dict(zip(("N", "M", "rows", "heads", "head_dim"), sizes)) | {f"{way}_bytes": peak[way] for way in WAYS}
-        row |= {f"ours_over_{way}": peak["ours"] / peak[way] for way in WAYS[1:]}
-        if not arguments.no_gradients:
-            errors = in_a_process(*sizes, "gradients")
-            row |= {f"{way}_error_{name}": error for way in errors for name, error in errors[way].items()}
-        table.append(row | measuring.machine("cpu"))
-    sizes = f"N={arguments.N}, M={arguments.M}, H={arguments.heads}, d={arguments.head_dim}"
-    measuring.print_table(
-        f"forward and backward, float32, {sizes}: MiB above the inputs",
-        [
-            "rows that see HR",
-            *WAYS,
-            "ours/eager",
-            "ours/split",
-            "gradient error: ours",
-            "eager float32",
-        ],
-        [
-            [row["rows"]]
-            + [f"{row[f'{way}_bytes'] / 2**20:.1f}" for way in WAYS]
-            + [f"{row[f'ours_over_{way}']:.1%}" for way in WAYS[1:]]
-            + [worst_error(row, way) for way in WAYS[:2]]
-            for row in table
-        ],
+
+def main() -> None:
+    args = parse()
+    if args.one:
+        answer(TrainingCase(**json.loads(args.one[0])), args.one[1])
+        return
+    cases = [Sizes(args.N, args.M, rows, args.heads, args.head_dim) for rows in args.rows.split(",")]
+    rows = [measure(case, gradients=not args.no_gradients) for case in cases]
+    tables.print_table(
+        f"Peak memory of forward and backward above the inputs, in MiB; "
+        f"float32, N={args.N}, M={args.M}, H={args.heads}, d={args.head_dim}",
+        ["rows that see HR", *WAYS, "ours/eager", "ours/split", "gradient error: ours", "eager float32"],
+        [row.cells() for row in rows],
     )
-    if arguments.csv:
-        measuring.write_csv(arguments.csv, table)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(table, indent=1) + "\n")
+    columns = [row.columns() for row in rows]
+    if args.csv:
+        tables.write_csv(args.csv, columns)
+    if args.json:
+        args.json.write_text(json.dumps(columns, indent=1) + "\n")
 
 
 if __name__ == "__main__":

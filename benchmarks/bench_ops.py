@@ -1,131 +1,162 @@
 """The CPU operators against the same thing in eager torch, as ratios within one run.
 
-    python benchmarks/bench_ops.py [--threads 1,2] [--csv ops.csv] [--only decode]
+    python benchmarks/bench_ops.py [--threads 1,2] [--seconds 1] [--csv ops.csv] [--only decode]
 
 Eager attention is what a model without these operators would run: all keys in one tensor (sequence and gathered HR keys
 concatenated), a mask, matmul, softmax, matmul, and the map from the probabilities. `sdpa` is torch's fused attention on
-the same keys and mask; it has no map. Ours and theirs take turns, and the median of each is compared.
+the same keys and mask; it has no map. The methods take turns, and the median of each is compared.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import measuring
+import tables
 import torch
-from attention_case import AttentionCase
+from attention.case import AttentionCase
 from torch.nn import functional
 
 from flexattn_cuda import ops
 
-S = 24  # side of the LR grid
+SIDE, HR_SIDE, POOL_SIDE = 24, 72, 9  # of the grids of LR tokens, of HR tokens, and of the pooled map
+METHODS = ("ours", "eager", "sdpa")
 
 
 @dataclass
-class Attention(AttentionCase):
-    @property
-    def name(self) -> str:
-        kind = "decode" if self.N == 1 else "prefill"
-        kind = "training" if self.backward else kind
-        extras = f" Hkv={self.kv_heads}" if self.kv_heads != self.heads else ""
-        return f"{kind} N={self.N} Nk={self.Nk} M={self.M} {self.rows} row{'s' * (self.rows == 'all')} {str(self.dtype)[6:]}{extras}"
+class Operation:
+    """The same computation by some of `METHODS`."""
+
+    name: str
+    methods: dict[str, Callable]
+    backward: bool = False
 
 
-class Selection:
+def attention(*sizes, **options) -> Operation:
+    """Return a call of attention, from the arguments of AttentionCase."""
+    case = AttentionCase(*sizes, **options)
+    kind = "training" if case.backward else "decode" if case.N == 1 else "prefill"
+    rows = "all rows" if case.rows == "all" else "last row"
+    name = f"{kind} N={case.N} Nk={case.Nk} M={case.M} {rows} {str(case.dtype).removeprefix('torch.')}"
+    if case.kv_heads != case.heads:
+        name += f" Hkv={case.kv_heads}"
+    return Operation(name, {method: case.run(method) for method in METHODS}, case.backward)
+
+
+def selection() -> Operation:
     """Map to HR tokens, as released: min-max, threshold, 9 x 9 pool, 72 x 72 tokens."""
+    maps = torch.rand(1, 1, 1, SIDE**2, generator=torch.Generator().manual_seed(0)) ** 8
+    valid_rect = torch.tensor([[[0, 0, SIDE, SIDE]]], dtype=torch.int32)
 
-    name = "select_tokens 24 -> 9 -> 72"
+    def ours() -> ops.SelectedTokens:
+        return ops.select_tokens(maps, valid_rect, hr_side=HR_SIDE, scale=255.0, threshold=48.0, pool_side=POOL_SIDE)
 
-    def __init__(self):
-        self.map = torch.rand(1, 1, 1, S * S, generator=torch.Generator().manual_seed(0)) ** 8
-        self.live = torch.tensor([[[0, 0, S, S]]], dtype=torch.int32)
-
-    def ours(self):
-        return ops.select_tokens(self.map, self.live, hr_side=72, scale=255.0, threshold=48.0, pool_side=9)
-
-    def eager(self):
-        grid = self.map.view(1, 1, S, S)
-        a = (grid - grid.min()) / (grid.max() - grid.min())
-        pooled = functional.adaptive_max_pool2d((a * 255 > 48).float(), 9)
-        mask = functional.interpolate(pooled, size=72, mode="nearest").bool().flatten()
+    def eager() -> tuple[torch.Tensor, torch.Tensor]:
+        grid = maps.view(1, 1, SIDE, SIDE)
+        normalised = (grid - grid.min()) / (grid.max() - grid.min())
+        pooled = functional.adaptive_max_pool2d((normalised * 255 > 48).float(), POOL_SIDE)
+        mask = functional.interpolate(pooled, size=HR_SIDE, mode="nearest").bool().flatten()
         return mask, mask.nonzero()
 
-    def run(self, which):
-        return getattr(self, which)
+    return Operation(f"select_tokens {SIDE} -> {POOL_SIDE} -> {HR_SIDE}", {"ours": ours, "eager": eager})
 
 
-class Gather:
-    name = "gather_tokens M=2250 D=1024"
-
-    def __init__(self):
-        self.tokens = torch.randn(1, 72 * 72, 1024)
-        self.index = torch.randperm(72 * 72)[:2250].sort().values.int()[None]
-
-    def ours(self):
-        return ops.gather_tokens(self.tokens, self.index)
-
-    def eager(self):
-        return self.tokens[:, self.index[0].long()]
-
-    def run(self, which):
-        return getattr(self, which)
+def gathering() -> Operation:
+    tokens = torch.randn(1, HR_SIDE**2, 1024)
+    index = torch.randperm(HR_SIDE**2)[:2250].sort().values.int()[None]
+    ours, eager = lambda: ops.gather_tokens(tokens, index), lambda: tokens[:, index[0].long()]
+    return Operation("gather_tokens M=2250 D=1024", {"ours": ours, "eager": eager})
 
 
-def cases() -> list:
-    prefill = [Attention(640, 640, M, rows) for rows in ("last", "all") for M in (0, 512, 2250) if M or rows == "last"]
-    decode = [Attention(1, 656, M) for M in (0, 512, 2250, 5184)]
-    others = [
-        Attention(640, 640, 512, "last", torch.bfloat16),
-        Attention(640, 640, 2250, "all", torch.bfloat16),
-        Attention(1, 656, 2250, "last", torch.bfloat16),
-        Attention(640, 640, 512, "last", torch.float16),
-        Attention(1, 656, 2250, "last", torch.float16),
-        Attention(640, 640, 512, "last", kv_heads=4),
-        Attention(1, 656, 2250, "last", kv_heads=4),
-        Attention(640, 640, 512, "last", backward=True),
-        Attention(640, 640, 2250, "all", backward=True),
-    ]
-    return [*prefill, *decode, *others, Selection(), Gather()]
+def operations() -> Iterator[Operation]:
+    """Yield what is measured; inputs are made when it is asked for."""
+    for rows, M in (("last", 0), ("last", 512), ("last", 2250), ("all", 512), ("all", 2250)):
+        yield attention(640, 640, M, rows)
+    for M in (0, 512, 2250, 5184):
+        yield attention(1, 656, M)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield attention(640, 640, 512, "last", dtype)
+        yield attention(1, 656, 2250, "last", dtype)
+    yield attention(640, 640, 2250, "all", torch.bfloat16)
+    yield attention(640, 640, 512, "last", kv_heads=4)
+    yield attention(1, 656, 2250, "last", kv_heads=4)
+    yield attention(640, 640, 512, "last", backward=True)
+    yield attention(640, 640, 2250, "all", backward=True)
+    yield selection()
+    yield gathering()
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Row:
+    operation: str
+    threads: int
+    timings: dict[str, measuring.Timing]  # by method
+
+    def milliseconds(self, method: str) -> float | None:
+        return self.timings[method].seconds * 1e3 if method in self.timings else None
+
+    def over_ours(self, method: str) -> float | None:
+        if method not in self.timings:
+            return None
+        return self.timings[method].seconds / self.timings["ours"].seconds
+
+    def columns(self) -> dict[str, str | float | None]:
+        """Return the row of the CSV file."""
+        return {
+            "case": self.operation,
+            "threads": self.threads,
+            "runs": self.timings["ours"].runs,
+            **{f"{method}_ms": self.milliseconds(method) for method in METHODS},
+            **{f"{method}_over_ours": self.over_ours(method) for method in METHODS[1:]},
+        }
+
+    def cells(self) -> list[str]:
+        """Return the row of the printed table."""
+        times, ratios = map(self.milliseconds, METHODS), map(self.over_ours, METHODS[1:])
+        return [
+            self.operation,
+            str(self.threads),
+            *("-" if time is None else f"{time:.3f}" for time in times),
+            *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+        ]
+
+
+def measure(operation: Operation, threads: int, seconds: float) -> Row:
+    torch.set_num_threads(threads)
+    with torch.set_grad_enabled(operation.backward):
+        return Row(operation.name, threads, measuring.medians(operation.methods, seconds))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", default="1,2", help="thread counts, comma-separated (default: 1,2)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of measuring for each case (default: 1)")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--csv", help="file for the table")
-    arguments = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds of measuring per case (default: 1)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="measure cases whose name contains TEXT")
+    parser.add_argument("--csv", metavar="FILE", help="write the table as CSV")
+    return parser.parse_args(arguments)
 
-    machine = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
-    print(f"{machine}, B=1 H={Attention.heads} d={Attention.head_dim}, times are medians")
-    print(f"{'case':58} {'threads':>7} {'ours':>9} {'eager':>9} {'sdpa':>9}   eager/ours  sdpa/ours")
-    table = []
-    for threads in map(int, arguments.threads.split(",")):
-        torch.set_num_threads(threads)
-        for case in cases():
-            if arguments.only not in case.name:
-                continue
-            with torch.set_grad_enabled(getattr(case, "backward", False)):
-                names = [name for name in ("ours", "eager", "sdpa") if hasattr(case, name)]
-                found = measuring.medians({name: case.run(name) for name in names}, arguments.seconds)
-            ms = {name: found[name][0] * 1e3 if name in found else None for name in ("ours", "eager", "sdpa")}
-            ratio = {name: ms[name] / ms["ours"] if ms[name] else None for name in ("eager", "sdpa")}
-            text = {name: f"{value:7.3f}ms" if value else "-" for name, value in ms.items()}
-            print(
-                f"{case.name:58} {threads:7} {text['ours']:>9} {text['eager']:>9} {text['sdpa']:>9}"
-                f"   {ratio['eager']:9.2f}x {ratio['sdpa']:9.2f}x" if ratio["sdpa"] else
-                f"{case.name:58} {threads:7} {text['ours']:>9} {text['eager']:>9} {'-':>9}   {ratio['eager']:9.2f}x",
-                flush=True,
-            )  # fmt: skip
-            table.append(
-                {"case": case.name, "threads": threads, "runs": found["ours"][1]}
-                | {f"{name}_ms": value for name, value in ms.items()}
-                | {f"{name}_over_ours": value for name, value in ratio.items()}
-            )
-    if arguments.csv:
-        measuring.write_csv(arguments.csv, table)
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    rows = []
+    for threads in map(int, args.threads.split(",")):
+        for operation in operations():
+            if args.only in operation.name:
+                rows.append(measure(operation, threads, args.seconds))
+                print(".", end="", flush=True)
+    print()
+    tables.print_table(
+        f"Milliseconds, medians of runs that take turns; B=1 H={AttentionCase.heads} d={AttentionCase.head_dim}; "
+        f"{measuring.machine('cpu')}",
+        ("case", "threads", *METHODS, "eager/ours", "sdpa/ours"),
+        [row.cells() for row in rows],
+    )
+    if args.csv:
+        tables.write_csv(args.csv, [row.columns() for row in rows])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,17 +1,17 @@
-"""FLEXATTN_BACKEND=races or =sanitizers: CPU tensors go to the CUDA kernels, on the executor of csrc/simt (`make simt`)."""
+"""What every test gets: the kernels under test, threads, examples that repeat, and shared fixtures."""
 
-import os
+from __future__ import annotations
+
 import sys
 
 import pytest
 import torch
-
-BACKEND = os.environ.get("FLEXATTN_BACKEND", "cpu")
+from backend import BACKEND, load_executor
 
 try:
     from hypothesis import HealthCheck, settings
 except ImportError:
-    pass  # the files that need it say so, the others run
+    pass  # files that need it say so, the others run
 else:
     # The same examples at every run, so that a red run is red again.
     settings.register_profile(
@@ -24,16 +24,13 @@ else:
     settings.load_profile("flexattn")
 
 if BACKEND != "cpu":
-    from simt_build import load
-
-    load(BACKEND)
-    torch.use_deterministic_algorithms(True)  # outputs are NaN until they are written
+    load_executor()
 
 
 @pytest.fixture(autouse=True)
-def threads(request):
-    """Two for the operators, whose work is shared out; the models of the tests are so small that a second one only waits."""
-    operators = request.module.__name__ in ("test_ops", "test_attention_paths")
+def threads(request: pytest.FixtureRequest) -> None:
+    """Use two threads for the operators, which share out their work; the tests' models are too small for a second."""
+    operators = request.path.parent.name == "ops"
     torch.set_num_threads(2 if operators and BACKEND == "cpu" else 1)
 
 

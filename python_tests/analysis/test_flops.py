@@ -8,8 +8,8 @@ import resource
 from pathlib import Path
 
 import pytest
-import small
-import small_checkpoint
+import tiny
+import tiny_checkpoint
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +21,7 @@ from flexattn_cuda.errors import InputError
 from flexattn_cuda.mechanism.config import SYSTEMS
 
 SEVEN = flops.llava_shape("7b")
-CONFIG = small_checkpoint.small_config()
+CONFIG = tiny_checkpoint.config()
 LAYERS, HR_LAYERS, WIDTH, KV_WIDTH, HEADS, HEAD_DIM = 5, 3, 32, 16, 4, 8  # of CONFIG
 
 
@@ -33,6 +33,7 @@ def seven(system: str, text_tokens: int = 80, selected: int | None = None, tiles
 # ------------------------------------------------------------------------------------------------------------ the paper
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "system, text_tokens, paper",
     [
@@ -48,12 +49,14 @@ def test_table_5_within_one_percent(system, text_tokens, paper):
     assert seven(system, text_tokens).published_tflops == pytest.approx(paper, rel=0.01)
 
 
+@pytest.mark.slow
 def test_two_of_nine_tiles_at_ten_percent_cost_less_than_the_published_mechanism():
     cost = seven("flexattn", 80, 518, 2)
     assert cost.here_tflops <= 11.3 < cost.published_tflops == pytest.approx(14.0, rel=0.01)
     assert cost.here["vision"] * 10 == cost.published["vision"] * 3  # two tiles and the image itself, of nine and it
 
 
+@pytest.mark.slow
 def test_the_tokens_that_a_budget_pays_for():
     config = flops.as_system(SEVEN, "flexattn")
     selected = flops.selected_for(config, 17.1, text_tokens=55)
@@ -61,6 +64,7 @@ def test_the_tokens_that_a_budget_pays_for():
     assert below < 17.1e12 < above
 
 
+@pytest.mark.slow
 def test_nothing_is_allocated():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     flops.count(flops.as_system(SEVEN, "xattn"), text_tokens=81)
@@ -78,6 +82,7 @@ def counted_on_the_cpu(model, inputs: dict) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["hd", "xattn", "center"])
 def test_the_count_is_that_of_the_same_model_on_real_tensors(system):
     config = flops.as_system(CONFIG, system)
@@ -95,8 +100,9 @@ def test_llava_costs_what_transformers_own_class_costs():
     assert sum(flops.count(config, 7, published=True).values()) == expected
 
 
+@pytest.mark.slow
 def test_parts_are_what_their_names_say():
-    N, M, h = 7 + small.SIDE**2, 36, small.SIDE * small.ZOOM
+    N, M, h = 7 + tiny.SIDE**2, 36, tiny.SIDE * tiny.ZOOM
     cost = flops.cost(flops.as_system(CONFIG, "center"), 7, selected=M, tiles=1)
     plain = flops.cost(flops.as_system(CONFIG, "llava"), 7)
     assert tuple(cost.here) == tuple(cost.published) == flops.PARTS
@@ -108,7 +114,7 @@ def test_parts_are_what_their_names_say():
     rotary = cost.here["language model"] - plain.here["language model"]
     assert cost.published["language model"] == cost.here["language model"] and rotary in (
         0,
-        HEAD_DIM * small.SIDE**2,
+        HEAD_DIM * tiny.SIDE**2,
     )
     for part in ("vision", "projector"):
         assert cost.here[part] == 2 * plain.here[part] and cost.published[part] == 10 * plain.here[part]
@@ -141,6 +147,7 @@ def test_the_operator_tells_torch_its_cost():
 # ---------------------------------------------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_papers_case_and_writes_json(flexattn, tmp_path):
     code, out, _ = flexattn("flops", "--json", tmp_path / "flops.json", "--systems", "llava,flexattn")
     assert code == 0 and "16.98" in out and "17.1" in out
@@ -152,6 +159,7 @@ def test_the_command_prints_the_papers_case_and_writes_json(flexattn, tmp_path):
         assert sum(one["here_parts"].values()) == pytest.approx(one["here_tflops"])
 
 
+@pytest.mark.slow
 def test_the_shipped_model_in_every_system(flexattn):
     systems = [
         system for system in SYSTEMS if system != "flexattn-paper"
@@ -199,6 +207,7 @@ def test_a_preset_that_does_not_fit_the_model():
 # ------------------------------------------------------------------------------------------------------------- figure
 
 
+@pytest.mark.slow
 def test_cost_by_resolution_and_its_plot(tmp_path):
     points = flops.by_resolution(CONFIG, ("llava", "hd", "flexattn"), (1, 2), text_tokens=7, share=0.5, tile_share=0.5)
     assert {system: [side for side, _ in found] for system, found in points.items()} == {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import small
-import small_checkpoint
+import tiny
+import tiny_checkpoint
 import torch
 from transformers import DynamicCache, LlamaConfig
 
@@ -18,7 +18,7 @@ def seven_billion(**flexattn) -> FlexAttnLlavaConfig:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_weights_are_those_of_the_model(dtype):
-    config = small_checkpoint.small_config()
+    config = tiny_checkpoint.config()
     model = FlexAttnLlavaForConditionalGeneration(config).to(dtype)
     estimate = memory.estimate(config, dtype)
     assert estimate.all_weights == sum(p.numel() * p.element_size() for p in model.parameters())
@@ -29,18 +29,18 @@ def test_weights_are_those_of_the_model(dtype):
 
 
 def test_caches_are_those_of_the_model():
-    config = small_checkpoint.small_config()
+    config = tiny_checkpoint.config()
     model = FlexAttnLlavaForConditionalGeneration(config).eval()
     estimate = memory.estimate(config, torch.float32, text_positions=10)
-    ids = torch.cat([torch.full((1, small.SIDE**2), small_checkpoint.IMAGE_ID), torch.full((1, 10), 5)], dim=1)
+    ids = torch.cat([torch.full((1, tiny.SIDE**2), tiny_checkpoint.IMAGE_ID), torch.full((1, 10), 5)], dim=1)
     assert estimate.positions == ids.shape[1]
     cache = DynamicCache(config=config.text_config)
     with torch.no_grad():
-        model(input_ids=ids, pixel_values_hr=small.images(1), past_key_values=cache)
+        model(input_ids=ids, pixel_values_hr=tiny.images(1), past_key_values=cache)
     taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert estimate.sequence_cache == taken
 
-    tokens = (small.SIDE * small.ZOOM) ** 2
+    tokens = (tiny.SIDE * tiny.ZOOM) ** 2
     one_layer = 2 * tokens * 2 * 8 * 4  # K and V, 2 heads of 8, float32
     assert estimate.hr_cache_all == 3 * one_layer  # layers 2, 3 and 4
     assert estimate.hr_features == tokens * (32 + 2 * 8) * 4

@@ -1,4 +1,4 @@
-"""The GPU benchmark, run on the CPU at tiny sizes: every method is called, compared and timed; what is wrong is found."""
+"""The GPU benchmark, on the CPU at tiny sizes: every method is called, compared and timed, and errors are found."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import importlib.util
 import os
 
 import bench_attention
-import bench_ops
 import pytest
 import torch
-from bench_attention import METHODS, OURS, VOLTA, Case, EventClock, Wrong
+from attention import check as exact
+from attention import comparison, methods, plan, results
+from attention.case import AttentionCase
+from attention.clock import EventClock, PreparedCall
+from attention.comparison import About, Comparison, WrongResultError
+from attention.methods import METHODS, OURS, VOLTA
+from attention.plan import QUICK
 
 from flexattn_cuda import ops
 
@@ -28,6 +33,7 @@ def everything(tmp_path_factory):
     return *run(folder, "--seed", "3", "--all"), folder
 
 
+@pytest.mark.slow
 def test_every_case_is_there_with_the_machine_and_the_seed(everything):
     code, rows, _ = everything
     assert code == 0
@@ -50,10 +56,10 @@ def test_every_case_is_there_with_the_machine_and_the_seed(everything):
     assert {row["queries"] for row in decode} == {"1"} and {
         row["input_sets"] for row in decode if row["batch"] != "1"
     } == {"2"}
-    most = bench_attention.QUICK.decode_bytes
-    assert all(int(row["bytes"]) * int(row["input_sets"]) >= most for row in decode if row["bytes"])
+    assert all(int(row["bytes"]) * int(row["input_sets"]) >= QUICK.decode_bytes for row in decode if row["bytes"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*OURS, "eager", "sdpa math", "flex_attention"])
 def test_methods_give_what_the_reference_gives_and_are_timed(everything, method):
     rows = [row for row in everything[1] if row["method"] == method and row["case"] == "prefill"]
@@ -64,11 +70,15 @@ def test_methods_give_what_the_reference_gives_and_are_timed(everything, method)
         assert bool(row["error_map"]) == (method in (*OURS, "eager")), "the others have no map"
 
 
+@pytest.mark.slow
 def test_a_backend_that_does_not_run_says_why(everything):
     rows = [row for row in everything[1] if row["method"] == "sdpa cudnn"]
     assert rows and all(row["note"].startswith("RuntimeError: No ") and not row["median_us"] for row in rows)
-    (sentence,) = [sentence for sentence in bench_attention.notes(rows)]
-    assert sentence.startswith("not timed: sdpa cudnn on prefill released B=1 M=70; ")
+
+
+def test_methods_that_were_not_timed_are_listed_by_reason():
+    rows = [results.Row(About(name, "prefill"), "sdpa cudnn", "no kernel") for name in ("one", "two")]
+    assert results.notes(rows) == ["not timed: sdpa cudnn on one; two: no kernel"]
 
 
 def spoil(monkeypatch, which: str, value: float) -> None:
@@ -88,7 +98,7 @@ def test_a_wrong_result_is_not_timed_and_fails(tmp_path, monkeypatch, capsys):
         raise RuntimeError("no triton here\nand more")
 
     spoil(monkeypatch, "out", float("nan"))
-    monkeypatch.setattr(bench_attention, "compiled_flex_attention", no_compiler)
+    monkeypatch.setattr(methods, "compiled_flex_attention", no_compiler)
     code, rows = run(tmp_path)
     assert {row["note"] for row in rows if row["method"] == "flex_attention"} == {"RuntimeError: no triton here"}
     ours = [row for row in rows if row["method"] in OURS and row["case"] in ("prefill", "decode")]
@@ -117,7 +127,7 @@ def test_a_wrong_selection_fails(monkeypatch, capsys):
         lambda *a, **o: (result := right(*a, **o))._replace(count=result.count + 1),
     )
     assert bench_attention.main(["--device", "cpu", "--quick", "--check"]) == 1
-    assert "select_tokens, ours: it is not what the reference gives" in capsys.readouterr().err
+    assert "select_tokens, ours: it differs from the reference" in capsys.readouterr().err
 
 
 def test_check_compares_every_kernel_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -128,7 +138,9 @@ def test_check_compares_every_kernel_and_writes_nothing(tmp_path, monkeypatch, c
 
 def test_a_limit_leaves_the_rest_out(tmp_path, capsys):
     code, rows = run(tmp_path, "--seconds", "0")
-    assert code == 0 and {row["note"] for row in rows if row["name"] != "copy"} == {"left out, 0 s are over"}
+    assert code == 0 and {row["note"] for row in rows if row["name"] != "copy"} == {
+        "left out, the limit of 0 s was reached"
+    }
     assert "prefill released B=1 M=70" in capsys.readouterr().out
 
 
@@ -136,7 +148,7 @@ def test_a_gpu_that_is_too_small_leaves_a_case_out(tmp_path, monkeypatch):
     def too_small(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(bench_attention, "exact_attention", too_small)
+    monkeypatch.setattr(exact, "exact_attention", too_small)
     code, rows = run(tmp_path)
     assert code == 0
     assert {row["note"] for row in rows if row["name"].startswith(("prefill", "decode"))} == {
@@ -150,28 +162,32 @@ def test_no_gpu_is_one_sentence(monkeypatch, capsys):
     assert capsys.readouterr().err == "bench_attention: torch sees no GPU on this machine.\n"
 
 
+def attention_case(queries: int, batch: int = 1) -> AttentionCase:
+    return plan.Plan(QUICK, "cpu", 0, (), seed=0).case(queries, 40, 5, batch)
+
+
 @pytest.mark.parametrize("before", [None, "80"])
 def test_the_v100s_kernels_are_chosen_during_the_call_alone(monkeypatch, before):
     monkeypatch.delenv("FLEXATTN_CAPABILITY", raising=False)
     if before:
         monkeypatch.setenv("FLEXATTN_CAPABILITY", before)
-    case = bench_attention.Run(bench_attention.QUICK, "cpu", 90, (), 0).attention(20, 40, 5, 1)
+    case = attention_case(20)
     seen = []
     case.ours = lambda: seen.append(os.environ["FLEXATTN_CAPABILITY"])
-    bench_attention.attention([case], "a case", {}, native=90, flex=False).methods[VOLTA][0]()
+    methods.methods_of([case], native=90)[VOLTA][0]()
     assert seen == ["70"] and os.environ.get("FLEXATTN_CAPABILITY") == before
 
 
 @pytest.mark.parametrize("queries, native, there", [(20, 90, True), (20, 70, False), (1, 90, False)])
 def test_the_v100s_kernels_take_part_where_they_differ(queries, native, there):
-    case = bench_attention.Run(bench_attention.QUICK, "cpu", native, (), 0).attention(queries, 40, 5, 1)
-    methods = bench_attention.attention([case], "a case", {}, native, flex=False).methods
-    assert (VOLTA in methods) == there and [m for m in METHODS if m in methods] == list(methods)
+    compared = plan.compare_attention([attention_case(queries)], About("a case", "prefill"), native, flex=False)
+    assert (VOLTA in compared.methods) == there
+    assert list(compared.methods) == [method for method in METHODS if method in compared.methods]
 
 
 def test_keys_of_the_peers_are_put_together_ahead():
     """So that no call is timed with it, whichever set of inputs it comes to first."""
-    case = bench_attention.Run(bench_attention.QUICK, "cpu", 0, (), 0).attention(1, 40, 5, 2)
+    case = attention_case(1, batch=2)
     assert case.all_keys()[0] is case.all_keys()[0] and case.all_keys()[0].shape == (2, 2, 45, 64)
     case = dataclasses.replace(case, joined=False)
     assert case.all_keys()[0] is not case.all_keys()[0]
@@ -180,17 +196,19 @@ def test_keys_of_the_peers_are_put_together_ahead():
 @pytest.mark.parametrize("error", [0.02, float("nan"), float("inf")])
 def test_what_rounding_does_not_explain_is_wrong(error):
     exact = torch.ones(3, dtype=torch.float64)
-    assert bench_attention.compared("it", exact.half() + 2**-10, exact, magnitude=1.0, roundings=1) == 2**-10
-    with pytest.raises(Wrong, match="it is wrong: error"):
-        bench_attention.compared("it", exact.half() + error, exact, magnitude=1.0, roundings=1)
+    assert comparison.max_error("it", exact.half() + 2**-10, exact, magnitude=1.0, roundings=1) == 2**-10
+    with pytest.raises(WrongResultError, match="it is wrong: error"):
+        comparison.max_error("it", exact.half() + error, exact, magnitude=1.0, roundings=1)
 
 
 def test_a_peer_that_cannot_be_compiled_has_its_reason():
-    def broken(call):
+    def broken(method, call):
         raise TypeError("no triton here\nand more")
 
-    good, bad = bench_attention.check(Case("a case", {}, {"flex_attention": [print]}, broken, 0))
-    assert not good and bad == {"flex_attention": "TypeError: no triton here"}
+    checked = comparison.check(Comparison(About("a case", "prefill"), {"flex_attention": [print]}, broken, 0))
+    assert not checked.errors and checked.reasons == {"flex_attention": "TypeError: no triton here"}
+    with pytest.raises(TypeError, match="no triton"):
+        comparison.check(Comparison(About("a case", "prefill"), {"eager": [print]}, broken, 0))
 
 
 def test_the_clock_waits_until_a_call_is_queued_before_the_gpu_comes_to_it(monkeypatch):
@@ -208,37 +226,21 @@ def test_the_clock_waits_until_a_call_is_queued_before_the_gpu_comes_to_it(monke
     monkeypatch.setattr(torch.cuda, "Event", Event)
     clock = EventClock.__new__(EventClock)
     clock.buffer = type("Buffer", (), {"sum": lambda self: reads.append(1)})()
-    prepared = bench_attention.Call(lambda: calls.append("call"), lambda: calls.append("before"))
+    prepared = PreparedCall(lambda: calls.append("call"), lambda: calls.append("before"))
     assert clock(prepared) == 0.25
     assert len(reads) == 1 + 2 + 4 and calls == ["before", "call"] * 3
 
 
 def test_inputs_are_gone_through_in_turn():
     said = []
-    turn = bench_attention.in_turn([lambda: said.append("a"), lambda: said.append("b")])
+    turn = results.in_turn([lambda: said.append("a"), lambda: said.append("b")])
     for _ in range(3):
         turn()
     assert said == ["a", "b", "a"]
 
 
+@pytest.mark.slow
 def test_images_where_there_is_matplotlib(everything):
     *_, folder = everything
     drawn = {path.name for path in folder.glob("*.png")}
     assert drawn == ({"prefill.png", "decode.png"} if importlib.util.find_spec("matplotlib") else set())
-
-
-def test_the_benchmark_of_the_cpu(tmp_path, monkeypatch, capsys):
-    options = {
-        "--threads": "1",
-        "--seconds": "0.01",
-        "--only": "decode N=1 Nk=656 M=512",
-        "--csv": str(tmp_path / "ops.csv"),
-    }
-    monkeypatch.setattr("sys.argv", ["bench_ops.py", *(word for option in options.items() for word in option)])
-    threads = torch.get_num_threads()
-    bench_ops.main()
-    torch.set_num_threads(threads)
-    with open(tmp_path / "ops.csv", newline="") as file:
-        (row,) = csv.DictReader(file)
-    assert float(row["eager_over_ours"]) > 0 and float(row["sdpa_ms"]) > 0
-    assert "decode N=1 Nk=656 M=512 last row float32" in capsys.readouterr().out

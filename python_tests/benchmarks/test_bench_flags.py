@@ -15,8 +15,8 @@ PROGRAM = r"""
 #include "bench/flags.h"
 int main(int count, char** words) try {
   const auto f = flexattn::bench::parse(count, words);
-  std::printf("%s %lld %lld %lld %d %d %s", f.op.c_str(), (long long)f.kv_heads, (long long)f.keys, (long long)f.selected, f.cold_l2,
-              f.profile, f.dtype.c_str());
+  std::printf("%s %lld %lld %lld %d %d %s", f.op.c_str(), (long long)f.kv_heads, (long long)f.keys,
+              (long long)f.selected, f.cold_l2, f.profile, f.dtype.c_str());
 } catch (const std::invalid_argument& error) { std::printf("%s", error.what()); return 1; }
 """
 

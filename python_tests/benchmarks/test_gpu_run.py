@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: its plan, what becomes of a step that fails, hangs or lacks its program, and the summary."""
+"""`make gpu` without a GPU: its plan, steps that fail, hang or lack their program, and the summary."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 import gpu
 import measuring
 import pytest
+import tables
 import torch
 from gpu import Result, Step
 
@@ -36,12 +37,17 @@ def test_a_step_that_fails_keeps_its_output():
     assert result.result == "FAILED" and result.detail == "why" and "said" in result.output
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_ended_with_what_it_started():
     begin = time.perf_counter()
-    hangs = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    hangs = """
+        import subprocess, sys
+        print("begun", flush=True)
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"])
+    """
     result = gpu.run(python(hangs, limit=3))
     assert time.perf_counter() - begin < 30
-    assert result.result == "FAILED" and result.detail == "ended after 3 s; begun"
+    assert result.result == "FAILED" and result.detail == "killed after 3 s; begun"
 
 
 @pytest.mark.parametrize("optional, becomes", [(True, "left out"), (False, "FAILED")])
@@ -59,6 +65,7 @@ def test_the_environment_of_a_step():
 # -------------------------------------------------------------------------------------------------------------- pytest
 
 
+@pytest.mark.slow
 def test_tests_that_lack_a_package_do_not_look_green(tmp_path):
     (tmp_path / "test_good.py").write_text("def test(): pass")
     (tmp_path / "test_bad.py").write_text("import no_such_package")
@@ -81,6 +88,7 @@ def test_tests_that_lack_a_package_do_not_look_green(tmp_path):
     assert part.startswith("not run: ") and "test_part.py:2 (could not import 'another_package'" in part
 
 
+@pytest.mark.slow
 def test_without_hypothesis_the_other_files_run(tmp_path):
     (tmp_path / "hypothesis").mkdir()
     (tmp_path / "hypothesis" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'hypothesis'\")")
@@ -154,7 +162,7 @@ def test_a_machine_without_a_gpu_is_one_sentence(monkeypatch, tmp_path, capsys):
 
 
 def test_the_summary_names_the_machine(monkeypatch, tmp_path, capsys):
-    facts = {"device": "NVIDIA Test", "driver": "1.2", "torch": "2.11.0", "cuda": "13.0"}
+    facts = measuring.Machine("NVIDIA Test", "1.2", "2.11.0", "13.0")
     monkeypatch.setattr(gpu, "architecture_here", lambda: "9.0")
     monkeypatch.setattr(measuring, "machine", lambda device: facts)
     monkeypatch.setattr(
@@ -177,17 +185,17 @@ def test_the_summary_names_the_machine(monkeypatch, tmp_path, capsys):
 def test_tables_do_without_rich(monkeypatch, capsys, rich):
     if not rich:
         monkeypatch.setitem(sys.modules, "rich.console", None)
-    measuring.print_table("Times", ("step", "s"), [("build", "7"), ("tests", "123")])
+    tables.print_table("Times", ("step", "s"), [("build", "7"), ("tests", "123")])
     said = capsys.readouterr().out
     assert "Times" in said and "  7" in said and "123" in said
 
 
 def test_rows_with_different_columns_make_one_table(tmp_path):
-    measuring.write_csv(tmp_path / "rows.csv", [{"a": 1, "b": 2}, {"a": 3, "c": 4}])
+    tables.write_csv(tmp_path / "rows.csv", [{"a": 1, "b": 2}, {"a": 3, "c": 4}])
     assert (tmp_path / "rows.csv").read_text().splitlines() == ["a,b,c", "1,2,", "3,,4"]
 
 
 def test_a_machine_without_a_driver_says_so(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert measuring.driver_version() == "unknown"
-    assert measuring.machine("cpu")["torch"] == torch.__version__
+    assert measuring.machine("cpu").torch == torch.__version__

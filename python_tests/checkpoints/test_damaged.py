@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small
-import small_checkpoint
+import tiny
+import tiny_checkpoint
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -43,11 +43,11 @@ Damage = Callable[[Path], Any]
 
 
 def save_own(folder: Path) -> None:
-    small_checkpoint.save(folder)
+    tiny_checkpoint.save(folder)
 
 
 def save_llava(folder: Path) -> None:
-    small.llava().save_pretrained(folder)
+    tiny.llava().save_pretrained(folder)
     words = {"<unk>": 0, "<s>": 1, "</s>": 2, "red": 3, "<image>": 95}
     backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
@@ -59,7 +59,7 @@ def save_llava(folder: Path) -> None:
 
 def save_released(folder: Path) -> None:
     shutil.copytree(RELEASED, folder)
-    shutil.copy(small_checkpoint.TOKENIZER, folder)
+    shutil.copy(tiny_checkpoint.TOKENIZER, folder)
     values = json.loads((folder / "config.json").read_text())
     values["extra"] |= {"lowres_size": "126", "highres_size": "378"}  # faster than the released sizes
     (folder / "config.json").write_text(json.dumps(values | {"vocab_size": 500}))
@@ -106,7 +106,7 @@ def answer(folder: Path) -> str | None:
     except (OSError, ValueError, AttributeError, RecursionError):
         form = None
     try:
-        model, processor = load(folder, device="cpu", flexattn=small.settings() if form == "llava" else None)
+        model, processor = load(folder, device="cpu", flexattn=tiny.settings() if form == "llava" else None)
         ask(model, processor, Image.linear_gradient("L").resize((60, 40)), "Which one?", max_new_tokens=2)
     except (CheckpointError, InputError) as error:
         return str(error)
@@ -239,7 +239,7 @@ def test_a_tokenizer_that_panics_is_refused(damaged):
 
 
 def test_a_damaged_sentencepiece_model_gives_an_answer_or_a_sentence(damaged):
-    data = small_checkpoint.TOKENIZER.read_bytes()
+    data = tiny_checkpoint.TOKENIZER.read_bytes()
     for at in range(0, len(data), len(data) // 12):
         new = data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :]
         assert is_a_sentence(damaged("released", lambda folder, new=new: (folder / "tokenizer.model").write_bytes(new)))

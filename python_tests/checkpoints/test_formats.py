@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import small
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel
@@ -40,7 +40,7 @@ def same_weights(one, two) -> bool:
 @pytest.mark.parametrize("preset", [FlexAttnConfig.released, FlexAttnConfig.paper])
 def test_own_format_round_trips(tmp_path, preset):
     sizes = dict(lowres_size=48, highres_size=144, first_layer=2, pool=3)
-    model = small.flex(preset(**sizes))
+    model = tiny.flex(preset(**sizes))
     model.save_pretrained(tmp_path)
     assert checkpoint_format(tmp_path) == "flexattn"
     again = FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path)
@@ -48,10 +48,10 @@ def test_own_format_round_trips(tmp_path, preset):
 
 
 def test_llava_format_starts_projections_as_copies(tmp_path):
-    plain = small.llava()
+    plain = tiny.llava()
     plain.save_pretrained(tmp_path)
     model, info = FlexAttnLlavaForConditionalGeneration.from_pretrained(
-        tmp_path, flexattn=small.settings(), output_loading_info=True
+        tmp_path, flexattn=tiny.settings(), output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for layer in range(5):
@@ -63,7 +63,7 @@ def test_llava_format_starts_projections_as_copies(tmp_path):
     theirs = plain.state_dict()
     assert all(torch.equal(weight, theirs[name]) for name, weight in model.state_dict().items() if "_hd" not in name)
 
-    drawn = FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path, flexattn=small.settings(hr_init="random"))
+    drawn = FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path, flexattn=tiny.settings(hr_init="random"))
     module = drawn.model.language_model.layers[2].self_attn
     assert not torch.equal(module.k_proj_hd.weight, module.k_proj.weight)
     assert module.k_proj_hd.weight.isfinite().all() and module.k_proj_hd.weight.std() > 0
@@ -176,6 +176,6 @@ def test_missing_folders(tmp_path, monkeypatch):
 
 
 def test_parts_that_do_not_fit(tmp_path):
-    small.llava().save_pretrained(tmp_path)
+    tiny.llava().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="first_layer is 9"):
         FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-import small_checkpoint
+import tiny_checkpoint
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -92,7 +92,7 @@ class FakeHub:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    return small_checkpoint.save(tmp_path_factory.mktemp("own"))
+    return tiny_checkpoint.save(tmp_path_factory.mktemp("own"))
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def released_hub(hub, tmp_path):
     """A hub whose checkpoint in the released format names a vision tower that is another repository."""
     folder = tmp_path / "released"
     shutil.copytree(RELEASED, folder)
-    shutil.copy(small_checkpoint.TOKENIZER, folder)
+    shutil.copy(tiny_checkpoint.TOKENIZER, folder)
     shutil.move(folder / "vision_tower", tmp_path / "tower")
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"mm_vision_tower": TOWER}))
@@ -146,7 +146,7 @@ def test_load_downloads_what_both_need(hub, own):
     model, processor = load(NAME, device="cpu")
     assert hub.cached() == WEIGHTS | INPUTS
     assert model.config.flexattn == load_config(own).flexattn
-    assert processor.image_token_id == small_checkpoint.IMAGE_ID
+    assert processor.image_token_id == tiny_checkpoint.IMAGE_ID
 
 
 def test_pickled_weights_are_downloaded_only_where_there_are_no_others(hub):

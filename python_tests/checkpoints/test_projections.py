@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import small
+import tiny
 import torch
 from torch import nn
 
@@ -11,7 +11,7 @@ from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.checkpoints.projections import start_projections
 from flexattn_cuda.errors import CheckpointError
 
-SYSTEMS = {"flexattn": small.settings(), "xattn": FlexAttnConfig.xattn(lowres_size=48, highres_size=144)}
+SYSTEMS = {"flexattn": tiny.settings(), "xattn": FlexAttnConfig.xattn(lowres_size=48, highres_size=144)}
 
 
 class Int8Params(nn.Parameter):
@@ -47,7 +47,7 @@ def quantise(model: nn.Module, kind: type, names: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("names", [("k_proj", "v_proj"), ("k_proj", "v_proj", "k_proj_hd", "v_proj_hd", "o_proj")])
 def test_codes_of_quantised_weights_are_not_copied(tmp_path, monkeypatch, kind, system, names):
-    small.llava(kv_heads=4).save_pretrained(tmp_path)
+    tiny.llava(kv_heads=4).save_pretrained(tmp_path)
     parent = FlexAttnLlavaForConditionalGeneration.__mro__[1]
     real = parent.from_pretrained.__func__
 
@@ -64,7 +64,7 @@ def test_codes_of_quantised_weights_are_not_copied(tmp_path, monkeypatch, kind, 
 
 def test_a_quantised_layer_without_a_weight_is_refused():
     """GPTQ and AWQ keep qweight, scales and zeros in place of a weight."""
-    model = small.flex()
+    model = tiny.flex()
     model.model.language_model.layers[2].self_attn.k_proj = nn.Identity()
     with pytest.raises(CheckpointError, match="k_proj.weight is absent"):
         start_projections(model, {"model.language_model.layers.2.self_attn.k_proj_hd.weight"}, model.config)
@@ -72,7 +72,7 @@ def test_a_quantised_layer_without_a_weight_is_refused():
 
 def test_quantised_weights_elsewhere_do_not_matter():
     """Only the layers that a projection is copied from are looked at."""
-    model = small.flex()
+    model = tiny.flex()
     quantise(model, Int8Params, ("q_proj", "o_proj", "gate_proj"))
     module = model.model.language_model.layers[2].self_attn
     start_projections(model, {"model.language_model.layers.2.self_attn.k_proj_hd.weight"}, model.config)

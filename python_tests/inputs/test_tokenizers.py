@@ -7,18 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
+import tiny_checkpoint
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import AddedToken
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    PreTrainedTokenizerFast,
 )
 
 from flexattn_cuda.checkpoints import load_config
@@ -81,35 +78,9 @@ def released(tmp_path):
 def llava(tmp_path):
     """A folder in transformers' LLaVA format: <image> is a token of the tokenizer, inside the padded vocabulary."""
     folder = tmp_path / "llava"
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=48,
-            patch_size=8,
-        ).to_dict(),
-        text_config=LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=12,
-            num_attention_heads=4,
-            vocab_size=VOCABULARY + 64,
-        ).to_dict(),
-        image_token_index=VOCABULARY,
-    )
+    config = tiny.llava_config(layers=12, vocabulary=VOCABULARY + 64, image_token_index=VOCABULARY)
     config.save_pretrained(folder)
-    backend = read_sentencepiece(MODEL, prefix_everywhere=True)
-    backend.add_special_tokens([AddedToken("<image>", normalized=False), AddedToken("<pad>", normalized=False)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        add_bos_token=True,
-    )
+    tokenizer = tiny_checkpoint.tokenizer(("<image>", "<pad>"), prefix_everywhere=True, pad="<pad>")
     tokenizer.save_pretrained(folder)
     values = json.loads((folder / "tokenizer_config.json").read_text())
     write(folder / "tokenizer_config.json", **(values | {"tokenizer_class": "LlamaTokenizer"}))
@@ -141,6 +112,7 @@ def test_ids_equal_those_of_sentencepiece(case, prefix_everywhere):
     assert tokenizer.decode(case["ids"]) == case["decoded"]
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40))
 def test_ids_equal_those_of_sentencepiece_on_any_text(text):
     sentencepiece = pytest.importorskip("sentencepiece")

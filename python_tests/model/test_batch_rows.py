@@ -54,6 +54,7 @@ def answer(model, inputs):
     return output.sequences[:, -TOKENS:], torch.stack(output.logits, 1), trace, valid_rect
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-11)], ids=["float32", "float64"]

@@ -6,7 +6,7 @@ import copy
 import pickle
 
 import pytest
-import small
+import tiny
 import torch
 from transformers import DynamicCache
 
@@ -16,19 +16,19 @@ CLOSE = 2e-4  # float32, logits of the order of 10: batches of other sizes give 
 STEPS = 3
 
 
-@pytest.fixture(params=small.PRESETS, ids=str)
+@pytest.fixture(params=tiny.PRESETS, ids=str)
 def model(request):
-    return small.flex(small.PRESETS[request.param])
+    return tiny.flex(tiny.PRESETS[request.param])
 
 
 def image_question(seed: int = 0) -> dict:
-    return {"input_ids": small.prompt(4, "image", 9, seed=seed)[None], "pixel_values_hr": small.images(1, seed)}
+    return {"input_ids": tiny.prompt(4, "image", 9, seed=seed)[None], "pixel_values_hr": tiny.images(1, seed)}
 
 
 def batch() -> dict:
     """Different questions: two images in one prompt, one in the next, none in the last."""
-    rows = [small.prompt(2, "image", 5, "image", 3, seed=1), small.prompt(4, "image", 9), small.prompt(7, seed=2)]
-    return small.left_padded(*rows) | {"pixel_values_hr": small.images(3)}
+    rows = [tiny.prompt(2, "image", 5, "image", 3, seed=1), tiny.prompt(4, "image", 9), tiny.prompt(7, seed=2)]
+    return tiny.left_padded(*rows) | {"pixel_values_hr": tiny.images(3)}
 
 
 def started(model, inputs: dict) -> DynamicCache:
@@ -80,10 +80,10 @@ def test_rows_keep_their_images_when_the_cache_moves_them(model, operation):
 
 @torch.no_grad()
 def test_another_turn_follows_rows_that_were_moved():
-    model = small.flex()
-    first = torch.stack([small.prompt(3, "image", 6, seed=seed) for seed in range(2)])
-    second = torch.stack([small.prompt(2, "image", 4, seed=seed) for seed in (5, 6)])
-    pixels = small.images(4)
+    model = tiny.flex()
+    first = torch.stack([tiny.prompt(3, "image", 6, seed=seed) for seed in range(2)])
+    second = torch.stack([tiny.prompt(2, "image", 4, seed=seed) for seed in (5, 6)])
+    pixels = tiny.images(4)
     logits = []
     for order in ([0, 1], [1, 0]):
         cache = started(model, {"input_ids": first, "pixel_values_hr": pixels[:2]})
@@ -97,8 +97,8 @@ def test_another_turn_follows_rows_that_were_moved():
 @pytest.mark.parametrize("to_length", [False, True], ids=["by a number", "to a length"])
 def test_crop_takes_either_sign(to_length):
     """transformers 5.0 crops to a length, too; later versions remove a number of positions only."""
-    model, pixels = small.flex(), small.images(2)
-    ids, more = small.prompt(3, "image", 6), small.prompt(2, "image", 5, seed=3)
+    model, pixels = tiny.flex(), tiny.images(2)
+    ids, more = tiny.prompt(3, "image", 6), tiny.prompt(2, "image", 5, seed=3)
     cache = started(model, {"input_ids": ids[None], "pixel_values_hr": pixels[:1]})
     model(input_ids=more[None], pixel_values_hr=pixels[1:], past_key_values=cache)
     try:
@@ -215,7 +215,7 @@ def test_a_cache_is_refused_after_a_decoding_step_that_failed(model):
 @torch.no_grad()
 def test_a_call_that_fails_before_the_layers_changes_nothing(model):
     """An image that cannot be encoded, and arguments that are refused, in the second turn of a conversation."""
-    second = {"input_ids": small.prompt(3, "image", 6, seed=4)[None], "pixel_values_hr": small.images(1, 4)}
+    second = {"input_ids": tiny.prompt(3, "image", 6, seed=4)[None], "pixel_values_hr": tiny.images(1, 4)}
     expected = model(**second, past_key_values=started(model, image_question())).logits
     cache = started(model, image_question())
     failing = break_projector(model, RuntimeError("out of memory"), 0)

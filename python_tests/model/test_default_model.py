@@ -35,6 +35,7 @@ def digits_right(answers: list[str], asked: list[dict]) -> float:
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
+@pytest.mark.slow
 def test_it_reads_what_only_the_high_resolution_shows(loaded):
     model, processor = loaded
     asked = questions(HERE / "data" / "held_out")
@@ -55,6 +56,7 @@ def test_it_reads_what_only_the_high_resolution_shows(loaded):
     assert digits_right(answers[True], asked) - digits_right(answers[False], asked) >= 0.75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", questions(EXAMPLES), ids=lambda example: Path(example["file"]).stem)
 def test_ask_marks_the_region_of_the_answer(example, tmp_path):
     image, overlay = EXAMPLES / example["file"], tmp_path / "overlay.png"

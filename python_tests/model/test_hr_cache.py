@@ -6,9 +6,10 @@ import copy
 import threading
 
 import pytest
-import small
+import tiny
 import torch
 import transformers
+from tiny import image_question
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
@@ -21,26 +22,14 @@ from flexattn_cuda.mechanism.cache import HRCache
 STEPS = 64
 
 
-@pytest.fixture(params=small.PRESETS, ids=str)
-def model(request):
-    return small.flex(small.PRESETS[request.param])
-
-
-def image_question(seed=0, text=9):
-    return {
-        "input_ids": small.prompt(4, "image", text, seed=seed)[None],
-        "pixel_values_hr": small.images(1, seed),
-    }
-
-
 def mixed_batch():
     """Different questions, two images in one prompt, and a row of text alone."""
     rows = [
-        small.prompt(2, "image", 5, "image", 3, seed=1),
-        small.prompt(4, "image", 9),
-        small.prompt(7, seed=2),
+        tiny.prompt(2, "image", 5, "image", 3, seed=1),
+        tiny.prompt(4, "image", 9),
+        tiny.prompt(7, seed=2),
     ]
-    return small.left_padded(*rows) | {"pixel_values_hr": small.images(3)}
+    return tiny.left_padded(*rows) | {"pixel_values_hr": tiny.images(3)}
 
 
 def run(model, steps=STEPS, **inputs):
@@ -80,6 +69,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("way", WAYS)
 def test_the_answers_are_those_of_projecting_everything_again(model, way):
@@ -108,9 +98,9 @@ def test_every_token_is_projected_once_and_every_tile_encoded_once(model, way):
         assert torch.equal(pool.table >= 0, selected[layer])
         assert pool.used <= pool.capacity <= 1.25 * pool.used
         assert pool.bytes == 2 * 4 * pool.capacity * 2 * 8  # key and value, float32, 2 heads of 8
-    side = small.SIDE
+    side = tiny.SIDE
     tiles = (
-        torch.stack(list(selected.values())).any(0).view(prompts, -1, small.ZOOM, side, small.ZOOM, side).any(3).any(-1)
+        torch.stack(list(selected.values())).any(0).view(prompts, -1, tiny.ZOOM, side, tiny.ZOOM, side).any(3).any(-1)
     )
     assert images.counters.encoded == int(tiles.sum())
 
@@ -118,7 +108,7 @@ def test_every_token_is_projected_once_and_every_tile_encoded_once(model, way):
 @torch.no_grad()
 def test_pools_take_the_memory_that_was_foretold():
     """`flexattn info`'s estimate, for the share of the tokens that was ever selected, and a quarter more at most."""
-    model = small.flex(small.PRESETS["released"])
+    model = tiny.flex(tiny.PRESETS["released"])
     _, _, _, images = run(model, 12, **image_question())
     share = images.counters.projected / (len(images.pools) * images.tokens.count)
     foretold = memory.estimate(model.config, torch.float32, selected_share=share).hr_cache_selected
@@ -129,7 +119,7 @@ def test_pools_take_the_memory_that_was_foretold():
 @torch.no_grad()
 def test_only_the_tiles_of_the_selection_are_encoded():
     """An image that fills the upper left part of its padding: nothing is selected beyond it."""
-    model = small.flex(small.settings(pool=0))
+    model = tiny.flex(tiny.settings(pool=0))
     inputs = image_question() | {"valid_rect": torch.tensor([[0, 0, 2, 4]])}
     tokens, logits, _, images = run(model, 12, **inputs)
     assert images.counters.encoded == 2 and len(images.tokens.waiting) == 7
@@ -141,7 +131,7 @@ def test_only_the_tiles_of_the_selection_are_encoded():
 @torch.no_grad()
 @pytest.mark.parametrize("hr_cache", [True, False])
 def test_samples_of_one_prompt_share_its_images(hr_cache):
-    model = small.flex()
+    model = tiny.flex()
     output = model.generate(
         **mixed_batch(), do_sample=True, num_return_sequences=4, max_new_tokens=8, return_dict_in_generate=True,
         output_logits=True, hr_cache=hr_cache,
@@ -154,7 +144,7 @@ def test_samples_of_one_prompt_share_its_images(hr_cache):
         alone = {"input_ids": ids[row, :length][prompt][None]}
         images = [slice(0, 2), slice(2, 3), slice(0, 0)][row // 4]
         if row < 8:
-            alone["pixel_values_hr"] = small.images(3)[images]
+            alone["pixel_values_hr"] = tiny.images(3)[images]
         cache = DynamicCache(config=model.config.text_config)
         logits = [model(**alone, past_key_values=cache).logits[:, -1]]
         for token in ids[row, length:-1]:
@@ -163,10 +153,11 @@ def test_samples_of_one_prompt_share_its_images(hr_cache):
         assert (torch.cat(logits) - theirs).abs().max() <= 2e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_conversations_go_on_with_what_was_projected(model):
-    first, second = small.prompt(4, "image", 9), small.prompt(3, "image", 6, seed=4)
-    pixels, answers = small.images(2), []
+    first, second = tiny.prompt(4, "image", 9), tiny.prompt(3, "image", 6, seed=4)
+    pixels, answers = tiny.images(2), []
     for hr_cache in (True, False):
         cache = DynamicCache(config=model.config.text_config)
         keywords = dict(past_key_values=cache, max_new_tokens=STEPS, do_sample=False, hr_cache=hr_cache)
@@ -184,8 +175,8 @@ def test_conversations_go_on_with_what_was_projected(model):
 @torch.no_grad()
 def test_a_cropped_cache_forgets_the_images_behind_its_end():
     """A question that is taken back, with its image, and another one asked instead."""
-    model, pixels = small.flex(), small.images(3)
-    first, rejected, second = (small.prompt(3, "image", 6, seed=seed) for seed in range(3))
+    model, pixels = tiny.flex(), tiny.images(3)
+    first, rejected, second = (tiny.prompt(3, "image", 6, seed=seed) for seed in range(3))
     logits = []
     for taken_back in (True, False):
         cache = DynamicCache(config=model.config.text_config)
@@ -250,7 +241,7 @@ def test_pools_have_the_dtype_of_the_model(model, dtype):
 
 @torch.no_grad()
 def test_rows_that_the_cache_does_not_know_are_refused():
-    model, cache = small.flex(), DynamicCache()
+    model, cache = tiny.flex(), DynamicCache()
     batch = mixed_batch()
     model(**batch, past_key_values=cache)
     with pytest.raises(ValueError, match="this call has 1 rows, but the cache holds images of 3 prompts"):
@@ -287,6 +278,7 @@ def decode_in_fixed_pools(model, step, inputs, capacity, steps):
     return torch.cat(tokens, 1)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_that_reads_nothing_back_gives_the_same_answer(model, compiled):
@@ -319,7 +311,7 @@ def test_a_cache_that_is_emptied_holds_no_images(model):
     fresh = StaticCache(config=model.config.text_config, max_cache_len=60)
     model(**image_question(), past_key_values=cache)
     cache.reset()
-    text = {"input_ids": small.prompt(20, seed=5)[None]}
+    text = {"input_ids": tiny.prompt(20, seed=5)[None]}
     assert torch.equal(model(**text, past_key_values=cache).logits, model(**text, past_key_values=fresh).logits)
     assert HRCache.beside(cache) is None
 
@@ -330,8 +322,8 @@ def test_a_cache_that_is_emptied_holds_no_images(model):
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(3))
 def test_a_capacity_given_once_holds_for_the_next_image(model, seed):
-    ids, pixels = small.prompt(3, "image", 6, seed=seed)[None], small.images(2, seed)
-    later = small.prompt(3, "image", 4, seed=seed + 9)[None]
+    ids, pixels = tiny.prompt(3, "image", 6, seed=seed)[None], tiny.images(2, seed)
+    later = tiny.prompt(3, "image", 4, seed=seed + 9)[None]
     answers = []
     for capacity in ({}, {"hr_capacity": 2 * 18 * 18}):
         cache = StaticCache(config=model.config.text_config, max_cache_len=150)
@@ -348,13 +340,13 @@ def test_a_capacity_given_once_holds_for_the_next_image(model, seed):
 def test_a_conversation_goes_on_with_its_new_tokens_alone(model):
     if transformers.__version__.startswith("5.0."):
         pytest.skip("transformers 5.0 itself fails on it")
-    first, second = small.prompt(4, "image", 9), small.prompt(7, seed=4)
+    first, second = tiny.prompt(4, "image", 9), tiny.prompt(7, seed=4)
     answers = []
     for alone in (False, True):
         cache = DynamicCache(config=model.config.text_config)
         turn = model.generate(
             first[None],
-            pixel_values_hr=small.images(1),
+            pixel_values_hr=tiny.images(1),
             past_key_values=cache,
             max_new_tokens=4,
             do_sample=False,
@@ -424,7 +416,7 @@ def test_a_cache_made_in_inference_mode_is_used_outside(model, static):
 
 @torch.no_grad()
 def test_prompts_of_embeddings(model):
-    ids = small.prompt(9)[None]
+    ids = tiny.prompt(9)[None]
     embeds = model.get_input_embeddings()(ids)
     expected = model.generate(ids, max_new_tokens=5, do_sample=False)[:, -5:]
     assert torch.equal(model.generate(inputs_embeds=embeds, max_new_tokens=5, do_sample=False)[:, -5:], expected)
@@ -434,10 +426,10 @@ def test_prompts_of_embeddings(model):
 @pytest.mark.parametrize("kind", ["same", "text"])
 def test_an_assistant_model_changes_nothing(model, kind):
     model.generation_config.eos_token_id = 94
-    question = image_question() if kind == "same" else {"input_ids": small.prompt(9)[None]}
+    question = image_question() if kind == "same" else {"input_ids": tiny.prompt(9)[None]}
     expected = model.generate(**question, max_new_tokens=8, do_sample=False)
     assistant = (
-        small.flex(seed=3) if kind == "same" else transformers.LlamaForCausalLM(small.llava_config().text_config).eval()
+        tiny.flex(seed=3) if kind == "same" else transformers.LlamaForCausalLM(tiny.llava_config().text_config).eval()
     )
     assistant.generation_config.eos_token_id = 94
     found = model.generate(**question, max_new_tokens=8, do_sample=False, assistant_model=assistant)
@@ -447,12 +439,12 @@ def test_an_assistant_model_changes_nothing(model, kind):
 @torch.no_grad()
 def test_images_and_places_must_agree():
     two = {
-        "input_ids": small.prompt("image", 3, "image", 2)[None],
+        "input_ids": tiny.prompt("image", 3, "image", 2)[None],
         "pixel_values": torch.zeros(2, 3, 48, 48),
     }
     for images in (1, 3):
         with pytest.raises(ValueError, match=f"pixel_values_hr holds {images} images; these prompts have 2"):
-            small.flex()(**two, pixel_values_hr=small.images(images))
+            tiny.flex()(**two, pixel_values_hr=tiny.images(images))
 
 
 @torch.no_grad()
@@ -461,8 +453,8 @@ def test_an_image_token_that_the_model_writes_is_no_image(model, use_cache):
     def write_one(ids, scores):
         return (
             scores
-            if (ids[0] == small.IMAGE).sum() > small.SIDE**2
-            else scores.index_fill(1, torch.tensor(small.IMAGE), 1e9)
+            if (ids[0] == tiny.IMAGE).sum() > tiny.SIDE**2
+            else scores.index_fill(1, torch.tensor(tiny.IMAGE), 1e9)
         )
 
     ids = model.generate(
@@ -472,4 +464,4 @@ def test_an_image_token_that_the_model_writes_is_no_image(model, use_cache):
         logits_processor=[write_one],
         use_cache=use_cache,
     )
-    assert ids.shape[1] == 49 + 5 and ids[0, 49] == small.IMAGE
+    assert ids.shape[1] == 49 + 5 and ids[0, 49] == tiny.IMAGE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import small
+import tiny
 import torch
 from transformers import DynamicCache
 
@@ -17,15 +17,15 @@ def assert_close(actual, expected, tolerance=EXACT):
     assert (actual - expected).abs().max().item() <= tolerance
 
 
-@pytest.fixture(params=small.PRESETS, ids=str)
+@pytest.fixture(params=tiny.PRESETS, ids=str)
 def model(request):
-    return small.flex(small.PRESETS[request.param])
+    return tiny.flex(tiny.PRESETS[request.param])
 
 
 def image_question(seed=0, text=9):
     return {
-        "input_ids": small.prompt(4, "image", text, seed=seed)[None],
-        "pixel_values_hr": small.images(1, seed),
+        "input_ids": tiny.prompt(4, "image", text, seed=seed)[None],
+        "pixel_values_hr": tiny.images(1, seed),
     }
 
 
@@ -33,13 +33,13 @@ def image_question(seed=0, text=9):
 def test_high_resolution_changes_the_answer(model):
     inputs = image_question()
     trace = Trace()
-    _, with_hr = small.generate(model, **inputs, flexattn_trace=trace)
-    _, without = small.generate(model, input_ids=inputs["input_ids"], pixel_values=low_of(model, inputs))
+    _, with_hr = tiny.generate(model, **inputs, flexattn_trace=trace)
+    _, without = tiny.generate(model, input_ids=inputs["input_ids"], pixel_values=low_of(model, inputs))
     assert (with_hr - without).abs().max() > 0.1
     first = model.config.flexattn.first_layer
     assert [sorted(step) for step in trace.steps] == [list(range(first - 1, 5))] * 6
     counts = torch.tensor([[int(layer.mask.sum()) for layer in step.values()] for step in trace.steps])
-    assert (counts > 0).any() and (counts < small.SIDE**2 * small.ZOOM**2).any()
+    assert (counts > 0).any() and (counts < tiny.SIDE**2 * tiny.ZOOM**2).any()
 
 
 def low_of(model, inputs):
@@ -51,7 +51,7 @@ def low_of(model, inputs):
 
 @torch.no_grad()
 def test_only_the_last_prompt_row_sees_hr_in_the_released_form():
-    model, inputs = small.flex(), image_question()
+    model, inputs = tiny.flex(), image_question()
     with_hr = model(**inputs).logits[0]
     without = model(input_ids=inputs["input_ids"], pixel_values=low_of(model, inputs)).logits[0]
     assert_close(with_hr[:-1], without[:-1], 1e-5)
@@ -60,7 +60,7 @@ def test_only_the_last_prompt_row_sees_hr_in_the_released_form():
 
 @torch.no_grad()
 def test_every_prompt_row_sees_hr_in_the_paper_form():
-    model, inputs = small.flex(small.PRESETS["paper"]), image_question()
+    model, inputs = tiny.flex(tiny.PRESETS["paper"]), image_question()
     with_hr = model(**inputs).logits[0]
     without = model(input_ids=inputs["input_ids"], pixel_values=low_of(model, inputs)).logits[0]
     assert ((with_hr - without).abs().amax(-1) > 1e-3).float().mean() > 0.9
@@ -70,7 +70,7 @@ def test_every_prompt_row_sees_hr_in_the_paper_form():
 def test_teacher_forcing_equals_decoding(model):
     """All answer rows in one call, each with its own selection, against one call per token."""
     inputs, steps = image_question(), 6
-    tokens, logits = small.generate(model, steps, **inputs)
+    tokens, logits = tiny.generate(model, steps, **inputs)
     full = torch.cat([inputs["input_ids"], tokens], dim=1)
     labels = torch.full_like(full, -100)
     labels[:, -steps:] = tokens
@@ -80,10 +80,10 @@ def test_teacher_forcing_equals_decoding(model):
 
 @torch.no_grad()
 def test_prompt_in_chunks_equals_one_call():
-    model, inputs = small.flex(), image_question()
+    model, inputs = tiny.flex(), image_question()
     expected = model(**inputs).logits[:, -1]
     ids, length = inputs["input_ids"], inputs["input_ids"].shape[1]
-    for cut in (small.SIDE**2 + 4, length - 1):
+    for cut in (tiny.SIDE**2 + 4, length - 1):
         cache = DynamicCache(config=model.config.text_config)
         model(
             input_ids=ids[:, :cut],
@@ -97,7 +97,7 @@ def test_prompt_in_chunks_equals_one_call():
 
 @torch.no_grad()
 def test_paper_form_refuses_a_prompt_in_chunks():
-    model, inputs = small.flex(small.PRESETS["paper"]), image_question()
+    model, inputs = tiny.flex(tiny.PRESETS["paper"]), image_question()
     with pytest.raises(ValueError, match="in one call"):
         model(input_ids=inputs["input_ids"][:, :-3], pixel_values_hr=inputs["pixel_values_hr"],
               prompt_length=inputs["input_ids"].shape[1])  # fmt: skip
@@ -107,7 +107,7 @@ def test_paper_form_refuses_a_prompt_in_chunks():
 def test_several_new_tokens_in_one_call_equal_one_by_one(model):
     """What assisted decoding does: drafts are verified together, and each row has its own selection."""
     inputs = image_question()
-    tokens, logits = small.generate(model, 5, **inputs)
+    tokens, logits = tiny.generate(model, 5, **inputs)
     cache = DynamicCache(config=model.config.text_config)
     length = inputs["input_ids"].shape[1]
     first = model(**inputs, past_key_values=cache).logits[:, -1:]
@@ -118,7 +118,7 @@ def test_several_new_tokens_in_one_call_equal_one_by_one(model):
 @torch.no_grad()
 def test_assisted_generation(model):
     inputs = image_question()
-    expected, _ = small.generate(model, 8, **inputs)
+    expected, _ = tiny.generate(model, 8, **inputs)
     output = model.generate(
         **inputs, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3, eos_token_id=94
     )  # transformers 5.0 looks for one in the drafts
@@ -129,17 +129,17 @@ def test_assisted_generation(model):
 def test_rows_of_a_batch_do_not_depend_on_each_other(model):
     """Image questions of different lengths, two images in one prompt, and a row of text alone."""
     rows = [
-        (small.prompt(4, "image", 9), small.images(1)),
-        (small.prompt(2, "image", 5, "image", 3, seed=1), small.images(2, seed=1)),
-        (small.prompt(7, seed=2), None),
-        (small.prompt("image", 2, seed=3), small.images(1, seed=3)),
+        (tiny.prompt(4, "image", 9), tiny.images(1)),
+        (tiny.prompt(2, "image", 5, "image", 3, seed=1), tiny.images(2, seed=1)),
+        (tiny.prompt(7, seed=2), None),
+        (tiny.prompt("image", 2, seed=3), tiny.images(1, seed=3)),
     ]
     pixels = torch.cat([pixels for _, pixels in rows if pixels is not None])
-    batch_tokens, batch_logits = small.generate(
-        model, **small.left_padded(*(ids for ids, _ in rows)), pixel_values_hr=pixels
+    batch_tokens, batch_logits = tiny.generate(
+        model, **tiny.left_padded(*(ids for ids, _ in rows)), pixel_values_hr=pixels
     )
     for row, (ids, pixels) in enumerate(rows):
-        tokens, logits = small.generate(
+        tokens, logits = tiny.generate(
             model, input_ids=ids[None], **({} if pixels is None else {"pixel_values_hr": pixels})
         )
         assert_close(batch_logits[row], logits[0])
@@ -151,27 +151,27 @@ def test_a_margin_is_never_selected(model):
     model.config.flexattn_config = model.config.flexattn_config | {"pool": 0}
     live = torch.tensor([[2, 0, 4, 6]])
     trace = Trace()
-    small.generate(model, **image_question(), valid_rect=live, flexattn_trace=trace)
+    tiny.generate(model, **image_question(), valid_rect=live, flexattn_trace=trace)
     masks = torch.cat([layer.mask.view(-1, 18, 18) for step in trace.steps for layer in step.values()])
     assert masks[:, 6:12].any() and not masks[:, :6].any() and not masks[:, 12:].any()
 
 
 @torch.no_grad()
 def test_text_after_a_image_starts_without_it(model):
-    text = {"input_ids": small.prompt(11, seed=5)[None]}
-    before = small.generate(model, **text)[1]
-    small.generate(model, **image_question())
-    assert torch.equal(small.generate(model, **text)[1], before)
+    text = {"input_ids": tiny.prompt(11, seed=5)[None]}
+    before = tiny.generate(model, **text)[1]
+    tiny.generate(model, **image_question())
+    assert torch.equal(tiny.generate(model, **text)[1], before)
 
 
 @torch.no_grad()
 def test_beams_hold_their_own_images(model):
     """Two rows, one with two images: every beam of a row must read that row's images."""
-    ids = small.left_padded(small.prompt(2, "image", 5, "image", 3), small.prompt(3, "image", 4, seed=1))
-    pixels = small.images(3)
+    ids = tiny.left_padded(tiny.prompt(2, "image", 5, "image", 3), tiny.prompt(3, "image", 4, seed=1))
+    pixels = tiny.images(3)
     together = model.generate(**ids, pixel_values_hr=pixels, num_beams=3, max_new_tokens=5, do_sample=False)
     alone = model.generate(
-        small.prompt(2, "image", 5, "image", 3)[None], pixel_values_hr=pixels[:2], num_beams=3, max_new_tokens=5,
+        tiny.prompt(2, "image", 5, "image", 3)[None], pixel_values_hr=pixels[:2], num_beams=3, max_new_tokens=5,
         do_sample=False,
     )  # fmt: skip
     assert torch.equal(together[0, -5:], alone[0, -5:])
@@ -180,7 +180,7 @@ def test_beams_hold_their_own_images(model):
 @torch.no_grad()
 def test_static_cache(model):
     inputs = image_question()
-    expected, _ = small.generate(model, 6, **inputs)
+    expected, _ = tiny.generate(model, 6, **inputs)
     output = model.generate(
         **inputs,
         max_new_tokens=6,
@@ -194,9 +194,9 @@ def test_static_cache(model):
 @torch.no_grad()
 def test_conversation_goes_on_from_its_cache(model):
     """A second question, about a second image, with the first turn in the cache."""
-    first = small.prompt(4, "image", 9)
-    second = small.prompt(3, "image", 6, seed=4)
-    pixels = small.images(2)
+    first = tiny.prompt(4, "image", 9)
+    second = tiny.prompt(3, "image", 6, seed=4)
+    pixels = tiny.images(2)
     cache = DynamicCache(config=model.config.text_config)
     turn = model.generate(
         first[None],
@@ -233,9 +233,9 @@ def test_other_dtypes(model, dtype):
 @pytest.mark.parametrize("strategy", ["random", "center"])
 @torch.no_grad()
 def test_ablation_strategies_keep_their_share(strategy):
-    model = small.flex(small.settings(strategy=strategy, ratio=0.34))
+    model = tiny.flex(tiny.settings(strategy=strategy, ratio=0.34))
     trace = Trace()
-    small.generate(model, 2, **image_question(), flexattn_trace=trace)
+    tiny.generate(model, 2, **image_question(), flexattn_trace=trace)
     for step in trace.steps:
         for layer in step.values():
             assert layer.mask.sum() == 3 * (18 // 3) ** 2  # 3 of the 9 pool cells
@@ -244,10 +244,10 @@ def test_ablation_strategies_keep_their_share(strategy):
 
 
 def test_gradient_checkpointing_changes_nothing(model):
-    ids = torch.stack([small.prompt(4, "image", 9), small.prompt(2, "image", 11, seed=1)])
+    ids = torch.stack([tiny.prompt(4, "image", 9), tiny.prompt(2, "image", 11, seed=1)])
     labels = torch.full_like(ids, -100)
     labels[0, -4:], labels[1, -7:-5], labels[1, -2:] = ids[0, -4:], ids[1, -7:-5], ids[1, -2:]
-    inputs = dict(input_ids=ids, labels=labels, pixel_values_hr=small.images(2), hr_alpha=0.4, use_cache=False)
+    inputs = dict(input_ids=ids, labels=labels, pixel_values_hr=tiny.images(2), hr_alpha=0.4, use_cache=False)
     gradients = []
     for enabled in (False, True):
         model.train()
@@ -266,7 +266,7 @@ def test_gradient_checkpointing_changes_nothing(model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pixel_values_hr": small.images(2)}, "room for 1 images, but 2"),
+        ({"pixel_values_hr": tiny.images(2)}, "room for 1 images, but 2"),
         (
             {"pixel_values_hr": torch.zeros(1, 3, 40, 40)},
             r"pixel_values_hr has shape \[1, 3, 40, 40\]",
@@ -276,7 +276,7 @@ def test_gradient_checkpointing_changes_nothing(model):
         ({"rows_per_prompt": 0}, "the batch has 1 rows, which are not prompts of 0 rows each"),
         ({"valid_rect": torch.zeros(1, 3)}, r"valid_rect has shape \[1, 3\]"),
         (
-            {"input_ids": small.prompt(4, "image", 9)[None, 5:]},
+            {"input_ids": tiny.prompt(4, "image", 9)[None, 5:]},
             "image tokens, but every image takes 36",
         ),
         ({"input_ids": None}, "either input_ids or inputs_embeds"),
@@ -291,7 +291,7 @@ def test_bad_input_is_told_in_one_sentence(model, changes, message):
 @torch.no_grad()
 def test_device_map(tmp_path):
     pytest.importorskip("accelerate")
-    model = small.flex()
+    model = tiny.flex()
     model.save_pretrained(tmp_path)
     placed = FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path, device_map={"": "cpu"})
     inputs = image_question()

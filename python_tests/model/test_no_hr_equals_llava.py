@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import small
+import tiny
 import torch
 
 from flexattn_cuda import FlexAttnLlavaForConditionalGeneration
@@ -11,9 +11,9 @@ from flexattn_cuda import FlexAttnLlavaForConditionalGeneration
 
 def pair(tmp_path, **changes):
     """transformers' LLaVA, and this package's with the same weights, through a checkpoint in transformers' format."""
-    plain = small.llava(**changes)
+    plain = tiny.llava(**changes)
     plain.save_pretrained(tmp_path)
-    ours = FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path, flexattn=small.settings()).eval()
+    ours = FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path, flexattn=tiny.settings()).eval()
     ours.generation_config = plain.generation_config
     return plain, ours
 
@@ -23,7 +23,7 @@ def assert_equal_logits(ours: torch.Tensor, plain: torch.Tensor) -> None:
 
 
 def low(pixels: torch.Tensor) -> torch.Tensor:
-    size = small.SIDE * small.PATCH
+    size = tiny.SIDE * tiny.PATCH
     return torch.nn.functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
 
 
@@ -31,8 +31,8 @@ def low(pixels: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_forward(tmp_path, kv_heads):
     plain, ours = pair(tmp_path, kv_heads=kv_heads)
-    inputs = small.left_padded(small.prompt(4, "image", 9), small.prompt(2, "image", 3, seed=1))
-    inputs["pixel_values"] = low(small.images(2))
+    inputs = tiny.left_padded(tiny.prompt(4, "image", 9), tiny.prompt(2, "image", 3, seed=1))
+    inputs["pixel_values"] = low(tiny.images(2))
     seen = inputs["attention_mask"].bool()
     assert_equal_logits(ours(**inputs).logits[seen], plain(**inputs).logits[seen])
 
@@ -40,10 +40,10 @@ def test_forward(tmp_path, kv_heads):
 @torch.no_grad()
 def test_generate(tmp_path):
     plain, ours = pair(tmp_path)
-    inputs = small.left_padded(small.prompt(4, "image", 9), small.prompt(5, seed=1))
-    inputs["pixel_values"] = low(small.images(1))
-    expected_tokens, expected = small.generate(plain, **inputs)
-    tokens, logits = small.generate(ours, **inputs)
+    inputs = tiny.left_padded(tiny.prompt(4, "image", 9), tiny.prompt(5, seed=1))
+    inputs["pixel_values"] = low(tiny.images(1))
+    expected_tokens, expected = tiny.generate(plain, **inputs)
+    tokens, logits = tiny.generate(ours, **inputs)
     assert torch.equal(tokens, expected_tokens)
     assert_equal_logits(logits, expected)
 
@@ -54,8 +54,8 @@ def test_generate(tmp_path):
 )
 def test_generate_options(tmp_path, options):
     plain, ours = pair(tmp_path)
-    inputs = small.left_padded(small.prompt(4, "image", 9), small.prompt(2, "image", 4, seed=1))
-    inputs["pixel_values"] = low(small.images(2))
+    inputs = tiny.left_padded(tiny.prompt(4, "image", 9), tiny.prompt(2, "image", 4, seed=1))
+    inputs["pixel_values"] = low(tiny.images(2))
     expected = plain.generate(**inputs, **options, max_new_tokens=5, do_sample=False)
     assert torch.equal(ours.generate(**inputs, **options, max_new_tokens=5, do_sample=False), expected)
 
@@ -64,21 +64,21 @@ def test_generate_options(tmp_path, options):
 def test_empty_selection(tmp_path):
     """HR pixels are there, but no cell passes the threshold."""
     plain, ours = pair(tmp_path)
-    ours.config.flexattn_config = small.settings(threshold=255.0).to_dict()
-    ids, pixels = small.prompt(4, "image", 9)[None], small.images(1)
-    expected_tokens, expected = small.generate(plain, input_ids=ids, pixel_values=low(pixels))
-    tokens, logits = small.generate(ours, input_ids=ids, pixel_values_hr=pixels)
+    ours.config.flexattn_config = tiny.settings(threshold=255.0).to_dict()
+    ids, pixels = tiny.prompt(4, "image", 9)[None], tiny.images(1)
+    expected_tokens, expected = tiny.generate(plain, input_ids=ids, pixel_values=low(pixels))
+    tokens, logits = tiny.generate(ours, input_ids=ids, pixel_values_hr=pixels)
     assert torch.equal(tokens, expected_tokens)
     assert_equal_logits(logits, expected)
 
 
 def test_training_loss_and_gradients(tmp_path):
     plain, ours = pair(tmp_path)
-    ids = torch.stack([small.prompt(4, "image", 9), small.prompt(2, "image", 11, seed=1)])
+    ids = torch.stack([tiny.prompt(4, "image", 9), tiny.prompt(2, "image", 11, seed=1)])
     mask = torch.ones_like(ids)
     mask[1, -3:] = 0  # right padding
-    labels = ids.masked_fill((ids == small.IMAGE) | (mask == 0), -100)
-    inputs = dict(input_ids=ids, attention_mask=mask, labels=labels, pixel_values=low(small.images(2)))
+    labels = ids.masked_fill((ids == tiny.IMAGE) | (mask == 0), -100)
+    inputs = dict(input_ids=ids, attention_mask=mask, labels=labels, pixel_values=low(tiny.images(2)))
     losses = []
     for model in (plain, ours):
         loss = model.train()(**inputs).loss

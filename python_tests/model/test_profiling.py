@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import small
+import tiny
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -33,10 +33,10 @@ def names(function) -> list[tuple[str, float, float]]:
 
 
 def ask():
-    model = small.flex()
-    inputs = {"input_ids": small.prompt(4, "image", 9)[None], "pixel_values_hr": small.images(1)}
+    model = tiny.flex()
+    inputs = {"input_ids": tiny.prompt(4, "image", 9)[None], "pixel_values_hr": tiny.images(1)}
     with torch.no_grad():
-        return lambda: small.generate(model, steps=3, **inputs)
+        return lambda: tiny.generate(model, steps=3, **inputs)
 
 
 OPERATORS = (
@@ -120,6 +120,7 @@ def test_compiled_code_has_no_graph_break(switched_on):
     assert torch.equal(compiled(tokens, index), gather(tokens, index))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value, on", [("1", "True"), ("0", "False"), ("", "False"), (None, "False")])
 def test_the_environment_switches_at_import(value, on):
     environment = {name: text for name, text in os.environ.items() if name != "FLEXATTN_NVTX"}

@@ -240,6 +240,7 @@ def expand(model, values: torch.Tensor, prompt: torch.Tensor, fill: int) -> torc
 CASES = read_json("model_cases")["cases"]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES, "name"))
 def test_whole_model(case):
@@ -328,6 +329,7 @@ def test_whole_model(case):
 SCORES = read_json("scoring_training")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_option_losses():
     scoring, model = SCORES["scoring"], load_model()
@@ -379,6 +381,7 @@ def released_name(name: str) -> str:
 TRAINING = SCORES["training"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("run", TRAINING["runs"], ids=ids(TRAINING["runs"], "step"))
 def test_training(run, checkpointing):

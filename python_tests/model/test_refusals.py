@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import small
-import small_checkpoint
+import tiny
+import tiny_checkpoint
 import torch
 import transformers
 from PIL import Image
@@ -21,14 +21,14 @@ from flexattn_cuda.mechanism.selection import select
 
 
 def image_question() -> dict:
-    return {"input_ids": small.prompt(4, "image", 9)[None], "pixel_values_hr": small.images(1)}
+    return {"input_ids": tiny.prompt(4, "image", 9)[None], "pixel_values_hr": tiny.images(1)}
 
 
 def with_text_model(text_config: transformers.PreTrainedConfig) -> FlexAttnLlavaForConditionalGeneration:
     torch.manual_seed(0)
-    values = small.flex().config.to_dict() | {"text_config": text_config.to_dict()}
+    values = tiny.flex().config.to_dict() | {"text_config": text_config.to_dict()}
     values.pop("model_type")
-    return small.sharpen(FlexAttnLlavaForConditionalGeneration(FlexAttnLlavaConfig(**values)))
+    return tiny.sharpen(FlexAttnLlavaForConditionalGeneration(FlexAttnLlavaConfig(**values)))
 
 
 # ------------------------------------------------------------------------------------------------ which attention is
@@ -37,7 +37,7 @@ def with_text_model(text_config: transformers.PreTrainedConfig) -> FlexAttnLlava
 
 @torch.no_grad()
 def test_hr_tokens_need_our_attention_on_the_language_model():
-    model, cache = small.flex(), DynamicCache()
+    model, cache = tiny.flex(), DynamicCache()
     model(**image_question(), past_key_values=cache)
     model.model.language_model.set_attn_implementation("sdpa")
     message = "need attention implementation 'flexattn' on the language model, but it is 'sdpa'"
@@ -45,12 +45,12 @@ def test_hr_tokens_need_our_attention_on_the_language_model():
         model(**image_question())
     with pytest.raises(ValueError, match=message):
         model(input_ids=torch.tensor([[5]]), past_key_values=cache)
-    model(input_ids=small.prompt(7)[None])  # without HR tokens any attention will do
+    model(input_ids=tiny.prompt(7)[None])  # without HR tokens any attention will do
 
 
 @torch.no_grad()
 def test_the_vision_tower_is_not_causal(tmp_path):
-    small.flex().save_pretrained(tmp_path)
+    tiny.flex().save_pretrained(tmp_path)
     model = FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="flexattn")
     with pytest.raises(ValueError, match="CLIPAttention is not causal, but flexattn attention is"):
         model(**image_question())
@@ -87,7 +87,7 @@ def test_options_that_change_nothing_are_accepted():
 @torch.no_grad()
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_window_that_the_sequence_does_not_exceed_changes_nothing(use_cache):
-    sizes = small.llava_config().text_config.to_dict() | {"model_type": "mistral"}
+    sizes = tiny.llava_config().text_config.to_dict() | {"model_type": "mistral"}
     length = image_question()["input_ids"].shape[1]
     logits = []
     for window in (None, length):
@@ -101,7 +101,7 @@ def test_a_window_that_the_sequence_does_not_exceed_changes_nothing(use_cache):
 
 @torch.no_grad()
 def test_a_cache_with_a_window_is_refused_before_anything_is_computed(monkeypatch):
-    model = small.flex()
+    model = tiny.flex()
     monkeypatch.setattr(model.model.vision_tower, "forward", lambda *_, **__: pytest.fail("an image was encoded"))
     cache = Cache(layers=[DynamicSlidingWindowLayer(sliding_window=16) for _ in range(5)])
     with pytest.raises(ValueError, match="keeps a window of 16 positions, but this call ends at position 49"):
@@ -156,7 +156,7 @@ def test_language_models_whose_keys_are_llamas_are_accepted(name):
 def test_the_check_of_the_keys_draws_no_random_numbers():
     weights = []
     for _ in range(2):
-        weights.append(small.flex(seed=3).lm_head.weight)
+        weights.append(tiny.flex(seed=3).lm_head.weight)
         probe._SUPPORTED.clear()
     assert torch.equal(*weights)
 
@@ -166,7 +166,7 @@ def test_the_check_of_the_keys_draws_no_random_numbers():
 
 def test_early_exit_is_refused():
     with pytest.raises(ValueError, match="assistant_early_exit is not supported by LLaVA; use assistant_model"):
-        small.flex().generate(**image_question(), assistant_early_exit=2, max_new_tokens=3)
+        tiny.flex().generate(**image_question(), assistant_early_exit=2, max_new_tokens=3)
 
 
 def test_stop_strings_need_a_tokenizer_that_spells(tmp_path):
@@ -177,7 +177,7 @@ def test_stop_strings_need_a_tokenizer_that_spells(tmp_path):
     with pytest.raises(ValueError, match="stop_strings needs a tokenizer that can spell any text"):
         model.generate(**inputs, stop_strings=["1"], tokenizer=processor.tokenizer, max_new_tokens=2)
 
-    model, processor = flexattn_cuda.load(small_checkpoint.save(tmp_path), device="cpu")
+    model, processor = flexattn_cuda.load(tiny_checkpoint.save(tmp_path), device="cpu")
     inputs = processor(images=Image.new("RGB", (60, 60)), text=processor.prompt("What?"))
     options = dict(max_new_tokens=12, do_sample=False)
     start = inputs["input_ids"].shape[1]
@@ -191,7 +191,7 @@ def test_stop_strings_need_a_tokenizer_that_spells(tmp_path):
 
 
 def test_grids_that_are_not_square_are_refused_by_the_selection():
-    settings, rect = small.settings(), torch.tensor([[[0, 0, 2, 3]]], dtype=torch.int32)
+    settings, rect = tiny.settings(), torch.tensor([[[0, 0, 2, 3]]], dtype=torch.int32)
     with pytest.raises(ValueError, match="the low-resolution grid is 2 x 3; the operators take square grids only"):
         select(settings, torch.rand(1, 1, 1, 6), rect, Grid(2, 3), Grid(6, 9))
     with pytest.raises(ValueError, match="the high-resolution grid is 6 x 9"):

@@ -6,8 +6,8 @@ import copy
 import dataclasses
 
 import pytest
-import small
-import small_checkpoint
+import tiny
+import tiny_checkpoint
 import torch
 from transformers import CLIPVisionConfig, DynamicCache, MistralConfig
 
@@ -29,7 +29,7 @@ from flexattn_cuda.mechanism.layout import ImageLayout
 from flexattn_cuda.mechanism.rotary import RotaryTables
 from flexattn_cuda.mechanism.tokens import HRTokens
 
-LOW = small.SIDE * small.PATCH
+LOW = tiny.SIDE * tiny.PATCH
 HD, XATTN = settings_of("hd", LOW), settings_of("xattn", LOW)
 TOLERANCE = (
     32 * 2.0**-24
@@ -38,11 +38,11 @@ BOTH = pytest.mark.parametrize("settings", [HD, XATTN], ids=["hd", "xattn"])
 
 
 def prompt(model, *parts: int | str, seed: int = 0) -> torch.Tensor:
-    """[N] ids, as `small.prompt`, with as many ids for an image as the system takes."""
+    """[N] ids, as `tiny.prompt`, with as many ids for an image as the system takes."""
     ids = []
     for number, part in enumerate(parts):
-        image = torch.full((model.config.image_tokens,), small.IMAGE)
-        ids.append(image if part == "image" else small.prompt(part, seed=seed + number))
+        image = torch.full((model.config.image_tokens,), tiny.IMAGE)
+        ids.append(image if part == "image" else tiny.prompt(part, seed=seed + number))
     return torch.cat(ids)
 
 
@@ -57,7 +57,7 @@ def expected_logits(model, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Ten
     low, high = model.encode(None, pixels)
     tokens = low if model.config.system == "xattn" else torch.cat([low, high], 1)
     x = weights["model.language_model.embed_tokens.weight"][ids].clone()
-    x[ids == small.IMAGE] = tokens.flatten(0, 1)
+    x[ids == tiny.IMAGE] = tokens.flatten(0, 1)
     sizes = dict(
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads,
@@ -77,7 +77,7 @@ def expected_logits(model, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Ten
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("count", [1, 2])
 def test_logits_are_those_of_the_definition(settings, kv_heads, count):
-    model = small.flex(settings, kv_heads=kv_heads).double()
+    model = tiny.flex(settings, kv_heads=kv_heads).double()
     ids, pixels = prompt(model, 3, *["image", 5] * count), images(model, count)
     logits = model(input_ids=ids[None], pixel_values_hr=pixels).logits[0]
     expected = expected_logits(model, ids, pixels)
@@ -88,9 +88,9 @@ def test_logits_are_those_of_the_definition(settings, kv_heads, count):
 
 @torch.no_grad()
 def test_xattn_without_output_projection_is_llava(tmp_path):
-    plain = small.llava()
+    plain = tiny.llava()
     plain.save_pretrained(tmp_path)
-    llava = FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path, flexattn=small.settings()).eval()
+    llava = FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path, flexattn=tiny.settings()).eval()
     xattn = FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path, flexattn=XATTN).eval()
     assert all((layer.cross_attn.o_proj.weight == 0).all() for layer in xattn.model.language_model.layers)
     ids, pixels = prompt(xattn, 3, "image", 5)[None], images(xattn, 1)
@@ -108,12 +108,13 @@ def test_xattn_without_output_projection_is_llava(tmp_path):
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @BOTH
 def test_generation_with_a_cache_equals_recomputation(settings):
-    model = small.flex(settings).double()
+    model = tiny.flex(settings).double()
     ids, pixels = prompt(model, 3, "image", 5)[None], images(model, 1)
-    tokens, logits = small.generate(model, 12, input_ids=ids, pixel_values_hr=pixels)
+    tokens, logits = tiny.generate(model, 12, input_ids=ids, pixel_values_hr=pixels)
     whole = torch.cat([ids, tokens], 1)
     expected = expected_logits(model, whole[0], pixels)[ids.shape[1] - 1 : -1]
     assert (logits[0] - expected).abs().max() <= TOLERANCE * expected.abs().max()
@@ -122,20 +123,21 @@ def test_generation_with_a_cache_equals_recomputation(settings):
         assert torch.equal(again, whole), options
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @BOTH
 def test_a_row_of_a_batch_is_answered_as_if_it_were_alone(settings):
-    model = small.flex(settings).double()
+    model = tiny.flex(settings).double()
     pixels = images(model, 3)
     prompts = [
         prompt(model, 3, "image", 5),
         prompt(model, 6, seed=7),
         prompt(model, 2, "image", 4, "image", 3, seed=9),
     ]
-    tokens, logits = small.generate(model, **small.left_padded(*prompts), pixel_values_hr=pixels)
+    tokens, logits = tiny.generate(model, **tiny.left_padded(*prompts), pixel_values_hr=pixels)
     for row, own in enumerate([pixels[:1], None, pixels[1:]]):
         inputs = {} if own is None else {"pixel_values_hr": own}
-        alone, alone_logits = small.generate(model, input_ids=prompts[row][None], **inputs)
+        alone, alone_logits = tiny.generate(model, input_ids=prompts[row][None], **inputs)
         assert torch.equal(alone[0], tokens[row])
         assert (alone_logits[0] - logits[row]).abs().max() <= TOLERANCE * logits.abs().max()
 
@@ -143,8 +145,8 @@ def test_a_row_of_a_batch_is_answered_as_if_it_were_alone(settings):
 @torch.no_grad()
 @BOTH
 def test_beams_share_the_images(settings):
-    model = small.flex(settings)
-    inputs = small.left_padded(prompt(model, 3, "image", 5), prompt(model, 1, "image", 4, seed=3))
+    model = tiny.flex(settings)
+    inputs = tiny.left_padded(prompt(model, 3, "image", 5), prompt(model, 1, "image", 4, seed=3))
     pixels = images(model, 2)
     together = model.generate(**inputs, pixel_values_hr=pixels, num_beams=3, max_new_tokens=5, do_sample=False)
     for row in range(2):
@@ -162,7 +164,7 @@ def test_beams_share_the_images(settings):
 @torch.no_grad()
 @BOTH
 def test_a_conversation_goes_on_with_another_image(settings):
-    model = small.flex(settings).double()
+    model = tiny.flex(settings).double()
     pixels, cache = images(model, 2), DynamicCache(config=model.config.text_config)
     first, second = prompt(model, 3, "image", 5), prompt(model, 2, "image", 4, seed=5)
     model(input_ids=first[None], pixel_values_hr=pixels[:1], past_key_values=cache)
@@ -186,7 +188,7 @@ def test_a_conversation_goes_on_with_another_image(settings):
 
 @torch.no_grad()
 def test_an_image_that_was_cropped_out_of_the_cache_is_not_seen():
-    model = small.flex(XATTN).double()
+    model = tiny.flex(XATTN).double()
     pixels, text = images(model, 1), prompt(model, 4, seed=8)[None]
     cache = DynamicCache(config=model.config.text_config)
     model(input_ids=prompt(model, 3, "image", 5)[None], pixel_values_hr=pixels, past_key_values=cache)
@@ -201,10 +203,10 @@ def test_an_image_that_was_cropped_out_of_the_cache_is_not_seen():
 @torch.no_grad()
 @BOTH
 def test_features_of_another_size_or_number_are_refused(settings):
-    model = small.flex(settings)
+    model = tiny.flex(settings)
     ids, low, tokens = (
         prompt(model, 3, "image", 5)[None],
-        torch.zeros(1, small.SIDE**2, 32),
+        torch.zeros(1, tiny.SIDE**2, 32),
         model.config.hr_side**2,
     )
     for features in (torch.zeros(1, 2 * tokens, 32), torch.zeros(2, tokens, 32)):
@@ -221,7 +223,7 @@ def test_features_of_another_size_or_number_are_refused(settings):
 
 def test_cross_attention_on_another_device_than_the_images():
     """Meta stands in for a second GPU: whatever is computed there must have been brought there."""
-    module = cross_attention.CrossAttention(small.flex(XATTN).config.text_config, 0).to("meta")
+    module = cross_attention.CrossAttention(tiny.flex(XATTN).config.text_config, 0).to("meta")
     images = images_of(2)
     out = module(torch.zeros(2, 5, 32, device="meta"), cross_attention.CrossContext(images, cached=True))
     assert out.shape == (2, 5, 32) and out.device.type == "meta"
@@ -229,7 +231,7 @@ def test_cross_attention_on_another_device_than_the_images():
 
 def images_of(prompts: int) -> HRCache:
     """Return images of this many prompts, the last of which has none."""
-    lr_grid, hr_grid = Grid(small.SIDE, small.SIDE), Grid(*2 * [small.SIDE * small.ZOOM])
+    lr_grid, hr_grid = Grid(tiny.SIDE, tiny.SIDE), Grid(*2 * [tiny.SIDE * tiny.ZOOM])
     ranges = torch.tensor([[[1, 37]]] * (prompts - 1) + [[[0, 0]]], dtype=torch.int32)
     empty = torch.zeros(prompts, 0, 0)
     return HRCache(
@@ -239,10 +241,11 @@ def images_of(prompts: int) -> HRCache:
     )
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_the_definition(settings, checkpointing):
-    model = small.flex(settings).double().train()
+    model = tiny.flex(settings).double().train()
     model.model.vision_tower.requires_grad_(False)
     ids, pixels = prompt(model, 3, "image", 5), images(model, 1)
     labels = ids.clone()
@@ -261,7 +264,7 @@ def test_gradients_are_those_of_the_definition(settings, checkpointing):
     weights = dict(parameters)
     x = weights["model.language_model.embed_tokens.weight"][ids].clone()
     low, high = model.encode(None, pixels)
-    x[ids == small.IMAGE] = (low if settings is XATTN else torch.cat([low, high], 1)).flatten(0, 1)
+    x[ids == tiny.IMAGE] = (low if settings is XATTN else torch.cat([low, high], 1)).flatten(0, 1)
     logits = reference.llama(weights, x, heads=4, kv_heads=2, eps=model.config.text_config.rms_norm_eps, theta=1e4,
                              hr_tokens=high[0] if settings is XATTN else None)  # fmt: skip
     torch.nn.functional.cross_entropy(logits[:-1], labels[1:]).backward()
@@ -273,18 +276,19 @@ def test_gradients_are_those_of_the_definition(settings, checkpointing):
 @torch.no_grad()
 @BOTH
 def test_saved_and_loaded_like_any_other_model(settings, tmp_path):
-    model = small.flex(settings)
+    model = tiny.flex(settings)
     model.save_pretrained(tmp_path)
     again = FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert again.config.flexattn == settings
     assert all(torch.equal(p, again.state_dict()[name]) for name, p in model.state_dict().items())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("hr_init", ["copy", "random"])
 def test_a_checkpoint_of_one_system_starts_another(hr_init, tmp_path):
-    small.flex(HD, kv_heads=2).save_pretrained(tmp_path)
-    flex = FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path, flexattn=small.settings(hr_init=hr_init))
+    tiny.flex(HD, kv_heads=2).save_pretrained(tmp_path)
+    flex = FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path, flexattn=tiny.settings(hr_init=hr_init))
     xattn = FlexAttnLlavaForConditionalGeneration.from_pretrained(
         tmp_path, flexattn=dataclasses.replace(XATTN, hr_init=hr_init)
     )
@@ -300,7 +304,7 @@ def test_a_checkpoint_of_one_system_starts_another(hr_init, tmp_path):
 def test_a_checkpoint_that_lacks_its_own_projections_is_damaged(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    small.flex(XATTN).save_pretrained(tmp_path)
+    tiny.flex(XATTN).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop(next(name for name in weights if ".cross_attn.k_proj" in name))
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -308,9 +312,10 @@ def test_a_checkpoint_that_lacks_its_own_projections_is_damaged(tmp_path):
         FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 @BOTH
 def test_prompts_of_the_processor_fit_the_system(settings, tmp_path):
-    folder = small_checkpoint.save(tmp_path)
+    folder = tiny_checkpoint.save(tmp_path)
     model = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder, flexattn=settings)
     processor = FlexAttnLlavaProcessor.from_pretrained(folder, config=model.config)
     inputs = processor(
@@ -318,7 +323,7 @@ def test_prompts_of_the_processor_fit_the_system(settings, tmp_path):
         text=processor.prompt("What is it?"),
     )
     ids = inputs["input_ids"]
-    assert int((ids == processor.image_token_id).sum()) == small.SIDE**2 + (64 if settings is HD else 0)
+    assert int((ids == processor.image_token_id).sum()) == tiny.SIDE**2 + (64 if settings is HD else 0)
     assert inputs["pixel_values_hr"].shape[-1] == settings.highres_size
     assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] <= ids.shape[1] + 3
     processor.save_pretrained(tmp_path / "again")
@@ -346,9 +351,10 @@ def test_the_paper_s_sizes():
         settings_of("hdx")
 
 
-@pytest.mark.parametrize("start", [small.settings(threshold=70.0), HD, XATTN], ids=["flexattn", "hd", "xattn"])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [tiny.settings(threshold=70.0), HD, XATTN], ids=["flexattn", "hd", "xattn"])
 def test_as_another_system_and_back_a_model_keeps_its_own_settings(start):
-    config = small.flex(dataclasses.replace(start, first_layer=2, pool=3)).config
+    config = tiny.flex(dataclasses.replace(start, first_layer=2, pool=3)).config
     for name in (name for name in SYSTEMS if name not in ("llava", "flexattn-paper")):
         other = as_system(config, name)
         expected = settings_of(name, LOW)
@@ -381,11 +387,12 @@ def test_xattn_is_for_llama_only():
         config.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [HD, XATTN], ids=["hd", "xattn"])
 def test_memory_of_a_system_is_what_it_takes(settings):
-    config = small.flex(settings).config
+    config = tiny.flex(settings).config
     estimate = memory.estimate(config, torch.float32, text_positions=8)
-    model = small.flex(settings)
+    model = tiny.flex(settings)
     assert estimate.all_weights == sum(p.nbytes for p in model.parameters())
     cache = DynamicCache(config=config.text_config)
     with torch.no_grad():
@@ -402,7 +409,7 @@ def test_memory_of_a_system_is_what_it_takes(settings):
 
 
 def test_there_is_nothing_to_trace():
-    model, trace = small.flex(XATTN), Trace()
+    model, trace = tiny.flex(XATTN), Trace()
     with torch.no_grad():
         model(
             input_ids=prompt(model, 3, "image", 5)[None],

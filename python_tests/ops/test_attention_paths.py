@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 from accuracy import assert_as_good_as_eager
-from conftest import BACKEND
+from backend import BACKEND
 
 from flexattn_cuda import ops, reference
 
@@ -99,6 +99,7 @@ def check(tensors: dict, others: dict, dtype: torch.dtype, twice: bool = True) -
         assert torch.equal(getattr(ours, name), getattr(again, name)), f"{name} differs from run to run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queries", [[1, 2, 16], [17, 63, 64, 65, 100]], ids=["few", "many"])
 @pytest.mark.parametrize(
     "capability, dtype",
@@ -121,6 +122,7 @@ def test_every_path_equals_the_reference(capability, dtype, queries, monkeypatch
         check(tensors, others, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability, queries", [(70, 2925), (90, 2925), (70, 1)])
 def test_a_long_sequence_with_all_of_a_photograph(capability, queries, monkeypatch):
     if DEVICE == "cpu" and BACKEND == "sanitizers":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_good_as_eager
-from conftest import BACKEND
+from backend import BACKEND
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_arguments import assign_arguments, attention_arguments, selection_arguments, write_arguments
@@ -54,6 +54,7 @@ def test_attention(device, dtype, case):
     assert all(x.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) for x in ours[1:])
 
 
+@pytest.mark.slow
 @device_cases
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @settings(max_examples=25)
@@ -62,6 +63,7 @@ def test_attention_gradients(device, dtype, case):
     check_gradients(device, dtype, case)
 
 
+@pytest.mark.slow
 @device_cases
 @large
 def test_gradients_of_a_long_prompt(device):
@@ -397,6 +399,7 @@ def calls(device: str) -> dict[str, tuple]:
     }
 
 
+@pytest.mark.slow
 @device_cases
 @pytest.mark.parametrize("name", calls("cpu"))
 def test_opcheck(device, name):

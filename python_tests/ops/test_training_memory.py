@@ -25,12 +25,14 @@ def results_and_scratch() -> int:
     return 4 * sequence + 2 * high_resolution + 2 * (sequence + 2 * high_resolution) // HEADS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", ["all", "64"])
 def test_less_than_half_of_one_heads_matrix_beside_the_results(rows):
     one_heads_matrix = N * (N + M) * 4
     assert peak(rows, "ours") < results_and_scratch() + one_heads_matrix / 2
 
 
+@pytest.mark.slow
 def test_under_15_percent_of_eager():
     """And eager is seen to hold three matrices at once: probabilities, their gradient, and that of the logits."""
     eager = peak("all", "eager")
@@ -38,6 +40,7 @@ def test_under_15_percent_of_eager():
     assert peak("all", "ours") < 0.15 * eager
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", ["all", "64"])
 def test_gradients_equal_the_reference(rows):
     case = bench_memory.TrainingCase(N=256, M=648, rows=rows)

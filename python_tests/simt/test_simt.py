@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BACKEND
+from backend import BACKEND
 
 from flexattn_cuda import ops
 

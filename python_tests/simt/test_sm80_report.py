@@ -6,15 +6,17 @@ import stat
 
 import pytest
 import sm80_report
-from sm70_report import Flow, Instruction, Kernel, parse_resources
+from sass.flow import Flow
+from sass.instructions import Instruction
+from sass.kernel import Kernel, Resources
+from sass.toolkit import parse_resources
 
 COMPLETE = {"LDSM.16.M88.4": 64, "HMMA.16816.F32.BF16": 128, "LDGSTS.E.BYPASS.128": 16, "FFMA": 9}
 
 
 def kernel(**counts: int) -> Kernel:
     loop = [Instruction(0, opcode) for opcode, count in (COMPLETE | counts).items() for _ in range(count)]
-    return Kernel("prefill_tiles<AmpereMma<__half, 128>, 128>", registers=191, spill_bytes=0, stack_bytes=32, static_shared_bytes=0,
-                  body=loop, loop=loop)  # fmt: skip
+    return Kernel("prefill_tiles<AmpereMma<__half, 128>, 128>", Resources(191, 0, 32, 0), body=loop, loop=loop)
 
 
 def test_a_kernel_as_it_should_be():
@@ -62,8 +64,7 @@ def test_the_steady_path_takes_the_tile_that_cp_async_brings():
     instructions = [
         Instruction(16 * n, opcode, operands, predicates.get(n, "")) for n, (opcode, operands) in enumerate(code)
     ]
-    steady, _ = Flow.of(instructions).main_loop()
-    assert sm80_report.count(steady, "LDGSTS") == 1
+    assert sm80_report.count(Flow.of(instructions).main_loop().steady, "LDGSTS") == 1
 
 
 def test_what_ptxas_says_of_another_architecture():
@@ -72,7 +73,7 @@ def test_what_ptxas_says_of_another_architecture():
         "    32 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
         "ptxas info    : Used 191 registers, 744 bytes cmem[0]\n"
     )
-    assert parse_resources(said)["_Z1av"]["registers"] == 191
+    assert parse_resources(said)["_Z1av"].registers == 191
 
 
 def test_a_compiler_without_cuobjdump_is_one_sentence(tmp_path, capsys):

@@ -76,6 +76,7 @@ def finished(photograph_folder, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_every_system_answers_the_same_questions(finished):
     answers = read_csv(finished / "results" / "answers.csv")
     asked = {system: [] for system in CHOSEN}
@@ -185,7 +186,9 @@ def killed(*_):
 def test_a_killed_process_is_reported_in_one_sentence(photograph_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_run_unit", killed)
     with pytest.raises(InputError, match="a process of the study was killed"):
-        run.study(StudyOptions(photographs=[photograph_folder], output=tmp_path / "out", preset="tiny", seeds="0", jobs=1))
+        run.study(
+            StudyOptions(photographs=[photograph_folder], output=tmp_path / "out", preset="tiny", seeds="0", jobs=1)
+        )
 
 
 @pytest.mark.parametrize(
@@ -214,7 +217,12 @@ def test_the_command_has_the_options_of_the_dataclass(monkeypatch, tmp_path):
         result = CliRunner().invoke(app, given.split())
         assert result.exit_code == 0, result.output
     chosen = StudyOptions(
-        photographs=[Path("a"), Path("b")], output=Path("out"), preset="small", seeds="3,1,3", systems="hd,llava", jobs=2,
+        photographs=[Path("a"), Path("b")],
+        output=Path("out"),
+        preset="small",
+        seeds="3,1,3",
+        systems="hd,llava",
+        jobs=2,
         examples="5",
     )
     assert studies == [chosen, StudyOptions(photographs=[Path("a")], output=Path("out"))]

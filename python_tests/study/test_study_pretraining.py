@@ -252,6 +252,7 @@ def test_whitening_leaves_no_direction_that_varies_much_more_than_another(built)
     torch.testing.assert_close(after, before / (before + 0.01 * before.mean()), atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_encoder_stage_reports_every_resolution_and_freezes_the_encoder(built):
     model, processor = copy.deepcopy(built[0]), built[1]
     before = model.model.multi_modal_projector.linear_1.weight.clone()

@@ -190,6 +190,7 @@ def test_costs_and_fewer_flops(finished, page):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share, tiles", [(0.55, 2.5), (0.26, 1.04)])
 def test_costs_are_counted_whatever_the_maps_select(share, tiles):
     """At zoom 2: means over questions, each of which selects in no more tiles than hold its tokens."""

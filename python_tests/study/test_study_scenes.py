@@ -133,6 +133,7 @@ def test_large_things_are_larger_by_the_factor_of_the_sizes(scenes):
         assert width["large"] / width["small"] == pytest.approx(SIZES["large"] / SIZES["small"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_answers_are_balanced(photographs):
     """Within four standard errors of uniform, in what is asked and in all questions of the training."""
     painter = Painter(photographs, None, random.Random(3))

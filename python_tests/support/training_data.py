@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import small
-import small_checkpoint
+import tiny
+import tiny_checkpoint
 from PIL import Image
 
 from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor
@@ -50,10 +50,10 @@ def train_on(
 
 
 def save_preset(folder: Path, preset: str) -> Path:
-    """The small checkpoint with the settings of `small.PRESETS`."""
-    small_checkpoint.save(folder)
+    """The small checkpoint with the settings of `tiny.PRESETS`."""
+    tiny_checkpoint.save(folder)
     processor = FlexAttnLlavaProcessor.from_pretrained(folder)
-    model = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder, flexattn=small.PRESETS[preset])
+    model = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder, flexattn=tiny.PRESETS[preset])
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import small_checkpoint
+import tiny_checkpoint
 from PIL import Image
 from training_data import write
 
@@ -14,7 +14,7 @@ from flexattn_cuda.tasks import ask as answering
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """The folder of a small checkpoint, which no test changes."""
-    return small_checkpoint.save(tmp_path_factory.mktemp("model"))
+    return tiny_checkpoint.save(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

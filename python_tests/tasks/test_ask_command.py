@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_checkpoint
+import tiny_checkpoint
 import torch
 from PIL import Image
 from refusals import refused
@@ -158,7 +158,7 @@ def test_tokens_that_the_answer_does_not_have_are_refused(flexattn, checkpoint, 
 )
 def test_checkpoints_that_cannot_be_used_are_refused(flexattn, image, tmp_path, changes, says):
     folder = tmp_path / "model"
-    config = small_checkpoint.small_config()
+    config = tiny_checkpoint.config()
     config.save_pretrained(folder)
     config.vision_config.save_pretrained(folder / "t")
     values = json.loads((folder / "config.json").read_text()) | changes
@@ -181,6 +181,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 QUESTIONS = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", QUESTIONS, ids=[example["file"] for example in QUESTIONS])
 def test_the_default_model_answers_and_marks_the_region_of_the_answer(flexattn, tmp_path, example):
     code, out, _ = flexattn("ask", EXAMPLES / example["file"], example["question"], "--map", tmp_path / "map.png")

@@ -32,6 +32,7 @@ def test_the_answers_are_those_of_ask(default, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
 
 
+@pytest.mark.slow
 def test_long_answers_are_those_of_ask(checkpoint, folder):
     records = some(7)
     answer_file(write(folder / "q.jsonl", records), folder / "a.jsonl", checkpoint, "cpu", max_new_tokens=12)

@@ -59,6 +59,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 QUESTIONS = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_demo_succeeds(flexattn, tmp_path):
     code, out, _ = flexattn("demo", "--examples", EXAMPLES, "--output", tmp_path)
     assert code == 0 and f"{len(QUESTIONS)} of {len(QUESTIONS)} answers are right" in out

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import small
-import small_checkpoint
+import tiny
+import tiny_checkpoint
 from PIL import Image
 from processors import processor
 from training_data import QUESTION
@@ -69,7 +69,7 @@ def test_each_answer_is_learned_with_its_end_from_where_generate_would_start(opt
     assert all(run[-1] == 2 and run.count(2) == 1 for run in runs)
     begin = next(position for position, label in enumerate(labels) if label != data.IGNORED)
     assert ids[:begin] == one(text=one.prompt(QUESTION), images=Image.new("RGB", (9, 9)))["input_ids"][0].tolist()
-    assert ids.count(small_checkpoint.IMAGE_ID) == sum(turn.images for turn in TURNS[:count]) * small.SIDE**2
+    assert ids.count(tiny_checkpoint.IMAGE_ID) == sum(turn.images for turn in TURNS[:count]) * tiny.SIDE**2
 
 
 @pytest.mark.parametrize("options", PROCESSORS.values(), ids=PROCESSORS.keys())

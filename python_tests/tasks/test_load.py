@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small
-import small_checkpoint
+import tiny
+import tiny_checkpoint
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -57,7 +57,7 @@ def test_a_refused_device_says_why(monkeypatch):
 def released(folder: Path, vocabulary: int) -> Path:
     """The reference vectors' model, with the tokenizer in small and a vocabulary of another size."""
     shutil.copytree(DATA / "reference_vectors" / "model", folder)
-    shutil.copy(small_checkpoint.TOKENIZER, folder)
+    shutil.copy(tiny_checkpoint.TOKENIZER, folder)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"vocab_size": vocabulary}))
     weights = load_file(folder / "model.safetensors")
@@ -67,6 +67,7 @@ def released(folder: Path, vocabulary: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_the_released_format_answers(tmp_path):
     model, processor = load(released(tmp_path / "released", 500), device="cpu")
     answer = ask(model, processor, image(), QUESTION, max_new_tokens=2, trace=True)
@@ -75,12 +76,12 @@ def test_a_checkpoint_in_the_released_format_answers(tmp_path):
 
 
 def test_a_checkpoint_in_llava_format_answers(tmp_path):
-    small.llava().save_pretrained(tmp_path)
+    tiny.llava().save_pretrained(tmp_path)
     backend = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "red": 3, "<image>": 95}, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
     backend.add_special_tokens([AddedToken("<image>", normalized=False)])
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
-    model, processor = load(tmp_path, device="cpu", flexattn=small.settings())
+    model, processor = load(tmp_path, device="cpu", flexattn=tiny.settings())
     assert (model.config.lr_side, model.config.hr_side) == (6, 18)
     assert ask(model, processor, image(), QUESTION, max_new_tokens=2).tokens
 
@@ -93,9 +94,9 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 def test_a_checkpoint_without_weights_or_with_parts_that_do_not_fit_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint"):
         load(tmp_path / "nowhere", device="cpu")
-    small_checkpoint.small_config(first_layer=77).save_pretrained(tmp_path)
+    tiny_checkpoint.config(first_layer=77).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="first_layer is 77"):
         load(tmp_path, device="cpu")
-    small_checkpoint.small_config().save_pretrained(tmp_path)
+    tiny_checkpoint.config().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError):
         load(tmp_path, device="cpu")

@@ -22,6 +22,7 @@ def line(files: tuple[Path, Path], model: Path, output: Path) -> list:
     return ["train", *required, "--model", model, "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_broken_records_are_counted_listed_and_left_out(flexattn, checkpoint, files, tmp_path):
     records = [
         *json.loads(files[0].read_text()),

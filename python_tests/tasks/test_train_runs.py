@@ -180,6 +180,7 @@ def test_accumulated_batches_train_like_one_batch(checkpoint, files, tmp_path):
     assert furthest(weights(tmp_path / "parts"), weights(tmp_path / "whole")) <= 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", [None, "llava", "hd", "xattn"])
 def test_every_system_learns_and_answers(checkpoint, files, tmp_path, system):
     outcome = train_on(
@@ -232,6 +233,7 @@ def test_only_the_named_part_is_trained(checkpoint, files, tmp_path, part, train
         assert changed == named
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_on_the_cpu(checkpoint, files, tmp_path):
     outcome = train_on(
         files,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import small
+import tiny
 import torch
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
@@ -24,10 +24,10 @@ class Features(Dataset):
 
     def __init__(self, model, count: int = 6):
         with torch.no_grad():
-            features, hr_features = model.encode(None, small.images(count))
+            features, hr_features = model.encode(None, tiny.images(count))
         self.items = []
         for number in range(count):
-            ids = small.prompt(3, "image", 8 + number, seed=number)
+            ids = tiny.prompt(3, "image", 8 + number, seed=number)
             labels = torch.where(torch.arange(len(ids)) >= len(ids) - 2 - number % 3, ids, data.IGNORED)
             one = dict(
                 image_features=features[number : number + 1],
@@ -62,7 +62,7 @@ def small_trainer(model, folder: Path, optimizers=(None, None), **changes) -> Fl
 
 
 def test_precomputed_features_and_a_custom_optimizer_are_accepted(tmp_path):
-    model = small.flex()
+    model = tiny.flex()
     choose_trained(model, "hr")
     optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -75,7 +75,7 @@ def test_precomputed_features_and_a_custom_optimizer_are_accepted(tmp_path):
 
 
 def test_alpha_follows_the_epochs(tmp_path):
-    model = small.flex(small.settings(warmup=0.75))
+    model = tiny.flex(tiny.settings(warmup=0.75))
     seen = []
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs.get("hr_alpha")), with_kwargs=True)
     one = small_trainer(
@@ -89,7 +89,7 @@ def test_alpha_follows_the_epochs(tmp_path):
 
 
 def test_only_selected_hr_tokens_are_projected():
-    model = small.flex(small.PRESETS["released"])
+    model = tiny.flex(tiny.PRESETS["released"])
     projected: dict[str, int] = {}
     for name, module in model.named_modules():
         if name.endswith(("k_proj_hd", "v_proj_hd")):
@@ -108,7 +108,7 @@ def test_only_selected_hr_tokens_are_projected():
 
 
 def test_the_loss_equals_that_of_transformers():
-    model = small.flex()
+    model = tiny.flex()
     batch = data.Collator(0)([Features(model)[number] for number in range(3)])
     theirs = model(**batch).loss, model(**batch, num_items_in_batch=torch.tensor(20)).loss
     model.loss_function = answer_loss
@@ -120,7 +120,7 @@ def test_the_loss_equals_that_of_transformers():
 def test_gradients_are_the_same_with_checkpointing(tmp_path):
     gradients = []
     for enabled in (False, True):
-        model = small.flex(small.PRESETS["released"]).double()
+        model = tiny.flex(tiny.PRESETS["released"]).double()
         if enabled:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         one = small_trainer(model, tmp_path)
@@ -137,13 +137,13 @@ def test_mixed_precision_with_loss_scaling_learns_like_float32():
     """What accelerate does on a GPU with fp16=True (the V100 has no bfloat16), on the CPU."""
     losses: dict[bool, list[float]] = {}
     for half in (False, True):
-        model = small.flex(small.PRESETS["released"]).train()
+        model = tiny.flex(tiny.PRESETS["released"]).train()
         model.loss_function = answer_loss
         choose_trained(model, "all")
         optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.02)
         scaler = torch.amp.GradScaler("cpu", enabled=half)
         batch = data.Collator(0)(Features(model).items)
-        pixels = dict(pixel_values_hr=small.images(len(batch["input_ids"])))
+        pixels = dict(pixel_values_hr=tiny.images(len(batch["input_ids"])))
         batch = {name: value for name, value in batch.items() if "features" not in name} | pixels
         for step in range(15):
             with torch.autocast("cpu", dtype=torch.float16, enabled=half):

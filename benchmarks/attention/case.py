@@ -1,4 +1,4 @@
-"""One call of hierarchical_attention with random inputs, and the same thing in eager torch and with torch's fused attention."""
+"""One call of hierarchical_attention with random inputs; the same in eager torch, and with torch's fused attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class AttentionCase:
     """N queries at the end of Nk keys, and M HR keys of each sample, seen by its last row or by all.
 
     map_over_all: The map's softmax is that over all keys (the paper's form); needs rows "all".
-    joined: Keys and values of both kinds are put into one tensor ahead for those that need that, not in every call.
+    joined: Methods that need keys and values of both kinds in one tensor get them joined ahead, not in every call.
     """
 
     N: int
@@ -38,18 +38,18 @@ class AttentionCase:
     device: str = "cpu"
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        self._make_tensors()
+        self.hidden = torch.ones(self.N, self.Nk, device=self.device).tril(self.Nk - self.N) == 0
+        self.options = self._options()
+        self._joined = self._join() if self.joined and self.M else None
+
+    def _make_tensors(self) -> None:
         generator = torch.Generator(self.device).manual_seed(self.seed)
 
-        def normal(*shape):
-            return (
-                torch.randn(*shape, generator=generator, device=self.device)
-                .to(self.dtype)
-                .requires_grad_(self.backward)
-            )
-
-        def each(*values):
-            return torch.tensor([values], dtype=torch.int32, device=self.device).expand(self.batch, -1).contiguous()
+        def normal(*shape: int) -> torch.Tensor:
+            values = torch.randn(*shape, generator=generator, device=self.device)
+            return values.to(self.dtype).requires_grad_(self.backward)
 
         B, G, d, M = self.batch, self.kv_heads, self.head_dim, self.M
         self.q = normal(B, self.heads, self.N, d)
@@ -57,53 +57,59 @@ class AttentionCase:
         self.k_hr, self.v_hr = normal(B * M, G, d), normal(B * M, G, d)
         self.weight = normal(B, self.N, self.heads, d).detach()
         self.leaves = [self.q, self.k, self.v] + ([self.k_hr, self.v_hr] if M else [])
-        self.hidden = torch.ones(self.N, self.Nk, device=self.device).tril(self.Nk - self.N) == 0
-        cells = self.side**2
-        self.options = {"kv_start": each(0)[:, 0], "kv_len": each(self.Nk)[:, 0]}
-        self.options |= {
+
+    def _options(self) -> dict:
+        """Return the operator's keyword arguments."""
+
+        def each(*values: int) -> torch.Tensor:
+            return torch.tensor([values], dtype=torch.int32, device=self.device).expand(self.batch, -1).contiguous()
+
+        cells, count = self.side**2, self.batch * self.M
+        options = {
+            "kv_start": each(0)[:, 0],
+            "kv_len": each(self.Nk)[:, 0],
             "map_ranges": each(self.first, self.first + cells)[:, None],
             "map_size": cells,
             "map_over_all": self.map_over_all,
         }
-        if M:
-            slots = torch.arange(B * M, dtype=torch.int32, device=self.device).view(B, M)
-            self.options |= {
-                "k_hr": self.k_hr,
-                "v_hr": self.v_hr,
-                "hr_slots": slots,
-                "hr_count": each(M)[:, 0],
-            }
-        self.options |= {"hr_from": each(0)[:, 0]} if self.rows == "all" and M else {"hr_rows": each(self.N - 1)}
-        self._joined = self._join() if self.joined and M else None
+        if self.M:
+            slots = torch.arange(count, dtype=torch.int32, device=self.device).view(self.batch, self.M)
+            options |= {"k_hr": self.k_hr, "v_hr": self.v_hr, "hr_slots": slots, "hr_count": each(self.M)[:, 0]}
+        if self.M and self.rows == "all":
+            return options | {"hr_from": each(0)[:, 0]}
+        return options | {"hr_rows": each(self.N - 1)}
 
-    def ours(self):
+    def ours(self) -> tuple[torch.Tensor, torch.Tensor]:
         result = ops.hierarchical_attention(self.q, self.k, self.v, **self.options)
         return result.out, result.map
 
-    def _heads(self, x):
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.repeat_interleave(self.heads // self.kv_heads, 1) if self.kv_heads != self.heads else x
 
-    def _join(self):
-        """HR keys first: so the mask of rows that see them all is causal, aligned at its lower right corner."""
+    def _join(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """HR keys come first: so the mask of rows that see them all is causal, aligned at its lower right corner."""
         tokens = self.options["hr_slots"].long()
-        join = lambda pool, seq: torch.cat([pool[tokens].transpose(1, 2), seq], 2)  # noqa: E731
-        return self._heads(join(self.k_hr, self.k)), self._heads(join(self.v_hr, self.v))
 
-    def all_keys(self):
+        def join(pool: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+            return self._heads(torch.cat([pool[tokens].transpose(1, 2), sequence], 2))
+
+        return join(self.k_hr, self.k), join(self.v_hr, self.v)
+
+    def all_keys(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._joined or self._join()
 
     @cached_property
-    def hidden_of_all(self):
+    def hidden_of_all(self) -> torch.Tensor:
         return functional.pad(self.hidden, (self.M, 0))
 
-    def _softmax(self, q, k, hidden):
+    def _softmax(self, q: torch.Tensor, k: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
         logits = torch.matmul(q, k.transpose(2, 3)) * self.head_dim**-0.5
         if hidden is not None:
             logits = logits.masked_fill(hidden, -torch.inf)
         return logits.softmax(-1, dtype=torch.float32).to(q.dtype)
 
-    def eager(self):
-        """Sequence attention for every row; the rows that see HR keys once more over all keys. With the map."""
+    def eager(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend to the sequence in every row, and over all keys in rows that see HR keys. Return output and map."""
         hidden = None if self.N == 1 else self.hidden
         k, v = self._heads(self.k), self._heads(self.v)
         if self.M and self.rows == "all":
@@ -119,19 +125,19 @@ class AttentionCase:
                 all_k, all_v = self.all_keys()
                 last = torch.matmul(self._softmax(self.q[:, :, -1:], all_k, None), all_v)
                 out = last if self.N == 1 else self._with_last(out, last)
-        map = plain[:, :, -1, self.first : self.first + self.side**2].detach().float().sum(1)
-        return out.transpose(1, 2), map.view(self.batch, 1, 1, -1)
+        attention_map = plain[:, :, -1, self.first : self.first + self.side**2].detach().float().sum(1)
+        return out.transpose(1, 2), attention_map.view(self.batch, 1, 1, -1)
 
-    def _with_last(self, out, last):
-        if self.backward:  # the output is kept for it
+    def _with_last(self, out: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        if self.backward:  # which needs the output as it was
             return torch.cat([out[:, :, :-1], last], 2)
         out[:, :, -1:] = last
         return out
 
-    def sdpa(self, mask_as_tensor: bool = True):
-        """torch's fused attention on the same keys and mask; it has no map.
+    def sdpa(self, mask_as_tensor: bool = True) -> tuple[torch.Tensor, None]:
+        """Call torch's fused attention on the same keys and mask; it has no map.
 
-        mask_as_tensor: Else as torch's causal bias, where a mask is needed at all.
+        mask_as_tensor: If False, a mask is given as torch's causal bias.
         """
         attention = functional.scaled_dot_product_attention
         if not self.M:
@@ -146,8 +152,9 @@ class AttentionCase:
             out = self._with_last(out, attention(self.q[:, :, -1:], *self.all_keys()))
         return out.transpose(1, 2), None
 
-    def run(self, which: str) -> Callable:
-        function = getattr(self, which)
+    def run(self, method: str) -> Callable:
+        """Return the call of "ours", "eager" or "sdpa"; with `backward`, of its gradients."""
+        function = getattr(self, method)
         if not self.backward:
             return function
         return lambda: torch.autograd.grad(function()[0], self.leaves, self.weight)

@@ -1,0 +1,1 @@
+"""hierarchical_attention against its peers: inputs, methods, checks, clocks and results."""
