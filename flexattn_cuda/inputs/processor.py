@@ -170,6 +170,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
             input_ids, attention_mask [B, N] int64, and for images what `FlexAttnLlavaImageProcessor` returns.
         Raises:
             InputError: Images and "<image>" marks do not match, or something is neither an image nor a text.
+            CheckpointError: The tokenizer does not make one image token of every mark.
         """
         if unknown := sorted(name for name, value in kwargs.items() if value is not None):
             raise TypeError(f"FlexAttnLlavaProcessor takes no {', '.join(unknown)}")
@@ -178,13 +179,23 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         texts, flat = _checked_texts(text), flat_list(images)
         _check_marks(texts, images, len(flat))
 
-        rows = [self.expand_image_tokens(self.tokenize(one, add_special_tokens)) for one in texts]
+        rows = [self._row(one, add_special_tokens) for one in texts]
         if return_tensors == "pt" and not padding and len({len(row) for row in rows}) > 1:
             raise InputError("texts of different lengths make no tensor without padding; pass padding=True")
         features = BatchFeature(self._padded(rows, padding, padding_side), tensor_type=return_tensors)
         if flat:
             features.update(self.image_processor(flat, return_tensors=return_tensors))
         return features
+
+    def _row(self, text: str, add_special_tokens: bool) -> list[int]:
+        row = self.expand_image_tokens(self.tokenize(text, add_special_tokens))
+        marks, found = text.count(IMAGE), row.count(self.image_token_id)
+        if found != marks * self.image_tokens:
+            raise CheckpointError(
+                f"the checkpoint's tokenizer makes {found} image tokens of {marks} {IMAGE} marks, "
+                f"not {marks * self.image_tokens}"
+            )
+        return row
 
     def _padded(self, rows: list[list[int]], padding: bool, side: str) -> dict[str, list[list[int]]]:
         longest = max(len(row) for row in rows) if padding else 0

@@ -238,6 +238,16 @@ def test_a_tokenizer_that_panics_is_refused(damaged):
     assert message is not None and "the tokenizer in" in message and is_a_sentence(message)
 
 
+def test_a_tokenizer_that_does_not_know_the_image_token_is_refused(damaged):
+    def damage(folder: Path) -> None:
+        values = json.loads((folder / "tokenizer.json").read_text())
+        values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] != "<image>"]
+        (folder / "tokenizer.json").write_text(json.dumps(values))
+
+    message = damaged("llava", damage)
+    assert message is not None and "0 image tokens of 1 <image> marks" in message and is_a_sentence(message)
+
+
 def test_a_damaged_sentencepiece_model_gives_an_answer_or_a_sentence(damaged):
     data = tiny_checkpoint.TOKENIZER.read_bytes()
     for at in range(0, len(data), len(data) // 12):
