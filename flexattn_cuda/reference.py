@@ -253,6 +253,7 @@ def llama(
             tokens.
         heads, kv_heads, eps, theta: Of the text configuration; theta is the base of the rotary frequencies.
         hr_tokens: [T, D], what every row of LLaVA-XAttn also attends to.
+
     Returns:
         [N, V] logits.
     """

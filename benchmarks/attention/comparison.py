@@ -72,6 +72,7 @@ def max_error(name: str, found: torch.Tensor, exact: torch.Tensor, magnitude: fl
     Args:
         magnitude: Size of the values that are rounded.
         roundings: How often they are rounded, by half a unit on either side.
+
     Raises:
         WrongResultError: The error is larger than this rounding explains, or NaN.
     """

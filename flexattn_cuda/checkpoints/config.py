@@ -78,6 +78,7 @@ def load_config(folder: str | Path, hub: HubOptions | None = None) -> FlexAttnLl
     Args:
         folder: A local folder, as `resolve_folder` returns it.
         hub: Where the released format names a vision tower on the hub: options for fetching its configuration.
+
     Raises:
         CheckpointError: The configuration is missing, damaged, of another kind of model, or has an impossible value.
     """

@@ -90,6 +90,7 @@ def resolve_folder(name_or_path: str | Path, hub: HubOptions | None = None, part
             are downloaded; if the hub does not deliver, the cached files are used, provided that they are complete.
         hub: Options of the hub; None: the defaults.
         parts: What is wanted of a hub repository.
+
     Raises:
         CheckpointError: There is no such checkpoint, it lacks a part, or a file in it is a link to somewhere else.
     """
@@ -121,6 +122,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
     Args:
         variant: As in transformers: "fp16" stands for model.fp16.safetensors and so on.
+
     Raises:
         CheckpointError: There are none; or an index of shards is damaged, or names files that are missing or outside of
             the folder.

@@ -45,8 +45,10 @@ def load_weights(
         config: The configuration of the model; it may be of another system than the checkpoint's.
         hub: Options for a vision tower on the hub, which the released format may name.
         kwargs: For `loader`: dtype, device_map, ...
+
     Returns:
         The model, and transformers' loading info.
+
     Raises:
         CheckpointError: The folder has no weights, they are damaged, or some are missing.
     """

@@ -59,6 +59,7 @@ class FlexAttnLlavaImageProcessor(ImageProcessingMixin):
         image_mean: Mean of the vision tower's input for red, green and blue, in 0..1. Rounded down to 8 bits it is the
             colour of the padding.
         image_std: Standard deviation of the same.
+
     Raises:
         InputError: A size is not a whole number of at least 1, or mean or std are not three positive numbers.
     """
@@ -96,6 +97,7 @@ class FlexAttnLlavaImageProcessor(ImageProcessingMixin):
                 are CLIP's.
             config: Gives the sizes.
             hub: Options for a vision tower on the hub.
+
         Raises:
             CheckpointError: A file cannot be read, or has an impossible value.
         """
@@ -108,9 +110,11 @@ class FlexAttnLlavaImageProcessor(ImageProcessingMixin):
         Args:
             images: A PIL image, an [H, W] or [H, W, 3 or 4] uint8 array, or a list of them.
             return_tensors: "pt" for tensors; None or "np" for arrays.
+
         Returns:
             pixel_values [n, 3, lowres, lowres] float32, pixel_values_hr [n, 3, highres, highres] float32 (absent for a
             plain LLaVA), valid_rect [n, 4] int32: (top, left, bottom, right) in cells of the S x S grid, half-open.
+
         Raises:
             InputError: Something is not an image, or there is none.
         """

@@ -19,8 +19,10 @@ def open_image(path: str | Path) -> Image.Image:
 
     Args:
         path: A PNG, JPEG or any other file that Pillow reads.
+
     Returns:
         The image upright and in RGB, see `upright_rgb`.
+
     Raises:
         InputError: The file is missing, empty, damaged, not an image, or too large.
     """

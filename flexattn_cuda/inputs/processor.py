@@ -46,6 +46,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         split_at_images: Tokenize the text between two "<image>" as texts of their own, as the released code does (its
             tokenizer then puts a space before each). Otherwise "<image>" is a token of the tokenizer.
         chat_template: Jinja template of the prompt; None: that of Vicuna v1.
+
     Raises:
         InputError: The tokenizer has no "<image>" token and no `image_token_id` is given.
     """
@@ -125,8 +126,10 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         Args:
             ids: [N]; an image stands as -200 (released format) or as one "<image>" id. One that is already expanded
                 stays as it is.
+
         Returns:
             A tensor for a tensor, a list for a list.
+
         Raises:
             InputError: The ids are those of a batch.
         """
@@ -166,8 +169,10 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
             padding: Make all rows as long as the longest.
             padding_side: Where the padding goes: "left" (generation) or "right".
             add_special_tokens: Begin with the tokenizer's begin-of-sequence token.
+
         Returns:
             input_ids, attention_mask [B, N] int64, and for images what `FlexAttnLlavaImageProcessor` returns.
+
         Raises:
             InputError: Images and "<image>" marks do not match, or something is neither an image nor a text.
             CheckpointError: The tokenizer does not make one image token of every mark.
@@ -219,6 +224,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
             name_or_path: A folder, or a hub id, of which no weights are downloaded.
             config: The configuration of the model that is to be fed, where its sizes differ from the checkpoint's.
             kwargs: As in transformers: revision, token, cache_dir, local_files_only, force_download, subfolder.
+
         Raises:
             CheckpointError: The folder is missing, of an unknown format, has no tokenizer, or a file in it is damaged.
             TypeError: An option is not known.

@@ -29,6 +29,7 @@ def read_sentencepiece(path: str | Path, prefix_everywhere: bool = False) -> Tok
         path: The file, usually named tokenizer.model.
         prefix_everywhere: Put the space also before text that follows a special token; transformers calls such a
             tokenizer "legacy".
+
     Raises:
         ValueError: The file is damaged, or a model of another kind.
     """

@@ -19,6 +19,7 @@ def load_tokenizer(folder: Path, form: str) -> Any:
         folder: The checkpoint's folder.
         form: Its format. "flexattn": tokenizer.json as it is. "llava": what transformers makes of it. "released":
             tokenizer.model, as the released code reads it.
+
     Raises:
         CheckpointError: There is no tokenizer, or it cannot be read.
     """

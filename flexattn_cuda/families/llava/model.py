@@ -88,6 +88,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             output_loading_info: As in transformers: (model, info) instead of model.
             kwargs: As in transformers: dtype, device_map, revision, token, cache_dir, local_files_only, force_download,
                 subfolder, ...
+
         Raises:
             CheckpointError: The folder is missing, of an unknown format, or lacks weights.
         """
