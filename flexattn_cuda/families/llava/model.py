@@ -163,7 +163,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """
         images = ImageInputs(pixel_values, pixel_values_hr, image_features, hr_features, valid_rect, rows_per_prompt)
         sequence = _checked_sequence(input_ids, inputs_embeds, images, hr_capacity)
-        use_cache, past_key_values = self._cache(use_cache, past_key_values)
+        use_cache, past_key_values = self._cache_to_use(use_cache, past_key_values)
         shape = CallShape.of(sequence, past_key_values, prompt_length, kwargs.get("cache_position"))
         new = None
         if input_ids is not None:
@@ -236,7 +236,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         _check_pixels("pixel_values", pixel_values, size)
         return encode_images(self.model, pixel_values), hr_features
 
-    def _cache(self, use_cache: bool | None, cache: Cache | None) -> tuple[bool, Cache | None]:
+    def _cache_to_use(self, use_cache: bool | None, cache: Cache | None) -> tuple[bool, Cache | None]:
         """Return whether to use a key/value cache, and the one to use."""
         if use_cache is None:
             use_cache = getattr(self.config.text_config, "use_cache", True) and not self.training
