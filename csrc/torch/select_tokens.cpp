@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_tokens(const Tensor& attention
   SelectTokensParams params{};
   params.dtype = dtype_of(attention_map);
   params.map = dense_map.const_data_ptr();
-  params.live = ints(dense_rect);
+  params.valid_rect = ints(dense_rect);
   params.batch = B;
   params.rows = R;
   params.images = I;
