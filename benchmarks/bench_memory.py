@@ -53,13 +53,7 @@ class TrainingCase:
         def normal(*shape):
             return torch.randn(*shape, generator=generator).to(self.dtype)
 
-        self.leaves = [
-            normal(1, H, N, d),
-            normal(1, H, N, d),
-            normal(1, H, N, d),
-            normal(M, H, d),
-            normal(M, H, d),
-        ]
+        self.leaves = [normal(1, H, N, d), normal(1, H, N, d), normal(1, H, N, d), normal(M, H, d), normal(M, H, d)]
         self.grad_out = normal(1, N, H, d)
         for leaf in self.leaves:
             leaf.requires_grad_()

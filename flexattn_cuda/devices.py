@@ -7,12 +7,7 @@ import torch
 from flexattn_cuda import build
 from flexattn_cuda.errors import InputError
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

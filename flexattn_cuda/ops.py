@@ -54,13 +54,7 @@ class SelectedTokens(NamedTuple):
 
 
 def select_tokens(
-    attention_map: Tensor,
-    valid_rect: Tensor,
-    *,
-    hr_side: int,
-    scale: float,
-    threshold: float,
-    pool_side: int = 0,
+    attention_map: Tensor, valid_rect: Tensor, *, hr_side: int, scale: float, threshold: float, pool_side: int = 0
 ) -> SelectedTokens:
     """Return the HR tokens to attend to, given the attention map of the layer before (section 4.2).
 
@@ -132,14 +126,7 @@ class AssignedSlots(NamedTuple):
     overflow: Tensor
 
 
-def assign_slots(
-    index: Tensor,
-    count: Tensor,
-    table: Tensor,
-    next_free: Tensor,
-    *,
-    capacity: int,
-) -> AssignedSlots:
+def assign_slots(index: Tensor, count: Tensor, table: Tensor, next_free: Tensor, *, capacity: int) -> AssignedSlots:
     """Give each selected token a permanent slot in the pool of HR keys, so that it is projected only once.
 
     A pool, with its `table` and `next_free`, belongs to one layer and is shared by the whole batch. Rows of the batch
@@ -174,15 +161,7 @@ def assign_slots(
     )
 
 
-def write_hr_kv(
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    slots: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-) -> None:
+def write_hr_kv(k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
     """Rotate new HR keys and write them and their values into the pool. Not differentiable.
 
     With x = (x1, x2) in halves, a key becomes `x * cos + (-x2, x1) * sin`, as in transformers' Llama. The rotation is

@@ -59,12 +59,7 @@ def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def assign_slots(
-    index: torch.Tensor,
-    count: torch.Tensor,
-    table: torch.Tensor,
-    next_free: torch.Tensor,
-    *,
-    capacity: int,
+    index: torch.Tensor, count: torch.Tensor, table: torch.Tensor, next_free: torch.Tensor, *, capacity: int
 ) -> AssignedSlots:
     """Tokens without a slot take the next ones in the order (b, m), until the pool is full. Writes table and next_free."""
     (B, M), (G, T) = index.shape, table.shape
@@ -278,10 +273,7 @@ def llama(
         q, k, v = (project(normed, f"{at}self_attn.{name}_proj.weight") for name in "qkv")
         x = x + attend(rotate(q, cos, sin), rotate(k, cos, sin), v, causal) @ weights[f"{at}self_attn.o_proj.weight"].T
         if hr_tokens is not None:
-            q = project(
-                rms_norm(x, weights[f"{at}cross_attn.norm.weight"], eps),
-                f"{at}cross_attn.q_proj.weight",
-            )
+            q = project(rms_norm(x, weights[f"{at}cross_attn.norm.weight"], eps), f"{at}cross_attn.q_proj.weight")
             k, v = (project(hr_tokens, f"{at}cross_attn.{name}_proj.weight") for name in "kv")
             everything = torch.ones(N, len(hr_tokens), dtype=torch.bool, device=x.device)
             x = x + attend(q, k, v, everything) @ weights[f"{at}cross_attn.o_proj.weight"].T

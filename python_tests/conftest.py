@@ -15,11 +15,7 @@ except ImportError:
 else:
     # The same examples at every run, so that a red run is red again.
     settings.register_profile(
-        "flexattn",
-        deadline=None,
-        derandomize=True,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
+        "flexattn", deadline=None, derandomize=True, print_blob=True, suppress_health_check=list(HealthCheck)
     )
     settings.load_profile("flexattn")
 

@@ -41,18 +41,10 @@ PARTS = tuple(_MODULES)
 
 SHAPES = {
     "7b": dict(
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        intermediate_size=11008,
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, intermediate_size=11008
     ),
     "13b": dict(
-        hidden_size=5120,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-        intermediate_size=13824,
+        hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40, intermediate_size=13824
     ),
 }
 COMPARED = ("llava", "hd", "xattn", "flexattn")  # Table 5 of the paper, and LLaVA itself
@@ -72,9 +64,7 @@ def llava_shape(name: str) -> FlexAttnLlavaConfig:
         image_size=336, patch_size=14,
     )  # fmt: skip
     return FlexAttnLlavaConfig(
-        vision_config=tower,
-        text_config=LlamaConfig(**SHAPES[name], vocab_size=32064),
-        image_token_index=32000,
+        vision_config=tower, text_config=LlamaConfig(**SHAPES[name], vocab_size=32064), image_token_index=32000
     )
 
 
@@ -103,10 +93,7 @@ class Cost:
 
 
 def cost(
-    config: FlexAttnLlavaConfig,
-    text_tokens: int = 80,
-    selected: int | None = None,
-    tiles: int | None = None,
+    config: FlexAttnLlavaConfig, text_tokens: int = 80, selected: int | None = None, tiles: int | None = None
 ) -> Cost:
     """Return the cost of a prompt with one image, as published and as run here. Arguments as in `count`."""
     return Cost(*(count(config, text_tokens, selected, tiles, published) for published in (True, False)))
@@ -236,10 +223,7 @@ def counted(model: nn.Module) -> Iterator[dict[str, int]]:
     for name, module in model.named_modules():
         part = next((part for part, pattern in _MODULES.items() if re.fullmatch(pattern, name)), None)
         if part is not None:
-            hooks += [
-                module.register_forward_pre_hook(enter(part)),
-                module.register_forward_hook(leave),
-            ]
+            hooks += [module.register_forward_pre_hook(enter(part)), module.register_forward_hook(leave)]
     try:
         with counter:
             yield spent
@@ -305,12 +289,7 @@ def plot(points: dict[str, list[tuple[int, Cost]]], path: str | Path) -> None:
     axes = figure.subplots()
     for number, (system, found) in enumerate(points.items()):
         sides = [side for side, _ in found]
-        axes.plot(
-            sides,
-            [one.published_tflops for _, one in found],
-            f"C{number}o--",
-            label=f"{system}, as published",
-        )
+        axes.plot(sides, [one.published_tflops for _, one in found], f"C{number}o--", label=f"{system}, as published")
         axes.plot(sides, [one.here_tflops for _, one in found], f"C{number}o-", label=f"{system}, here")
     axes.set(xlabel="side of the image in pixels", ylabel="TFLOPs of a prompt", yscale="log")
     axes.set_xticks(sorted({side for found in points.values() for side, _ in found}))

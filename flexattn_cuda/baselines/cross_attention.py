@@ -124,12 +124,7 @@ class CrossAttachment(Attachment):
         return {"cross_attention": CrossContext(images, call.request.cached)}
 
     def rotary_tables(
-        self,
-        new: NewImages,
-        layout: ImageLayout,
-        past: int,
-        sequence: torch.Tensor,
-        position_ids: torch.Tensor | None,
+        self, new: NewImages, layout: ImageLayout, past: int, sequence: torch.Tensor, position_ids: torch.Tensor | None
     ) -> RotaryTables:
         """Return empty tables [G, 0, 0]: cross-attention has no positions."""
         empty = sequence.new_zeros(layout.prompts, 0, 0)

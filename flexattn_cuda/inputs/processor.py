@@ -20,12 +20,7 @@ from flexattn_cuda.checkpoints import HubOptions, Part, checkpoint_format, load_
 from flexattn_cuda.checkpoints.files import read_json, refusing
 from flexattn_cuda.errors import CheckpointError, InputError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
-from flexattn_cuda.inputs.chat_template import (
-    VICUNA_TEMPLATE,
-    read_chat_template,
-    refuse_special_texts,
-    special_texts,
-)
+from flexattn_cuda.inputs.chat_template import VICUNA_TEMPLATE, read_chat_template, refuse_special_texts, special_texts
 from flexattn_cuda.inputs.image_processor import FlexAttnLlavaImageProcessor, ImageSizes
 from flexattn_cuda.inputs.images import flat_list
 from flexattn_cuda.inputs.questions import IMAGE, check_question, user_message

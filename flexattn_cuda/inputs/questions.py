@@ -19,7 +19,4 @@ def check_question(question: str) -> None:
 
 def user_message(question: str, images: int = 1) -> dict[str, Any]:
     """Return the chat message that asks a question about a number of images, as chat templates take it."""
-    return {
-        "role": "user",
-        "content": [{"type": "image"}] * images + [{"type": "text", "text": question}],
-    }
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}

@@ -66,11 +66,7 @@ def _build(pieces: list[tuple[str, float, int]], prefix_everywhere: bool) -> Tok
 
     unknown = next((piece for piece, _, kind in pieces if kind == _UNKNOWN), None)
     model = BPE(
-        vocab=vocabulary,
-        merges=[pair for _, pair in merges],
-        unk_token=unknown,
-        fuse_unk=True,
-        byte_fallback=True,
+        vocab=vocabulary, merges=[pair for _, pair in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
     tokenizer = Tokenizer(model)
     if prefix_everywhere:
@@ -95,9 +91,7 @@ def _build(pieces: list[tuple[str, float, int]], prefix_everywhere: bool) -> Tok
     return tokenizer
 
 
-def _parse(
-    data: bytes,
-) -> tuple[list[tuple[str, float, int]], dict[int, object], dict[int, object]]:
+def _parse(data: bytes) -> tuple[list[tuple[str, float, int]], dict[int, object], dict[int, object]]:
     """-> pieces (text, score, type), trainer_spec and normalizer_spec by field number."""
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, object] = {}

@@ -203,12 +203,7 @@ class Attachment:
         return layout
 
     def rotary_tables(
-        self,
-        new: NewImages,
-        layout: ImageLayout,
-        past: int,
-        sequence: torch.Tensor,
-        position_ids: torch.Tensor | None,
+        self, new: NewImages, layout: ImageLayout, past: int, sequence: torch.Tensor, position_ids: torch.Tensor | None
     ) -> RotaryTables:
         """Return the rotary tables of the HR keys, [G, I*h*h, d] each."""
         text, cells = self.family.text_model, layout.hr_grid.cells

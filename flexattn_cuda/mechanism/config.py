@@ -94,13 +94,7 @@ class FlexAttnConfig:
     def paper(cls, **changes: Any) -> FlexAttnConfig:
         """Return the mechanism as in the paper (section 4): 8 plain layers, all rows, N+M softmax, no pooling."""
         preset: dict[str, Any] = dict(
-            first_layer=8,
-            hr_rows="all",
-            map_softmax="all",
-            scale=1.0,
-            threshold=0.1875,
-            pool=0,
-            warmup=None,
+            first_layer=8, hr_rows="all", map_softmax="all", scale=1.0, threshold=0.1875, pool=0, warmup=None
         )
         return cls(**(preset | changes))
 

@@ -220,13 +220,11 @@ class FlopsOptions(Options):
     model: Annotated[str | None, Option("Checkpoint folder or hub id, instead of --shape.")] = None
     shape: Annotated[str | None, Option("Size of LLaVA-1.5: 7b (the default) or 13b.")] = None
     systems: Annotated[
-        str | None,
-        Option(f"Comma-separated systems: {', '.join(SYSTEMS)}; by default those of the paper's table 5."),
+        str | None, Option(f"Comma-separated systems: {', '.join(SYSTEMS)}; by default those of the paper's table 5.")
     ] = None
     text_tokens: Annotated[int, Option("Number of prompt tokens besides the image's.", minimum=1, metavar="T")] = 80
     selected: Annotated[
-        int | None,
-        Option("Number of HR tokens that a layer selects; by default 43 % of them.", metavar="M"),
+        int | None, Option("Number of HR tokens that a layer selects; by default 43 % of them.", metavar="M")
     ] = None
     tiles: Annotated[int | None, Option("Number of tiles with a selected token; by default all.", metavar="K")] = None
     zoom: Annotated[

@@ -36,13 +36,7 @@ def seven(system: str, text_tokens: int = 80, selected: int | None = None, tiles
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "system, text_tokens, paper",
-    [
-        ("hd", 80, 24.9),
-        ("xattn", 80, 27.1),
-        ("flexattn", 80, 17.1),
-        ("hd", 55, 24.5),
-        ("xattn", 55, 26.7),
-    ],
+    [("hd", 80, 24.9), ("xattn", 80, 27.1), ("flexattn", 80, 17.1), ("hd", 55, 24.5), ("xattn", 55, 26.7)],
 )
 def test_table_5_within_one_percent(system, text_tokens, paper):
     assert flops.PAPER[text_tokens][system] == paper
@@ -112,10 +106,7 @@ def test_parts_are_what_their_names_say():
     assert cost.published["head"] == N * cost.here["head"] == N * 2 * WIDTH * CONFIG.text_config.vocab_size
     # Some transformers make rotary tables in a matrix product: theirs are HEAD_DIM for each of S x S positions.
     rotary = cost.here["language model"] - plain.here["language model"]
-    assert cost.published["language model"] == cost.here["language model"] and rotary in (
-        0,
-        HEAD_DIM * tiny.SIDE**2,
-    )
+    assert cost.published["language model"] == cost.here["language model"] and rotary in (0, HEAD_DIM * tiny.SIDE**2)
     for part in ("vision", "projector"):
         assert cost.here[part] == 2 * plain.here[part] and cost.published[part] == 10 * plain.here[part]
     crossed = flops.count(flops.as_system(CONFIG, "xattn"), 7)
@@ -175,10 +166,7 @@ def test_the_shipped_model_in_every_system(flexattn):
         (["--systems", "flexattn,best"], "no system 'best'"),
         (["--systems", "flexattn", "--selected", 5185], "has 5184"),
         (["--systems", "flexattn", "--tiles", 10], "has 9"),
-        (
-            ["--systems", "flexattn", "--selected", 577, "--tiles", 1],
-            "do not fit into 1 tiles of 576",
-        ),
+        (["--systems", "flexattn", "--selected", 577, "--tiles", 1], "do not fit into 1 tiles of 576"),
         (["--systems", "flexattn", "--selected", -1], "-1 selected"),
         (["--text-tokens", 0], "at least 1"),
         (["--zoom", 0], "at least 1"),

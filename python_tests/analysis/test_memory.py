@@ -59,12 +59,7 @@ def test_nothing_is_allocated_for_seven_billion_parameters():
 
 @pytest.mark.parametrize(
     "settings, share",
-    [
-        ({}, 0.43),
-        ({"pool": 0}, 0.10),
-        ({"strategy": "random", "ratio": 0.25}, 0.25),
-        ({"strategy": "center"}, 0.1),
-    ],
+    [({}, 0.43), ({"pool": 0}, 0.10), ({"strategy": "random", "ratio": 0.25}, 0.25), ({"strategy": "center"}, 0.1)],
 )
 def test_selected_share(settings, share):
     estimate = memory.estimate(seven_billion(**settings))

@@ -122,9 +122,7 @@ def test_the_check_finds_a_wrong_element(monkeypatch, capsys, which, value):
 def test_a_wrong_selection_fails(monkeypatch, capsys):
     right = ops.select_tokens
     monkeypatch.setattr(
-        ops,
-        "select_tokens",
-        lambda *a, **o: (result := right(*a, **o))._replace(count=result.count + 1),
+        ops, "select_tokens", lambda *a, **o: (result := right(*a, **o))._replace(count=result.count + 1)
     )
     assert bench_attention.main(["--device", "cpu", "--quick", "--check"]) == 1
     assert "select_tokens, ours: it differs from the reference" in capsys.readouterr().err

@@ -28,10 +28,7 @@ def parse(tmp_path_factory):
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("flags")
     (folder / "main.cpp").write_text(PROGRAM)
-    subprocess.run(
-        [compiler, "-std=c++17", f"-I{CSRC}", "-o", folder / "parse", folder / "main.cpp"],
-        check=True,
-    )
+    subprocess.run([compiler, "-std=c++17", f"-I{CSRC}", "-o", folder / "parse", folder / "main.cpp"], check=True)
 
     def run(line: str) -> tuple[int, str]:
         done = subprocess.run([folder / "parse", *line.split()], capture_output=True, text=True)
@@ -49,10 +46,7 @@ def parse(tmp_path_factory):
             "--cold-l2 attention --kv-heads 4 --queries 1 --keys 3000 --profile --dtype bf16",
             "attention 4 3000 576 1 1 bf16",
         ),
-        (
-            "attention --queries 5 --lr-side 0 --selected 0 --cold-l2 --warm-l2",
-            "attention 32 5 0 0 0 fp16",
-        ),
+        ("attention --queries 5 --lr-side 0 --selected 0 --cold-l2 --warm-l2", "attention 32 5 0 0 0 fp16"),
         ("gather --selected 5184", "gather 32 640 5184 0 0 fp16"),
         ("write --kv-heads 8 --selected 52", "write 8 640 52 0 0 fp16"),
     ],
@@ -65,10 +59,7 @@ def test_flags_are_read_and_defaults_follow_them(parse, line, read):
     "line, said",
     [
         ("", "name what to time: attention, select, gather, assign or write."),
-        (
-            "gatherr",
-            "the operator is 'gatherr', allowed: attention, select, gather, assign, write.",
-        ),
+        ("gatherr", "the operator is 'gatherr', allowed: attention, select, gather, assign, write."),
         ("attention --dtype fp64", "--dtype is 'fp64', allowed: fp16, bf16, fp32."),
         ("attention --querys 3", "there is no flag --querys; --help lists them."),
         ("attention select", "there is no flag select; --help lists them."),
@@ -77,10 +68,7 @@ def test_flags_are_read_and_defaults_follow_them(parse, line, read):
         ("attention --queries 0", "--queries is 0, it must be at least 1."),
         ("attention --keys 5", "--keys is 5, it must be at least 640."),
         ("attention --kv-heads 5", "--heads must be a multiple of --kv-heads."),
-        (
-            "attention --queries 5",
-            "--lr-side 24 takes 576 of the keys and there are 5; --lr-side 0 asks for no map.",
-        ),
+        ("attention --queries 5", "--lr-side 24 takes 576 of the keys and there are 5; --lr-side 0 asks for no map."),
         ("assign --selected 0", "--selected must be at least 1 for assign."),
         ("write --head-dim 5", "--head-dim must be even for write."),
         ("gather --selected 5185", "--selected is more than the hr-side x hr-side tokens."),

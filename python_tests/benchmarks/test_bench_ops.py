@@ -9,8 +9,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "operation, has_sdpa",
-    [("decode N=1 Nk=656 M=512 last row float32", True), ("select_tokens 24 -> 9 -> 72", False)],
+    "operation, has_sdpa", [("decode N=1 Nk=656 M=512 last row float32", True), ("select_tokens 24 -> 9 -> 72", False)]
 )
 def test_ratios_are_printed_and_written(tmp_path, capsys, operation, has_sdpa):
     file = tmp_path / "ops.csv"

@@ -15,12 +15,7 @@ from gpu import Result, Step
 
 
 def python(code: str, name: str = "a step", **options) -> Step:
-    return Step(
-        name,
-        [sys.executable, "-c", textwrap.dedent(code)],
-        limit=options.pop("limit", 60),
-        **options,
-    )
+    return Step(name, [sys.executable, "-c", textwrap.dedent(code)], limit=options.pop("limit", 60), **options)
 
 
 # ------------------------------------------------------------------------------------------------------------- a step
@@ -113,11 +108,7 @@ def test_a_failing_step_stops_no_other(tmp_path, capsys):
     ]
     plan = [[python("raise SystemExit('broken')", "build")], tests]
     results = gpu.run_all(plan, tmp_path / "gpu.log")
-    assert [(r.step, r.result) for r in results] == [
-        ("build", "FAILED"),
-        ("tests", "passed"),
-        ("more tests", "passed"),
-    ]
+    assert [(r.step, r.result) for r in results] == [("build", "FAILED"), ("tests", "passed"), ("more tests", "passed")]
     assert gpu.exit_code(results) == 1 and gpu.exit_code(results[1:]) == 0
     said = capsys.readouterr().out
     assert "    broken\n" in said and "    table\n" in said and "    fine\n" not in said
@@ -166,12 +157,7 @@ def test_the_summary_names_the_machine(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "architecture_here", lambda: "9.0")
     monkeypatch.setattr(measuring, "machine", lambda device: facts)
     monkeypatch.setattr(
-        gpu,
-        "stages",
-        lambda *_: [
-            [python("print('built')", "build")],
-            [python("raise SystemExit('no')", "tests")],
-        ],
+        gpu, "stages", lambda *_: [[python("print('built')", "build")], [python("raise SystemExit('no')", "tests")]]
     )
     assert gpu.main(["--out", str(tmp_path)]) == 1
     lines = (tmp_path / "summary.csv").read_text().splitlines()

@@ -36,7 +36,7 @@ VALUES = (None, "word", -1, 0, 1.5, True, [], {}, [["a"]], 10**9, {"a": {"b": 1}
 TEXTS = (b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe\0", b"[" * 100_000)
 # What a message must never ask for, to get around a check.
 NEVER_ADVISED = ("weights_only", "trust_remote_code", "ignore_mismatched_sizes")
-DELETED = object()
+DELETED = "<deleted>"  # in place of a value: the field is removed
 RELEASED = Path(__file__).parents[1] / "data" / "reference_vectors" / "model"
 
 Damage = Callable[[Path], Any]

@@ -82,22 +82,14 @@ def test_released_format_saves_as_our_own(tmp_path, released):
 def test_released_defaults_of_absent_extra_keys(released):
     edit_config(released, extra={"zoom_ratio": "2"})
     settings = load_config(released).flexattn
-    assert (settings.threshold, settings.warmup, settings.lowres_size, settings.highres_size) == (
-        64.0,
-        3.0,
-        336,
-        672,
-    )
+    assert (settings.threshold, settings.warmup, settings.lowres_size, settings.highres_size) == (64.0, 3.0, 336, 672)
 
 
 def test_vision_tower_outside_the_checkpoint(tmp_path, released):
     """The public checkpoint names its tower by a hub id and may not hold its weights."""
     whole = FlexAttnLlavaForConditionalGeneration.from_pretrained(released)
     weights = load_file(released / "model.safetensors")
-    save_file(
-        {name: w for name, w in weights.items() if "vision_tower" not in name},
-        released / "model.safetensors",
-    )
+    save_file({name: w for name, w in weights.items() if "vision_tower" not in name}, released / "model.safetensors")
     shutil.move(released / "vision_tower", tmp_path / "clip-vit-large-patch14-336")
     edit_config(released, mm_vision_tower="openai/clip-vit-large-patch14-336")
     assert same_weights(FlexAttnLlavaForConditionalGeneration.from_pretrained(released), whole)
@@ -148,10 +140,7 @@ def test_bad_released_config(released, changes, message, monkeypatch):
 
 def test_missing_and_damaged_weights(released):
     weights = load_file(released / "model.safetensors")
-    save_file(
-        {k: w for k, w in weights.items() if ".10.self_attn.k_proj_hd" not in k},
-        released / "model.safetensors",
-    )
+    save_file({k: w for k, w in weights.items() if ".10.self_attn.k_proj_hd" not in k}, released / "model.safetensors")
     with pytest.raises(CheckpointError, match="lacks 1 weights"):
         FlexAttnLlavaForConditionalGeneration.from_pretrained(released)
     (released / "model.safetensors").write_bytes(b"not a tensor file")

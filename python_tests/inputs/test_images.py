@@ -63,12 +63,7 @@ def test_shapes_and_order_of_a_batch(small_processor):
 
 def test_plain_llava_has_no_high_resolution():
     pixels = FlexAttnLlavaImageProcessor(lowres_size=48, highres_size=None, lr_side=6)(noise(80, 80))
-    assert set(pixels) == {"pixel_values", "valid_rect"} and pixels["pixel_values"].shape == (
-        1,
-        3,
-        48,
-        48,
-    )
+    assert set(pixels) == {"pixel_values", "valid_rect"} and pixels["pixel_values"].shape == (1, 3, 48, 48)
 
 
 def test_padding_has_the_colour_of_the_mean(small_processor):

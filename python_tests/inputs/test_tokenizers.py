@@ -13,10 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import (
-    AutoProcessor,
-    AutoTokenizer,
-)
+from transformers import AutoProcessor, AutoTokenizer
 
 from flexattn_cuda.checkpoints import load_config
 from flexattn_cuda.errors import CheckpointError, InputError
@@ -53,24 +50,12 @@ def released(tmp_path):
         legacy=False,
         add_bos_token=True,
         add_eos_token=False,
-        bos_token={
-            "__type": "AddedToken",
-            "content": "<s>",
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-        },
+        bos_token={"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": False, "rstrip": False},
         pad_token=None,
         padding_side="right",
         model_max_length=2048,
     )
-    write(
-        folder / "special_tokens_map.json",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<unk>",
-    )
+    write(folder / "special_tokens_map.json", bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>")
     return folder
 
 
@@ -84,12 +69,7 @@ def llava(tmp_path):
     tokenizer.save_pretrained(folder)
     values = json.loads((folder / "tokenizer_config.json").read_text())
     write(folder / "tokenizer_config.json", **(values | {"tokenizer_class": "LlamaTokenizer"}))
-    write(
-        folder / "preprocessor_config.json",
-        image_mean=[0.5, 0.25, 0.125],
-        image_std=[0.5, 0.5, 0.5],
-        resample=3,
-    )
+    write(folder / "preprocessor_config.json", image_mean=[0.5, 0.25, 0.125], image_std=[0.5, 0.5, 0.5], resample=3)
     return folder
 
 
@@ -185,10 +165,7 @@ def test_released_image_id_is_expanded(released):
     assert processor.expand_image_tokens(ids) == expected
     assert processor.expand_image_tokens(torch.tensor(ids)).tolist() == expected
     assert processor.expand_image_tokens(expected) == expected
-    assert processor.expand_image_tokens([VOCABULARY, VOCABULARY, 7]) == [
-        *[VOCABULARY] * (2 * 576),
-        7,
-    ]
+    assert processor.expand_image_tokens([VOCABULARY, VOCABULARY, 7]) == [*[VOCABULARY] * (2 * 576), 7]
     assert processor.expand_image_tokens([]) == []
     with pytest.raises(InputError, match="one prompt"):
         processor.expand_image_tokens([ids])
@@ -210,12 +187,7 @@ def test_legacy_setting_of_the_released_tokenizer(released, legacy):
     values = json.loads((released / "tokenizer_config.json").read_text())
     write(released / "tokenizer_config.json", **(values | {"legacy": legacy}))
     tokenizer = FlexAttnLlavaProcessor.from_pretrained(released).tokenizer
-    assert tokenizer("a</s>b").input_ids == [
-        1,
-        *tokenizer("a").input_ids[1:],
-        2,
-        *tokenizer("b").input_ids[1:],
-    ]
+    assert tokenizer("a</s>b").input_ids == [1, *tokenizer("a").input_ids[1:], 2, *tokenizer("b").input_ids[1:]]
 
 
 def test_released_folder_needs_only_tokenizer_model(released):
@@ -230,11 +202,7 @@ def test_mean_and_std_come_from_the_vision_tower_or_are_those_of_clip(released):
     tower = released / "vision_tower" / "preprocessor_config.json"
     values = json.loads(tower.read_text())
     write(tower, **(values | {"image_mean": [0.5, 0.5, 0.5]}))
-    assert FlexAttnLlavaProcessor.from_pretrained(released).image_processor.image_mean == [
-        0.5,
-        0.5,
-        0.5,
-    ]
+    assert FlexAttnLlavaProcessor.from_pretrained(released).image_processor.image_mean == [0.5, 0.5, 0.5]
     tower.unlink()
     assert FlexAttnLlavaProcessor.from_pretrained(released).image_processor.image_mean == list(CLIP_MEAN)
 
@@ -256,15 +224,8 @@ def test_llava_images_use_the_folders_mean(llava):
     assert processor.image_mean == [0.5, 0.25, 0.125]
     assert (processor.lowres_size, processor.highres_size, processor.lr_side) == (48, 144, 6)
     (llava / "preprocessor_config.json").rename(llava / "old.json")
-    write(
-        llava / "processor_config.json",
-        image_processor=json.loads((llava / "old.json").read_text()),
-    )
-    assert FlexAttnLlavaProcessor.from_pretrained(llava).image_processor.image_mean == [
-        0.5,
-        0.25,
-        0.125,
-    ]
+    write(llava / "processor_config.json", image_processor=json.loads((llava / "old.json").read_text()))
+    assert FlexAttnLlavaProcessor.from_pretrained(llava).image_processor.image_mean == [0.5, 0.25, 0.125]
 
 
 @pytest.mark.parametrize("file", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
@@ -296,13 +257,7 @@ def test_processor_round_trips(request, tmp_path, source):
     own = tmp_path / "own"
     load_config(folder).save_pretrained(own)
     before.save_pretrained(own)
-    texts = [
-        before.prompt("What?"),
-        "<image> and <image>",
-        "no image, two  spaces",
-        " <image>",
-        "end</s>USER: more",
-    ]
+    texts = [before.prompt("What?"), "<image> and <image>", "no image, two  spaces", " <image>", "end</s>USER: more"]
     inputs = dict(images=[image(60, 40), image(40, 60), image(50, 50), image(9, 9)], text=texts)
     expected = before(**inputs)
     for after in (FlexAttnLlavaProcessor.from_pretrained(own), AutoProcessor.from_pretrained(own)):
@@ -355,10 +310,7 @@ def test_chat_template_may_tokenize_at_once(released):
     [
         (dict(text="no mark", images=image()), "0 <image> marks, but 1 images"),
         (dict(text="<image>"), "1 <image> marks, but 0 images"),
-        (
-            dict(text=["<image>", "<image><image>"], images=[[image(), image()], [image()]]),
-            "text by text",
-        ),
+        (dict(text=["<image>", "<image><image>"], images=[[image(), image()], [image()]]), "text by text"),
         (dict(images=image()), "there is no text"),
         (dict(text=7), "must be a string"),
         (dict(text=[]), "must be a string"),

@@ -42,8 +42,7 @@ def test_it_reads_what_only_the_high_resolution_shows(loaded):
     answers = {True: [], False: []}
     for one in asked:
         inputs = processor(
-            images=Image.open(HERE / "data" / "held_out" / one["file"]),
-            text=processor.prompt(one["question"]),
+            images=Image.open(HERE / "data" / "held_out" / one["file"]), text=processor.prompt(one["question"])
         )
         for hr in answers:
             given = {name: value for name, value in inputs.items() if hr or name != "pixel_values_hr"}

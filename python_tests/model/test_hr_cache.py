@@ -24,11 +24,7 @@ STEPS = 64
 
 def mixed_batch():
     """Different questions, two images in one prompt, and a row of text alone."""
-    rows = [
-        tiny.prompt(2, "image", 5, "image", 3, seed=1),
-        tiny.prompt(4, "image", 9),
-        tiny.prompt(7, seed=2),
-    ]
+    rows = [tiny.prompt(2, "image", 5, "image", 3, seed=1), tiny.prompt(4, "image", 9), tiny.prompt(7, seed=2)]
     return tiny.left_padded(*rows) | {"pixel_values_hr": tiny.images(3)}
 
 
@@ -43,12 +39,7 @@ def run(model, steps=STEPS, **inputs):
         return_dict_in_generate=True,
         flexattn_trace=trace,
     )
-    return (
-        output.sequences[:, -steps:],
-        torch.stack(output.logits, 1),
-        trace,
-        HRCache.beside(output.past_key_values),
-    )
+    return (output.sequences[:, -steps:], torch.stack(output.logits, 1), trace, HRCache.beside(output.past_key_values))
 
 
 def ever_selected(model, trace, prompts=None):
@@ -247,10 +238,7 @@ def test_rows_that_the_cache_does_not_know_are_refused():
     with pytest.raises(ValueError, match="this call has 1 rows, but the cache holds images of 3 prompts"):
         model(input_ids=torch.tensor([[5]]), past_key_values=cache)
     with pytest.raises(ValueError, match="4 rows, which are not prompts of 3 rows each"):
-        model(
-            **image_question() | {"input_ids": image_question()["input_ids"].expand(4, -1)},
-            rows_per_prompt=3,
-        )
+        model(**image_question() | {"input_ids": image_question()["input_ids"].expand(4, -1)}, rows_per_prompt=3)
 
 
 # ---------------------------------------------------------------------------------------------------- pools of fixed
@@ -296,8 +284,7 @@ def test_generate_with_pools_of_fixed_size(model, monkeypatch):
     static = dict(cache_implementation="static", disable_compile=True)
     assert torch.equal(run(model, 12, **mixed_batch(), **static, hr_capacity=3 * 18 * 18)[0], expected)
     with pytest.raises(
-        PoolOverflow,
-        match="layer [0-9] has no room for [0-9]+ selected tokens: hr_capacity=10 is too small",
+        PoolOverflow, match="layer [0-9] has no room for [0-9]+ selected tokens: hr_capacity=10 is too small"
     ):
         run(model, 12, **mixed_batch(), **static, hr_capacity=10)
     monkeypatch.setattr(state, "NEW_AT_ONCE", 0)
@@ -345,20 +332,12 @@ def test_a_conversation_goes_on_with_its_new_tokens_alone(model):
     for alone in (False, True):
         cache = DynamicCache(config=model.config.text_config)
         turn = model.generate(
-            first[None],
-            pixel_values_hr=tiny.images(1),
-            past_key_values=cache,
-            max_new_tokens=4,
-            do_sample=False,
+            first[None], pixel_values_hr=tiny.images(1), past_key_values=cache, max_new_tokens=4, do_sample=False
         )
         whole = torch.cat([turn, second[None]], dim=1)
         ids = whole[:, cache.get_seq_length() :] if alone else whole
         tokens = model.generate(
-            ids,
-            attention_mask=torch.ones_like(whole),
-            past_key_values=cache,
-            max_new_tokens=12,
-            do_sample=False,
+            ids, attention_mask=torch.ones_like(whole), past_key_values=cache, max_new_tokens=12, do_sample=False
         )
         answers.append(tokens[:, -12:])
     assert torch.equal(*answers)
@@ -438,10 +417,7 @@ def test_an_assistant_model_changes_nothing(model, kind):
 
 @torch.no_grad()
 def test_images_and_places_must_agree():
-    two = {
-        "input_ids": tiny.prompt("image", 3, "image", 2)[None],
-        "pixel_values": torch.zeros(2, 3, 48, 48),
-    }
+    two = {"input_ids": tiny.prompt("image", 3, "image", 2)[None], "pixel_values": torch.zeros(2, 3, 48, 48)}
     for images in (1, 3):
         with pytest.raises(ValueError, match=f"pixel_values_hr holds {images} images; these prompts have 2"):
             tiny.flex()(**two, pixel_values_hr=tiny.images(images))
@@ -458,10 +434,6 @@ def test_an_image_token_that_the_model_writes_is_no_image(model, use_cache):
         )
 
     ids = model.generate(
-        **image_question(),
-        max_new_tokens=5,
-        do_sample=False,
-        logits_processor=[write_one],
-        use_cache=use_cache,
+        **image_question(), max_new_tokens=5, do_sample=False, logits_processor=[write_one], use_cache=use_cache
     )
     assert ids.shape[1] == 49 + 5 and ids[0, 49] == tiny.IMAGE

@@ -23,10 +23,7 @@ def model(request):
 
 
 def image_question(seed=0, text=9):
-    return {
-        "input_ids": tiny.prompt(4, "image", text, seed=seed)[None],
-        "pixel_values_hr": tiny.images(1, seed),
-    }
+    return {"input_ids": tiny.prompt(4, "image", text, seed=seed)[None], "pixel_values_hr": tiny.images(1, seed)}
 
 
 @torch.no_grad()
@@ -182,11 +179,7 @@ def test_static_cache(model):
     inputs = image_question()
     expected, _ = tiny.generate(model, 6, **inputs)
     output = model.generate(
-        **inputs,
-        max_new_tokens=6,
-        do_sample=False,
-        cache_implementation="static",
-        disable_compile=True,
+        **inputs, max_new_tokens=6, do_sample=False, cache_implementation="static", disable_compile=True
     )
     assert torch.equal(output[:, -6:], expected)
 
@@ -199,11 +192,7 @@ def test_conversation_goes_on_from_its_cache(model):
     pixels = tiny.images(2)
     cache = DynamicCache(config=model.config.text_config)
     turn = model.generate(
-        first[None],
-        pixel_values_hr=pixels[:1],
-        past_key_values=cache,
-        max_new_tokens=4,
-        do_sample=False,
+        first[None], pixel_values_hr=pixels[:1], past_key_values=cache, max_new_tokens=4, do_sample=False
     )
     ids = torch.cat([turn, second[None]], dim=1)
     tokens = model.generate(ids, pixel_values_hr=pixels[1:], past_key_values=cache, max_new_tokens=4, do_sample=False)
@@ -267,18 +256,12 @@ def test_gradient_checkpointing_changes_nothing(model):
     ("changes", "message"),
     [
         ({"pixel_values_hr": tiny.images(2)}, "room for 1 images, but 2"),
-        (
-            {"pixel_values_hr": torch.zeros(1, 3, 40, 40)},
-            r"pixel_values_hr has shape \[1, 3, 40, 40\]",
-        ),
+        ({"pixel_values_hr": torch.zeros(1, 3, 40, 40)}, r"pixel_values_hr has shape \[1, 3, 40, 40\]"),
         ({"pixel_values_hr": None}, "no pixel_values"),
         ({"hr_capacity": 0}, "hr_capacity is 0; it must be at least 1"),
         ({"rows_per_prompt": 0}, "the batch has 1 rows, which are not prompts of 0 rows each"),
         ({"valid_rect": torch.zeros(1, 3)}, r"valid_rect has shape \[1, 3\]"),
-        (
-            {"input_ids": tiny.prompt(4, "image", 9)[None, 5:]},
-            "image tokens, but every image takes 36",
-        ),
+        ({"input_ids": tiny.prompt(4, "image", 9)[None, 5:]}, "image tokens, but every image takes 36"),
         ({"input_ids": None}, "either input_ids or inputs_embeds"),
         ({"attention_mask": torch.ones(1, 1, 49, 49)}, "padding mask"),
     ],

@@ -39,13 +39,7 @@ def ask():
         return lambda: tiny.generate(model, steps=3, **inputs)
 
 
-OPERATORS = (
-    "hierarchical_attention",
-    "select_tokens",
-    "gather_tokens",
-    "assign_slots",
-    "write_hr_kv",
-)
+OPERATORS = ("hierarchical_attention", "select_tokens", "gather_tokens", "assign_slots", "write_hr_kv")
 
 
 def test_phases_are_absent_until_switched_on():
@@ -101,12 +95,7 @@ def test_the_decorated_function_keeps_its_name_and_its_result(switched_on):
         """Twice."""
         return x * times
 
-    assert (double(4), double(4, times=3), double.__name__, double.__doc__) == (
-        8,
-        12,
-        "double",
-        "Twice.",
-    )
+    assert (double(4), double(4, times=3), double.__name__, double.__doc__) == (8, 12, "double", "Twice.")
     assert [name for name, *_ in names(lambda: double(1))] == ["flexattn_cuda.doubling"]
 
 
@@ -171,10 +160,7 @@ int main() {
 def test_a_profiler_receives_domain_and_ranges(tmp_path):
     """With the header of a CUDA toolkit, which needs neither its libraries nor a GPU."""
     root = Path(__file__).parents[2]
-    homes = [
-        Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")),
-        *sorted(Path("/usr/local").glob("cuda-*")),
-    ]
+    homes = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), *sorted(Path("/usr/local").glob("cuda-*"))]
     include = next((home / "include" for home in homes if (home / "include/nvtx3/nvToolsExt.h").exists()), None)
     compiler = shutil.which("g++")
     if include is None or compiler is None:
@@ -185,23 +171,9 @@ def test_a_profiler_receives_domain_and_ranges(tmp_path):
     ):
         (tmp_path / f"{name}.cpp").write_text(text)
         subprocess.run(
-            [
-                compiler,
-                "-std=c++17",
-                f"-I{include}",
-                "-o",
-                tmp_path / name,
-                tmp_path / f"{name}.cpp",
-                *flags,
-            ],
+            [compiler, "-std=c++17", f"-I{include}", "-o", tmp_path / name, tmp_path / f"{name}.cpp", *flags],
             check=True,
         )
     environment = os.environ | {"NVTX_INJECTION64_PATH": str(tmp_path / "tool.so")}
     done = subprocess.run([tmp_path / "program"], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:-1] == [
-        "domain flexattn_cuda",
-        "push outer",
-        "push inner",
-        "pop",
-        "pop",
-    ]
+    assert done.stdout.split("\n")[:-1] == ["domain flexattn_cuda", "push outer", "push inner", "pop", "pop"]

@@ -31,13 +31,7 @@ from flexattn_cuda.mechanism.tokens import HRTokens
 
 FOLDER = Path(os.environ.get("FLEXATTN_REFERENCE_VECTORS") or Path(__file__).parents[1] / "data" / "reference_vectors")
 RELEASED_IMAGE_ID = -200
-LOGITS, MAPS, LAYER_OUTPUTS, FEATURES, PIXELS = (
-    1e-3,
-    1e-5,
-    1e-4,
-    1e-4,
-    1e-5,
-)  # the set's README, float32
+LOGITS, MAPS, LAYER_OUTPUTS, FEATURES, PIXELS = (1e-3, 1e-5, 1e-4, 1e-4, 1e-5)  # the set's README, float32
 HR_STRIDE, LR_STRIDE = 36, 12  # of the pixel samples, at every image size
 
 
@@ -82,12 +76,7 @@ def test_selection(case):
     expected = tensor("selection", f"mask_{case['index']:02d}")
     live = torch.tensor([[valid_rect_of(*case["ori_size_wh"], side)]], dtype=torch.int32)
     selected = ops.select_tokens(
-        heads.sum(0)[None, None, None],
-        live,
-        hr_side=hr_side,
-        scale=255.0,
-        threshold=case["threshold"],
-        pool_side=9,
+        heads.sum(0)[None, None, None], live, hr_side=hr_side, scale=255.0, threshold=case["threshold"], pool_side=9
     )
     assert torch.equal(selected.mask[0, 0, 0].view(hr_side, hr_side), expected)
     assert selected.count.item() == case["selected"] == int(expected.sum())
@@ -301,22 +290,12 @@ def test_whole_model(case):
     if "hd_features" in held:
         assert_close(features, expected("hd_features"), FEATURES, "HR features")
     if "hd_sample" in held:
-        assert_close(
-            features[expected("hd_sample_index").long()],
-            expected("hd_sample"),
-            FEATURES,
-            "HR features",
-        )
+        assert_close(features[expected("hd_sample_index").long()], expected("hd_sample"), FEATURES, "HR features")
     if "hd_token_mean" in held:
         assert_close(features.mean(-1), expected("hd_token_mean"), FEATURES, "means of the HR features")
     if "hd_token_l2" in held:
         norms = features.norm(dim=-1)
-        assert_close(
-            norms,
-            expected("hd_token_l2"),
-            FEATURES * features.shape[-1] ** 0.5,
-            "norms of the HR features",
-        )
+        assert_close(norms, expected("hd_token_l2"), FEATURES * features.shape[-1] ** 0.5, "norms of the HR features")
     if "lr_features" in held:
         # They enter the language model in place of embeddings.
         entering = model(input_ids=input_ids, **pixels, output_hidden_states=True).hidden_states[0][0, image]
@@ -354,10 +333,7 @@ def test_option_losses():
         if f"option{number}.answer_row_logits" in arrays("scoring_training"):
             answer_logits = output.logits[0, -len(option) - 1 : -1]
             assert_close(
-                answer_logits,
-                tensor("scoring_training", f"option{number}.answer_row_logits"),
-                LOGITS,
-                "logits",
+                answer_logits, tensor("scoring_training", f"option{number}.answer_row_logits"), LOGITS, "logits"
             )
         if f"option{number}.counts" in arrays("scoring_training"):
             counts = torch.stack([trace.steps[0][layer].mask[0, :, 0].sum(-1) for layer in map_layers])
@@ -392,10 +368,7 @@ def test_training(run, checkpointing):
         model.gradient_checkpointing_enable()
     alpha = model.config.flexattn.alpha(run["step"])
     assert alpha == pytest.approx(run["alpha"], abs=1e-12)
-    raw, mask = (
-        tensor("scoring_training", "train.input_ids"),
-        tensor("scoring_training", "train.attention_mask"),
-    )
+    raw, mask = (tensor("scoring_training", "train.input_ids"), tensor("scoring_training", "train.attention_mask"))
     raw_labels = tensor("scoring_training", "train.labels")
 
     def batch(values: torch.Tensor, fill: int, pad: int) -> torch.Tensor:

@@ -58,17 +58,9 @@ def expected_logits(model, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Ten
     tokens = low if model.config.system == "xattn" else torch.cat([low, high], 1)
     x = weights["model.language_model.embed_tokens.weight"][ids].clone()
     x[ids == tiny.IMAGE] = tokens.flatten(0, 1)
-    sizes = dict(
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        eps=text.rms_norm_eps,
-        theta=1e4,
-    )
+    sizes = dict(heads=text.num_attention_heads, kv_heads=text.num_key_value_heads, eps=text.rms_norm_eps, theta=1e4)
     return reference.llama(
-        weights,
-        x,
-        **sizes,
-        hr_tokens=high.flatten(0, 1) if model.config.system == "xattn" else None,
+        weights, x, **sizes, hr_tokens=high.flatten(0, 1) if model.config.system == "xattn" else None
     )
 
 
@@ -96,15 +88,13 @@ def test_xattn_without_output_projection_is_llava(tmp_path):
     ids, pixels = prompt(xattn, 3, "image", 5)[None], images(xattn, 1)
     low = torch.nn.functional.interpolate(pixels, size=LOW, mode="bilinear", antialias=True)
     assert torch.equal(
-        xattn(input_ids=ids, pixel_values_hr=pixels).logits,
-        llava(input_ids=ids, pixel_values=low).logits,
+        xattn(input_ids=ids, pixel_values_hr=pixels).logits, llava(input_ids=ids, pixel_values=low).logits
     )
     # Not because cross-attention is left out:
     for layer in xattn.model.language_model.layers:
         layer.cross_attn.o_proj.weight.copy_(layer.self_attn.o_proj.weight)
     assert not torch.equal(
-        xattn(input_ids=ids, pixel_values_hr=pixels).logits,
-        llava(input_ids=ids, pixel_values=low).logits,
+        xattn(input_ids=ids, pixel_values_hr=pixels).logits, llava(input_ids=ids, pixel_values=low).logits
     )
 
 
@@ -129,11 +119,7 @@ def test_generation_with_a_cache_equals_recomputation(settings):
 def test_a_row_of_a_batch_is_answered_as_if_it_were_alone(settings):
     model = tiny.flex(settings).double()
     pixels = images(model, 3)
-    prompts = [
-        prompt(model, 3, "image", 5),
-        prompt(model, 6, seed=7),
-        prompt(model, 2, "image", 4, "image", 3, seed=9),
-    ]
+    prompts = [prompt(model, 3, "image", 5), prompt(model, 6, seed=7), prompt(model, 2, "image", 4, "image", 3, seed=9)]
     tokens, logits = tiny.generate(model, **tiny.left_padded(*prompts), pixel_values_hr=pixels)
     for row, own in enumerate([pixels[:1], None, pixels[1:]]):
         inputs = {} if own is None else {"pixel_values_hr": own}
@@ -152,11 +138,7 @@ def test_beams_share_the_images(settings):
     for row in range(2):
         ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()][None]
         alone = model.generate(
-            input_ids=ids,
-            pixel_values_hr=pixels[row : row + 1],
-            num_beams=3,
-            max_new_tokens=5,
-            do_sample=False,
+            input_ids=ids, pixel_values_hr=pixels[row : row + 1], num_beams=3, max_new_tokens=5, do_sample=False
         )
         assert torch.equal(together[row, -5:], alone[0, -5:])
 
@@ -204,21 +186,12 @@ def test_an_image_that_was_cropped_out_of_the_cache_is_not_seen():
 @BOTH
 def test_features_of_another_size_or_number_are_refused(settings):
     model = tiny.flex(settings)
-    ids, low, tokens = (
-        prompt(model, 3, "image", 5)[None],
-        torch.zeros(1, tiny.SIDE**2, 32),
-        model.config.hr_side**2,
-    )
+    ids, low, tokens = (prompt(model, 3, "image", 5)[None], torch.zeros(1, tiny.SIDE**2, 32), model.config.hr_side**2)
     for features in (torch.zeros(1, 2 * tokens, 32), torch.zeros(2, tokens, 32)):
         with pytest.raises(ValueError, match=f"for these prompts it must be .1, {tokens}, 32"):
             model(input_ids=ids, image_features=low, hr_features=features)
     with pytest.raises(ValueError, match="valid_rect has shape .7, 4.; it must be .1, 4."):
-        model(
-            input_ids=ids,
-            image_features=low,
-            hr_features=torch.zeros(1, tokens, 32),
-            valid_rect=torch.zeros(7, 4),
-        )
+        model(input_ids=ids, image_features=low, hr_features=torch.zeros(1, tokens, 32), valid_rect=torch.zeros(7, 4))
 
 
 def test_cross_attention_on_another_device_than_the_images():
@@ -318,10 +291,7 @@ def test_prompts_of_the_processor_fit_the_system(settings, tmp_path):
     folder = tiny_checkpoint.save(tmp_path)
     model = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder, flexattn=settings)
     processor = FlexAttnLlavaProcessor.from_pretrained(folder, config=model.config)
-    inputs = processor(
-        images=torch.zeros(40, 60, 3, dtype=torch.uint8).numpy(),
-        text=processor.prompt("What is it?"),
-    )
+    inputs = processor(images=torch.zeros(40, 60, 3, dtype=torch.uint8).numpy(), text=processor.prompt("What is it?"))
     ids = inputs["input_ids"]
     assert int((ids == processor.image_token_id).sum()) == tiny.SIDE**2 + (64 if settings is HD else 0)
     assert inputs["pixel_values_hr"].shape[-1] == settings.highres_size
@@ -360,11 +330,7 @@ def test_as_another_system_and_back_a_model_keeps_its_own_settings(start):
         expected = settings_of(name, LOW)
         for field in ("system", "zoom", "highres_size", "strategy"):
             assert getattr(other.flexattn, field) == getattr(expected, field)
-        assert (other.flexattn.first_layer, other.flexattn.pool, other.flexattn.threshold) == (
-            2,
-            3,
-            start.threshold,
-        )
+        assert (other.flexattn.first_layer, other.flexattn.pool, other.flexattn.threshold) == (2, 3, start.threshold)
         assert as_system(other, config.system).flexattn == config.flexattn
     assert as_system(config, "llava").flexattn is None
 
@@ -396,11 +362,7 @@ def test_memory_of_a_system_is_what_it_takes(settings):
     assert estimate.all_weights == sum(p.nbytes for p in model.parameters())
     cache = DynamicCache(config=config.text_config)
     with torch.no_grad():
-        model(
-            input_ids=prompt(model, 3, "image", 5)[None],
-            pixel_values_hr=images(model, 1),
-            past_key_values=cache,
-        )
+        model(input_ids=prompt(model, 3, "image", 5)[None], pixel_values_hr=images(model, 1), past_key_values=cache)
     assert estimate.sequence_cache == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     kept = getattr(cache, "flexattn", None)
     crossed = [] if kept is None else [part for pair in kept.crossed.values() for part in pair]
@@ -411,9 +373,5 @@ def test_memory_of_a_system_is_what_it_takes(settings):
 def test_there_is_nothing_to_trace():
     model, trace = tiny.flex(XATTN), Trace()
     with torch.no_grad():
-        model(
-            input_ids=prompt(model, 3, "image", 5)[None],
-            pixel_values_hr=images(model, 1),
-            flexattn_trace=trace,
-        )
+        model(input_ids=prompt(model, 3, "image", 5)[None], pixel_values_hr=images(model, 1), flexattn_trace=trace)
     assert trace.steps == []

@@ -9,14 +9,7 @@ from backend import BACKEND
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_arguments import assign_arguments, attention_arguments, selection_arguments, write_arguments
-from strategies import (
-    SIDE,
-    AttentionCase,
-    attention_cases,
-    selection_cases,
-    slot_cases,
-    write_cases,
-)
+from strategies import SIDE, AttentionCase, attention_cases, selection_cases, slot_cases, write_cases
 
 from flexattn_cuda import ops, reference
 from flexattn_cuda.mechanism.rotary import rotate
@@ -159,14 +152,7 @@ def check_selection(device, case):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("T", "D", "M"),
-    [
-        (1, 1, 0),
-        (7, 3, 5),
-        (33, 24, 20),
-        (65, 8, 65),
-        (130, 64, 33),
-        pytest.param(HR_GRID**2, 256, 2925, marks=large),
-    ],
+    [(1, 1, 0), (7, 3, 5), (33, 24, 20), (65, 8, 65), (130, 64, 33), pytest.param(HR_GRID**2, 256, 2925, marks=large)],
 )
 def test_gather(device, dtype, T, D, M):
     generator = torch.Generator().manual_seed(T)
@@ -211,12 +197,7 @@ def test_slots_of_a_photograph(device):
         for _ in range(3)
     ]
     check_slots(
-        device,
-        dict(
-            selections=selections,
-            table=torch.full((B, T), -1, dtype=torch.int32),
-            capacity=B * T - 3000,
-        ),
+        device, dict(selections=selections, table=torch.full((B, T), -1, dtype=torch.int32), capacity=B * T - 3000)
     )
 
 
@@ -347,26 +328,7 @@ def calls(device: str) -> dict[str, tuple]:
         q, k, v, start, length, None, *pool, slots, count, None, rows, bits, torch.tensor([0.3, 1.0]).to(device), ranges, SIDE**2,
         False, 0.35,
     )  # fmt: skip
-    plain = (
-        q,
-        k,
-        v,
-        start,
-        length,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        0,
-        False,
-        0.35,
-    )
+    plain = (q, k, v, start, length, None, None, None, None, None, None, None, None, None, None, 0, False, 0.35)
     paper = (q, k, v, start, length, ops.pack_bits(torch.ones(2, 11, dtype=torch.bool, device=device)), *pool, slots, count,
              integers([0, 2]), None, None, None, ranges, SIDE**2, True, 0.35)  # fmt: skip
     with torch.no_grad():
@@ -379,13 +341,7 @@ def calls(device: str) -> dict[str, tuple]:
         "select_tokens": (attention_map, integers([[[0, 0, 9, 9]], [[2, 0, 7, 9]]]), 18, 255.0, 128.0, 3),
         "gather_tokens": (table, index),
         "gather_tokens_backward": (normal(2, 3, 4, grad=False), index, 7),
-        "assign_slots": (
-            index,
-            integers([2, 3]),
-            integers([[-1] * 7, [-1, 2, 0] + [-1] * 4]),
-            integers([3]),
-            6,
-        ),
+        "assign_slots": (index, integers([2, 3]), integers([[-1] * 7, [-1, 2, 0] + [-1] * 4]), integers([3]), 6),
         "write_hr_kv": (
             *(normal(3, 2, 8, grad=False) for _ in "kv"),
             *(normal(3, 8, grad=False) for _ in range(2)),
@@ -418,10 +374,7 @@ def test_every_operator_is_checked():
 def test_results_do_not_change_from_run_to_run(device):
     def outcome(name):
         """What the operator returns, and its arguments afterwards, some of which it writes."""
-        arguments, operator = (
-            calls(device)[name],
-            getattr(torch.ops.flexattn_cuda, name.partition(":")[0]),
-        )
+        arguments, operator = (calls(device)[name], getattr(torch.ops.flexattn_cuda, name.partition(":")[0]))
         returned = operator(*arguments)
         results = returned if isinstance(returned, tuple) else (returned,)
         return [x for x in (*results, *arguments) if isinstance(x, torch.Tensor)]
@@ -456,10 +409,7 @@ def test_compiles_without_graph_breaks(device):
     ("changes", "message"),
     [
         ({"k": torch.randn(2, 3, 11, 8)}, "q has 4 heads, expected a multiple of k's 3"),
-        (
-            {"k": torch.randn(2, 2, 11, 7)},
-            r"k has shape \[2, 2, 11, 7\], expected \[2, \*, \*, 8\]",
-        ),
+        ({"k": torch.randn(2, 2, 11, 7)}, r"k has shape \[2, 2, 11, 7\], expected \[2, \*, \*, 8\]"),
         ({"v": torch.randn(2, 2, 11, 8).double()}, "v has dtype Double, expected Float"),
         ({"q": torch.randn(4, 5, 8)}, r"q has shape \[4, 5, 8\], expected \[\*, \*, \*, \*\]"),
         (
@@ -470,36 +420,15 @@ def test_compiles_without_graph_breaks(device):
         ({"k_hr": None}, "3 of k_hr, v_hr, hr_slots and hr_count are given, expected all or none"),
         ({"hr_rows": None}, "k_hr is given without hr_from or hr_rows"),
         ({"hr_from": torch.zeros(2, dtype=torch.int32)}, "hr_from and hr_rows are both given, expected one of them"),
-        (
-            {"hr_slots": torch.full((2, 1), 9, dtype=torch.int32)},
-            "hr_slots has values from 9 to 9, expected 0 to 8",
-        ),
-        (
-            {"hr_count": torch.full((2,), 2, dtype=torch.int32)},
-            "hr_count has values from 2 to 2, expected 0 to 1",
-        ),
-        (
-            {"hr_rows": torch.tensor([[5], [4]], dtype=torch.int32)},
-            "hr_rows has values from 4 to 5, expected -1 to 4",
-        ),
-        (
-            {"hr_rows": torch.tensor([[4, 4], [4, 3]], dtype=torch.int32)},
-            "hr_rows holds 4 twice in row 0",
-        ),
-        (
-            {"kv_len": torch.tensor([11, 4], dtype=torch.int32)},
-            "kv_len has values from 4 to 11, expected 5 to 11",
-        ),
+        ({"hr_slots": torch.full((2, 1), 9, dtype=torch.int32)}, "hr_slots has values from 9 to 9, expected 0 to 8"),
+        ({"hr_count": torch.full((2,), 2, dtype=torch.int32)}, "hr_count has values from 2 to 2, expected 0 to 1"),
+        ({"hr_rows": torch.tensor([[5], [4]], dtype=torch.int32)}, "hr_rows has values from 4 to 5, expected -1 to 4"),
+        ({"hr_rows": torch.tensor([[4, 4], [4, 3]], dtype=torch.int32)}, "hr_rows holds 4 twice in row 0"),
+        ({"kv_len": torch.tensor([11, 4], dtype=torch.int32)}, "kv_len has values from 4 to 11, expected 5 to 11"),
         ({"kv_len": torch.tensor([11, 11])}, "kv_len has dtype Long, expected Int"),
         ({"alpha": torch.ones(3)}, r"alpha has shape \[3\], expected \[2\]"),
-        (
-            {"map_ranges": torch.tensor([[[0, 4]], [[0, 9]]], dtype=torch.int32), "map_size": 9},
-            "a range of 4 keys",
-        ),
-        (
-            {"q": torch.randn(2, 4, 8, 5).transpose(2, 3)},
-            "q has stride 5 in its last dimension, expected 1",
-        ),
+        ({"map_ranges": torch.tensor([[[0, 4]], [[0, 9]]], dtype=torch.int32), "map_size": 9}, "a range of 4 keys"),
+        ({"q": torch.randn(2, 4, 8, 5).transpose(2, 3)}, "q has stride 5 in its last dimension, expected 1"),
     ],
 )
 def test_bad_attention_arguments(changes, message):
@@ -596,14 +525,7 @@ def test_attention_path_tells_the_kernel_and_every_reason_against_tensor_cores()
     assert ops.attention_path(q, k, v, capability=(7, 0)).path == "generic"
     path, reasons = ops.attention_path(*tensors(torch.bfloat16, d=36, cut=1), scale=-1.0, capability=(7, 0))
     assert path == "generic"
-    assert [reason.partition(" ")[0] for reason in reasons] == [
-        "bfloat16",
-        "head_dim",
-        "the",
-        "q",
-        "k",
-        "v",
-    ]
+    assert [reason.partition(" ")[0] for reason in reasons] == ["bfloat16", "head_dim", "the", "q", "k", "v"]
     pool = torch.zeros(3, 2, 132, dtype=torch.float16)[..., 4:]
     path, reasons = ops.attention_path(*tensors(torch.float16), k_hr=pool, v_hr=pool.contiguous(), capability=(7, 0))
     assert path == "generic" and reasons == ("k_hr is not aligned to 16 bytes in every row",)

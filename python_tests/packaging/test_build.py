@@ -74,8 +74,7 @@ def test_a_new_torch_is_taken(setup, version):
 def test_what_nvcc_prints_is_understood(setup):
     version = "Cuda compilation tools, release 13.0, V13.0.88\nBuild cuda_13.0.r13.0/compiler.36424714_0"
     assert setup.parse_toolkit(version, "compute_75\ncompute_90\ncompute_100\ncompute_121\n") == setup.Toolkit(
-        "13.0",
-        ["7.5", "9.0", "10.0", "12.1"],
+        "13.0", ["7.5", "9.0", "10.0", "12.1"]
     )
     assert setup.parse_toolkit("gibberish", "") is None
 
@@ -94,12 +93,7 @@ def test_a_folder_without_a_compiler_is_no_toolkit(setup, tmp_path):
         ("0", "13.0", "13.0", "switched off with FLEXATTN_CUDA=0"),
         ("auto", None, "13.0", "torch 2.11.0 is a build without CUDA"),
         ("auto", "13.0", None, "no CUDA toolkit was found"),
-        (
-            "auto",
-            "12.6",
-            "13.0",
-            "built with CUDA 12.6 and the toolkit is 13.0: their major versions must agree",
-        ),
+        ("auto", "12.6", "13.0", "built with CUDA 12.6 and the toolkit is 13.0: their major versions must agree"),
     ],
 )
 def test_when_cuda_kernels_are_built(setup, switch, torch_cuda, toolkit, reason):
@@ -190,14 +184,7 @@ def test_the_version_is_read_from_the_package_and_nowhere_else(setup):
 
 def test_build_info():
     info = build.build_info()
-    assert set(info) == {
-        "version",
-        "torch",
-        "compiler",
-        "cuda_toolkit",
-        "architectures",
-        "no_cuda_reason",
-    }
+    assert set(info) == {"version", "torch", "compiler", "cuda_toolkit", "architectures", "no_cuda_reason"}
     assert info["version"] == flexattn_cuda.__version__
     assert info["torch"] == torch.__version__
     assert (info["no_cuda_reason"] is None) == bool(info["cuda_toolkit"]) == bool(info["architectures"])

@@ -58,12 +58,7 @@ def test_a_dump_becomes_instructions_with_predicate_operands_and_width():
     functions = parse_sass(text)
     assert list(functions) == ["kernel", "other"]
     load, end = functions["kernel"]
-    assert (load.address, load.opcode, load.predicate, load.operands) == (
-        0,
-        "LDG.E.128.SYS",
-        "@!P0",
-        "R4, [R2+0x10]",
-    )
+    assert (load.address, load.opcode, load.predicate, load.operands) == (0, "LDG.E.128.SYS", "@!P0", "R4, [R2+0x10]")
     assert load.words == 4 and load.target is None, "an address in a load is no jump"
     assert end.address == 16
 
@@ -92,10 +87,7 @@ def test_what_ptxas_says():
             "void flexattn::cuda::(anonymous namespace)::choose_tokens<float>(flexattn::SelectTokensParams)",
             "choose_tokens<float>",
         ),
-        (
-            "flexattn::cuda::(anonymous namespace)::compact_tokens(flexattn::SelectTokensParams)",
-            "compact_tokens",
-        ),
+        ("flexattn::cuda::(anonymous namespace)::compact_tokens(flexattn::SelectTokensParams)", "compact_tokens"),
         (
             "void flexattn::cuda::prefill<flexattn::cuda::VoltaMma<(int)128>, (int)128>(flexattn::P)",
             "prefill<VoltaMma<128>, 128>",
@@ -140,14 +132,7 @@ def test_the_steady_path_skips_a_mask_and_takes_the_wide_loads():
         "@P2 BRA 0x0",
         "EXIT",
     ).main_loop()
-    assert opcodes(loop.steady) == [
-        "LDS.U.128",
-        "BRA",
-        "BRA",
-        "LDG.E.128.SYS",
-        "HMMA.884.F32.F32.STEP0",
-        "BRA",
-    ]
+    assert opcodes(loop.steady) == ["LDS.U.128", "BRA", "BRA", "LDG.E.128.SYS", "HMMA.884.F32.F32.STEP0", "BRA"]
     assert "FSEL" in opcodes(loop.everything)
 
 
@@ -205,10 +190,7 @@ def test_a_64_x_64_x_128_tile_takes_2048_tensor_cycles():
 
 
 def test_every_pipe_counts_by_its_width():
-    found = cycles(
-        body(LDS128=2, STS64=3, SHFL=5, LDG=7, LDL=1, MUFU=2, FFMA=3, IADD=4, DFMA=1, BRA=1),
-        warps=8,
-    )
+    found = cycles(body(LDS128=2, STS64=3, SHFL=5, LDG=7, LDL=1, MUFU=2, FFMA=3, IADD=4, DFMA=1, BRA=1), warps=8)
     assert found == {
         "tensor": 0, "LSU": 8 * (8 + 6 + 5 + 7 + 1), "LDS": 64, "STS": 48, "SHFL": 40, "LDG": 56, "STG": 0, "local": 8,
         "MUFU": 2 * 8 * 2, "FMA": 2 * 2 * 3, "ALU": 2 * 2 * 4, "FP64": 2 * 4, "issue": 2 * 29,
@@ -285,10 +267,7 @@ def test_a_skipped_kernel_is_left_out_without_a_complaint():
 
 @pytest.mark.parametrize(
     "entry, said",
-    [
-        ({"register": 63}, "there is no limit called register."),
-        ({"threads": None}, "threads are missing."),
-    ],
+    [({"register": 63}, "there is no limit called register."), ({"threads": None}, "threads are missing.")],
 )
 def test_a_budget_that_would_limit_nothing_is_refused(tmp_path, capsys, entry, said):
     file = tmp_path / "budgets.json"

@@ -41,18 +41,9 @@ def test_shared_memory_begins_as_nan():
 @pytest.mark.parametrize(
     "fault, says",
     [
-        (
-            "race",
-            "race: .* byte [0-9]+ of shared memory that thread [0-9]+ of block 0 (wrote|read)",
-        ),
-        (
-            "reuse",
-            "race: (reads|writes) byte [0-9]+ of shared memory that thread [0-9]+ of block 0 (wrote|read)",
-        ),
-        (
-            "reader",
-            "race: (reads|writes) byte [0-9]+ of shared memory that thread [0-9]+ of block 0 (wrote|read)",
-        ),
+        ("race", "race: .* byte [0-9]+ of shared memory that thread [0-9]+ of block 0 (wrote|read)"),
+        ("reuse", "race: (reads|writes) byte [0-9]+ of shared memory that thread [0-9]+ of block 0 (wrote|read)"),
+        ("reader", "race: (reads|writes) byte [0-9]+ of shared memory that thread [0-9]+ of block 0 (wrote|read)"),
         ("overlap", "race: writes byte [0-9]+ of shared memory that thread [01] of block 0 wrote"),
         ("readers of blocks", "race: writes a byte of global memory that thread 0 of block 0 read"),
         ("blocks", "race: writes a byte of global memory that thread 0 of block 0 wrote"),
@@ -65,8 +56,7 @@ def test_a_race_is_caught(fault, says):
 
 def test_a_barrier_that_some_threads_miss_is_caught():
     with pytest.raises(
-        RuntimeError,
-        match="barrier, block 0, .* waits forever at __syncthreads: not all threads reach it",
+        RuntimeError, match="barrier, block 0, .* waits forever at __syncthreads: not all threads reach it"
     ):
         run("barrier")
 
@@ -112,9 +102,7 @@ def counting():
     yield found
     for entry in json.loads(torch.ops.flexattn_access_counts.json()):
         found[entry["kind"], entry["width"]].update(
-            instructions=entry["instructions"],
-            units=entry[UNITS[entry["kind"]]],
-            ideal=entry["ideal"],
+            instructions=entry["instructions"], units=entry[UNITS[entry["kind"]]], ideal=entry["ideal"]
         )
     for key, total in found.items():
         found[key] = (total["instructions"], total["units"], total["ideal"])

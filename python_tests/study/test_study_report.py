@@ -22,10 +22,7 @@ from studies.small.small_model import ModelSizes
 
 TASKS = ("attribute", "text")
 # Right answers to the 10 questions of a task and a size, by seed; question k is right where k is below the figure.
-SMALL = {
-    "llava": {"attribute": (3, 2, 4), "text": (5, 5, 5)},
-    "flexattn": {"attribute": (9, 8, 9), "text": (6, 4, 5)},
-}
+SMALL = {"llava": {"attribute": (3, 2, 4), "text": (5, 5, 5)}, "flexattn": {"attribute": (9, 8, 9), "text": (6, 4, 5)}}
 LARGE = 8  # of every system
 
 
@@ -47,11 +44,7 @@ def answers(systems=("llava", "hd", "flexattn", "random", "center"), seeds=(0, 1
 def fill(folder, **given):
     """A study's results; `given` stands in for `answers()`."""
     write_csv(folder / "answers.csv", answers(**given))
-    about = {
-        "command": "python -m studies.small <out>",
-        "seeds": [0, 1, 2],
-        "chance": {"attribute": 0.2, "text": 0.01},
-    }
+    about = {"command": "python -m studies.small <out>", "seeds": [0, 1, 2], "chance": {"attribute": 0.2, "text": 0.01}}
     (folder / "study.json").write_text(json.dumps(about))
     return folder
 

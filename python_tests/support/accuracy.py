@@ -28,9 +28,6 @@ def assert_as_good_as_eager(ours, eager, exact, dtype, what, cancelled=1.0):
     ours, eager, exact = ours.double()[finite], eager.double()[finite], exact[finite]
     if not exact.numel():
         return
-    error, theirs = (
-        (ours - exact).abs().max().item(),
-        (eager - exact).nan_to_num(0).abs().max().item(),
-    )
+    error, theirs = ((ours - exact).abs().max().item(), (eager - exact).nan_to_num(0).abs().max().item())
     allowed = 2 * theirs + floor(dtype, cancelled * max(1.0, exact.abs().max().item()))
     assert error <= allowed, f"{what}: error {error:.3g}, eager torch has {theirs:.3g}, allowed {allowed:.3g}"

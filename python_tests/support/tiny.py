@@ -16,22 +16,14 @@ THRESHOLD = 235.0
 def settings(**changes) -> FlexAttnConfig:
     """Return the settings of FlexAttention that fit `llava_config`, with `changes`."""
     fields = dict(
-        zoom=ZOOM,
-        lowres_size=SIDE * PATCH,
-        highres_size=SIDE * PATCH * ZOOM,
-        first_layer=2,
-        pool=3,
-        threshold=48.0,
+        zoom=ZOOM, lowres_size=SIDE * PATCH, highres_size=SIDE * PATCH * ZOOM, first_layer=2, pool=3, threshold=48.0
     )
     return FlexAttnConfig(**(fields | changes))
 
 
 # The flat maps of a random model cross these thresholds in a few cells only: selections differ from step to step.
 _PAPER = {name: getattr(FlexAttnConfig.paper(), name) for name in ("hr_rows", "map_softmax", "scale", "pool", "warmup")}
-PRESETS = {
-    "released": settings(threshold=THRESHOLD),
-    "paper": settings(**_PAPER, threshold=THRESHOLD / 255),
-}
+PRESETS = {"released": settings(threshold=THRESHOLD), "paper": settings(**_PAPER, threshold=THRESHOLD / 255)}
 
 
 def vision_config() -> CLIPVisionConfig:
@@ -137,10 +129,6 @@ def left_padded(*rows: torch.Tensor) -> dict[str, torch.Tensor]:
 def generate(model, steps: int = 6, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Generate greedily; return tokens [B, steps] and logits [B, steps, V]."""
     output = model.generate(
-        **inputs,
-        max_new_tokens=steps,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
+        **inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
     return output.sequences[:, -steps:], torch.stack(output.logits, 1)

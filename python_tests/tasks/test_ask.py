@@ -51,13 +51,7 @@ def test_a_character_of_several_tokens_is_streamed_whole(loaded):
     for token in ["a", "<0xC3>", "<0xA9>", "b", "<0xC3>"]:
         pieces.put(torch.tensor([tokenizer.convert_tokens_to_ids(token)]))
     pieces.end()
-    assert heard == ["a", "\u00e9", "b", "\ufffd"] and pieces.pieces == [
-        "a",
-        "",
-        "\u00e9",
-        "b",
-        "\ufffd",
-    ]
+    assert heard == ["a", "\u00e9", "b", "\ufffd"] and pieces.pieces == ["a", "", "\u00e9", "b", "\ufffd"]
 
 
 def test_the_end_of_sequence_token_is_not_part_of_the_answer(loaded):
@@ -79,9 +73,7 @@ def test_a_panel_shows_the_map_and_the_selection_of_its_token_and_layer(loaded, 
     traced = answer.trace.steps[0][1]  # layer 1 selects for layer 2, the first that attends to HR tokens
     side = 18
     expected = viz.overlay(
-        image(),
-        traced.map[0, 0, 0].view(6, 6).numpy(),
-        traced.mask[0, 0, 0].view(side, side).numpy(),
+        image(), traced.map[0, 0, 0].view(6, 6).numpy(), traced.mask[0, 0, 0].view(side, side).numpy()
     )
     assert np.array_equal(np.asarray(sheet)[:120, :160], np.asarray(expected))
     assert sheet.size == answer.draw(token=2, layer=4).size

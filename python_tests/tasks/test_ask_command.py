@@ -44,11 +44,7 @@ def test_ask_draws_a_map(flexattn, checkpoint, image, tmp_path):
 
 @pytest.mark.parametrize(
     "options, panels",
-    [
-        (["--map-tokens", "all"], 3),
-        (["--map-layers", "all"], 4),
-        (["--map-tokens", "0,2", "--map-layers", "1,4"], 4),
-    ],
+    [(["--map-tokens", "all"], 3), (["--map-layers", "all"], 4), (["--map-tokens", "0,2", "--map-layers", "1,4"], 4)],
 )
 def test_ask_draws_a_panel_for_each_token_and_layer(
     flexattn, checkpoint, image, tmp_path, monkeypatch, options, panels
@@ -114,32 +110,13 @@ def make_folder(path):
 
 def test_layers_that_do_not_select_are_refused(flexattn, checkpoint, image, tmp_path):
     said = refused(
-        flexattn(
-            "ask",
-            image,
-            QUESTION,
-            "--model",
-            checkpoint,
-            "--map",
-            tmp_path / "m.png",
-            "--map-layers",
-            "0",
-        )
+        flexattn("ask", image, QUESTION, "--model", checkpoint, "--map", tmp_path / "m.png", "--map-layers", "0")
     )
     assert "the layers of this model that select are 1 to 4" in said
 
 
 def test_tokens_that_the_answer_does_not_have_are_refused(flexattn, checkpoint, image, tmp_path):
-    options = (
-        "--model",
-        checkpoint,
-        "--max-new-tokens",
-        2,
-        "--map",
-        tmp_path / "m.png",
-        "--map-tokens",
-        "2",
-    )
+    options = ("--model", checkpoint, "--max-new-tokens", 2, "--map", tmp_path / "m.png", "--map-tokens", "2")
     code, _, err = flexattn("ask", image, QUESTION, *options)
     assert code == 2 and "there are tokens 0 to 1" in err
 
@@ -148,10 +125,7 @@ def test_tokens_that_the_answer_does_not_have_are_refused(flexattn, checkpoint, 
     "changes, says",
     [
         ({"model_type": "bert"}, "type 'bert'"),
-        (
-            {"model_type": "llava_llama", "mm_vision_tower": "t", "extra": {"threshold": "many"}},
-            "threshold = 'many'",
-        ),
+        ({"model_type": "llava_llama", "mm_vision_tower": "t", "extra": {"threshold": "many"}}, "threshold = 'many'"),
         ({"model_type": "llava_llama", "mm_vision_tower": "t", "extra": "none"}, "'extra'"),
         ({"flexattn_config": {"first_layer": 99}}, "first_layer is 99"),
     ],

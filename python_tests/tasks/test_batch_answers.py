@@ -53,10 +53,7 @@ def test_a_long_question_does_not_shorten_the_answers_of_others(checkpoint, fold
 
 def test_an_answer_ends_at_its_own_end(checkpoint, folder, monkeypatch):
     model, processor = load(checkpoint, "cpu")
-    questions, images = (
-        ["why", "whywhy", "x"],
-        [open_image(folder / f"{number}.png") for number in range(3)],
-    )
+    questions, images = (["why", "whywhy", "x"], [open_image(folder / f"{number}.png") for number in range(3)])
     whole = answering.generate_answers(model, processor, images, questions, 8)
     monkeypatch.setattr(model.generation_config, "eos_token_id", [2, whole[1][3]])
     ended = answering.generate_answers(model, processor, images, questions, 8)
@@ -67,12 +64,7 @@ def test_an_answer_ends_at_its_own_end(checkpoint, folder, monkeypatch):
 def test_batches_hold_prompts_of_about_the_same_length(checkpoint, folder, asked):
     records = some(11)
     answer_file(
-        write(folder / "q.jsonl", records),
-        folder / "a.jsonl",
-        checkpoint,
-        "cpu",
-        max_new_tokens=1,
-        batch_size=4,
+        write(folder / "q.jsonl", records), folder / "a.jsonl", checkpoint, "cpu", max_new_tokens=1, batch_size=4
     )
     assert [len(questions) for questions in asked] == [4, 4, 3]
     lengths = [len(question) for questions in asked for question in questions]
@@ -89,12 +81,7 @@ def test_the_images_of_one_batch_at_most_are_in_memory(checkpoint, folder, monke
 
     monkeypatch.setattr(answers, "open_image", opened)
     answer_file(
-        write(folder / "q.jsonl", some(7)),
-        folder / "a.jsonl",
-        checkpoint,
-        "cpu",
-        max_new_tokens=1,
-        batch_size=2,
+        write(folder / "q.jsonl", some(7)), folder / "a.jsonl", checkpoint, "cpu", max_new_tokens=1, batch_size=2
     )
     assert len(images) == 7 and max(most) == 2
 

@@ -75,8 +75,7 @@ def test_one_process_resumes_a_run_of_several(checkpoint, folder, monkeypatch, a
 def test_each_of_several_processes_takes_the_gpu_of_its_local_rank(monkeypatch):
     reason = "there is no GPU 2"
     monkeypatch.setattr(
-        "flexattn_cuda.build.cuda_unavailable_reason",
-        lambda index=None: reason if index == 2 else None,
+        "flexattn_cuda.build.cuda_unavailable_reason", lambda index=None: reason if index == 2 else None
     )
     assert Processes().device("auto") == torch.device("cuda")
     for name, value in dict(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8").items():

@@ -22,11 +22,7 @@ from flexattn_cuda.tasks.ask_batch import run as batch
 
 def test_a_killed_run_is_resumed(folder, asked):
     records = signs() * 4
-    questions, output, journal = (
-        write(folder / "q.jsonl", records),
-        folder / "a.jsonl",
-        folder / "a.jsonl.partial.0",
-    )
+    questions, output, journal = (write(folder / "q.jsonl", records), folder / "a.jsonl", folder / "a.jsonl.partial.0")
     command = [sys.executable, "-m", "flexattn_cuda.cli", "ask-batch", questions, "-o", output, "--batch-size", "1"]
     run = subprocess.Popen([*command, "--device", "cpu"], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
@@ -47,11 +43,7 @@ def test_a_killed_run_is_resumed(folder, asked):
 
 
 def test_a_journal_cut_off_anywhere_is_continued(checkpoint, folder, monkeypatch, asked):
-    questions, output, journal = (
-        write(folder / "q.jsonl", some(6)),
-        folder / "a.jsonl",
-        folder / "a.jsonl.partial.0",
-    )
+    questions, output, journal = (write(folder / "q.jsonl", some(6)), folder / "a.jsonl", folder / "a.jsonl.partial.0")
     expected = uninterrupted(checkpoint, questions)
     interrupted_answers(monkeypatch, 4, questions, output, checkpoint, "cpu", max_new_tokens=2, batch_size=1)
     content = journal.read_bytes()
@@ -61,10 +53,7 @@ def test_a_journal_cut_off_anywhere_is_continued(checkpoint, folder, monkeypatch
     cuts = [0, 1, header - 1, header, *range(last, len(content), 5), len(content) - 1, len(content)]
     model = load(checkpoint, "cpu")
     monkeypatch.setattr(loading, "load", lambda *_: model)
-    for torn in [content[:cut] for cut in cuts] + [
-        content[:last] + b"\0" * 9,
-        content + b'{"line"\n',
-    ]:
+    for torn in [content[:cut] for cut in cuts] + [content[:last] + b"\0" * 9, content + b'{"line"\n']:
         journal.write_bytes(torn)
         asked.clear()
         interrupted_answers(monkeypatch, 1, questions, output, checkpoint, "cpu", max_new_tokens=2, batch_size=1)

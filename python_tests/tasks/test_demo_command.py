@@ -21,12 +21,7 @@ def examples(tmp_path, image, checkpoint):
     folder = tmp_path / "examples"
     (folder / "photographs").mkdir(parents=True)
     os.rename(image, folder / "photographs" / "image.png")
-    question = {
-        "file": "photographs/image.png",
-        "question": QUESTION,
-        "answer": answer,
-        "box": [0, 0, 9, 9],
-    }
+    question = {"file": "photographs/image.png", "question": QUESTION, "answer": answer, "box": [0, 0, 9, 9]}
     (folder / "questions.json").write_text(json.dumps([question]))
     return folder
 

@@ -21,12 +21,5 @@ def test_info_estimates_the_memory_of_a_model(flexattn, tmp_path):
     config.save_pretrained(tmp_path)
     code, out, _ = flexattn("info", "--model", tmp_path)
     assert code == 0
-    for line in (
-        "HR projections",
-        "sequence cache",
-        "HR cache, 43%",
-        "HR cache, all",
-        "barely enough",
-        "not enough",
-    ):
+    for line in ("HR projections", "sequence cache", "HR cache, 43%", "HR cache, all", "barely enough", "not enough"):
         assert line in out

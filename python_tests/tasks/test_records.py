@@ -68,10 +68,7 @@ BROKEN = [
     ("image tag in an answer", record("image.png", QUESTION, "<image>")),
     ("image tag without an image", record(None, ASKED, "42")),
     ("image tag without an image", record("image.png", ASKED + "<image>", "42")),
-    (
-        "image tag in an image tag",
-        record(["image.png"] * 2, "<image>\nWhich <ima<image>ge>?", "42"),
-    ),
+    ("image tag in an image tag", record(["image.png"] * 2, "<image>\nWhich <ima<image>ge>?", "42")),
     ("image without an image tag", record("image.png", QUESTION, "42")),
     ("image without an image tag", record(["image.png"] * 2, ASKED, "42")),
     ("missing image", record("nowhere.png")),
@@ -120,24 +117,15 @@ def test_a_conversation_that_the_processor_refuses_is_listed(folder):
 
 
 def test_broken_records_are_reported_as_they_are_found(folder, capsys):
-    check(
-        [record("nowhere.png"), record("image.png"), record(None, "Hello?", " ")],
-        folder,
-        progress=True,
-    )
+    check([record("nowhere.png"), record("image.png"), record(None, "Hello?", " ")], folder, progress=True)
     told = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[:2] for line in told] == [
-        ["record 2", " empty answer"],
-        ["record 0", " missing image"],
-    ]
+    assert [line.split(":")[:2] for line in told] == [["record 2", " empty answer"], ["record 0", " missing image"]]
 
 
 def test_an_image_is_read_again_only_when_it_has_changed(folder, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        checks,
-        "open_image",
-        lambda path, real=checks.open_image: (opened.append(path.name), real(path))[1],
+        checks, "open_image", lambda path, real=checks.open_image: (opened.append(path.name), real(path))[1]
     )
     records = [record("image.png"), record("image.png"), record("damaged.png")]
     known = folder / "images.jsonl"

@@ -18,11 +18,7 @@ from training_data import save_preset, train_on
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks.load import load
-from flexattn_cuda.tasks.train import (
-    answer_loss,
-    last_complete_checkpoint,
-    trainer,
-)
+from flexattn_cuda.tasks.train import answer_loss, last_complete_checkpoint, trainer
 
 SGD = dict(optimizer="sgd", schedule="constant", learning_rate=0.5, precision="float64", device="cpu")
 
@@ -115,8 +111,7 @@ def test_a_damaged_file_of_options_is_refused(checkpoint, files, tmp_path, conte
 
 
 @pytest.mark.parametrize(
-    "log_every, step, whole",
-    [(1, 3, "the last complete checkpoint is .*checkpoint-2$"), (4, 3, "no checkpoint")],
+    "log_every, step, whole", [(1, 3, "the last complete checkpoint is .*checkpoint-2$"), (4, 3, "no checkpoint")]
 )
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_nan_or_infinite_loss_ends_the_run_before_it_is_saved(
@@ -133,15 +128,7 @@ def test_a_nan_or_infinite_loss_ends_the_run_before_it_is_saved(
 
     monkeypatch.setattr(trainer, "answer_loss", third_is_wrong)
     with pytest.raises(InputError, match=f"the loss of step {step} or its gradient is NaN or infinite; .*{whole}"):
-        train_on(
-            files,
-            tmp_path,
-            checkpoint,
-            steps=3,
-            save_every=log_every,
-            log_every=log_every,
-            device="cpu",
-        )
+        train_on(files, tmp_path, checkpoint, steps=3, save_every=log_every, log_every=log_every, device="cpu")
     assert not (tmp_path / "checkpoint-3").exists() and not (tmp_path / "model.safetensors").exists()
 
 
@@ -200,30 +187,14 @@ def test_every_system_learns_and_answers(checkpoint, files, tmp_path, system):
     begun, _ = load(checkpoint, "cpu", system=system)
     tower = {name: weight for name, weight in begun.named_parameters() if "vision_tower" in name}
     assert tower and all(torch.equal(weight, model.get_parameter(name)) for name, weight in tower.items())
-    answering.ask(
-        model,
-        processor,
-        files[1] / "0.png",
-        "Which digits stand on the red sign?",
-        max_new_tokens=3,
-    )
+    answering.ask(model, processor, files[1] / "0.png", "Which digits stand on the red sign?", max_new_tokens=3)
 
 
 @pytest.mark.parametrize(
-    "part, trained",
-    [("all", "vision_tower"), ("projector", "multi_modal_projector"), ("hr", "_proj_hd")],
+    "part, trained", [("all", "vision_tower"), ("projector", "multi_modal_projector"), ("hr", "_proj_hd")]
 )
 def test_only_the_named_part_is_trained(checkpoint, files, tmp_path, part, trained):
-    train_on(
-        files,
-        tmp_path,
-        checkpoint,
-        steps=2,
-        batch_size=8,
-        learning_rate=1e-2,
-        device="cpu",
-        train=part,
-    )
+    train_on(files, tmp_path, checkpoint, steps=2, batch_size=8, learning_rate=1e-2, device="cpu", train=part)
     before, after = weights(checkpoint), weights(tmp_path)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     named = {name for name in before if trained in name}
@@ -236,14 +207,7 @@ def test_only_the_named_part_is_trained(checkpoint, files, tmp_path, part, train
 @pytest.mark.slow
 def test_bfloat16_learns_on_the_cpu(checkpoint, files, tmp_path):
     outcome = train_on(
-        files,
-        tmp_path,
-        checkpoint,
-        steps=6,
-        batch_size=8,
-        learning_rate=1e-2,
-        device="cpu",
-        precision="bfloat16",
+        files, tmp_path, checkpoint, steps=6, batch_size=8, learning_rate=1e-2, device="cpu", precision="bfloat16"
     )
     assert outcome.losses[6] < 0.8 * outcome.losses[1]
     assert {weight.dtype for weight in weights(tmp_path).values()} == {torch.float32}

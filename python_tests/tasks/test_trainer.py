@@ -12,11 +12,7 @@ from transformers import TrainingArguments
 
 from flexattn_cuda import Trace
 from flexattn_cuda.tasks import training_data as data
-from flexattn_cuda.tasks.train import (
-    FlexAttnTrainer,
-    answer_loss,
-    choose_trained,
-)
+from flexattn_cuda.tasks.train import FlexAttnTrainer, answer_loss, choose_trained
 
 
 class Features(Dataset):
@@ -29,10 +25,7 @@ class Features(Dataset):
         for number in range(count):
             ids = tiny.prompt(3, "image", 8 + number, seed=number)
             labels = torch.where(torch.arange(len(ids)) >= len(ids) - 2 - number % 3, ids, data.IGNORED)
-            one = dict(
-                image_features=features[number : number + 1],
-                hr_features=hr_features[number : number + 1],
-            )
+            one = dict(image_features=features[number : number + 1], hr_features=hr_features[number : number + 1])
             self.items.append(dict(input_ids=ids, labels=labels, **one))
 
     def __len__(self) -> int:
@@ -44,12 +37,7 @@ class Features(Dataset):
 
 def small_trainer(model, folder: Path, optimizers=(None, None), **changes) -> FlexAttnTrainer:
     arguments = dict(
-        per_device_train_batch_size=2,
-        max_steps=6,
-        learning_rate=0.1,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
+        per_device_train_batch_size=2, max_steps=6, learning_rate=0.1, use_cpu=True, report_to=[], disable_tqdm=True
     )
     arguments |= dict(save_strategy="no", logging_steps=1, remove_unused_columns=False)
     return FlexAttnTrainer(

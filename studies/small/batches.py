@@ -16,11 +16,7 @@ from studies.small.questions import Question
 
 
 def question_batch(
-    images: EncodedScenes,
-    picks: Sequence[Pick],
-    processor,
-    settings: FlexAttnConfig | None,
-    answers: bool = True,
+    images: EncodedScenes, picks: Sequence[Pick], processor, settings: FlexAttnConfig | None, answers: bool = True
 ) -> dict[str, torch.Tensor]:
     """Return the arguments of the model's `forward` for questions, padded on the left.
 

@@ -144,10 +144,7 @@ def _draw_accuracy(axes, zooms: Sequence[int], name: str, found: Sequence[Accura
 
 
 def draw_maps(
-    path: Path,
-    layers: Sequence[int],
-    maps: Mapping[str, Mapping[str, np.ndarray]],
-    flat: Mapping[str, float],
+    path: Path, layers: Sequence[int], maps: Mapping[str, Mapping[str, np.ndarray]], flat: Mapping[str, float]
 ) -> None:
     """Draw the supplement's figure 2: share of the attention map's mass in the answer boxes by layer.
 

@@ -8,17 +8,7 @@ from dataclasses import dataclass, field
 from flexattn_cuda.mechanism.config import FlexAttnConfig, settings_of
 from studies.small.small_model import ModelSizes
 
-SYSTEMS = (
-    "llava",
-    "flexattn",
-    "hd",
-    "random",
-    "center",
-    "xattn",
-    "flexattn-paper",
-    "flexattn-zoom2",
-    "flexattn-zoom4",
-)
+SYSTEMS = ("llava", "flexattn", "hd", "random", "center", "xattn", "flexattn-paper", "flexattn-zoom2", "flexattn-zoom4")
 
 
 @dataclass(frozen=True)
@@ -50,14 +40,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(
-        images=60,
-        questions=20,
-        encoder_steps=4,
-        localise_steps=3,
-        answer_steps=3,
-        steps=16,
-        batch=4,
-        rate=3.5e-3,
+        images=60, questions=20, encoder_steps=4, localise_steps=3, answer_steps=3, steps=16, batch=4, rate=3.5e-3
     ),
     "small": Preset(
         images=9600,

@@ -112,14 +112,7 @@ def judge(results: Results) -> list[Verdict]:
 def _difference_columns(results: Results, verdict: Verdict) -> dict[str, Any]:
     found = verdict.found
     row = {"system": "flexattn", "minus": verdict.other, "objects": verdict.objects, "task": verdict.task}
-    for name in (
-        "difference",
-        "error_questions",
-        "error_seeds",
-        "same_sign",
-        "over_two_standard_errors",
-        "questions",
-    ):
+    for name in ("difference", "error_questions", "error_seeds", "same_sign", "over_two_standard_errors", "questions"):
         row[name] = found and getattr(found, name)
     row |= {"expected": verdict.expected, "holds": verdict.holds}
     return row | {f"seed_{seed}": found and found.by_seed.get(seed) for seed in results.seeds}

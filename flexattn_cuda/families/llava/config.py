@@ -139,11 +139,7 @@ def as_system(config: FlexAttnLlavaConfig, system: str, zoom: int | None = None)
     if settings is not None and own is not None and system != "flexattn-paper":
         highres_size = settings.highres_size if settings.system == "hd" or not whole_tiles else zoom * own.tile_size
         settings = dataclasses.replace(
-            own,
-            system=settings.system,
-            zoom=settings.zoom,
-            highres_size=highres_size,
-            strategy=settings.strategy,
+            own, system=settings.system, zoom=settings.zoom, highres_size=highres_size, strategy=settings.strategy
         )
     return config.with_settings(settings)
 

@@ -12,12 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
-from transformers import (
-    AutoModelForImageTextToText,
-    Cache,
-    DynamicCache,
-    LlavaForConditionalGeneration,
-)
+from transformers import AutoModelForImageTextToText, Cache, DynamicCache, LlavaForConditionalGeneration
 
 from flexattn_cuda import checkpoints, profiling
 from flexattn_cuda.baselines.cross_attention import CrossAttachment, CrossAttentionLayer
@@ -199,10 +194,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             )
 
     def encode(
-        self,
-        pixel_values: torch.Tensor | None,
-        pixel_values_hr: torch.Tensor | None = None,
-        hr: bool = True,
+        self, pixel_values: torch.Tensor | None, pixel_values_hr: torch.Tensor | None = None, hr: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Encode images into their tokens.
 
@@ -335,11 +327,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         )
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: Any,
-        is_first_iteration: bool = False,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Any, is_first_iteration: bool = False, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
         """Pass the images to the first call only; afterwards they live in the cache and beside it."""
         # By name in the signature: transformers looks for it before it allows prompts of embeddings.

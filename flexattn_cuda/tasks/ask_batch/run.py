@@ -18,13 +18,7 @@ from flexattn_cuda.runs.processes import Processes
 from flexattn_cuda.runs.progress import Progress
 from flexattn_cuda.tasks import load as loading
 from flexattn_cuda.tasks.ask_batch.answers import BatchModel
-from flexattn_cuda.tasks.ask_batch.journal import (
-    Journal,
-    discard_journal,
-    journal_path,
-    journal_paths,
-    read_journal,
-)
+from flexattn_cuda.tasks.ask_batch.journal import Journal, discard_journal, journal_path, journal_paths, read_journal
 from flexattn_cuda.tasks.ask_batch.lines import Lines, Result, Results, encode_json, read_lines
 from flexattn_cuda.tasks.options import BatchOptions
 

@@ -41,9 +41,7 @@ def answer_loss(
     is_answer = labels[:, 1:] != IGNORED
     rows = logits[:, :-1][is_answer]  # only these are converted: prompts have many times as many rows
     total = functional.cross_entropy(
-        rows.to(torch.promote_types(rows.dtype, torch.float32)),
-        labels[:, 1:][is_answer],
-        reduction="sum",
+        rows.to(torch.promote_types(rows.dtype, torch.float32)), labels[:, 1:][is_answer], reduction="sum"
     )
     return total / (is_answer.sum() if num_items_in_batch is None else num_items_in_batch)
 

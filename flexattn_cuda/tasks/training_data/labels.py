@@ -36,10 +36,7 @@ class _TokenizedTurn:
 
 
 def encode(
-    processor: FlexAttnLlavaProcessor,
-    conversation: Conversation,
-    max_length: int,
-    ends: Sequence[int] | None = None,
+    processor: FlexAttnLlavaProcessor, conversation: Conversation, max_length: int, ends: Sequence[int] | None = None
 ) -> LabelledIds:
     """Return `labelled_ids` of a conversation.
 

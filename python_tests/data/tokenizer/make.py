@@ -46,11 +46,7 @@ if __name__ == "__main__":
     (HERE / "tokenizer.model").write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     cases = [
-        {
-            "text": text,
-            "ids": processor.encode(text),
-            "decoded": processor.decode(processor.encode(text)),
-        }
+        {"text": text, "ids": processor.encode(text), "decoded": processor.decode(processor.encode(text))}
         for text in TEXTS
     ]
     (HERE / "expected.json").write_text(json.dumps(cases, indent=1) + "\n", encoding="utf-8")
