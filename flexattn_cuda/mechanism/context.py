@@ -6,7 +6,7 @@ What outlives the call is in cache.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -58,7 +58,7 @@ class HRArguments:
 
     def as_keywords(self) -> dict[str, Any]:
         """Return the arguments by name, for the call of the operator."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
