@@ -262,8 +262,7 @@ def test_rows_that_the_cache_does_not_know_are_refused():
         )
 
 
-# ---------------------------------------------------------------------------------------------------- pools of fixed
-# size
+# -------------------------------------------------------------------------------------------------- pools of fixed size
 
 
 def decode_in_fixed_pools(model, step, inputs, capacity, steps):
