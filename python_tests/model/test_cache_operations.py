@@ -149,8 +149,7 @@ def test_moving_rows_of_a_prompt_copies_nothing(model):
     assert (images.rows, images.prompts, images.tokens.features.data_ptr()) == (6, 1, features)
 
 
-# --------------------------------------------------------------------------------------------- calls that end in an
-# error
+# ------------------------------------------------------------------------------------------- calls that end in an error
 
 
 class Failing(torch.nn.Module):

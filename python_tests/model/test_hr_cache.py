@@ -241,8 +241,7 @@ def test_rows_that_the_cache_does_not_know_are_refused():
         model(**image_question() | {"input_ids": image_question()["input_ids"].expand(4, -1)}, rows_per_prompt=3)
 
 
-# ---------------------------------------------------------------------------------------------------- pools of fixed
-# size
+# -------------------------------------------------------------------------------------------------- pools of fixed size
 
 
 def decode_in_fixed_pools(model, step, inputs, capacity, steps):

@@ -131,15 +131,28 @@ TOOL = r"""
 #include <nvtx3/nvToolsExt.h>
 // A profiler as NVTX loads it: prints the domains, and the ranges that begin and end.
 template <typename Function>
-void replace(NvtxFunctionTable table, int which, Function function) { *table[which] =
-reinterpret_cast<NvtxFunctionPointer>(function); } nvtxDomainHandle_t create(const char* name) { std::printf("domain
-%s\n", name); return reinterpret_cast<nvtxDomainHandle_t>(1); } int push(nvtxDomainHandle_t, const
-nvtxEventAttributes_t* range) { std::printf("push %s\n", range->message.ascii); return 0; } int pop(nvtxDomainHandle_t)
-{ std::printf("pop\n"); return 0; } extern "C" int InitializeInjectionNvtx2(NvtxGetExportTableFunc_t export_table) {
-auto* callbacks = static_cast<const NvtxExportTableCallbacks*>(export_table(NVTX_ETID_CALLBACKS)); NvtxFunctionTable
-table; unsigned size; callbacks->GetModuleFunctionTable(NVTX_CB_MODULE_CORE2, &table, &size); replace(table,
-NVTX_CBID_CORE2_DomainCreateA, create); replace(table, NVTX_CBID_CORE2_DomainRangePushEx, push); replace(table,
-NVTX_CBID_CORE2_DomainRangePop, pop); return 1; }
+void replace(NvtxFunctionTable table, int which, Function function) {
+  *table[which] = reinterpret_cast<NvtxFunctionPointer>(function);
+}
+nvtxDomainHandle_t create(const char* name) {
+  std::printf("domain %s\n", name);
+  return reinterpret_cast<nvtxDomainHandle_t>(1);
+}
+int push(nvtxDomainHandle_t, const nvtxEventAttributes_t* range) {
+  std::printf("push %s\n", range->message.ascii);
+  return 0;
+}
+int pop(nvtxDomainHandle_t) { std::printf("pop\n"); return 0; }
+extern "C" int InitializeInjectionNvtx2(NvtxGetExportTableFunc_t export_table) {
+  auto* callbacks = static_cast<const NvtxExportTableCallbacks*>(export_table(NVTX_ETID_CALLBACKS));
+  NvtxFunctionTable table;
+  unsigned size;
+  callbacks->GetModuleFunctionTable(NVTX_CB_MODULE_CORE2, &table, &size);
+  replace(table, NVTX_CBID_CORE2_DomainCreateA, create);
+  replace(table, NVTX_CBID_CORE2_DomainRangePushEx, push);
+  replace(table, NVTX_CBID_CORE2_DomainRangePop, pop);
+  return 1;
+}
 """
 PROGRAM = r"""
 #define FLEXATTN_WITH_CUDA

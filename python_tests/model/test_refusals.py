@@ -31,8 +31,7 @@ def with_text_model(text_config: transformers.PreTrainedConfig) -> FlexAttnLlava
     return tiny.sharpen(FlexAttnLlavaForConditionalGeneration(FlexAttnLlavaConfig(**values)))
 
 
-# ------------------------------------------------------------------------------------------------ which attention is
-# used
+# ---------------------------------------------------------------------------------------------- which attention is used
 
 
 @torch.no_grad()
@@ -108,8 +107,7 @@ def test_a_cache_with_a_window_is_refused_before_anything_is_computed(monkeypatc
         model(**image_question(), past_key_values=cache)
 
 
-# --------------------------------------------------------------------------------------------------- other language
-# models
+# ------------------------------------------------------------------------------------------------ other language models
 
 TINY = dict(
     hidden_size=64,
