@@ -247,15 +247,15 @@ def rooms() -> None:
     drawing = Drawing(960, 520)
     layers = (
         ("cli", "one file per command", INK),
-        ("tasks", "ask, ask-batch, train", INK),
+        ("tasks", "load, ask, ask-batch, train", INK),
         ("analysis", "FLOPs, memory, overlays", INK),
-        ("families", "what the mechanism must know of a model family", LR),
+        ("families", "what the mechanism must know about a base model", LR),
         ("baselines", "the paper's other systems", LR),
         ("mechanism", "FlexAttention for any decoder: attention, cache, selection", LR),
-        ("ops", "the operators; reference: again in plain torch", HR),
-        ("csrc/torch", "schemas, argument checks, dispatch: no <<< >>>", HR),
-        ("csrc/include", "plain params structs and launch functions: no torch", HR),
-        ("csrc/kernels, csrc/cpu", "device code and its CPU counterpart", HR),
+        ("ops", "the operators; registration: shapes, derivatives", HR),
+        ("csrc/torch", "schemas, argument checks, dispatch; launches nothing", HR),
+        ("csrc/include", "plain params structs and launch functions, without torch", HR),
+        ("csrc/kernels, csrc/cpu", "the CUDA kernels; the same operators on the CPU", HR),
     )
     for number, (name, what, colour) in enumerate(layers):
         top = 20 + number * 49
@@ -266,18 +266,19 @@ def rooms() -> None:
             drawing.arrow((330, top - 13), (330, top - 1))
     beside = (
         ("inputs", "images, processor, tokenizers"),
-        ("checkpoints", "own, hub, released format"),
-        ("runs", "progress, files, processes"),
+        ("checkpoints", "three formats in, one out"),
+        ("runs", "options, files, processes, progress"),
     )
     for number, (name, what) in enumerate(beside):
         top = 118 + number * 62
         drawing.box(690, top, 250, 50, TEXT)
         drawing.text(706, top + 21, name, size=15)
         drawing.text(706, top + 39, what, size=13, colour=GREY)
-    drawing.text(690, 330, "A room may import any room below it,", size=13, colour=GREY)
-    drawing.text(690, 348, "never one above.", size=13, colour=GREY)
-    drawing.text(690, 378, "The rooms above this text serve the", size=13, colour=GREY)
-    drawing.text(690, 396, "tasks; they know no task, no command.", size=13, colour=GREY)
+    drawing.text(690, 330, "A room may import any room below it", size=13, colour=GREY)
+    drawing.text(690, 348, "and none above it.", size=13, colour=GREY)
+    drawing.text(690, 378, "The three rooms on the right serve the", size=13, colour=GREY)
+    drawing.text(690, 396, "others; they know no task and", size=13, colour=GREY)
+    drawing.text(690, 414, "no command.", size=13, colour=GREY)
     drawing.save("rooms.svg")
 
 

@@ -285,7 +285,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
         Raises:
             ValueError: If `assistant_early_exit` is asked for, or `stop_strings` with a tokenizer that cannot spell
-            them.
+                them.
         """
         self._check_generation(kwargs)
         alternatives = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))

@@ -20,7 +20,7 @@ from flexattn_cuda.tasks import load as loading
 from flexattn_cuda.tasks.ask_batch.answers import BatchModel
 from flexattn_cuda.tasks.ask_batch.journal import Journal, discard_journal, journal_path, journal_paths, read_journal
 from flexattn_cuda.tasks.ask_batch.lines import Lines, Result, Results, encode_json, read_lines
-from flexattn_cuda.tasks.options import BatchOptions
+from flexattn_cuda.tasks.options import MAX_NEW_TOKENS, BatchOptions
 
 _CHECKPOINT_FILES = (".json", ".jinja", ".model", ".safetensors", ".bin")
 
@@ -54,7 +54,7 @@ def answer_file(
     model: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-    max_new_tokens: int = BatchOptions.max_new_tokens,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     *,
     progress: bool = False,
     **options: Any,

@@ -1,12 +1,14 @@
 """Training on transformers' Trainer, which brings several processes, sharded states and mixed precision.
 
-flexattn train --data records.json --images DIR --model DIR --output OUT
+    flexattn train --data records.json --images DIR --model DIR --output OUT
 
-OUT/checkpoint-N/   what a run is resumed from; complete.json in it is written last
-OUT/loss.csv        step, epoch, loss, grad_norm, learning_rate
-OUT/broken.jsonl    the records that were left out, and why
-OUT/run.json        the options that a resumed run must repeat
-OUT                 at the end: the model and its processor, for `flexattn ask --model OUT`
+A run writes:
+
+    OUT/checkpoint-N/   what a run is resumed from; complete.json in it is written last
+    OUT/loss.csv        step, epoch, loss, grad_norm, learning_rate
+    OUT/broken.jsonl    the records that were left out, and why
+    OUT/run.json        the options that a resumed run must repeat
+    OUT                 at the end, the model and its processor, for `flexattn ask --model OUT`
 """
 
 from flexattn_cuda.tasks.options import TrainOptions
