@@ -569,11 +569,14 @@ def test_a_nan_shows_in_the_rows_that_see_it(name, dtype, queries):
     tensors[name].select(1, 0).select(-2, -1)[..., 0] = float("nan")  # head 0: the last query, sequence key or slot
     if name.endswith("hr"):
         tensors[name][-1, 0, 0] = float("nan")
-    one = lambda *values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
     result = ops.hierarchical_attention(
-        tensors["q"], tensors["k"], tensors["v"], kv_start=one(0), kv_len=one(keys), k_hr=tensors["k_hr"], v_hr=tensors["v_hr"],
-        hr_slots=one(0, 1, 2)[None], hr_count=one(3), hr_from=one(queries - 1),
-    )  # fmt: skip
+        **tensors,
+        kv_start=index_of(0),
+        kv_len=index_of(keys),
+        hr_slots=index_of([0, 1, 2]),
+        hr_count=index_of(3),
+        hr_from=index_of(queries - 1),
+    )
     assert result.out[0, -1, 0].isnan().any()
     assert not result.out[0, :, 1].isnan().any()
     assert result.lse[0, 0, -1].isnan() == (name in ("q", "k", "k_hr"))
