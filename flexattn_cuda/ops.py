@@ -276,7 +276,7 @@ def hierarchical_attention(  # noqa: PLR0913 (an operator)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return Attention(
-        *registration.call(
+        *registration.call(  # in the order of the schema (csrc/torch/attention_arguments.h)
             registration.ATTENTION, q, k, v, kv_start, kv_len, key_mask, k_hr, v_hr, hr_slots, hr_count, hr_from,
             hr_rows, hr_row_bits, alpha, map_ranges, map_size, map_over_all, scale,
         )

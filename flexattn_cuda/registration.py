@@ -165,13 +165,16 @@ def _gather_second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]
 
 
 _ATTENTION_NAMES = [declared.name for declared in ATTENTION._schema.arguments]
+_BACKWARD_NAMES = [declared.name for declared in ATTENTION_BACKWARD._schema.arguments]
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _map_ranges, _map_size, _map_over_all, scale = inputs
+    """Save what the schema of the backward pass names besides `grad_out`."""
     _out, lse, lse_seq, attention_map = output
-    ctx.save_for_backward(*tensors, lse, lse_seq)
-    ctx.scale = scale
+    known = dict(zip(_ATTENTION_NAMES, inputs)) | {"lse": lse, "lse_seq": lse_seq}
+    saved = [known[name] for name in _BACKWARD_NAMES if name != "grad_out"]
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in saved))
+    ctx.saved_values = [None if isinstance(x, Tensor) else x for x in saved]
     ctx.mark_non_differentiable(lse, lse_seq, attention_map)
     ctx.set_materialize_grads(False)  # of the three that have none
 
@@ -179,7 +182,8 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _attention_gradient(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * len(_ATTENTION_NAMES)
-    q, k, v, k_hr, v_hr = call(ATTENTION_BACKWARD, grad_out.contiguous(), *ctx.saved_tensors, ctx.scale)
+    saved = (value if tensor is None else tensor for tensor, value in zip(ctx.saved_tensors, ctx.saved_values))
+    q, k, v, k_hr, v_hr = call(ATTENTION_BACKWARD, grad_out.contiguous(), *saved)
     gradients = {"q": q, "k": k, "v": v, "k_hr": k_hr, "v_hr": v_hr}
     return tuple(gradients[name] if needed else None for name, needed in zip(_ATTENTION_NAMES, ctx.needs_input_grad))
 

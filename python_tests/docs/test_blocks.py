@@ -120,3 +120,13 @@ def test_links_to_files_lead_somewhere(document):
     links = re.findall(r"\]\(([^)#:]+)[^):]*\)", document.read_text())
     missing = [link for link in links if not (ROOT / link).exists()]
     assert not missing, f"{document.name} links to {missing}"
+
+
+@pytest.mark.parametrize("document", documents.DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_exist(document):
+    assert not documents.missing_paths(document.read_text())
+
+
+def test_the_check_finds_a_file_that_does_not_exist():
+    text = "`csrc/torch/library.cpp`, `mechanism/pool.py`, `csrc/cpu/NAME.cpp`, `csrc/cpu/NAME.rs`, `no_such_file.py`"
+    assert documents.missing_paths(text) == ["csrc/cpu/NAME.rs", "csrc/torch/library.cpp", "no_such_file.py"]

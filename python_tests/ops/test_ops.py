@@ -8,7 +8,13 @@ from accuracy import assert_as_good_as_eager
 from backend import BACKEND
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_arguments import assign_arguments, attention_arguments, selection_arguments, write_arguments
+from operator_arguments import (
+    assign_arguments,
+    attention_arguments,
+    in_schema_order,
+    selection_arguments,
+    write_arguments,
+)
 from strategies import SIDE, AttentionCase, attention_cases, selection_cases, slot_cases, write_cases
 
 from flexattn_cuda import ops, reference
@@ -75,9 +81,10 @@ def test_gradients_of_a_long_prompt(device):
         "v_hr": normal(M, 1, d),
     }
     others = {
-        "hr_slots": torch.randperm(M, generator=generator).int()[None], "hr_count": torch.tensor([M - 1], dtype=torch.int32),
+        "hr_slots": torch.randperm(M, generator=generator).int()[None],
+        "hr_count": torch.tensor([M - 1], dtype=torch.int32),
         "hr_from": torch.tensor([N - 40], dtype=torch.int32),
-    }  # fmt: skip
+    }
     check_gradients(device, torch.float32, AttentionCase(floats, others))
 
 
@@ -100,7 +107,7 @@ def check_gradients(device, dtype, case):
     eager = gradients(reference.hierarchical_attention, dtype, "cpu", case.like(dtype))
     exact = gradients(reference.hierarchical_attention, torch.float64, "cpu", rounded(case, dtype))
     for name in exact:
-        # A logit's gradient is p (dp - E dp), and dp a sum over d products: up to sqrt(d) times the size of what is left.
+        # A logit's gradient is p (dp - E dp), and dp a sum over d products: up to sqrt(d) times what is left.
         cancelled = case.floats["q"].shape[-1] ** 0.5
         assert_as_good_as_eager(ours[name].cpu(), eager[name], exact[name], dtype, f"gradient of {name}", cancelled)
 
@@ -128,11 +135,11 @@ def test_selection_is_exact(device, case):
 @device_cases
 @large
 def test_selection_of_several_photographs_is_exact(device):
-    B, R, I = 2, 3, 4
+    B, R, images = 2, 3, 4
     generator = torch.Generator().manual_seed(0)
     case = dict(
-        attention_map=torch.rand(B, R, I, GRID**2, generator=generator) ** 8,
-        valid_rect=torch.tensor([0, 3, GRID, GRID - 2], dtype=torch.int32).expand(B, I, 4).clone(),
+        attention_map=torch.rand(B, R, images, GRID**2, generator=generator) ** 8,
+        valid_rect=torch.tensor([0, 3, GRID, GRID - 2], dtype=torch.int32).expand(B, images, 4).clone(),
         hr_side=HR_GRID,
         scale=255.0,
     )
@@ -210,7 +217,7 @@ def check_slots(device, case):
     for index, count in case["selections"]:
         found = ops.assign_slots(index.to(device), count.to(device), *ours, capacity=capacity)
         expected = reference.assign_slots(index, count, *theirs, capacity=capacity)
-        for name, one, two in zip(expected._fields + ("table", "next_free"), found + ours, expected + theirs):
+        for name, one, two in zip((*expected._fields, "table", "next_free"), found + ours, expected + theirs):
             assert torch.equal(one.cpu(), two), name
         assert ours[1].item() <= capacity
     held = ours[0][ours[0] >= 0].sort().values  # every slot up to the first free one belongs to one token
@@ -308,36 +315,27 @@ def test_a_pool_holds_every_token_that_was_ever_selected(device, compiled):
     assert k_pool[next_free.item() :].isnan().all()
 
 
+class Values:
+    """Tensors on a device, the same in every run."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int, grad: bool = True) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.device).requires_grad_(grad)
+
+    def integers(self, values) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+
 def calls(device: str) -> dict[str, tuple]:
-    """One call of every operator, by its name."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape, grad=True):
-        return torch.randn(*shape, generator=generator).to(device).requires_grad_(grad)
-
-    def integers(values):
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    q, k, v = normal(2, 4, 5, 8), normal(2, 2, 11, 8), normal(2, 2, 11, 8)
-    pool = normal(9, 2, 8), normal(9, 2, 8)
-    slots, count = integers([[0, 1, 2, 3], [8, 6, 5, 7]]), integers([4, 2])
-    rows = integers([[4, 1], [3, -1]])
-    bits = integers([[[5], [15]], [[2], [0]]])
-    start, length, ranges = integers([0, 2]), integers([11, 9]), integers([[[1, 10]], [[0, 0]]])
-    attention = (
-        q, k, v, start, length, None, *pool, slots, count, None, rows, bits, torch.tensor([0.3, 1.0]).to(device), ranges, SIDE**2,
-        False, 0.35,
-    )  # fmt: skip
-    plain = (q, k, v, start, length, None, None, None, None, None, None, None, None, None, None, 0, False, 0.35)
-    paper = (q, k, v, start, length, ops.pack_bits(torch.ones(2, 11, dtype=torch.bool, device=device)), *pool, slots, count,
-             integers([0, 2]), None, None, None, ranges, SIDE**2, True, 0.35)  # fmt: skip
-    with torch.no_grad():
-        out, lse, lse_seq, _ = torch.ops.flexattn_cuda.hierarchical_attention(*attention)
-    detached = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in attention)
-    backward = (normal(*out.shape, grad=False), *detached[:14], lse, lse_seq, 0.35)
+    """Return a call of every operator, by its name; what follows a colon tells calls of one operator apart."""
+    values = Values(device)
+    normal, integers = values.normal, values.integers
     table, index = normal(2, 7, 4), integers([[3, 0, -1], [6, -1, 1]])
-    attention_map = torch.rand(2, 3, 1, 81, generator=generator).to(device)
-    return {
+    attention_map = torch.rand(2, 3, 1, 81, generator=values.generator).to(device)
+    return attention_calls(values) | {
         "select_tokens": (attention_map, integers([[[0, 0, 9, 9]], [[2, 0, 7, 9]]]), 18, 255.0, 128.0, 3),
         "gather_tokens": (table, index),
         "gather_tokens_backward": (normal(2, 3, 4, grad=False), index, 7),
@@ -348,10 +346,33 @@ def calls(device: str) -> dict[str, tuple]:
             integers([4, -1, 0]),
             *(normal(6, 2, 8, grad=False) for _ in "kv"),
         ),
-        "hierarchical_attention": attention,
-        "hierarchical_attention:plain": plain,
-        "hierarchical_attention:paper": paper,
-        "hierarchical_attention_backward": backward,
+    }
+
+
+def attention_calls(values: Values) -> dict[str, tuple]:
+    normal, integers = values.normal, values.integers
+    sequence = dict(q=normal(2, 4, 5, 8), k=normal(2, 2, 11, 8), v=normal(2, 2, 11, 8), scale=0.35)
+    sequence |= dict(kv_start=integers([0, 2]), kv_len=integers([11, 9]))
+    pool = dict(k_hr=normal(9, 2, 8), v_hr=normal(9, 2, 8))
+    pool |= dict(hr_slots=integers([[0, 1, 2, 3], [8, 6, 5, 7]]), hr_count=integers([4, 2]))
+    listed_rows = dict(hr_rows=integers([[4, 1], [3, -1]]), hr_row_bits=integers([[[5], [15]], [[2], [0]]]))
+    key_mask = ops.pack_bits(torch.ones(2, 11, dtype=torch.bool, device=values.device))
+    no_map, one_map = dict(map_size=0), dict(map_ranges=integers([[[1, 10]], [[0, 0]]]), map_size=SIDE**2)
+
+    def call(map_over_all: bool = False, **arguments) -> tuple:
+        return in_schema_order("hierarchical_attention", map_over_all=map_over_all, **arguments)
+
+    released = sequence | pool | listed_rows | dict(alpha=torch.tensor([0.3, 1.0]).to(values.device))
+    with torch.no_grad():
+        out, lse, lse_seq, _ = torch.ops.flexattn_cuda.hierarchical_attention(*call(**released, **no_map))
+    saved = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in released.items()}
+    saved |= dict(grad_out=normal(*out.shape, grad=False), lse=lse, lse_seq=lse_seq)
+    paper = sequence | pool | one_map | dict(hr_from=integers([0, 2]), key_mask=key_mask)
+    return {
+        "hierarchical_attention": call(**released, **one_map),
+        "hierarchical_attention:plain": call(**sequence, **no_map),
+        "hierarchical_attention:paper": call(**paper, map_over_all=True),
+        "hierarchical_attention_backward": in_schema_order("hierarchical_attention_backward", **saved),
     }
 
 
@@ -387,12 +408,13 @@ def test_results_do_not_change_from_run_to_run(device):
 @device_cases
 def test_compiles_without_graph_breaks(device):
     arguments = calls(device)["hierarchical_attention"]
-    leaves = [arguments[i] for i in (0, 1, 2, 6, 7)]
+    differentiable = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor) and x.requires_grad]
+    leaves = [arguments[i] for i in differentiable]
 
-    def loss(q, k, v, k_hr, v_hr):
-        out, _, _, attention_map = torch.ops.flexattn_cuda.hierarchical_attention(
-            q, k, v, *arguments[3:6], k_hr, v_hr, *arguments[8:]
-        )
+    def loss(*leaves):
+        given = dict(enumerate(arguments)) | dict(zip(differentiable, leaves))
+        out, _, _, attention_map = torch.ops.flexattn_cuda.hierarchical_attention(*given.values())
+        q = leaves[0]
         valid_rect = torch.tensor([[[0, 0, SIDE, SIDE]]], dtype=torch.int32, device=q.device).expand(2, 1, 4)
         selected = ops.select_tokens(attention_map, valid_rect, hr_side=6, scale=255.0, threshold=48.0)
         rows = ops.gather_tokens(q.flatten(0, 1).repeat(1, 8, 1)[:2], selected.index[:, :36])
@@ -537,18 +559,24 @@ def test_attention_path_tells_the_kernel_and_every_reason_against_tensor_cores()
 def test_a_nan_shows_in_the_rows_that_see_it(name, dtype, queries):
     heads, keys, d = 2, 9, 8
     tensors = {
-        "q": torch.randn(1, heads, queries, d), "k": torch.randn(1, heads, keys, d), "v": torch.randn(1, heads, keys, d),
-        "k_hr": torch.randn(3, heads, d), "v_hr": torch.randn(3, heads, d),
-    }  # fmt: skip
+        "q": torch.randn(1, heads, queries, d),
+        "k": torch.randn(1, heads, keys, d),
+        "v": torch.randn(1, heads, keys, d),
+        "k_hr": torch.randn(3, heads, d),
+        "v_hr": torch.randn(3, heads, d),
+    }
     tensors = {key: value.to(dtype) for key, value in tensors.items()}
     tensors[name].select(1, 0).select(-2, -1)[..., 0] = float("nan")  # head 0: the last query, sequence key or slot
     if name.endswith("hr"):
         tensors[name][-1, 0, 0] = float("nan")
-    one = lambda *values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
     result = ops.hierarchical_attention(
-        tensors["q"], tensors["k"], tensors["v"], kv_start=one(0), kv_len=one(keys), k_hr=tensors["k_hr"], v_hr=tensors["v_hr"],
-        hr_slots=one(0, 1, 2)[None], hr_count=one(3), hr_from=one(queries - 1),
-    )  # fmt: skip
+        **tensors,
+        kv_start=index_of(0),
+        kv_len=index_of(keys),
+        hr_slots=index_of([0, 1, 2]),
+        hr_count=index_of(3),
+        hr_from=index_of(queries - 1),
+    )
     assert result.out[0, -1, 0].isnan().any()
     assert not result.out[0, :, 1].isnan().any()
     assert result.lse[0, 0, -1].isnan() == (name in ("q", "k", "k_hr"))

@@ -26,6 +26,8 @@ MARKS = {"gpu", "download", "long"}
 LAUNCHERS = {"torchrun", "accelerate", "nsys", "ncu"}
 FOREIGN = {"cmake", "nsys"}
 
+_PATH = re.compile(r"`((?:[\w.-]+/)*[\w.-]+/?)`")
+_SOURCE = re.compile(r"[\w-]+\.(py|cu|cuh|cpp|h)")
 _FENCE = re.compile(r"(?:^<!-- (?P<mark>\S+) -->\n)?^```(?P<language>\S*)\n(?P<text>.*?)^```$", re.M | re.DOTALL)
 
 
@@ -54,6 +56,23 @@ def blocks(document: Path) -> list[Block]:
 def all_blocks() -> list[Block]:
     """Return the blocks of every document."""
     return [block for document in DOCUMENTS for block in blocks(document)]
+
+
+def missing_paths(text: str) -> list[str]:
+    """Return the paths of the repository in backticks that do not exist.
+
+    They are relative to the repository or to flexattn_cuda/. NAME stands for any name, of which one must exist.
+    """
+    bases = (ROOT, ROOT / "flexattn_cuda")
+    rooms = {entry.name for base in bases for entry in base.iterdir() if entry.is_dir()} - {"build"}
+    named = set(_PATH.findall(_FENCE.sub("", text)))
+    in_rooms = {path for path in named if "/" in path and path.partition("/")[0] in rooms}
+    sources = {path for path in named if _SOURCE.fullmatch(path)}
+    return [
+        path
+        for path in sorted(in_rooms | sources)
+        if not any(any(base.glob(path.replace("NAME", "*"))) for base in bases)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------- run

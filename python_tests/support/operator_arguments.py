@@ -1,4 +1,8 @@
-"""Arguments of one small call of each operator. Any of them can be replaced by name."""
+"""Arguments of one small call of each operator. Any of them can be replaced by name.
+
+`in_schema_order` makes them the positional arguments of `torch.ops.flexattn_cuda`, so that a test names only those that
+it is about.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,15 @@ import torch
 
 def ints(values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def in_schema_order(operator: str, /, **arguments: Any) -> tuple[Any, ...]:
+    """Return the arguments of `torch.ops.flexattn_cuda` in the order of the schema, None for optional ones left out."""
+    schema = getattr(torch.ops.flexattn_cuda, operator).default._schema
+    optional = {declared.name: None for declared in schema.arguments if isinstance(declared.type, torch.OptionalType)}
+    complete = optional | arguments
+    assert complete.keys() == {declared.name for declared in schema.arguments}, f"{operator} takes {schema}"
+    return tuple(complete[declared.name] for declared in schema.arguments)
 
 
 def attention_arguments(**changes: Any) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Without high-resolution tokens the model is transformers' LLaVA: same weights, same logits."""
+"""What every family must show (CONTRIBUTING.md), for LLaVA.
+
+Without high-resolution (HR) tokens, the model is transformers' LLaVA: same weights, same logits. With them, gradients
+reach the projections of HR tokens.
+"""
 
 from __future__ import annotations
 
@@ -91,3 +95,15 @@ def test_training_loss_and_gradients(tmp_path):
         if name in theirs and theirs[name].grad is not None:
             scale = theirs[name].grad.abs().max()
             assert (parameter.grad - theirs[name].grad).abs().max() <= 1e-4 * scale + floor, name
+
+
+def test_gradients_reach_the_hr_projections():
+    model = tiny.flex().train()
+    inputs = tiny.image_question()
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -4:] = inputs["input_ids"][:, -4:]
+    model(**inputs, labels=labels, use_cache=False).loss.backward()
+    for layer in model.config.hr_layers:
+        module = model.model.language_model.layers[layer].self_attn
+        for projection in (module.k_proj_hd, module.v_proj_hd):
+            assert projection.weight.grad is not None and projection.weight.grad.any()
