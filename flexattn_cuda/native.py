@@ -23,9 +23,8 @@ def _load() -> ModuleType:
     except ImportError as error:
         raise ImportError(_why_not_loaded(error)) from error
     built_with = str(module.build_info()["torch"])
-    if _release(built_with) != _release(
-        torch.__version__
-    ):  # it loads, by luck: the C++ interface may differ all the same
+    if _release(built_with) != _release(torch.__version__):
+        # It loads by luck: the C++ interface may differ all the same.
         raise ImportError(_exchanged_torch(built_with))
     return module
 
