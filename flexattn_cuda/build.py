@@ -58,7 +58,7 @@ def cuda_unavailable_reason(device_index: int | None = None) -> str | None:
 def architecture_reason(capability: tuple[int, int], architectures: tuple[str, ...]) -> str | None:
     """Return why no compiled code runs on a GPU of this compute capability, or None if some does.
 
-    Machine code runs on GPUs of its own major version and at least its minor version (9.0a on exactly 9.0), PTX on
+    Machine code runs on GPUs of its own major version and at least its minor version (9.0a only on 9.0), PTX on
     every GPU that is not older. The operators raise the same sentence before they launch anything.
     """
     return compiled.architecture_reason(*capability, " ".join(architectures)) or None

@@ -17,7 +17,7 @@ _NAME = "flexattn_cuda._C"
 
 
 def _load() -> ModuleType:
-    """Return flexattn_cuda._C; raise ImportError if it is missing or was built with another torch."""
+    """Return flexattn_cuda._C. Raise ImportError if it is missing or was built with another torch."""
     try:
         module = importlib.import_module(_NAME)
     except ImportError as error:

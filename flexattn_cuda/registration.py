@@ -1,4 +1,4 @@
-"""What torch must know of the operators beside their kernels: output shapes, derivatives, version counters and FLOPs.
+"""What torch must know of the operators besides their kernels: output shapes, derivatives, version counters and FLOPs.
 
 csrc/torch registers the schemas and the CPU and CUDA implementations; importing this module adds the rest. Arguments of
 attention are looked up by their names in the schema, so that their list is not repeated here.
@@ -36,7 +36,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # -------------------------------------------------------------------------------------------------------------- Calling
 #
-# What is registered from Python costs more than a small call itself. `call` and `call_writing` bypass it if it has
+# What is registered from Python takes longer than a small call itself. `call` and `call_writing` bypass it when it has
 # nothing to do; other callers of torch.ops.flexattn_cuda go through it and get the same results.
 
 
@@ -173,7 +173,7 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(*tensors, lse, lse_seq)
     ctx.scale = scale
     ctx.mark_non_differentiable(lse, lse_seq, attention_map)
-    ctx.set_materialize_grads(False)  # of the three that have none
+    ctx.set_materialize_grads(False)  # the three outputs without a gradient get None, not zeros
 
 
 def _attention_gradient(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

@@ -8,7 +8,7 @@ from accuracy import assert_as_good_as_eager
 from backend import BACKEND
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_arguments import assign_arguments, attention_arguments, selection_arguments, write_arguments
+from operator_arguments import assign_arguments, attention_arguments, ints, selection_arguments, write_arguments
 from strategies import SIDE, AttentionCase, attention_cases, selection_cases, slot_cases, write_cases
 
 from flexattn_cuda import ops, reference
@@ -75,9 +75,10 @@ def test_gradients_of_a_long_prompt(device):
         "v_hr": normal(M, 1, d),
     }
     others = {
-        "hr_slots": torch.randperm(M, generator=generator).int()[None], "hr_count": torch.tensor([M - 1], dtype=torch.int32),
-        "hr_from": torch.tensor([N - 40], dtype=torch.int32),
-    }  # fmt: skip
+        "hr_slots": torch.randperm(M, generator=generator).int()[None],
+        "hr_count": ints([M - 1]),
+        "hr_from": ints([N - 40]),
+    }
     check_gradients(device, torch.float32, AttentionCase(floats, others))
 
 
@@ -100,7 +101,7 @@ def check_gradients(device, dtype, case):
     eager = gradients(reference.hierarchical_attention, dtype, "cpu", case.like(dtype))
     exact = gradients(reference.hierarchical_attention, torch.float64, "cpu", rounded(case, dtype))
     for name in exact:
-        # A logit's gradient is p (dp - E dp), and dp a sum over d products: up to sqrt(d) times the size of what is left.
+        # A logit's gradient is p (dp - E dp), and dp is a sum over d products: up to sqrt(d) times what is left.
         cancelled = case.floats["q"].shape[-1] ** 0.5
         assert_as_good_as_eager(ours[name].cpu(), eager[name], exact[name], dtype, f"gradient of {name}", cancelled)
 
@@ -127,12 +128,12 @@ def test_selection_is_exact(device, case):
 
 @device_cases
 @large
-def test_selection_of_several_photographs_is_exact(device):
-    B, R, I = 2, 3, 4
+def test_selection_of_several_images_is_exact(device):
+    B, R, images = 2, 3, 4
     generator = torch.Generator().manual_seed(0)
     case = dict(
-        attention_map=torch.rand(B, R, I, GRID**2, generator=generator) ** 8,
-        valid_rect=torch.tensor([0, 3, GRID, GRID - 2], dtype=torch.int32).expand(B, I, 4).clone(),
+        attention_map=torch.rand(B, R, images, GRID**2, generator=generator) ** 8,
+        valid_rect=torch.tensor([0, 3, GRID, GRID - 2], dtype=torch.int32).expand(B, images, 4).clone(),
         hr_side=HR_GRID,
         scale=255.0,
     )
@@ -186,7 +187,7 @@ def test_slots(device, case):
 
 @device_cases
 @large
-def test_slots_of_a_photograph(device):
+def test_slots_of_an_image(device):
     B, T, M = 2, HR_GRID**2, 2925
     generator = torch.Generator().manual_seed(0)
     selections = [
@@ -210,7 +211,7 @@ def check_slots(device, case):
     for index, count in case["selections"]:
         found = ops.assign_slots(index.to(device), count.to(device), *ours, capacity=capacity)
         expected = reference.assign_slots(index, count, *theirs, capacity=capacity)
-        for name, one, two in zip(expected._fields + ("table", "next_free"), found + ours, expected + theirs):
+        for name, one, two in zip((*expected._fields, "table", "next_free"), found + ours, expected + theirs):
             assert torch.equal(one.cpu(), two), name
         assert ours[1].item() <= capacity
     held = ours[0][ours[0] >= 0].sort().values  # every slot up to the first free one belongs to one token
@@ -234,7 +235,7 @@ def test_write_hr_kv(device, dtype, tables, case):
 @device_cases
 @large
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_write_of_a_photograph(device, dtype):
+def test_write_of_an_image(device, dtype):
     M, heads, d = HR_GRID**2, 1, 128
     generator = torch.Generator().manual_seed(0)
 
@@ -308,51 +309,72 @@ def test_a_pool_holds_every_token_that_was_ever_selected(device, compiled):
     assert k_pool[next_free.item() :].isnan().all()
 
 
+class ExampleCalls:
+    """Positional arguments of one call of every operator, as the dispatcher takes them."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int, grad: bool = False) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.device).requires_grad_(grad)
+
+    def integers(self, values: list) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def attention(self) -> dict[str, tuple]:
+        """Calls of the forward pass: HR keys in the form of the released code, none, and HR keys as in the paper."""
+        q, k, v = (self.normal(2, *shape, grad=True) for shape in ((4, 5, 8), (2, 11, 8), (2, 11, 8)))
+        start, length = self.integers([0, 2]), self.integers([11, 9])
+        hr_keys = (
+            *(self.normal(9, 2, 8, grad=True) for _ in ("k_hr", "v_hr")),
+            self.integers([[0, 1, 2, 3], [8, 6, 5, 7]]),
+            self.integers([4, 2]),
+        )
+        rows, bits = self.integers([[4, 1], [3, -1]]), self.integers([[[5], [15]], [[2], [0]]])
+        alpha, ranges = torch.tensor([0.3, 1.0]).to(self.device), self.integers([[[1, 10]], [[0, 0]]])
+        mask = ops.pack_bits(torch.ones(2, 11, dtype=torch.bool, device=self.device))
+        from_rows, cells, scale = self.integers([0, 2]), SIDE**2, 0.35
+        sequence, none = (q, k, v, start, length), (None,) * 4
+        return {
+            "hierarchical_attention": (
+                *sequence, None, *hr_keys, None, rows, bits, alpha, ranges, cells, False, scale,
+            ),
+            "hierarchical_attention:plain": (*sequence, None, *none, None, None, None, None, None, 0, False, scale),
+            "hierarchical_attention:paper": (
+                *sequence, mask, *hr_keys, from_rows, None, None, None, ranges, cells, True, scale,
+            ),
+        }  # fmt: skip
+
+    def attention_backward(self, forward: tuple) -> dict[str, tuple]:
+        with torch.no_grad():
+            out, lse, lse_seq, _ = torch.ops.flexattn_cuda.hierarchical_attention(*forward)
+        *tensors, _map_ranges, _map_size, _map_over_all, scale = forward
+        detached = (x if x is None else x.detach() for x in tensors)
+        return {"hierarchical_attention_backward": (self.normal(*out.shape), *detached, lse, lse_seq, scale)}
+
+    def selection_and_pool(self) -> dict[str, tuple]:
+        index = self.integers([[3, 0, -1], [6, -1, 1]])
+        attention_map = torch.rand(2, 3, 1, 81, generator=self.generator).to(self.device)
+        valid_rect = self.integers([[[0, 0, 9, 9]], [[2, 0, 7, 9]]])
+        table = self.integers([[-1] * 7, [-1, 2, 0] + [-1] * 4])
+        new_keys, rotary_tables = (self.normal(3, 2, 8) for _ in "kv"), (self.normal(3, 8) for _ in ("cos", "sin"))
+        pools = (self.normal(6, 2, 8) for _ in "kv")
+        return {
+            "select_tokens": (attention_map, valid_rect, 18, 255.0, 128.0, 3),
+            "gather_tokens": (self.normal(2, 7, 4, grad=True), index),
+            "gather_tokens_backward": (self.normal(2, 3, 4), index, 7),
+            "assign_slots": (index, self.integers([2, 3]), table, self.integers([3]), 6),
+            "write_hr_kv": (*new_keys, *rotary_tables, self.integers([4, -1, 0]), *pools),
+        }
+
+
 def calls(device: str) -> dict[str, tuple]:
-    """One call of every operator, by its name."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape, grad=True):
-        return torch.randn(*shape, generator=generator).to(device).requires_grad_(grad)
-
-    def integers(values):
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    q, k, v = normal(2, 4, 5, 8), normal(2, 2, 11, 8), normal(2, 2, 11, 8)
-    pool = normal(9, 2, 8), normal(9, 2, 8)
-    slots, count = integers([[0, 1, 2, 3], [8, 6, 5, 7]]), integers([4, 2])
-    rows = integers([[4, 1], [3, -1]])
-    bits = integers([[[5], [15]], [[2], [0]]])
-    start, length, ranges = integers([0, 2]), integers([11, 9]), integers([[[1, 10]], [[0, 0]]])
-    attention = (
-        q, k, v, start, length, None, *pool, slots, count, None, rows, bits, torch.tensor([0.3, 1.0]).to(device), ranges, SIDE**2,
-        False, 0.35,
-    )  # fmt: skip
-    plain = (q, k, v, start, length, None, None, None, None, None, None, None, None, None, None, 0, False, 0.35)
-    paper = (q, k, v, start, length, ops.pack_bits(torch.ones(2, 11, dtype=torch.bool, device=device)), *pool, slots, count,
-             integers([0, 2]), None, None, None, ranges, SIDE**2, True, 0.35)  # fmt: skip
-    with torch.no_grad():
-        out, lse, lse_seq, _ = torch.ops.flexattn_cuda.hierarchical_attention(*attention)
-    detached = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in attention)
-    backward = (normal(*out.shape, grad=False), *detached[:14], lse, lse_seq, 0.35)
-    table, index = normal(2, 7, 4), integers([[3, 0, -1], [6, -1, 1]])
-    attention_map = torch.rand(2, 3, 1, 81, generator=generator).to(device)
-    return {
-        "select_tokens": (attention_map, integers([[[0, 0, 9, 9]], [[2, 0, 7, 9]]]), 18, 255.0, 128.0, 3),
-        "gather_tokens": (table, index),
-        "gather_tokens_backward": (normal(2, 3, 4, grad=False), index, 7),
-        "assign_slots": (index, integers([2, 3]), integers([[-1] * 7, [-1, 2, 0] + [-1] * 4]), integers([3]), 6),
-        "write_hr_kv": (
-            *(normal(3, 2, 8, grad=False) for _ in "kv"),
-            *(normal(3, 8, grad=False) for _ in range(2)),
-            integers([4, -1, 0]),
-            *(normal(6, 2, 8, grad=False) for _ in "kv"),
-        ),
-        "hierarchical_attention": attention,
-        "hierarchical_attention:plain": plain,
-        "hierarchical_attention:paper": paper,
-        "hierarchical_attention_backward": backward,
-    }
+    """One call of every operator, or several, by its name and a suffix."""
+    examples = ExampleCalls(device)
+    attention = examples.attention()
+    backward = examples.attention_backward(attention["hierarchical_attention"])
+    return examples.selection_and_pool() | attention | backward
 
 
 @pytest.mark.slow
@@ -536,19 +558,14 @@ def test_attention_path_tells_the_kernel_and_every_reason_against_tensor_cores()
 @pytest.mark.parametrize("name", ["q", "k", "v", "k_hr", "v_hr"])
 def test_a_nan_shows_in_the_rows_that_see_it(name, dtype, queries):
     heads, keys, d = 2, 9, 8
-    tensors = {
-        "q": torch.randn(1, heads, queries, d), "k": torch.randn(1, heads, keys, d), "v": torch.randn(1, heads, keys, d),
-        "k_hr": torch.randn(3, heads, d), "v_hr": torch.randn(3, heads, d),
-    }  # fmt: skip
-    tensors = {key: value.to(dtype) for key, value in tensors.items()}
+    sequence, pool = (1, heads, keys, d), (3, heads, d)
+    shapes = {"q": (1, heads, queries, d), "k": sequence, "v": sequence, "k_hr": pool, "v_hr": pool}
+    tensors = {key: torch.randn(*shape).to(dtype) for key, shape in shapes.items()}
     tensors[name].select(1, 0).select(-2, -1)[..., 0] = float("nan")  # head 0: the last query, sequence key or slot
     if name.endswith("hr"):
         tensors[name][-1, 0, 0] = float("nan")
-    one = lambda *values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
-    result = ops.hierarchical_attention(
-        tensors["q"], tensors["k"], tensors["v"], kv_start=one(0), kv_len=one(keys), k_hr=tensors["k_hr"], v_hr=tensors["v_hr"],
-        hr_slots=one(0, 1, 2)[None], hr_count=one(3), hr_from=one(queries - 1),
-    )  # fmt: skip
+    hr_keys = dict(hr_slots=ints([[0, 1, 2]]), hr_count=ints([3]), hr_from=ints([queries - 1]))
+    result = ops.hierarchical_attention(**tensors, kv_start=ints([0]), kv_len=ints([keys]), **hr_keys)
     assert result.out[0, -1, 0].isnan().any()
     assert not result.out[0, :, 1].isnan().any()
     assert result.lse[0, 0, -1].isnan() == (name in ("q", "k", "k_hr"))
