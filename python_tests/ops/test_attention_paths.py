@@ -5,13 +5,12 @@ On the CPU's kernels, on the CUDA kernels in the executor (`make simt`), and on 
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
 from accuracy import assert_as_good_as_eager
 from backend import BACKEND
-from operator_arguments import ints
+from operator_arguments import AttentionSizes, RandomTensors, ints
 
 from flexattn_cuda import ops, reference
 
@@ -20,48 +19,23 @@ CASES = 25  # of each combination
 SIDE = 3
 
 
-@dataclass
-class Sizes:
-    """Sizes of one call, named as in `flexattn_cuda.ops`."""
-
-    B: int
-    H: int
-    Hkv: int
-    N: int
-    Nk: int
-    d: int
-    M: int
-
-    @property
-    def slots(self) -> int:
-        return self.B * self.M + 3
-
-
-def choose_sizes(rng: random.Random, queries: list[int]) -> Sizes:
+def choose_sizes(rng: random.Random, queries: list[int]) -> AttentionSizes:
     B, Hkv = rng.choice([1, 1, 2]), rng.choice([1, 2])
     H = Hkv * rng.choice([1, 3, 4, 8] if B * Hkv == 1 else [1, 2])
     N = rng.choice(queries)
     Nk, d = N + rng.choice([0, 3, 30, 70]), rng.choice([64, 80, 96, 128, 128])
-    return Sizes(B, H, Hkv, N, Nk, d, M=rng.choice([0, 1, 33, 63, 64, 70, 150]))
+    return AttentionSizes(B, H, Hkv, N, Nk, d, M=rng.choice([0, 1, 33, 63, 64, 70, 150]))
 
 
-class CaseMaker:
+class CaseMaker(RandomTensors):
     """Makes the tensors of one call; what no query may see is NaN: the tail of the keys, unused slots."""
 
-    def __init__(self, rng: random.Random, dtype: torch.dtype, sizes: Sizes):
-        self.rng, self.dtype, self.sizes = rng, dtype, sizes
-        self.generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    def __init__(self, rng: random.Random, dtype: torch.dtype, sizes: AttentionSizes):
+        super().__init__(sizes, seed=rng.randrange(2**31))
+        self.rng, self.dtype = rng, dtype
 
     def floats(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=self.generator).to(self.dtype)
-
-    def chances(self, *shape: int) -> torch.Tensor:
-        return torch.rand(*shape, generator=self.generator)
-
-    def distinct(self, values: int, count: int) -> torch.Tensor:
-        """[B, count] int32, each row without repetition."""
-        rows = [torch.randperm(values, generator=self.generator)[:count] for _ in range(self.sizes.B)]
-        return torch.stack(rows).int()
+        return self.normal(*shape, dtype=torch.float32).to(self.dtype)
 
     def per_sample(self, choose: Callable[[], int]) -> torch.Tensor:
         return ints([choose() for _ in range(self.sizes.B)])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from operator_arguments import AttentionSizes, RandomTensors
 
 from flexattn_cuda.ops import pack_bits
 
@@ -46,23 +47,6 @@ def strided(x: torch.Tensor, how: int) -> torch.Tensor:
     return x
 
 
-@dataclass
-class AttentionSizes:
-    """Sizes of a call of attention, named as in `flexattn_cuda.ops`."""
-
-    B: int
-    H: int
-    Hkv: int
-    N: int
-    Nk: int
-    d: int
-    M: int
-
-    @property
-    def slots(self) -> int:
-        return self.B * self.M + 3
-
-
 @st.composite
 def attention_sizes(draw, small: bool) -> AttentionSizes:
     B = draw(st.integers(1, 3))
@@ -74,26 +58,15 @@ def attention_sizes(draw, small: bool) -> AttentionSizes:
     return AttentionSizes(B, Hkv * group, Hkv, N, N + past, d, M)
 
 
-class AttentionTensors:
+class AttentionTensors(RandomTensors):
     """The parts of a generated call of attention."""
 
     def __init__(self, draw: st.DrawFn, sizes: AttentionSizes):
-        self.draw, self.sizes = draw, sizes
-        self.generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-
-    def normal(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        super().__init__(sizes, seed=draw(st.integers(0, 2**16)))
+        self.draw = draw
 
     def integers(self, low: int, high: int) -> torch.Tensor:
         return torch.randint(low, high + 1, (self.sizes.B,), generator=self.generator, dtype=torch.int32)
-
-    def chances(self, *shape: int) -> torch.Tensor:
-        return torch.rand(*shape, generator=self.generator)
-
-    def distinct(self, values: int, count: int) -> torch.Tensor:
-        """[B, count] int32, each row without repetition."""
-        rows = [torch.randperm(values, generator=self.generator)[:count] for _ in range(self.sizes.B)]
-        return torch.stack(rows).int()
 
     def sequence(self) -> dict[str, torch.Tensor]:
         x, how = self.sizes, self.draw(st.integers(0, 2))
