@@ -278,12 +278,14 @@ class ModelCase:
         counts = [[int(step[layer].mask.sum()) for layer in layers] for step in trace.steps]
         assert counts == self.case["counts"] == self.expected("counts").tolist()
         packed = arrays("model_cases")[f"{self.name}.mask_packed"]
-        for t, (masks, maps) in enumerate(zip(np.unpackbits(packed, axis=-1), self.expected("maps"), strict=True)):
-            for layer, mask, attention_map in zip(layers, masks, maps, strict=True):
-                traced, where = trace.steps[t][layer], f"step {t}, layer {layer}"
-                selected = traced.mask.flatten()
-                assert torch.equal(selected, torch.from_numpy(mask[: selected.numel()]).bool()), f"mask, {where}"
-                assert_close(traced.map[0, 0, 0], attention_map, MAPS, f"map, {where}")
+        for t, masks in enumerate(np.unpackbits(packed, axis=-1)):
+            for layer, mask in zip(layers, masks):
+                traced = trace.steps[t][layer].mask.flatten()
+                expected = torch.from_numpy(mask[: traced.numel()]).bool()
+                assert torch.equal(traced, expected), f"mask, step {t}, layer {layer}"
+        for t, maps in enumerate(self.expected("maps")):
+            for layer, attention_map in zip(layers, maps):
+                assert_close(trace.steps[t][layer].map[0, 0, 0], attention_map, MAPS, f"map, step {t}, layer {layer}")
 
     def check_prefill(self) -> None:
         rows = self.expected("prefill_rows").long()
