@@ -3,7 +3,8 @@
 CUDA and CPU operators, the mechanism built on them, and LLaVA with it. This is not `torch.nn.attention.flex_attention`,
 which is a compiler for attention variants.
 
-Public names are imported when they are first used (PEP 562), so that `import flexattn_cuda.ops` imports no transformers.
+Public names are imported when they are first used (PEP 562), so that `import flexattn_cuda.ops` does not import
+transformers.
 """
 
 from __future__ import annotations

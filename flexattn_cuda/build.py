@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 
 from flexattn_cuda.native import compiled
 
 
-def build_info() -> dict[str, str | tuple[str, ...] | None]:
-    """Return the facts that the build left in the compiled part.
+class BuildInfo(TypedDict):
+    """Result of `build_info`.
 
-    Returns:
-        A dict with the keys
-
-        - `version`: version of this package;
-        - `torch`: version of torch that it was built with;
-        - `compiler`: the host compiler;
-        - `cuda_toolkit`: version of the CUDA toolkit, or None in a build without CUDA kernels;
-        - `architectures`: GPU architectures compiled for, e.g. ("7.0", "8.0+PTX");
-        - `no_cuda_reason`: why there are no CUDA kernels, or None.
+    Attributes:
+        version: Version of this package.
+        torch: Version of torch that it was built with.
+        compiler: The host compiler.
+        cuda_toolkit: Version of the CUDA toolkit, or None in a build without CUDA kernels.
+        architectures: GPU architectures compiled for, e.g. ("7.0", "8.0+PTX").
+        no_cuda_reason: Why there are no CUDA kernels, or None.
     """
-    facts = {name: value or None for name, value in compiled.build_info().items()}
-    return facts | {"architectures": tuple((facts["architectures"] or "").split())}
+
+    version: str
+    torch: str
+    compiler: str
+    cuda_toolkit: str | None
+    architectures: tuple[str, ...]
+    no_cuda_reason: str | None
+
+
+def build_info() -> BuildInfo:
+    """Return the facts that the build left in the compiled part."""
+    facts: dict[str, str] = compiled.build_info()
+    return BuildInfo(
+        version=facts["version"],
+        torch=facts["torch"],
+        compiler=facts["compiler"],
+        cuda_toolkit=facts["cuda_toolkit"] or None,
+        architectures=tuple(facts["architectures"].split()),
+        no_cuda_reason=facts["no_cuda_reason"] or None,
+    )
 
 
 def cuda_unavailable_reason(device_index: int | None = None) -> str | None:
@@ -40,7 +58,7 @@ def cuda_unavailable_reason(device_index: int | None = None) -> str | None:
 def architecture_reason(capability: tuple[int, int], architectures: tuple[str, ...]) -> str | None:
     """Return why no compiled code runs on a GPU of this compute capability, or None if some does.
 
-    Machine code runs on GPUs of its own major version and at least its minor version (9.0a on exactly 9.0), PTX on
+    Machine code runs on GPUs of its own major version and at least its minor version (9.0a only on 9.0), PTX on
     every GPU that is not older. The operators raise the same sentence before they launch anything.
     """
     return compiled.architecture_reason(*capability, " ".join(architectures)) or None
@@ -49,7 +67,7 @@ def architecture_reason(capability: tuple[int, int], architectures: tuple[str, .
 def _why_torch_sees_none() -> str:
     """Return ": " and what torch says, e.g. that the driver is too old, or an empty string if it says nothing."""
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         return f": {str(error).strip().splitlines()[0]}"
     return ""

@@ -11,7 +11,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """Return the device of a name; None and "auto" are the GPU if it can be used, and the CPU otherwise.
+    """Return the named device; None and "auto" stand for the GPU if it can be used, else for the CPU.
 
     Raises:
         InputError: If the device is unknown, or cannot be used here; the message says why.
@@ -30,7 +30,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Return the dtype of a name; None, which stands for the checkpoint's own, for None and "auto".
+    """Return the named dtype; for None and "auto" return None, which stands for the checkpoint's own dtype.
 
     Raises:
         InputError: If the dtype is unknown.

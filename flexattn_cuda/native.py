@@ -17,15 +17,14 @@ _NAME = "flexattn_cuda._C"
 
 
 def _load() -> ModuleType:
-    """Return flexattn_cuda._C; raise ImportError if it is missing or was built with another torch."""
+    """Return flexattn_cuda._C. Raise ImportError if it is missing or was built with another torch."""
     try:
         module = importlib.import_module(_NAME)
     except ImportError as error:
         raise ImportError(_why_not_loaded(error)) from error
     built_with = str(module.build_info()["torch"])
-    if _release(built_with) != _release(
-        torch.__version__
-    ):  # it loads, by luck: the C++ interface may differ all the same
+    if _release(built_with) != _release(torch.__version__):
+        # It loads by luck: the C++ interface may differ all the same.
         raise ImportError(_exchanged_torch(built_with))
     return module
 

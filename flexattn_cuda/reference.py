@@ -22,7 +22,7 @@ def select_tokens(
     threshold: float,
     pool_side: int = 0,
 ) -> SelectedTokens:
-    """Section 4.2: zero the margin, min-max normalise, binarise, pool, resize; then list what any row selects."""
+    """Select tokens as in section 4.2: zero the margin, min-max normalise, binarise, pool, resize; then list them."""
     B, R, images, cells = attention_map.shape
     S = int(cells**0.5)
     line = torch.arange(S, device=attention_map.device)
@@ -53,7 +53,7 @@ def select_tokens(
 
 
 def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """rows[b, m] = tokens[b, index[b, m]], zero where the index is -1."""
+    """Return tokens[b, index[b, m]], and zeros where the index is -1."""
     rows = tokens.gather(1, index.long().clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1]))
     return rows * (index >= 0)[..., None]
 
@@ -61,12 +61,10 @@ def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def assign_slots(
     index: torch.Tensor, count: torch.Tensor, table: torch.Tensor, next_free: torch.Tensor, *, capacity: int
 ) -> AssignedSlots:
-    """Tokens without a slot take the next ones in the order (b, m), until the pool is full. Writes table and next_free."""
+    """Give tokens without a slot the next free ones in the order (b, m). Update `table` and `next_free` in place."""
     (B, M), (G, T) = index.shape, table.shape
-    slots, (new_tokens, new_slots) = (
-        torch.full_like(index, -1),
-        torch.full((2, B * M), -1, dtype=torch.int32, device=index.device),
-    )
+    slots = torch.full_like(index, -1)
+    new_tokens, new_slots = torch.full((2, B * M), -1, dtype=torch.int32, device=index.device)
     taken = overflow = 0
     for b in range(B):
         prompt = b // (B // G)
@@ -92,7 +90,7 @@ def write_hr_kv(
     k_pool: torch.Tensor,
     v_pool: torch.Tensor,
 ) -> None:
-    """pool[slots[m]] = (rotated k[m], v[m]) where the slot is not -1."""
+    """Set k_pool[slots[m]] to the rotated k[m], and v_pool[slots[m]] to v[m], where the slot is not -1."""
     written = slots >= 0
     at = slots[written].long()
     k_pool[at] = rotate(k, cos[:, None], sin[:, None])[written].to(k_pool.dtype)
@@ -100,13 +98,13 @@ def write_hr_kv(
 
 
 def unpack_bits(words: torch.Tensor, n: int) -> torch.Tensor:
-    """[..., ceil(n / 32)] int32 -> [..., n] bool."""
+    """Unpack n bits of [..., ceil(n / 32)] int32 to [..., n] bool; the inverse of `pack_bits`."""
     bits = words.long()[..., None] >> torch.arange(32, device=words.device) & 1
     return bits.flatten(-2)[..., :n].bool()
 
 
 def softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Over the last dimension; a row of -inf gives zeros."""
+    """Return the softmax over the last dimension; a row of -inf gives zeros."""
     seen = logits.isfinite().any(-1, keepdim=True)
     return torch.where(seen, logits.masked_fill(~seen, 0).softmax(-1), 0)
 
@@ -227,6 +225,7 @@ def hierarchical_attention(  # noqa: PLR0913 (as the operator)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return x over its root mean square along the last dimension, times `weight`."""
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
 
@@ -240,14 +239,17 @@ def llama(
     theta: float,
     hr_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The language model of LLaVA-HD and LLaVA-XAttn (section 5.1) over one sequence, whole.
+    """Return the logits of the language model of LLaVA-HD or LLaVA-XAttn (section 5.1) for one whole sequence.
 
     Args:
         weights: Of `FlexAttnLlavaForConditionalGeneration.state_dict()`.
-        x: [N, D] embeddings of the prompt. LLaVA: S*S image tokens stand in them; LLaVA-HD: these, then the h*h HR
-            tokens.
-        heads, kv_heads, eps, theta: Of the text configuration; theta is the base of the rotary frequencies.
-        hr_tokens: [T, D], what every row of LLaVA-XAttn also attends to.
+        x: [N, D] embeddings of the prompt, with the S*S image tokens in it; for LLaVA-HD, the h*h HR tokens follow
+            these.
+        heads: Number of query heads.
+        kv_heads: Number of key heads; divides `heads`.
+        eps: Epsilon of the RMS norms.
+        theta: Base of the rotary frequencies.
+        hr_tokens: [T, D] tokens that every row of LLaVA-XAttn also attends to.
 
     Returns:
         [N, V] logits.

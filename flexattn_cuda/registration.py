@@ -1,4 +1,4 @@
-"""What torch must know of the operators beside their kernels: output shapes, derivatives, version counters and FLOPs.
+"""What torch must know of the operators besides their kernels: output shapes, derivatives, version counters and FLOPs.
 
 csrc/torch registers the schemas and the CPU and CUDA implementations; importing this module adds the rest. Arguments of
 attention are looked up by their names in the schema, so that their list is not repeated here.
@@ -29,14 +29,14 @@ ATTENTION: OpOverload = torch.ops.flexattn_cuda.hierarchical_attention.default
 ATTENTION_BACKWARD: OpOverload = torch.ops.flexattn_cuda.hierarchical_attention_backward.default
 
 _LIBRARY = torch.library.Library("flexattn_cuda", "FRAGMENT")
-_INT32 = {"dtype": torch.int32}
+_INT32: dict[str, Any] = {"dtype": torch.int32}
 _WORD = 32
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 # -------------------------------------------------------------------------------------------------------------- Calling
 #
-# What is registered from Python costs more than a small call itself. `call` and `call_writing` bypass it if it has
+# What is registered from Python takes longer than a small call itself. `call` and `call_writing` bypass it when it has
 # nothing to do; other callers of torch.ops.flexattn_cuda go through it and get the same results.
 
 
@@ -122,7 +122,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, ...]:
     B, H, N, d = given.q.shape
     R = 1 if given.hr_rows is None else given.hr_rows.shape[1]
     images = 0 if given.map_ranges is None else given.map_ranges.shape[1]
-    statistics = {"dtype": torch.float64 if given.q.dtype == torch.float64 else torch.float32}
+    statistics: dict[str, Any] = {"dtype": torch.float64 if given.q.dtype == torch.float64 else torch.float32}
     return (
         given.q.new_empty(B, N, H, d),
         given.q.new_empty(B, H, N, **statistics),
@@ -176,7 +176,7 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in saved))
     ctx.saved_values = [None if isinstance(x, Tensor) else x for x in saved]
     ctx.mark_non_differentiable(lse, lse_seq, attention_map)
-    ctx.set_materialize_grads(False)  # of the three that have none
+    ctx.set_materialize_grads(False)  # the three outputs without a gradient get None, not zeros
 
 
 def _attention_gradient(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -199,6 +199,11 @@ def _refuse_second_gradient(ctx: Any, *_: Tensor) -> None:
     )
 
 
+def _no_forward_mode(operator: OpOverload) -> NotImplementedError:
+    advice = "; use reverse mode instead" if operator in _DERIVATIVES else ""
+    return NotImplementedError(f"{operator.name()} has no forward-mode derivative{advice}")
+
+
 def _derivative(operator: OpOverload, save: Callable[..., None], gradient: Callable[..., Any]) -> type[Function]:
     """Make the derivative of an operator and register it.
 
@@ -211,7 +216,7 @@ def _derivative(operator: OpOverload, save: Callable[..., None], gradient: Calla
             return operator(*inputs)
 
     def jvp(ctx: Any, *_: Any) -> None:
-        raise NotImplementedError(f"{operator.name()} has no forward-mode derivative; use reverse mode instead")
+        raise _no_forward_mode(operator)
 
     def dispatched(*inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():  # too late to hand them a Function
@@ -221,7 +226,7 @@ def _derivative(operator: OpOverload, save: Callable[..., None], gradient: Calla
 
     methods = {"forward": forward, "setup_context": save, "backward": gradient, "jvp": jvp}
     attributes = {name: staticmethod(method) for name, method in methods.items()} | {"generate_vmap_rule": True}
-    derivative = type(f"{operator._opname}_derivative", (Function,), attributes)
+    derivative: type[Function] = type(f"{operator._opname}_derivative", (Function,), attributes)
     _LIBRARY.impl(operator, dispatched, "Autograd")
     return derivative
 
@@ -242,14 +247,24 @@ _WRITTEN = {
 }
 
 
-def _register_writing(operator: OpOverload) -> None:
-    """Make calls bump the version counters of what they write, and let negative views reach the operator's checks.
+def _refuse_tangents(operator: OpOverload, arguments: tuple[Any, ...]) -> None:
+    if forward_ad._current_level < 0:
+        return
+    floats = (x for x in arguments if isinstance(x, Tensor) and x.is_floating_point())
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in floats):
+        raise _no_forward_mode(operator)
 
-    Without the first, a backward pass that needs an overwritten tensor is silently wrong. Without the second, torch's
-    own fallback handles negative views and aborts the process if an operator writes two arguments.
+
+def _register_writing(operator: OpOverload) -> None:
+    """Make calls bump the version counters of what they write, and refuse or pass on what torch would mishandle.
+
+    Without the version counters, a backward pass that needs an overwritten tensor is silently wrong. Forward-mode
+    tangents would be dropped. Negative views are left to the operator's own checks: torch's fallback for them aborts
+    the process if an operator writes two arguments.
     """
 
     def bump_versions(keyset: Any, *arguments: Any) -> Any:
+        _refuse_tangents(operator, arguments)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
         torch.autograd.graph.increment_version([arguments[i] for i in _WRITTEN[operator]])
@@ -267,7 +282,7 @@ for _operator in _WRITTEN:
 # ---------------------------------------------------------------------------------------------------------------- FLOPs
 
 
-@register_flop_formula(torch.ops.flexattn_cuda.hierarchical_attention)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.flexattn_cuda.hierarchical_attention)
 def attention_flops(*shapes: Any, **_: Any) -> int:
     """Return the FLOPs of attention for torch's FlopCounterMode: 2 for each multiply-add of scores and outputs.
 
@@ -282,7 +297,7 @@ def attention_flops(*shapes: Any, **_: Any) -> int:
     return int(4 * B * H * pairs * d)
 
 
-@register_flop_formula(torch.ops.flexattn_cuda.hierarchical_attention_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.flexattn_cuda.hierarchical_attention_backward)
 def attention_backward_flops(grad_out: Any, *inputs: Any, **_: Any) -> int:
     """Return the FLOPs of the backward pass as torch counts its own: five products, where the forward pass has two."""
     return attention_flops(*inputs) * 5 // 2

@@ -95,7 +95,11 @@ def in_turn(calls: list[Callable]) -> Callable:
     if len(calls) == 1:
         return calls[0]
     turn = itertools.cycle(calls)
-    return lambda: next(turn)()
+
+    def call_next() -> Any:
+        return next(turn)()
+
+    return call_next
 
 
 def complaints(rows: list[Row]) -> list[str]:

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "flexattn/hierarchical_attention.h"
+#include "storage.h"
 #include "vector_math.h"
 
 #if AT_PARALLEL_OPENMP && !defined(_OPENMP)
@@ -23,14 +24,8 @@ constexpr int64_t kTileQueries = 64;
 constexpr int64_t kTileKeys = 128;
 constexpr int64_t kFewRows = 4;  // up to this many queries are handled one by one, more of them in lanes
 
-template <typename T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
+template <typename A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
 // A row-major matrix whose rows are ld elements apart.
 template <typename A>
@@ -158,21 +153,6 @@ std::vector<HrTileRow> hr_rows_of_tile(const std::vector<HrRow>& of_sample, int6
     if (next != of_sample.end() && next->query == query(row)) hr_rows.push_back({row, next->hr_row});
   }
   return hr_rows;
-}
-
-// Call function(T()) with the storage type.
-template <typename Function>
-void dispatch(DType dtype, const Function& function) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return function(double());
-    case DType::kFloat32:
-      return function(float());
-    case DType::kFloat16:
-      return function(c10::Half());
-    case DType::kBFloat16:
-      return function(c10::BFloat16());
-  }
 }
 
 }  // namespace flexattn::cpu

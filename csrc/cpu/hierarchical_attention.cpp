@@ -7,72 +7,61 @@
 namespace flexattn::cpu {
 namespace {
 
-// The online softmax of a tile of queries: logits of the current keys, max and sum so far, unnormalised output. Two
-// layouts with one interface: many queries lie in lanes, [d, queries] and [keys, queries]; few are rows of their own.
-template <typename A>
-class ManyQueries {
- public:
-  ManyQueries(int64_t rows, int64_t d)
-      : d_(d),
-        lanes_(padded(rows)),
-        queries_(d * lanes_),
-        logits_(kTileKeys * lanes_),
-        out_(d * lanes_),
-        row_max_(lanes_, -std::numeric_limits<A>::infinity()),
-        row_sum_(lanes_) {}
+enum class Layout {
+  kLanes,  // [columns, queries]: many queries, one per lane
+  kRows,   // [queries, columns]: few queries, each a row of its own
+};
 
-  A& query(int64_t i, int64_t c) { return queries_[c * lanes_ + i]; }
-  A& out(int64_t i, int64_t c) { return out_[c * lanes_ + i]; }
+// The online softmax of a tile of queries: logits of the current keys, max and sum so far, unnormalised output.
+template <typename A, Layout layout>
+class TileSoftmax {
+ public:
+  TileSoftmax(int64_t queries, int64_t d)
+      : d_(d),
+        count_(layout == Layout::kLanes ? padded(queries) : queries),
+        queries_(count_ * d),
+        logits_(count_ * kTileKeys),
+        out_(count_ * d),
+        row_max_(count_, -kInfinity<A>),
+        row_sum_(count_) {}
+
+  A& query(int64_t i, int64_t c) { return queries_[index(i, c, d_)]; }
+  A& out(int64_t i, int64_t c) { return out_[index(i, c, d_)]; }
   A& row_max(int64_t i) { return row_max_[i]; }
   A& row_sum(int64_t i) { return row_sum_[i]; }
-  A logit(int64_t i, int64_t j) const { return logits_[j * lanes_ + i]; }
-  void hide(int64_t i, int64_t j) { logits_[j * lanes_ + i] = -std::numeric_limits<A>::infinity(); }
+  A logit(int64_t i, int64_t j) const { return logits_[index(i, j, kTileKeys)]; }
+  void hide(int64_t i, int64_t j) { logits_[index(i, j, kTileKeys)] = -kInfinity<A>; }
 
   void multiply_keys(Matrix<A> keys, int64_t n) {
-    multiply<A>(keys.data, keys.ld, 1, queries_.data(), lanes_, logits_.data(), lanes_, n, lanes_, d_, false);
+    if constexpr (layout == Layout::kLanes)
+      multiply<A>(keys.data, keys.ld, 1, queries_.data(), count_, logits_.data(), count_, n, count_, d_, false);
+    else
+      for (int64_t i = 0; i < count_; ++i) dot_rows(&query(i, 0), keys.data, keys.ld, n, d_, logits_of(i));
   }
   void update(Matrix<A> values, int64_t n) {
-    softmax_step(logits_.data(), n, lanes_, row_max_.data(), row_sum_.data(), out_.data(), d_);
-    multiply<A>(values.data, 1, values.ld, logits_.data(), lanes_, out_.data(), lanes_, d_, lanes_, n, true);
+    if constexpr (layout == Layout::kLanes) {
+      softmax_step(logits_.data(), n, count_, row_max_.data(), row_sum_.data(), out_.data(), d_);
+      multiply<A>(values.data, 1, values.ld, logits_.data(), count_, out_.data(), count_, d_, count_, n, true);
+    } else {
+      for (int64_t i = 0; i < count_; ++i)
+        softmax_step_of_row(logits_of(i), n, &row_max_[i], &row_sum_[i], &out(i, 0), values.data, values.ld, d_);
+    }
   }
 
  private:
-  int64_t d_, lanes_;
+  int64_t index(int64_t i, int64_t column, int64_t columns) const {
+    return layout == Layout::kLanes ? column * count_ + i : i * columns + column;
+  }
+  A* logits_of(int64_t i) { return &logits_[i * kTileKeys]; }
+
+  int64_t d_, count_;  // queries, padded in lanes
   std::vector<A> queries_, logits_, out_, row_max_, row_sum_;
 };
 
 template <typename A>
-class FewQueries {
- public:
-  FewQueries(int64_t rows, int64_t d)
-      : d_(d),
-        rows_(rows),
-        queries_(rows * d),
-        logits_(rows * kTileKeys),
-        out_(rows * d),
-        row_max_(rows, -std::numeric_limits<A>::infinity()),
-        row_sum_(rows) {}
-
-  A& query(int64_t i, int64_t c) { return queries_[i * d_ + c]; }
-  A& out(int64_t i, int64_t c) { return out_[i * d_ + c]; }
-  A& row_max(int64_t i) { return row_max_[i]; }
-  A& row_sum(int64_t i) { return row_sum_[i]; }
-  A logit(int64_t i, int64_t j) const { return logits_[i * kTileKeys + j]; }
-  void hide(int64_t i, int64_t j) { logits_[i * kTileKeys + j] = -std::numeric_limits<A>::infinity(); }
-
-  void multiply_keys(Matrix<A> keys, int64_t n) {
-    for (int64_t i = 0; i < rows_; ++i) dot_rows(&queries_[i * d_], keys.data, keys.ld, n, d_, &logits_[i * kTileKeys]);
-  }
-  void update(Matrix<A> values, int64_t n) {
-    for (int64_t i = 0; i < rows_; ++i)
-      softmax_step_of_row(&logits_[i * kTileKeys], n, &row_max_[i], &row_sum_[i], &out_[i * d_], values.data, values.ld,
-                          d_);
-  }
-
- private:
-  int64_t d_, rows_;
-  std::vector<A> queries_, logits_, out_, row_max_, row_sum_;
-};
+using ManyQueries = TileSoftmax<A, Layout::kLanes>;
+template <typename A>
+using FewQueries = TileSoftmax<A, Layout::kRows>;
 
 template <typename T>
 class Forward {
@@ -182,7 +171,7 @@ class Forward {
   static A inverse(A sum) { return sum == 0 ? A(0) : A(1) / sum; }
   template <class State>
   static A log_sum_exp(State& state, int64_t i) {
-    if (state.row_sum(i) == 0) return -std::numeric_limits<A>::infinity();
+    if (state.row_sum(i) == 0) return -kInfinity<A>;
     return state.row_max(i) + std::log(state.row_sum(i));
   }
 
@@ -247,7 +236,7 @@ class Forward {
     for (int64_t head = 0; head < in_.heads && range.begin < range.end; ++head) {
       const A lse = static_cast<A*>(params_.map_over_all ? params_.lse
                                                          : params_.lse_seq)[(b * in_.heads + head) * in_.queries + n];
-      if (lse == -std::numeric_limits<A>::infinity()) continue;
+      if (lse == -kInfinity<A>) continue;
       A* probabilities = kept_logits(b, r, image, head) - range.first;
       exp_shifted(probabilities + range.begin, range.end - range.begin, lse);
       for (int64_t j = range.begin; j < range.end; ++j) map[j - range.first] += probabilities[j];

@@ -33,7 +33,7 @@ struct Tile {
         grad_rows(rows * columns),
         logits(kTileKeys * lanes),
         dp(kTileKeys * lanes),
-        lse(lanes, std::numeric_limits<A>::infinity()),
+        lse(lanes, kInfinity<A>),
         weight(lanes),
         expectation(lanes) {}
 
@@ -42,10 +42,8 @@ struct Tile {
     grads[c * lanes + i] = grad_rows[i * columns + c] = grad;
   }
   // For a row that sees no key, +inf makes every probability 0.
-  void set_lse(int64_t i, A value) {
-    lse[i] = value == -std::numeric_limits<A>::infinity() ? std::numeric_limits<A>::infinity() : value;
-  }
-  void hide(int64_t i, int64_t j) { logits[j * lanes + i] = -std::numeric_limits<A>::infinity(); }
+  void set_lse(int64_t i, A value) { lse[i] = value == -kInfinity<A> ? kInfinity<A> : value; }
+  void hide(int64_t i, int64_t j) { logits[j * lanes + i] = -kInfinity<A>; }
 
   // logits = q k^T and dp = dout v^T, both [n, lanes]
   void multiply_keys(Matrix<A> keys, Matrix<A> values, int64_t n) {

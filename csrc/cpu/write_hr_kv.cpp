@@ -3,9 +3,8 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <type_traits>
 
-#include "attention_tiles.h"  // dispatch
+#include "storage.h"
 
 namespace flexattn::cpu {
 namespace {
@@ -13,7 +12,7 @@ namespace {
 // T: keys and values, C: cos and sin.
 template <typename T, typename C>
 void write_row(const WriteHrKvParams& p, int64_t m) {
-  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  using A = typename Accumulator<T>::type;
   const int64_t slot = p.slots[m], half = p.head_dim / 2;
   if (slot < 0) return;
   const C* cos = static_cast<const C*>(p.cos) + m * p.cos_row;

@@ -21,7 +21,7 @@ constexpr int64_t kWantedBlocks = 320;
 
 constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
 
-// ------------------------------------------------------------------------------------------------ what goes where
+// ------------------------------------------------------------------------------------------------ layout of the work
 
 using Softmax = SoftmaxState<float>;
 
@@ -103,7 +103,7 @@ struct Batch {
   Vector<T, G::kChannels> k[G::kBatch], v[G::kBatch];
 };
 
-// --------------------------------------------------------------------------------------------- before the keys pass
+// --------------------------------------------------------------------------------------------- before the loop
 
 __device__ Chunk chunk_of_block(const AttentionInputs& in, const Splits& s) {
   Chunk chunk;
@@ -229,7 +229,7 @@ __device__ __forceinline__ void mask_and_keep_logits(const Batch<T, kDim>& batch
   }
 }
 
-// Take the batch into the softmax and the output of a row.
+// Add the batch to the softmax and the output of a row.
 template <typename T, int kDim>
 __device__ __forceinline__ void softmax_step(const Batch<T, kDim>& batch, const float (&logit)[Groups<T, kDim>::kBatch],
                                              Softmax& softmax, float (&output)[Groups<T, kDim>::kChannels]) {

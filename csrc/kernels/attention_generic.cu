@@ -1,5 +1,5 @@
 // N x (N+M) attention for any head size and dtype: a warp per query row, an online softmax over 32 keys at a time.
-// Simple on purpose: the yardstick for the faster kernels, and the path for what they do not take.
+// Simple on purpose: the yardstick for the faster kernels, and the path for calls that they do not support.
 
 #include "attention_generic.h"
 #include "attention_map.cuh"
@@ -14,7 +14,7 @@ struct WarpSoftmax {
   A* factors;  // [32] in shared memory
   SoftmaxState<A> state;
 
-  // Take in `keys` keys: lane j brings the logit of key j (-inf = hidden), value(j) is the row of its values.
+  // Add `keys` keys: lane j brings the logit of key j (-inf = hidden), value(j) is the row of its values.
   template <typename Value>
   __device__ void step(A logit, int keys, int64_t d, const Value& value) {
     const A rescale = state.raise_max(warp_max(logit)), weight = state.weight(logit);

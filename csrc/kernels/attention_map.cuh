@@ -62,8 +62,8 @@ __device__ A lse_of_map(const AttentionForwardParams& p, const MapCell& cell, in
   return static_cast<const A*>(lse)[(cell.b * p.in.heads + head) * p.in.queries + cell.query];
 }
 
-// Write a cell. logit(head) is in base 2, lse(head) in base e; neither is asked for a cell that is not visible. kAhead:
-// heads whose logits are on their way at a time.
+// Write a cell. logit(head) is in base 2, lse(head) in base e; neither is called for a cell that is not visible.
+// kAhead: the number of heads whose logits are in flight at a time.
 template <typename A, int kAhead, typename Logit, typename Lse>
 __device__ void write_map_cell(const AttentionForwardParams& p, const MapCell& cell, const Logit& logit,
                                const Lse& lse) {

@@ -2,9 +2,9 @@
 // owns 64 query rows of one head, a warp 16 of them, and tiles of 64 keys pass by, first those of the sequence, then
 // the sample's high-resolution keys. Scores, probabilities and outputs stay in registers.
 //
-//   for each tile:   S = Q K^T        while V of this tile comes in
+//   for each tile:   S = Q K^T        while V of this tile is loaded
 //                    softmax          (registers)
-//                    O += P V         while K of the next tile comes in
+//                    O += P V         while K of the next tile is loaded
 //
 // K and V have one buffer each: while one is multiplied, the other is filled.
 #pragma once
@@ -47,7 +47,7 @@ __device__ __forceinline__ void load_keys(TileCopy<Mma, kD>& copy, const TileRow
   unrolled<Mma::kParts>([&](auto part) { copy.template advance<KeyLayout<Mma>, part.value>(rows, d, keys); });
 }
 
-// s = Q K^T; meanwhile the values of the tile come in.
+// s = Q K^T; meanwhile the values of the tile are loaded.
 template <typename Mma, int kD, typename T>
 __device__ __forceinline__ void multiply_keys(const Mma& mma, float (&s)[Mma::kScores], const T* keys,
                                               TileCopy<Mma, kD>& copy, const TileRows<T>& value_rows, int d,
@@ -59,7 +59,7 @@ __device__ __forceinline__ void multiply_keys(const Mma& mma, float (&s)[Mma::kS
   });
 }
 
-// out += P V; meanwhile the keys of the next tile come in, if there is one. Their first part was issued before.
+// out += P V; meanwhile the keys of the next tile are loaded, if there is one. Their first part has been issued.
 template <typename Mma, int kD, typename T>
 __device__ __forceinline__ void multiply_values(float (&out)[Mma::kOutputs], const float (&p)[Mma::kScores],
                                                 const T* values, TileCopy<Mma, kD>& copy, bool more,
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
     const KeyTile tile = work.tile(t);
     float s[Mma::kScores] = {};
     multiply_keys(mma, s, keys, copy, value_rows<T>(in, tile, work.sample, work.kv_head), d, values);
-    __syncthreads();  // V is there; K is no longer read
+    __syncthreads();  // V is loaded; K is no longer read
 
     const int next = work.seen_tile_from(in, t + 1);
     const bool more = next < work.tiles;
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
     if (!tile.hr && p.workspace) keep_logits<Mma>(p, work, tile, s, scale);
     softmax_step<Mma>(s, scale, softmax, out);
     multiply_values(out, s, values, copy, more, next_rows, d, keys);
-    __syncthreads();  // the next K is there; V is no longer read
+    __syncthreads();  // the next K is loaded; V is no longer read
 
     if (!tile.hr && next >= work.sequence_tiles) finish_sequence<Mma>(p, work, softmax, out);
     t = next;

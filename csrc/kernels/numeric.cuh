@@ -1,4 +1,4 @@
-// Storage types, the type in which their sums are kept, and dispatch over storage types.
+// Conversions between storage types and the type in which their sums are kept, and dispatch over storage types.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,18 +7,9 @@
 
 #include <cmath>
 
-#include "flexattn/types.h"
+#include "flexattn/storage.h"
 
 namespace flexattn::cuda {
-
-template <typename T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
@@ -49,19 +40,10 @@ __device__ A max_or_nan(A x, A y) {
   return x > y || x != x ? x : y;
 }
 
-// Calls function(T()) with the storage type.
+// Calls function(T()) with the storage type T of a dtype.
 template <typename Function>
 void dispatch(DType dtype, const Function& function) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return function(double());
-    case DType::kFloat32:
-      return function(float());
-    case DType::kFloat16:
-      return function(__half());
-    case DType::kBFloat16:
-      return function(__nv_bfloat16());
-  }
+  dispatch_storage<__half, __nv_bfloat16>(dtype, function);
 }
 
 }  // namespace flexattn::cuda

@@ -73,7 +73,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
       : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 
-// Copy 16 bytes from global to shared memory, zeros if not valid. They are there once their group was waited for.
+// Copy 16 bytes from global to shared memory, zeros if not valid. They have arrived once cp_async_wait returns.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
   FLEXATTN_ASM_SM80(
       "cp.async.cg.shared.global [%0], [%1], 16, %2;"

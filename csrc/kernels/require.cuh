@@ -1,5 +1,5 @@
 // How device code refuses: one line on standard output, then the launch fails. Index tensors are on the device, where
-// the host cannot check them without a synchronisation; going on would return some other memory as if it were right.
+// the host cannot check them without a synchronisation; to go on would be to return unrelated memory as a result.
 #pragma once
 
 #include <cuda_runtime.h>

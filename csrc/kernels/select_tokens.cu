@@ -115,7 +115,7 @@ void select(const SelectTokensParams& p, Stream stream) {
   const size_t shared = kWarps * sizeof(A) + grid_words(side) * sizeof(int32_t);
   if (shared > kSharedBytes)
     throw std::runtime_error("flexattn_cuda: select_tokens: a grid of side " + std::to_string(side) +
-                             " is too large, up to 600 is possible");
+                             " is too large, the max is 600");
   launch("select_tokens", select_sample<A>, p.batch, kThreads, shared, stream, p);
 }
 

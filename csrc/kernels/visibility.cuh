@@ -75,7 +75,7 @@ __device__ inline const int32_t* row_bits(const AttentionInputs& in, int64_t b, 
 }
 
 // alpha: the weight of the softmax over all keys in the output of a row that sees HR keys; the softmax over the
-// sequence has the rest.
+// sequence gets the rest.
 template <typename A>
 __device__ A mixing(const AttentionInputs& in, int64_t b) {
   return in.alpha ? static_cast<A>(in.alpha[b]) : A(1);

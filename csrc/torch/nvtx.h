@@ -44,7 +44,7 @@ inline void nvtx_push(const char*) {}
 inline void nvtx_pop() {}
 #endif
 
-// A range from here to the end of the scope. A range that began also ends if the switch is turned off in between.
+// A range from here to the end of the scope, even if the switch is turned off in between.
 class NvtxRange {
  public:
   explicit NvtxRange(const char* name) : pushed_(nvtx_switch().load(std::memory_order_relaxed)) {

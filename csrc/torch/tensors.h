@@ -15,8 +15,8 @@ inline const int32_t* ints(const at::Tensor& t) { return t.const_data_ptr<int32_
 inline const int32_t* ints(const OptionalTensor& t) { return t ? ints(*t) : nullptr; }
 inline int32_t* mutable_ints(const at::Tensor& t) { return t.mutable_data_ptr<int32_t>(); }
 
-// torch resolves negative views (of imaginary parts) before it calls an operator, but not one that writes its
-// arguments.
+// torch resolves negative views (of imaginary parts) before it calls an operator, except for those that write
+// arguments: flexattn_cuda/registration.py says why.
 inline at::Tensor without_negation(const at::Tensor& t) { return t.is_neg() ? t.resolve_neg() : t; }
 
 // A [batch, head, row, channel] tensor.

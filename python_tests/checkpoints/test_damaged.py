@@ -302,6 +302,17 @@ def test_a_weight_under_another_name_is_missed(damaged):
     assert "lacks 1 weights" in damaged("flexattn", rename)
 
 
+@pytest.mark.parametrize("form", ["flexattn", "llava"])
+def test_weights_of_other_shapes_are_refused(damaged, form):
+    def widen(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        values["text_config"]["intermediate_size"] += 16
+        (folder / "config.json").write_text(json.dumps(values))
+
+    message = damaged(form, widen)
+    assert message is not None and "other shapes than its config.json says" in message and is_a_sentence(message)
+
+
 def into_shards(folder: Path, index: Any) -> Path:
     """Replace the weights by an index of shards; return where the weights are now."""
     path = folder / "model-00001-of-00001.safetensors"

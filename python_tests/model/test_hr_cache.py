@@ -52,7 +52,7 @@ def ever_selected(model, trace, prompts=None):
 
 
 WAYS = {
-    "plain": lambda: image_question(),
+    "plain": image_question,
     "batch": mixed_batch,
     "beams": lambda: mixed_batch() | {"num_beams": 3},
     "static cache": lambda: image_question() | {"cache_implementation": "static", "disable_compile": True},

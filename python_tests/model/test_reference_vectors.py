@@ -229,78 +229,105 @@ def expand(model, values: torch.Tensor, prompt: torch.Tensor, fill: int) -> torc
 CASES = read_json("model_cases")["cases"]
 
 
+class ModelCase:
+    """A case of the whole model: its vectors, the model with the case's settings, and the case's image and prompt."""
+
+    def __init__(self, case: dict):
+        self.case, self.name = case, case["name"]
+        self.model = load_model(case["extra_override"])
+        self.model.generation_config.eos_token_id = None
+        self.pixels = preprocess(self.model, case["image"])
+        raw = self.expected("input_ids")
+        self.input_ids = expand(self.model, raw, raw, self.model.config.image_token_id)[None]
+        self.image = (self.input_ids[0] == self.model.config.image_token_id).nonzero().flatten()
+
+    def expected(self, key: str) -> torch.Tensor:
+        return tensor("model_cases", f"{self.name}.{key}")
+
+    def holds(self, key: str) -> bool:
+        return f"{self.name}.{key}" in arrays("model_cases")
+
+    def check_inputs(self) -> None:
+        sampled = self.pixels["pixel_values_hr"][0, :, ::HR_STRIDE, ::HR_STRIDE]
+        assert_close(sampled, self.expected("pixel_sample"), PIXELS, "high-resolution pixels")
+        sampled = self.pixels["pixel_values"][0, :, ::LR_STRIDE, ::LR_STRIDE]
+        assert_close(sampled, self.expected("lowres_sample"), PIXELS, "low-resolution pixels")
+        assert self.input_ids.shape[1] == self.case["prompt_positions"]
+        begin, end = int(self.image[0]), int(self.image[-1]) + 1
+        assert (begin, end) == (self.case["image_begin"], self.case["image_end"])
+
+    def check_generation(self) -> None:
+        trace = Trace()
+        output = self.model.generate(
+            self.input_ids,
+            **self.pixels,
+            max_new_tokens=self.case["num_steps"],
+            do_sample=False,
+            flexattn_trace=trace,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        logits = torch.stack(output.logits, 1)[0]
+        assert_close(logits, self.expected("logits"), LOGITS, "logits")
+        tokens = output.sequences[0, self.input_ids.shape[1] :].tolist()
+        assert tokens == self.case["greedy_tokens"] == self.expected("tokens").tolist()
+        self._check_trace(trace)
+
+    def _check_trace(self, trace: Trace) -> None:
+        layers = self.case["map_layers"]
+        counts = [[int(step[layer].mask.sum()) for layer in layers] for step in trace.steps]
+        assert counts == self.case["counts"] == self.expected("counts").tolist()
+        packed = arrays("model_cases")[f"{self.name}.mask_packed"]
+        for t, masks in enumerate(np.unpackbits(packed, axis=-1)):
+            for layer, mask in zip(layers, masks):
+                traced = trace.steps[t][layer].mask.flatten()
+                expected = torch.from_numpy(mask[: traced.numel()]).bool()
+                assert torch.equal(traced, expected), f"mask, step {t}, layer {layer}"
+        for t, maps in enumerate(self.expected("maps")):
+            for layer, attention_map in zip(layers, maps):
+                assert_close(trace.steps[t][layer].map[0, 0, 0], attention_map, MAPS, f"map, step {t}, layer {layer}")
+
+    def check_prefill(self) -> None:
+        rows = self.expected("prefill_rows").long()
+        with_hr = self.model(input_ids=self.input_ids, **self.pixels).logits[0]
+        assert_close(with_hr[rows], self.expected("prefill_row_logits"), LOGITS, "prefill with HR tokens")
+        without = self.model(input_ids=self.input_ids, pixel_values=self.pixels["pixel_values"]).logits[0]
+        assert_close(without[-1], self.expected("prefill_last_logits_no_hr"), LOGITS, "prefill without HR tokens")
+
+    def check_features(self) -> None:
+        """Which features a case holds differs: all, a sample, or means and norms."""
+        prefill = self.model(input_ids=self.input_ids, tiles_on_demand=False, **self.pixels)
+        features = HRCache.beside(prefill.past_key_values).tokens.features[0]
+        if self.holds("hd_features"):
+            assert_close(features, self.expected("hd_features"), FEATURES, "HR features")
+        if self.holds("hd_sample"):
+            sampled = features[self.expected("hd_sample_index").long()]
+            assert_close(sampled, self.expected("hd_sample"), FEATURES, "HR features")
+        if self.holds("hd_token_mean"):
+            assert_close(features.mean(-1), self.expected("hd_token_mean"), FEATURES, "means of the HR features")
+        if self.holds("hd_token_l2"):
+            bound = FEATURES * features.shape[-1] ** 0.5
+            assert_close(features.norm(dim=-1), self.expected("hd_token_l2"), bound, "norms of the HR features")
+        if self.holds("lr_features"):
+            self._check_lr_features()
+
+    def _check_lr_features(self) -> None:
+        """They enter the language model in place of embeddings."""
+        output = self.model(input_ids=self.input_ids, **self.pixels, output_hidden_states=True)
+        entering, expected = output.hidden_states[0][0, self.image], self.expected("lr_features")
+        every = 1 if expected.shape[0] == len(self.image) else 8
+        assert_close(entering[::every], expected, FEATURES, "LR features")
+
+
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES, "name"))
 def test_whole_model(case):
-    name = case["name"]
-
-    def expected(key: str) -> torch.Tensor:
-        return tensor("model_cases", f"{name}.{key}")
-
-    model = load_model(case["extra_override"])
-    pixels = preprocess(model, case["image"])
-    sampled = pixels["pixel_values_hr"][0, :, ::HR_STRIDE, ::HR_STRIDE]
-    assert_close(sampled, expected("pixel_sample"), PIXELS, "high-resolution pixels")
-    sampled = pixels["pixel_values"][0, :, ::LR_STRIDE, ::LR_STRIDE]
-    assert_close(sampled, expected("lowres_sample"), PIXELS, "low-resolution pixels")
-
-    raw = expected("input_ids")
-    input_ids = expand(model, raw, raw, model.config.image_token_id)[None]
-    assert input_ids.shape[1] == case["prompt_positions"]
-    image = (input_ids[0] == model.config.image_token_id).nonzero().flatten()
-    assert (int(image[0]), int(image[-1]) + 1) == (case["image_begin"], case["image_end"])
-    steps, trace = case["num_steps"], Trace()
-    model.generation_config.eos_token_id = None
-    output = model.generate(
-        input_ids,
-        **pixels,
-        max_new_tokens=steps,
-        do_sample=False,
-        flexattn_trace=trace,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    logits = torch.stack(output.logits, 1)[0]
-    assert_close(logits, expected("logits"), LOGITS, "logits")
-    tokens = output.sequences[0, input_ids.shape[1] :].tolist()
-    assert tokens == case["greedy_tokens"] == expected("tokens").tolist()
-    counts = [[int(step[layer].mask.sum()) for layer in case["map_layers"]] for step in trace.steps]
-    assert counts == case["counts"] == expected("counts").tolist()
-    for t, masks in enumerate(np.unpackbits(arrays("model_cases")[f"{name}.mask_packed"], axis=-1)):
-        for layer, mask in zip(case["map_layers"], masks):
-            traced = trace.steps[t][layer].mask.flatten()
-            assert torch.equal(traced, torch.from_numpy(mask[: traced.numel()]).bool()), (
-                f"mask, step {t}, layer {layer}"
-            )
-    for t, maps in enumerate(expected("maps")):
-        for layer, attention_map in zip(case["map_layers"], maps):
-            assert_close(trace.steps[t][layer].map[0, 0, 0], attention_map, MAPS, f"map, step {t}, layer {layer}")
-
-    rows = expected("prefill_rows").long()
-    for hr, key in ((True, "prefill_row_logits"), (False, "prefill_last_logits_no_hr")):
-        given = pixels if hr else {"pixel_values": pixels["pixel_values"]}
-        prefill = model(input_ids=input_ids, **given).logits[0]
-        assert_close(prefill[rows] if hr else prefill[-1], expected(key), LOGITS, key)
-
-    # Which features a case holds differs: all, a sample, or means and norms.
-    prefill = model(input_ids=input_ids, tiles_on_demand=False, **pixels)
-    features = HRCache.beside(prefill.past_key_values).tokens.features[0]
-    held = {key.partition(".")[2] for key in arrays("model_cases") if key.startswith(f"{name}.")}
-    if "hd_features" in held:
-        assert_close(features, expected("hd_features"), FEATURES, "HR features")
-    if "hd_sample" in held:
-        assert_close(features[expected("hd_sample_index").long()], expected("hd_sample"), FEATURES, "HR features")
-    if "hd_token_mean" in held:
-        assert_close(features.mean(-1), expected("hd_token_mean"), FEATURES, "means of the HR features")
-    if "hd_token_l2" in held:
-        norms = features.norm(dim=-1)
-        assert_close(norms, expected("hd_token_l2"), FEATURES * features.shape[-1] ** 0.5, "norms of the HR features")
-    if "lr_features" in held:
-        # They enter the language model in place of embeddings.
-        entering = model(input_ids=input_ids, **pixels, output_hidden_states=True).hidden_states[0][0, image]
-        every = 1 if expected("lr_features").shape[0] == len(image) else 8
-        assert_close(entering[::every], expected("lr_features"), FEATURES, "LR features")
+    case = ModelCase(case)
+    case.check_inputs()
+    case.check_generation()
+    case.check_prefill()
+    case.check_features()
 
 
 # ------------------------------------------------------------------------------------------- scoring and training

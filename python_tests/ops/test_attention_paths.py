@@ -4,11 +4,13 @@ On the CPU's kernels, on the CUDA kernels in the executor (`make simt`), and on 
 """
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from accuracy import assert_as_good_as_eager
 from backend import BACKEND
+from operator_arguments import AttentionSizes, RandomTensors, ints
 
 from flexattn_cuda import ops, reference
 
@@ -17,65 +19,91 @@ CASES = 25  # of each combination
 SIDE = 3
 
 
-def make_case(rng: random.Random, dtype: torch.dtype, queries: list[int]) -> tuple[dict, dict]:
-    """(q, k, v and the pool; everything else). What no query may see is NaN: the tail of the keys, unused slots."""
-    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+def choose_sizes(rng: random.Random, queries: list[int]) -> AttentionSizes:
     B, Hkv = rng.choice([1, 1, 2]), rng.choice([1, 2])
     H = Hkv * rng.choice([1, 3, 4, 8] if B * Hkv == 1 else [1, 2])
     N = rng.choice(queries)
-    Nk, d, M = (
-        N + rng.choice([0, 3, 30, 70]),
-        rng.choice([64, 80, 96, 128, 128]),
-        rng.choice([0, 1, 33, 63, 64, 70, 150]),
-    )
+    Nk, d = N + rng.choice([0, 3, 30, 70]), rng.choice([64, 80, 96, 128, 128])
+    return AttentionSizes(B, H, Hkv, N, Nk, d, M=rng.choice([0, 1, 33, 63, 64, 70, 150]))
 
-    def floats(*shape):
-        return torch.randn(*shape, generator=generator).to(dtype)
 
-    def ints(*values):
-        return torch.tensor(values, dtype=torch.int32)
+class CaseMaker(RandomTensors):
+    """Makes the tensors of one call; what no query may see is NaN: the tail of the keys, unused slots."""
 
-    tensors = {
-        "q": floats(B, N, H, d).transpose(1, 2),
-        "k": floats(B, Nk, Hkv, d).transpose(1, 2),
-        "v": floats(B, Hkv, Nk, d),
-    }
-    others = {
-        "kv_len": ints(*(rng.randint(N, Nk) for _ in range(B))),
-        "kv_start": ints(*(rng.randint(0, Nk // 2) for _ in range(B))),
-    }
-    for b in range(B):
-        for name in "kv":
-            tensors[name][b, :, others["kv_len"][b] :] = torch.nan
-    if rng.random() < 0.3:
-        others["key_mask"] = torch.rand(B, Nk, generator=generator) < 0.7
-    kind = rng.choice(["from", "rows", "bits"])
-    if M:
-        slots = torch.stack([torch.randperm(B * M + 3, generator=generator)[:M] for _ in range(B)]).int()
-        counts = ints(*(rng.choice([0, M, rng.randint(0, M)]) for _ in range(B)))
-        pool = {"k_hr": floats(B * M + 3, Hkv, d), "v_hr": floats(B * M + 3, Hkv, d)}
-        unused = torch.ones(B * M + 3, dtype=torch.bool)
-        for b in range(B):
-            unused[slots[b, : counts[b]].long()] = False
-        for rows in pool.values():
-            rows[unused] = torch.nan
-        tensors |= pool
-        others |= {"hr_slots": slots, "hr_count": counts}
+    def __init__(self, rng: random.Random, dtype: torch.dtype, sizes: AttentionSizes):
+        super().__init__(sizes, seed=rng.randrange(2**31))
+        self.rng, self.dtype = rng, dtype
+
+    def floats(self, *shape: int) -> torch.Tensor:
+        return self.normal(*shape, dtype=torch.float32).to(self.dtype)
+
+    def per_sample(self, choose: Callable[[], int]) -> torch.Tensor:
+        return ints([choose() for _ in range(self.sizes.B)])
+
+    def sequence(self) -> tuple[dict, dict]:
+        rng, x = self.rng, self.sizes
+        tensors = {
+            "q": self.floats(x.B, x.N, x.H, x.d).transpose(1, 2),
+            "k": self.floats(x.B, x.Nk, x.Hkv, x.d).transpose(1, 2),
+            "v": self.floats(x.B, x.Hkv, x.Nk, x.d),
+        }
+        others = {
+            "kv_len": self.per_sample(lambda: rng.randint(x.N, x.Nk)),
+            "kv_start": self.per_sample(lambda: rng.randint(0, x.Nk // 2)),
+        }
+        for b in range(x.B):
+            for name in "kv":
+                tensors[name][b, :, others["kv_len"][b] :] = torch.nan
         if rng.random() < 0.3:
-            others["alpha"] = torch.rand(B, generator=generator)
-    if kind == "from":
-        others["hr_from"] = ints(*(rng.choice([0, N - 1, rng.randint(0, N)]) for _ in range(B)))
-    else:
-        R = rng.randint(1, min(N, 20))
-        others["hr_rows"] = torch.stack([torch.randperm(N, generator=generator)[:R] for _ in range(B)]).int()
+            others["key_mask"] = self.chances(x.B, x.Nk) < 0.7
+        return tensors, others
+
+    def pool(self) -> tuple[dict, dict]:
+        rng, x = self.rng, self.sizes
+        tensors = {name: self.floats(x.slots, x.Hkv, x.d) for name in ("k_hr", "v_hr")}
+        others = {
+            "hr_slots": self.distinct(x.slots, x.M),
+            "hr_count": self.per_sample(lambda: rng.choice([0, x.M, rng.randint(0, x.M)])),
+        }
+        unused = torch.ones(x.slots, dtype=torch.bool)
+        for slots, count in zip(others["hr_slots"], others["hr_count"]):
+            unused[slots[:count].long()] = False
+        for rows in tensors.values():
+            rows[unused] = torch.nan
+        if rng.random() < 0.3:
+            others["alpha"] = self.chances(x.B)
+        return tensors, others
+
+    def rows_that_see_hr_keys(self) -> dict:
+        rng, x = self.rng, self.sizes
+        kind = rng.choice(["from", "rows", "bits"])
+        if kind == "from":
+            return {"hr_from": self.per_sample(lambda: rng.choice([0, x.N - 1, rng.randint(0, x.N)]))}
+        R = rng.randint(1, min(x.N, 20))
+        others = {"hr_rows": self.distinct(x.N, R)}
         if R > 1:
             others["hr_rows"][0, -1] = -1
-        if kind == "bits" and M:
-            others["hr_row_bits"] = ops.pack_bits(torch.rand(B, R, M, generator=generator) < rng.choice([0.5, 0.02]))
-    if Nk >= 2 * SIDE**2 + 2:
-        ranges = ints([2, 2 + SIDE**2], [Nk - SIDE**2, Nk]).expand(B, 2, 2).clone()
-        others |= {"map_ranges": ranges, "map_size": SIDE**2, "map_over_all": rng.random() < 0.5}
-    return tensors, others
+        if kind == "bits" and x.M:
+            others["hr_row_bits"] = ops.pack_bits(self.chances(x.B, R, x.M) < rng.choice([0.5, 0.02]))
+        return others
+
+    def maps(self) -> dict:
+        x = self.sizes
+        if x.Nk < 2 * SIDE**2 + 2:
+            return {}
+        ranges = ints([[2, 2 + SIDE**2], [x.Nk - SIDE**2, x.Nk]]).expand(x.B, 2, 2).clone()
+        return {"map_ranges": ranges, "map_size": SIDE**2, "map_over_all": self.rng.random() < 0.5}
+
+
+def make_case(rng: random.Random, dtype: torch.dtype, queries: list[int]) -> tuple[dict, dict]:
+    """Return q, k, v and the pool; and everything else."""
+    maker = CaseMaker(rng, dtype, choose_sizes(rng, queries))
+    tensors, others = maker.sequence()
+    if maker.sizes.M:
+        pool, slots = maker.pool()
+        tensors |= pool
+        others |= slots
+    return tensors, others | maker.rows_that_see_hr_keys() | maker.maps()
 
 
 def check(tensors: dict, others: dict, dtype: torch.dtype, twice: bool = True) -> None:
@@ -124,22 +152,22 @@ def test_every_path_equals_the_reference(capability, dtype, queries, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability, queries", [(70, 2925), (90, 2925), (70, 1)])
-def test_a_long_sequence_with_all_of_a_photograph(capability, queries, monkeypatch):
+def test_a_long_sequence_with_all_of_an_image(capability, queries, monkeypatch):
     if DEVICE == "cpu" and BACKEND == "sanitizers":
         pytest.skip("under the sanitizers the small ones run")
     monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
     generator = torch.Generator().manual_seed(queries)
     d, keys, M = 128, 2925, 600
-    tensors = {
-        "q": torch.randn(1, 1, queries, d, generator=generator), "k": torch.randn(1, 1, keys, d, generator=generator),
-        "v": torch.randn(1, 1, keys, d, generator=generator), "k_hr": torch.randn(M, 1, d, generator=generator),
-        "v_hr": torch.randn(M, 1, d, generator=generator),
-    }  # fmt: skip
-    i32 = torch.int32
+    shapes = {"q": (1, 1, queries, d), "k": (1, 1, keys, d), "v": (1, 1, keys, d), "k_hr": (M, 1, d), "v_hr": (M, 1, d)}
+    tensors = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
     others = {
-        "kv_start": torch.tensor([3], dtype=i32), "kv_len": torch.tensor([keys], dtype=i32), "hr_slots": torch.randperm(M, generator=generator).int()[None],
-        "hr_count": torch.tensor([M - 1], dtype=i32), "hr_from": torch.tensor([queries * 2 // 3], dtype=i32),
-        "map_ranges": torch.tensor([[[35, 35 + 576]]], dtype=i32), "map_size": 576,
-    }  # fmt: skip
+        "kv_start": ints([3]),
+        "kv_len": ints([keys]),
+        "hr_slots": torch.randperm(M, generator=generator).int()[None],
+        "hr_count": ints([M - 1]),
+        "hr_from": ints([queries * 2 // 3]),
+        "map_ranges": ints([[[35, 35 + 576]]]),
+        "map_size": 576,
+    }
     tensors["k_hr"][others["hr_slots"][0, -1]] = tensors["v_hr"][others["hr_slots"][0, -1]] = torch.nan
     check({name: value.half() for name, value in tensors.items()}, others, torch.float16, twice=False)

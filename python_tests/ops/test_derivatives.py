@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_arguments import attention_arguments
+from operator_arguments import attention_arguments, write_arguments
 
 from flexattn_cuda import ops
 
@@ -60,6 +60,30 @@ def test_forward_mode_is_refused(operator):
         with pytest.raises(NotImplementedError, match="gather_tokens has no forward-mode derivative"):
             operator(dual, index)
         assert operator(tokens, index).shape == (1, 3, 3)
+
+
+@pytest.mark.parametrize("operator", [ops.write_hr_kv, torch.ops.flexattn_cuda.write_hr_kv])
+@pytest.mark.parametrize("name", ["k", "v", "cos", "sin", "k_pool", "v_pool"])
+def test_forward_mode_is_refused_by_writes_too(operator, name):
+    arguments = write_arguments()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(arguments[name], torch.ones_like(arguments[name]))
+        with pytest.raises(NotImplementedError, match="write_hr_kv has no forward-mode derivative"):
+            operator(**arguments | {name: dual})
+        assert not arguments["v_pool"].any()
+        operator(**arguments)
+    assert torch.equal(arguments["v_pool"][arguments["slots"].long()], arguments["v"])
+
+
+def test_forward_mode_under_torch_func_is_refused_by_writes_too():
+    def pool_after(k: torch.Tensor) -> torch.Tensor:
+        arguments = write_arguments(k=k)
+        ops.write_hr_kv(**arguments)
+        return arguments["k_pool"]
+
+    k = write_arguments()["k"]
+    with pytest.raises(NotImplementedError, match="write_hr_kv has no forward-mode derivative"):
+        torch.func.jvp(pool_after, (k,), (torch.ones_like(k),))
 
 
 def test_gradients_that_nobody_needs_are_absent():

@@ -12,6 +12,7 @@ from operator_arguments import (
     assign_arguments,
     attention_arguments,
     in_schema_order,
+    ints,
     selection_arguments,
     write_arguments,
 )
@@ -82,8 +83,8 @@ def test_gradients_of_a_long_prompt(device):
     }
     others = {
         "hr_slots": torch.randperm(M, generator=generator).int()[None],
-        "hr_count": torch.tensor([M - 1], dtype=torch.int32),
-        "hr_from": torch.tensor([N - 40], dtype=torch.int32),
+        "hr_count": ints([M - 1]),
+        "hr_from": ints([N - 40]),
     }
     check_gradients(device, torch.float32, AttentionCase(floats, others))
 
@@ -107,7 +108,7 @@ def check_gradients(device, dtype, case):
     eager = gradients(reference.hierarchical_attention, dtype, "cpu", case.like(dtype))
     exact = gradients(reference.hierarchical_attention, torch.float64, "cpu", rounded(case, dtype))
     for name in exact:
-        # A logit's gradient is p (dp - E dp), and dp a sum over d products: up to sqrt(d) times what is left.
+        # A logit's gradient is p (dp - E dp), and dp is a sum over d products: up to sqrt(d) times what is left.
         cancelled = case.floats["q"].shape[-1] ** 0.5
         assert_as_good_as_eager(ours[name].cpu(), eager[name], exact[name], dtype, f"gradient of {name}", cancelled)
 
@@ -134,7 +135,7 @@ def test_selection_is_exact(device, case):
 
 @device_cases
 @large
-def test_selection_of_several_photographs_is_exact(device):
+def test_selection_of_several_images_is_exact(device):
     B, R, images = 2, 3, 4
     generator = torch.Generator().manual_seed(0)
     case = dict(
@@ -193,7 +194,7 @@ def test_slots(device, case):
 
 @device_cases
 @large
-def test_slots_of_a_photograph(device):
+def test_slots_of_an_image(device):
     B, T, M = 2, HR_GRID**2, 2925
     generator = torch.Generator().manual_seed(0)
     selections = [
@@ -241,7 +242,7 @@ def test_write_hr_kv(device, dtype, tables, case):
 @device_cases
 @large
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_write_of_a_photograph(device, dtype):
+def test_write_of_an_image(device, dtype):
     M, heads, d = HR_GRID**2, 1, 128
     generator = torch.Generator().manual_seed(0)
 
@@ -558,25 +559,14 @@ def test_attention_path_tells_the_kernel_and_every_reason_against_tensor_cores()
 @pytest.mark.parametrize("name", ["q", "k", "v", "k_hr", "v_hr"])
 def test_a_nan_shows_in_the_rows_that_see_it(name, dtype, queries):
     heads, keys, d = 2, 9, 8
-    tensors = {
-        "q": torch.randn(1, heads, queries, d),
-        "k": torch.randn(1, heads, keys, d),
-        "v": torch.randn(1, heads, keys, d),
-        "k_hr": torch.randn(3, heads, d),
-        "v_hr": torch.randn(3, heads, d),
-    }
-    tensors = {key: value.to(dtype) for key, value in tensors.items()}
+    sequence, pool = (1, heads, keys, d), (3, heads, d)
+    shapes = {"q": (1, heads, queries, d), "k": sequence, "v": sequence, "k_hr": pool, "v_hr": pool}
+    tensors = {key: torch.randn(*shape).to(dtype) for key, shape in shapes.items()}
     tensors[name].select(1, 0).select(-2, -1)[..., 0] = float("nan")  # head 0: the last query, sequence key or slot
     if name.endswith("hr"):
         tensors[name][-1, 0, 0] = float("nan")
-    result = ops.hierarchical_attention(
-        **tensors,
-        kv_start=index_of(0),
-        kv_len=index_of(keys),
-        hr_slots=index_of([0, 1, 2]),
-        hr_count=index_of(3),
-        hr_from=index_of(queries - 1),
-    )
+    hr_keys = dict(hr_slots=ints([[0, 1, 2]]), hr_count=ints([3]), hr_from=ints([queries - 1]))
+    result = ops.hierarchical_attention(**tensors, kv_start=ints([0]), kv_len=ints([keys]), **hr_keys)
     assert result.out[0, -1, 0].isnan().any()
     assert not result.out[0, :, 1].isnan().any()
     assert result.lse[0, 0, -1].isnan() == (name in ("q", "k", "k_hr"))

@@ -1,4 +1,4 @@
-"""Training holds no N x (N+M) matrix: peak resident memory of forward and backward, each measured in a process of its own."""
+"""Training holds no N x (N+M) matrix: peak resident memory of forward and backward, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def peak(rows: str, way: str) -> int:
 
 
 def results_and_scratch() -> int:
-    """Bytes of the output and the gradients, which any implementation returns, and of one head's key gradients as sums."""
+    """Bytes of output and gradients, which any implementation returns, and of one head's sums of key gradients."""
     sequence, high_resolution = N * HEADS * HEAD_DIM * 4, M * HEADS * HEAD_DIM * 4
     return 4 * sequence + 2 * high_resolution + 2 * (sequence + 2 * high_resolution) // HEADS
 

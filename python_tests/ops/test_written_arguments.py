@@ -21,8 +21,11 @@ def test_a_pool_that_is_overwritten_before_its_backward_pass_is_noticed(operator
     arguments = write_arguments()
     weight = torch.ones(arguments["k_pool"].shape, requires_grad=True)
     products = [(weight * arguments[name]).sum() for name in ("k_pool", "v_pool")]
-    call = torch.compile(lambda **x: operator(**x), backend="aot_eager", fullgraph=True) if compiled else operator
-    call(**arguments)
+
+    def write() -> None:
+        operator(**arguments)
+
+    (torch.compile(write, backend="aot_eager", fullgraph=True) if compiled else write)()
     for product in products:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             product.backward()

@@ -26,7 +26,10 @@ def package(tmp_path):
 
 
 def import_error(package: Path) -> str:
-    """Return the last line that importing the operators prints. -S: an editable installation would lend its compiled part."""
+    """Return the last line that importing the operators prints.
+
+    With -S, since an editable installation would lend its compiled part.
+    """
     installed = Path(torch.__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-S", "-c", "import flexattn_cuda.ops"],

@@ -1,4 +1,4 @@
-"""The executor itself: faults that were planted are caught, what has none passes, and memory accesses cost what they should."""
+"""The executor itself: planted faults are caught, sound kernels pass, and memory accesses cost what they should."""
 
 import ctypes
 import json
@@ -88,7 +88,7 @@ def test_a_map_range_longer_than_the_map_is_refused_on_the_device(queries, capab
     assert "hierarchical_attention: map_ranges is 8, it must lie in 0 to 4" in capfd.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------------ counted accesses
+# ---------------------------------------------------------------------------------------------------- counted accesses
 
 counts_accesses = pytest.mark.skipif(BACKEND != "races", reason="accesses are counted in the build `races`")
 UNITS = {"LDS": "wavefronts", "STS": "wavefronts", "LDG": "sectors", "STG": "sectors"}

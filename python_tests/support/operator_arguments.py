@@ -1,4 +1,4 @@
-"""Arguments of one small call of each operator. Any of them can be replaced by name.
+"""Arguments of one small call of each operator, any of which can be replaced by name, and of random calls of attention.
 
 `in_schema_order` makes them the positional arguments of `torch.ops.flexattn_cuda`, so that a test names only those that
 it is about.
@@ -6,6 +6,7 @@ it is about.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,3 +62,40 @@ def write_arguments(**changes: Any) -> dict[str, Any]:
         v_pool=torch.zeros(6, 3, 4),
     )
     return base | changes
+
+
+@dataclass
+class AttentionSizes:
+    """Sizes of a call of attention, named as in `flexattn_cuda.ops`."""
+
+    B: int
+    H: int
+    Hkv: int
+    N: int
+    Nk: int
+    d: int
+    M: int
+
+    @property
+    def slots(self) -> int:
+        """More than the samples own, so that some slots are unused."""
+        return self.B * self.M + 3
+
+
+class RandomTensors:
+    """Random tensors for a call of attention with these sizes."""
+
+    def __init__(self, sizes: AttentionSizes, seed: int):
+        self.sizes = sizes
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=dtype)
+
+    def chances(self, *shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=self.generator)
+
+    def distinct(self, values: int, count: int) -> torch.Tensor:
+        """[B, count] int32 in [0, values), each row without repetition."""
+        rows = [torch.randperm(values, generator=self.generator)[:count] for _ in range(self.sizes.B)]
+        return torch.stack(rows).int()

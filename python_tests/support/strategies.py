@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from operator_arguments import AttentionSizes, RandomTensors
 
 from flexattn_cuda.ops import pack_bits
 
@@ -38,7 +39,7 @@ class AttentionCase:
 
 
 def strided(x: torch.Tensor, how: int) -> torch.Tensor:
-    """The same values with other strides: dense, a view of [B, N, H, d] as transformers hands over, or cut out of more."""
+    """The same values with other strides: dense, a view of [B, N, H, d] as in transformers, or a slice."""
     if how == 1:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if how == 2:
@@ -47,85 +48,110 @@ def strided(x: torch.Tensor, how: int) -> torch.Tensor:
 
 
 @st.composite
-def attention_cases(draw, gradients: bool = False, small: bool = False) -> AttentionCase:
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int32)
-
+def attention_sizes(draw, small: bool) -> AttentionSizes:
     B = draw(st.integers(1, 3))
-    kv_heads, group = draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 4), (1, 8)]))
+    Hkv, group = draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 4), (1, 8)]))
     N = draw(st.sampled_from([1, 2, 5, 9] if small else [1, 2, 17, 63, 64, 65, 127, 130]))
     past = draw(st.sampled_from([0, 1, 4] if small else [0, 1, 31, 64, 515]))
     d = draw(st.sampled_from([2, 3] if small else [8, 20, 64, 80, 96, 128]))
     M = draw(st.sampled_from([0, 1, 5] if small else [0, 1, 31, 63, 64, 600]))
-    Nk, pool = N + past, B * M + 3
-    shape = draw(st.integers(0, 2))
-    floats = {
-        "q": strided(normal(B, kv_heads * group, N, d), shape),
-        "k": strided(normal(B, kv_heads, Nk, d), shape),
-        "v": strided(normal(B, kv_heads, Nk, d), shape),
-    }
-    others: dict[str, Any] = {"scale": d**-0.5 * draw(st.sampled_from([1.0, 3.0]))}
-    if draw(st.booleans()):
-        others["kv_len"] = integers(N, Nk, B)  # an unfilled tail
-    if draw(st.booleans()):
-        others["kv_start"] = integers(0, Nk // 2, B)  # left padding; early rows may see nothing
-    if draw(st.booleans()):
-        others["key_mask"] = torch.rand(B, Nk, generator=generator) < 0.7
-    form = draw(st.sampled_from(["last", "from", "rows", "bits"]))
-    R = 1
-    if form == "from":
-        others["hr_from"] = integers(0, N, B)
-    else:
-        R = 1 if form == "last" else draw(st.integers(1, N))
-        rows = torch.stack([torch.randperm(N, generator=generator)[:R] for _ in range(B)]).int()
+    return AttentionSizes(B, Hkv * group, Hkv, N, N + past, d, M)
+
+
+class AttentionTensors(RandomTensors):
+    """The parts of a generated call of attention."""
+
+    def __init__(self, draw: st.DrawFn, sizes: AttentionSizes):
+        super().__init__(sizes, seed=draw(st.integers(0, 2**16)))
+        self.draw = draw
+
+    def integers(self, low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, (self.sizes.B,), generator=self.generator, dtype=torch.int32)
+
+    def sequence(self) -> dict[str, torch.Tensor]:
+        x, how = self.sizes, self.draw(st.integers(0, 2))
+        shapes = {"q": (x.B, x.H, x.N, x.d), "k": (x.B, x.Hkv, x.Nk, x.d), "v": (x.B, x.Hkv, x.Nk, x.d)}
+        return {name: strided(self.normal(*shape), how) for name, shape in shapes.items()}
+
+    def visible_keys(self) -> dict[str, torch.Tensor]:
+        x, others = self.sizes, {}
+        if self.draw(st.booleans()):
+            others["kv_len"] = self.integers(x.N, x.Nk)  # an unfilled tail
+        if self.draw(st.booleans()):
+            others["kv_start"] = self.integers(0, x.Nk // 2)  # left padding; early rows may see nothing
+        if self.draw(st.booleans()):
+            others["key_mask"] = self.chances(x.B, x.Nk) < 0.7
+        return others
+
+    def hr_rows(self) -> dict[str, torch.Tensor]:
+        x, form = self.sizes, self.draw(st.sampled_from(["last", "from", "rows", "bits"]))
+        if form == "from":
+            return {"hr_from": self.integers(0, x.N)}
         if form == "last":
-            rows[:] = N - 1
-        elif R > 1:
-            rows[0, 0] = -1
-        others["hr_rows"] = rows
-    if M:
-        floats["k_hr"], floats["v_hr"] = normal(pool, kv_heads, d), normal(pool, kv_heads, d)
-        slots = torch.arange(B * M).view(B, M) if draw(st.booleans()) else torch.stack(
-            [torch.randperm(pool, generator=generator)[:M] for _ in range(B)]
-        )  # fmt: skip
-        others["hr_slots"] = slots.int()
-        others["hr_count"] = torch.full((B,), M, dtype=torch.int32) if draw(st.booleans()) else integers(0, M, B)
-        if form == "bits":
-            others["hr_row_bits"] = pack_bits(
-                torch.rand(B, R, M, generator=generator) < draw(st.sampled_from([0.1, 0.5]))
-            )
-        if draw(st.booleans()):
-            others["alpha"] = torch.rand(B, generator=generator)
-    if Nk >= 2 * SIDE**2 and not gradients:
-        first = torch.tensor([[1, 1 + SIDE**2], [Nk - SIDE**2, Nk]], dtype=torch.int32)
-        ranges = first.expand(B, 2, 2).clone()
+            return {"hr_rows": torch.full((x.B, 1), x.N - 1, dtype=torch.int32)}
+        R = self.draw(st.integers(1, x.N))
+        others = {"hr_rows": self.distinct(x.N, R)}
+        if R > 1:
+            others["hr_rows"][0, 0] = -1
+        if form == "bits" and x.M:
+            density = self.draw(st.sampled_from([0.1, 0.5]))
+            others["hr_row_bits"] = pack_bits(self.chances(x.B, R, x.M) < density)
+        return others
+
+    def pool(self) -> dict[str, torch.Tensor]:
+        return {name: self.normal(self.sizes.slots, self.sizes.Hkv, self.sizes.d) for name in ("k_hr", "v_hr")}
+
+    def hr_slots(self) -> dict[str, torch.Tensor]:
+        x = self.sizes
+        in_order = torch.arange(x.B * x.M, dtype=torch.int32).view(x.B, x.M)
+        others = {
+            "hr_slots": in_order if self.draw(st.booleans()) else self.distinct(x.slots, x.M),
+            "hr_count": self.integers(x.M if self.draw(st.booleans()) else 0, x.M),
+        }
+        if self.draw(st.booleans()):
+            others["alpha"] = self.chances(x.B)
+        return others
+
+    def maps(self) -> dict[str, Any]:
+        x = self.sizes
+        if x.Nk < 2 * SIDE**2:
+            return {}
+        ranges = torch.tensor([[1, 1 + SIDE**2], [x.Nk - SIDE**2, x.Nk]], dtype=torch.int32).repeat(x.B, 1, 1)
         ranges[-1, 1] = 0  # one sample with a single image
-        others |= {"map_ranges": ranges, "map_size": SIDE**2, "map_over_all": draw(st.booleans())}
+        return {"map_ranges": ranges, "map_size": SIDE**2, "map_over_all": self.draw(st.booleans())}
+
+
+@st.composite
+def attention_cases(draw, gradients: bool = False, small: bool = False) -> AttentionCase:
+    tensors = AttentionTensors(draw, draw(attention_sizes(small)))
+    floats = tensors.sequence()
+    others: dict[str, Any] = {"scale": tensors.sizes.d**-0.5 * draw(st.sampled_from([1.0, 3.0]))}
+    others |= tensors.visible_keys() | tensors.hr_rows()
+    if tensors.sizes.M:
+        floats |= tensors.pool()
+        others |= tensors.hr_slots()
+    if not gradients:
+        others |= tensors.maps()
     return AttentionCase(floats, others)
 
 
 @st.composite
 def selection_cases(draw) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    B, R, I = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    B, R, images = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
     S = draw(st.sampled_from([1, 2, 5, 9, 12, 24]))
     kind = draw(st.sampled_from(["uniform", "peaks", "constant", "one", "nan"]))
-    attention_map = torch.rand(B, R, I, S * S, generator=generator)
+    attention_map = torch.rand(B, R, images, S * S, generator=generator)
     if kind == "peaks":
         attention_map = attention_map**12
     elif kind == "constant":
         attention_map[:] = 0.25
     elif kind == "one":
-        attention_map = (torch.arange(S * S) == S * S // 2).float().expand(B, R, I, -1).clone()
+        attention_map = (torch.arange(S * S) == S * S // 2).float().expand(B, R, images, -1).clone()
     elif kind == "nan":
         attention_map[0, 0, 0, 0] = torch.nan
-    corners = torch.randint(0, S + 1, (B, I, 2, 2), generator=generator).sort(2).values
-    whole = torch.tensor([0, 0, S, S]).expand(B, I, 4)
+    corners = torch.randint(0, S + 1, (B, images, 2, 2), generator=generator).sort(2).values
+    whole = torch.tensor([0, 0, S, S]).expand(B, images, 4)
     valid_rect = (corners.flatten(2) if draw(st.booleans()) else whole).int().clone()
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     scale, threshold = draw(
@@ -143,7 +169,7 @@ def selection_cases(draw) -> dict[str, Any]:
 
 @st.composite
 def slot_cases(draw) -> dict[str, Any]:
-    """Calls of one pool, the later ones finding tokens that the earlier ones stored; some pools are too small for all."""
+    """Calls of one pool. Later ones find tokens that earlier ones stored; some pools are too small for all."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     (G, beams), T = (
         draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 3), (2, 2)])),
@@ -173,7 +199,7 @@ def write_cases(draw) -> dict[str, torch.Tensor]:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     def rows(count: int) -> torch.Tensor:
-        """[count, heads, d]: dense, heads apart from each other, a half of a fused projection, or off a 16-byte border."""
+        """[count, heads, d]: dense, heads outermost, a half of a fused projection, or not aligned to 16 bytes."""
         how = draw(st.sampled_from(["dense", "heads first", "fused", "odd"]))
         if how == "heads first":
             return normal(heads, count, d).transpose(0, 1)

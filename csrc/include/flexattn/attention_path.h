@@ -37,19 +37,18 @@ inline PathChoice choose_attention_path(const AttentionInputs& in, int capabilit
   if (decode) {
     against(in.dtype == DType::kFloat64, "the dtype is float64");
     against(d != 64 && d != 80 && d != 96 && d != 128,
-            "head_dim is " + std::to_string(d) + ", few query rows take 64, 80, 96 or 128");
+            "head_dim is " + std::to_string(d) + ", the decode kernel takes 64, 80, 96 or 128");
   } else {
-    against(!half && !bfloat, "the dtype is neither float16 nor bfloat16, which more than " +
-                                  std::to_string(kMaxDecodeRows) + " query rows take");
-    against(bfloat && capability < 80, "bfloat16 takes compute capability 8.0, this is " + here);
-    against(half && capability < 70, "tensor cores take compute capability 7.0, this is " + here);
-    against(d > 128 || d % 8, "head_dim is " + std::to_string(d) + ", it must be a multiple of 8 up to 128");
+    against(!half && !bfloat, "the dtype is neither float16 nor bfloat16, which tensor cores take");
+    against(bfloat && capability < 80, "bfloat16 needs compute capability 8.0, this is " + here);
+    against(half && capability < 70, "tensor cores need compute capability 7.0, this is " + here);
+    against(d > 128 || d % 8, "head_dim is " + std::to_string(d) + ", tensor cores take multiples of 8 up to 128");
     against(!(in.scale > 0), "the scale is not positive");
   }
   against(in.queries >= int64_t{1} << 31 || in.keys >= int64_t{1} << 31 || in.selected >= int64_t{1} << 31,
-          "a size passes 2^31");
+          "a size is 2^31 or larger");
 
-  // 16-byte loads need aligned data and aligned strides, but for the last.
+  // 16-byte loads need aligned data and aligned strides; the last dimension is dense.
   struct Layout {
     const char* name;
     const void* data;

@@ -15,7 +15,7 @@ struct GatherTokensParams {
   const void* source;    // gather: tokens [B, T, D]; scatter: gradient [B, M, D]
   int64_t source_batch;  // element strides of source; the last dimension is dense
   int64_t source_row;
-  // gather: [B, M, D] dense, zero where the index is -1; scatter: [B, T, D] dense, zero for tokens not selected.
+  // gather: [B, M, D] dense, zero where the index is -1; scatter: [B, T, D] dense, zero for unselected tokens.
   void* result;
 };
 
