@@ -27,8 +27,8 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        self.rank, self._local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self._local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self._owns_default_group = False
         self._group: distributed.ProcessGroup | None = None
 
