@@ -162,7 +162,7 @@ class Attachment:
         new = request.images
         if new is None:
             return None
-        slots = max(1, max(len(spans) for spans in new.spans))
+        slots = max(1, *map(len, new.spans))
         layout = self._layout(new, slots, past, sequence.device)
         tokens = HRTokens(
             grid=layout.hr_grid,
