@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +104,9 @@ def _from_llava(folder: Path) -> FlexAttnLlavaConfig:
 
 def _check_fields(config: FlexAttnLlavaConfig) -> None:
     """Raise ValueError if a field has a value that no model can have."""
-    if config.flexattn is not None:
-        _check_settings(config.flexattn)
+    settings = config.flexattn  # its other values are checked as it is made
+    if settings is not None and settings.highres_size > _MAX_PIXELS:
+        raise ValueError(f"flexattn highres_size is {settings.highres_size}; it may be at most {_MAX_PIXELS}")
     for part in (config.text_config, config.vision_config):
         _check_sizes(part)
     _check_image_token(config)
@@ -114,17 +114,6 @@ def _check_fields(config: FlexAttnLlavaConfig) -> None:
     dtype = getattr(config, "dtype", None)
     if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
         raise ValueError(f"dtype is {str(dtype)!r}; allowed: {', '.join(_DTYPES)}")
-
-
-def _check_settings(settings: FlexAttnConfig) -> None:
-    for name in ("scale", "threshold", "ratio", "warmup"):
-        value = getattr(settings, name)
-        if not _is_number(value) and not (name == "warmup" and value is None):
-            raise ValueError(f"flexattn {name} is {value!r}; it must be a number")
-    if not isinstance(settings.mask_padding, bool):
-        raise ValueError(f"flexattn mask_padding is {settings.mask_padding!r}; it must be true or false")
-    if settings.highres_size > _MAX_PIXELS:
-        raise ValueError(f"flexattn highres_size is {settings.highres_size}; it may be at most {_MAX_PIXELS}")
 
 
 def _check_sizes(config: PreTrainedConfig) -> None:
@@ -158,10 +147,6 @@ def _check_feature_layers(config: FlexAttnLlavaConfig) -> None:
         raise ValueError(
             f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; only 'default' is known"
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_whole(value: Any, low: int, high: int) -> bool:

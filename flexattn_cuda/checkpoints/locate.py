@@ -95,6 +95,8 @@ def resolve_folder(name_or_path: str | Path, hub: HubOptions | None = None, part
         CheckpointError: There is no such checkpoint, it lacks a part, or a file in it is a link to somewhere else.
     """
     name, hub = str(name_or_path), hub or HubOptions()
+    if not name.strip():  # Path("") is the current folder
+        raise CheckpointError("the name of the checkpoint is empty; pass a folder or a hub id")
     folder = Path(name, hub.subfolder)
     if not folder.is_dir():
         if Path(name).is_file():

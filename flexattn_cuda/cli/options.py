@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -26,19 +27,32 @@ def as_command(run: Callable[..., None]) -> Callable[..., None]:
         run(options(**values))
 
     parameters = [_parameter(declared) for declared in declared_options(options)]
-    command.__name__, command.__doc__ = run.__name__, run.__doc__
+    command.__name__, command.__doc__ = run.__name__, _without_line_breaks(inspect.getdoc(run) or "")
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
+def _without_line_breaks(text: str) -> str:
+    """Join the lines of each paragraph: typer keeps the breaks of all but the first."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
 def _parameter(declared: DeclaredOption) -> inspect.Parameter:
+    default = str(declared.default) if isinstance(declared.default, Path) else declared.default
     return inspect.Parameter(
         declared.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if declared.default is dataclasses.MISSING else declared.default,
-        annotation=Annotated[declared.type, _typer_parameter(declared)],
+        default=inspect.Parameter.empty if default is dataclasses.MISSING else default,
+        annotation=Annotated[_typer_type(declared), _typer_parameter(declared)],
     )
+
+
+def _typer_type(declared: DeclaredOption) -> Any:
+    """Return the declared type, with text for paths: typer would turn an empty one into the current folder."""
+    if declared.kind is not Path:
+        return declared.type
+    return list[str] if declared.is_list else str | None if declared.default is None else str
 
 
 def _typer_parameter(declared: DeclaredOption) -> Any:

@@ -10,9 +10,15 @@ IMAGE = "<image>"
 
 
 def check_question(question: str) -> None:
-    """Raise InputError if a question is empty, is not text, or contains <image>."""
-    if not isinstance(question, str) or not question.strip():
+    """Raise InputError if a question is not text, is empty, or contains <image>."""
+    if not isinstance(question, str):
+        raise InputError(f"the question is {question!r}; it must be text")
+    if not question.strip():
         raise InputError("the question is empty")
+    try:
+        question.encode()
+    except UnicodeEncodeError:  # an argument in another encoding, or "\ud800" in JSON
+        raise InputError("the question contains half of a surrogate pair, which is not a character") from None
     if IMAGE in question:
         raise InputError(f"the question contains {IMAGE}, which marks where an image goes; leave it out")
 

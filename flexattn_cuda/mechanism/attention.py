@@ -72,6 +72,11 @@ def visible_keys(  # noqa: PLR0913 (transformers' mask interface)
     if attention_mask is None:
         return VisibleKeys(start, length, None)
 
+    if isinstance(q_offset, int) and attention_mask.shape[1] < q_offset + q_length:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[1]} positions, but this call ends at position "
+            f"{q_offset + q_length}; with a key/value cache the mask must cover what is in the cache too"
+        )
     seen = attention_mask.to(torch.bool)
     if seen.shape[1] < kv_length:  # a static cache is longer than what has been written; causality hides the rest
         seen = nn.functional.pad(seen, (0, kv_length - seen.shape[1]), value=True)

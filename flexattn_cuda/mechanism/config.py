@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,11 @@ class FlexAttnConfig:
                 raise ValueError(f"flexattn {name} is {value!r}; allowed: {', '.join(_CHOICES[name])}")
             if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
                 raise ValueError(f"flexattn {name} is {value!r}; it must be a whole number")
+            if field.type == "bool" and not isinstance(value, bool):
+                raise ValueError(f"flexattn {name} is {value!r}; it must be true or false")
+            optional = field.type == "float | None" and value is None
+            if field.type.startswith("float") and not optional and not _is_number(value):
+                raise ValueError(f"flexattn {name} is {value!r}; it must be a number")
         for name in ("zoom", "lowres_size", "highres_size", "first_layer"):
             if getattr(self, name) < 1:
                 raise ValueError(f"flexattn {name} is {getattr(self, name)}; it must be at least 1")
@@ -84,6 +90,8 @@ class FlexAttnConfig:
             raise ValueError(f"flexattn pool is {self.pool}; it must be a grid side, or 0 for no pooling")
         if not 0 < self.ratio < 1:
             raise ValueError(f"flexattn ratio is {self.ratio}; it must lie between 0 and 1, both excluded")
+        if self.warmup is not None and self.warmup < 0:
+            raise ValueError(f"flexattn warmup is {self.warmup}; it must be at least 0, or None for no warmup")
 
     @classmethod
     def released(cls, **changes: Any) -> FlexAttnConfig:
@@ -163,6 +171,10 @@ class FlexAttnConfig:
             warmup=number("warmup", float, 3.0),
             strategy=special,
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 SYSTEMS = ("llava", "hd", "xattn", "flexattn", "flexattn-paper", "random", "center")

@@ -125,7 +125,9 @@ class Options:
 def _checked(declared: DeclaredOption, value: Any) -> Any:
     """Return a value of the declared type; raise InputError if it is another or not allowed."""
     if declared.kind is Path:
-        value = Path(value) if isinstance(value, str) else value
+        if value == "":  # Path("") is the current folder: an empty shell variable would go unnoticed
+            raise InputError(f"{declared.label} is empty; it must be a path")
+        value = Path(value) if isinstance(value, (str, os.PathLike)) else value
     elif declared.kind is str:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
     problem = _type_problem(declared.kind, value) or _range_problem(declared.option, value)

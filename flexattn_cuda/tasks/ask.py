@@ -25,7 +25,7 @@ from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGenera
 from flexattn_cuda.inputs.images import as_image, open_image, upright_rgb
 from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
 from flexattn_cuda.mechanism.trace import Trace
-from flexattn_cuda.runs.files import check_image_path
+from flexattn_cuda.runs.files import check_image_path, os_errors_as_input_errors
 from flexattn_cuda.tasks.options import MAX_NEW_TOKENS
 
 # ---------------------------------------------------------------------------------------------------------- answers
@@ -80,7 +80,8 @@ class Answer:
         panels = [self._panel(step, number) for step in steps for number in layers]
         sheet = viz.sheet(self.image, panels, title=f"{self.question}\n\u201c{self.text}\u201d")
         if path is not None:
-            sheet.save(path)
+            with os_errors_as_input_errors(Path(path)):
+                sheet.save(path)
         return sheet
 
     def _panel(self, step: int, layer: int) -> viz.Panel:

@@ -42,17 +42,19 @@ MaxNewTokens = Annotated[int, Option("Maximum length of an answer in tokens.", m
 class AskOptions(Options):
     """Options of `flexattn ask`."""
 
-    image: Annotated[Path, Option("Image file: PNG, JPEG, ...", positional=True)]
-    question: Annotated[str, Option("Question about the image.", positional=True)]
+    image: Annotated[Path, Option("Image file: PNG, JPEG, ...", positional=True, metavar="IMAGE")]
+    question: Annotated[str, Option("Question about the image.", positional=True, metavar="QUESTION")]
     model: Model = None
     map: Annotated[
         Path | None,
         Option("Save the image with the attention map and the selected regions drawn over it.", metavar="FILE"),
     ] = None
-    map_tokens: Annotated[str, Option("Answer tokens to draw: first, all, or numbers from 0, such as 0,2.")] = "first"
+    map_tokens: Annotated[
+        str | None, Option("Answer tokens to draw: first (the default), all, or numbers from 0, such as 0,2.")
+    ] = None
     map_layers: Annotated[
-        str, Option("Layers whose selection to draw: first (the first that selects), all, or numbers from 0.")
-    ] = "first"
+        str | None, Option("Layers whose selection to draw: first (the default), all, or numbers from 0.")
+    ] = None
     device: Device = "auto"
     dtype: Dtype = "auto"
     max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS
@@ -61,14 +63,15 @@ class AskOptions(Options):
         super().__post_init__()
         if self.map is not None and self.map.resolve() == self.image.resolve():
             raise InputError(f"--map {self.map} would overwrite the image; choose another name")
-        _numbers(self.map_tokens, "--map-tokens")
-        _numbers(self.map_layers, "--map-layers")
+        for flag, chosen in (("--map-tokens", self.map_tokens), ("--map-layers", self.map_layers)):
+            if _numbers(chosen, flag) is not None and self.map is None:
+                raise InputError(f"{flag} needs --map FILE, the file to draw to")
 
     @property
     def tokens_to_draw(self) -> list[int] | str:
         """The argument `token` of `Answer.draw`."""
         chosen = _numbers(self.map_tokens, "--map-tokens")
-        return [0] if chosen == "first" else chosen
+        return [0] if chosen in (None, "first") else chosen
 
     @property
     def layers_to_draw(self) -> list[int] | str | None:
@@ -77,9 +80,9 @@ class AskOptions(Options):
         return None if chosen == "first" else chosen
 
 
-def _numbers(text: str, flag: str) -> list[int] | str:
-    """Return "first" and "all" as they are, and "0,2" as [0, 2]."""
-    if text in ("first", "all"):
+def _numbers(text: str | None, flag: str) -> list[int] | str | None:
+    """Return None, "first" and "all" as they are, and "0,2" as [0, 2]."""
+    if text in (None, "first", "all"):
         return text
     try:
         numbers = [int(part) for part in text.split(",")]
@@ -143,7 +146,9 @@ class TrainOptions(Options):
     system: Annotated[
         str | None, Option(f"Train the checkpoint as another system: {', '.join(SYSTEMS)}.", fixed=True)
     ] = None
-    epochs: Annotated[float, Option("Number of passes through the data.", above=0, fixed=True)] = 1.0
+    epochs: Annotated[float | None, Option("Number of passes through the data; by default 1.", above=0, fixed=True)] = (
+        None
+    )
     steps: Annotated[int | None, Option("Number of optimizer steps, instead of --epochs.", minimum=1, fixed=True)] = (
         None
     )
@@ -196,6 +201,8 @@ class TrainOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.epochs is not None and self.steps is not None:
+            raise InputError("--epochs and --steps exclude each other; leave one of them out")
         if self.save_every % self.log_every:
             raise InputError(
                 f"save every is {self.save_every} and log every is {self.log_every}; "

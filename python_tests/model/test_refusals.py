@@ -80,6 +80,32 @@ def test_options_that_change_nothing_are_accepted():
     assert torch.equal(neutral, attend())
 
 
+@torch.no_grad()
+def test_a_mask_that_ends_before_the_sequence_is_refused():
+    model, question, cache = tiny.flex(), image_question(), DynamicCache()
+    mask = torch.ones_like(question["input_ids"])
+    model(**question, attention_mask=mask, past_key_values=cache)
+    length = mask.shape[1]
+    message = f"attention_mask covers {length} positions, but this call ends at position {length + 1}"
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=torch.tensor([[5]]), attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        (dict(threshold="48"), "threshold is '48'; it must be a number"),
+        (dict(scale=float("nan")), "scale is nan; it must be a number"),
+        (dict(ratio=None), "ratio is None; it must be a number"),
+        (dict(mask_padding="no"), "mask_padding is 'no'; it must be true or false"),
+        (dict(warmup=-1.0), "warmup is -1.0; it must be at least 0"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(values, says):
+    with pytest.raises(ValueError, match=f"^flexattn {says}"):
+        flexattn_cuda.FlexAttnConfig(**values)
+
+
 # -------------------------------------------------------------------------------------------------------------- windows
 
 

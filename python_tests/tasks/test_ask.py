@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,16 @@ def test_what_cannot_be_drawn_is_refused(loaded, tmp_path, monkeypatch, wanted, 
         answer.draw(**wanted)
 
 
+def test_a_drawing_that_cannot_be_saved_is_refused(loaded, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    answer = ask(*loaded, image(), QUESTION, max_new_tokens=1, trace=True)
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(InputError, match=r"m\.png cannot be written: No space left on device"):
+        answer.draw(tmp_path / "m.png")
+
+
 def test_without_a_trace_nothing_can_be_drawn(loaded):
     with pytest.raises(InputError, match="trace=True"):
         ask(*loaded, image(), QUESTION, max_new_tokens=1).draw()
@@ -113,6 +125,8 @@ def test_without_a_trace_nothing_can_be_drawn(loaded):
         (dict(image="no.png"), "there is no image"),
         (dict(image=7), "an image is"),
         (dict(question=" "), "the question is empty"),
+        (dict(question=7), "the question is 7; it must be text"),
+        (dict(question="\ud800"), "half of a surrogate pair"),
         (dict(question="<image>?"), "contains <image>"),
         (dict(question="long " * 300), "the question is too long"),
         (dict(max_new_tokens=0), "max_new_tokens is 0"),

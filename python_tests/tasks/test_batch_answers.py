@@ -130,3 +130,10 @@ def test_a_gpu_without_enough_memory_is_reported(checkpoint, folder, monkeypatch
     monkeypatch.setattr(answering, "generate_answers", generate)
     with pytest.raises(InputError, match="2 questions at a time; use a smaller batch size"):
         answer_file(write(folder / "q.jsonl", some(2)), folder / "a.jsonl", checkpoint, "cpu")
+
+
+def test_paths_that_are_not_paths_are_refused(tmp_path):
+    with pytest.raises(InputError, match="input is None; it must be a path"):
+        answer_file(None, tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match="output is empty"):
+        answer_file(tmp_path / "q.jsonl", "")

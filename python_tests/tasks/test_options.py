@@ -43,6 +43,7 @@ class GreetOptions(Options):
         (dict(volume="loud"), "volume is 'loud'; it must be a finite number"),
         (dict(manner="odd"), "manner is 'odd'; allowed: kind, rude"),
         (dict(card=5), "card is 5; it must be a path"),
+        (dict(card=""), "card is empty; it must be a path"),
         (dict(twice="no"), "twice is 'no'; it must be True or False"),
     ],
 )
@@ -71,6 +72,29 @@ def test_a_command_line_makes_the_same_object_as_python():
         assert result.exit_code == 0, result.output
     everything = GreetOptions(name="Ada", times=3, volume=0.5, manner="rude", card=Path("card.txt"), twice=True)
     assert made == [GreetOptions(name="Ada"), everything]
+
+
+def test_an_empty_path_is_not_the_current_folder():
+    app = typer.Typer()
+    app.command()(as_command(_print_card))
+    result = CliRunner().invoke(app, ["Ada", "--card", ""])
+    assert isinstance(result.exception, InputError) and "card is empty" in str(result.exception)
+
+
+def _print_card(options: GreetOptions) -> None:
+    """Print the card."""
+    print(options.card)
+
+
+def test_the_paragraphs_of_a_docstring_are_wrapped_by_the_terminal_alone():
+    def greet(options: GreetOptions) -> None:
+        """Greet.
+
+        A second paragraph
+        of two lines.
+        """
+
+    assert as_command(greet).__doc__ == "Greet.\n\nA second paragraph of two lines."
 
 
 def test_a_field_without_an_option_is_a_mistake():
@@ -113,10 +137,15 @@ def test_what_a_resumed_run_must_repeat():
 
 @pytest.mark.parametrize(
     "tokens, layers, chosen",
-    [("first", "first", ([0], None)), ("all", "all", ("all", "all")), ("0,2", "1", ([0, 2], [1]))],
+    [
+        (None, None, ([0], None)),
+        ("first", "first", ([0], None)),
+        ("all", "all", ("all", "all")),
+        ("0,2", "1", ([0, 2], [1])),
+    ],
 )
 def test_tokens_and_layers_to_draw(tokens, layers, chosen):
-    options = AskOptions(image="a.png", question="?", map_tokens=tokens, map_layers=layers)
+    options = AskOptions(image="a.png", question="?", map="b.png", map_tokens=tokens, map_layers=layers)
     assert (options.tokens_to_draw, options.layers_to_draw) == chosen
 
 
@@ -124,7 +153,13 @@ def test_tokens_and_layers_to_draw(tokens, layers, chosen):
     "make, says",
     [
         (lambda: AskOptions(image="a.png", question="?", map="./a.png"), "would overwrite the image"),
+        (lambda: AskOptions(image="a.png", question="?", map_tokens="first"), "--map-tokens needs --map"),
+        (lambda: AskOptions(image="a.png", question="?", map_layers="all"), "--map-layers needs --map"),
         (lambda: FlopsOptions(model="m", shape="7b"), "exclude each other"),
+        (
+            lambda: TrainOptions(data="d", images="i", output="o", epochs=1.0, steps=3),
+            "--epochs and --steps exclude each other",
+        ),
         (
             lambda: TrainOptions(data="d", images="i", output="o", save_every=5, log_every=2),
             "a checkpoint must fall on an entry of the loss",

@@ -79,22 +79,19 @@ class FlexAttnLlavaConfig(LlavaConfig):
         settings = self.flexattn
         if settings is None:
             return
+        self._check_language_model(settings)
         self._check_sizes(settings)
+
+    def _check_language_model(self, settings: FlexAttnConfig) -> None:
         text, layers = self.text_config.model_type, self.text_config.num_hidden_layers
         if settings.system == "xattn" and text != "llama":
             raise ValueError(
                 f"flexattn system 'xattn' adds cross-attention to the layers of a LLaMA, not of a {text!r}"
             )
-        if settings.system != "flexattn":
-            return
-        if settings.first_layer >= layers:
+        if settings.system == "flexattn" and settings.first_layer >= layers:
             raise ValueError(
                 f"flexattn first_layer is {settings.first_layer}, but the language model has layers 0 to {layers - 1}; "
                 "choose a layer that exists"
-            )
-        if settings.pool > min(self.lr_grid):
-            raise ValueError(
-                f"flexattn pool is {settings.pool}, but the LR grid is {self.lr_grid}; choose a smaller pool"
             )
 
     def _check_sizes(self, settings: FlexAttnConfig) -> None:
@@ -106,6 +103,10 @@ class FlexAttnLlavaConfig(LlavaConfig):
             raise ValueError(
                 f"flexattn tiles have {settings.tile_size} pixels a side, which is not a multiple of the {patch}-pixel "
                 "patches"
+            )
+        if settings.system == "flexattn" and settings.pool > min(self.lr_grid):
+            raise ValueError(
+                f"flexattn pool is {settings.pool}, but the LR grid is {self.lr_grid}; choose a smaller pool"
             )
 
 

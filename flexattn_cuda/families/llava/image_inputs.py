@@ -59,8 +59,8 @@ class ImageInputs:
             )
         if self.pixel_values_hr is not None and len(self.pixel_values_hr) != count:
             raise ValueError(f"pixel_values_hr holds {len(self.pixel_values_hr)} images; these prompts have {count}")
-        if self.valid_rect is not None and tuple(self.valid_rect.shape) != (count, 4):
-            raise ValueError(f"valid_rect has shape {list(self.valid_rect.shape)}; it must be {[count, 4]}")
+        if self.valid_rect is not None:
+            _check_valid_rect(self.valid_rect, count)
 
     def with_features(self, image_features: torch.Tensor, hr_features: torch.Tensor | None) -> ImageInputs:
         """Return the same images with their tokens."""
@@ -73,3 +73,14 @@ class ImageInputs:
     def _first(self) -> torch.Tensor | None:
         alternatives = (self.pixel_values, self.pixel_values_hr, self.image_features)
         return next((images for images in alternatives if images is not None), None)
+
+
+def _check_valid_rect(valid_rect: torch.Tensor, count: int) -> None:
+    if tuple(valid_rect.shape) != (count, 4):
+        raise ValueError(f"valid_rect has shape {list(valid_rect.shape)}; it must be {[count, 4]}")
+    if valid_rect.is_floating_point() or valid_rect.is_complex():
+        raise ValueError(f"valid_rect is {valid_rect.dtype}; it must hold whole numbers of cells")
+    if not valid_rect.is_meta and bool((valid_rect[:, :2] >= valid_rect[:, 2:]).any()):
+        raise ValueError(
+            f"valid_rect is {valid_rect.tolist()}; every image needs top < bottom and left < right, in LR cells"
+        )

@@ -158,6 +158,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """
         images = ImageInputs(pixel_values, pixel_values_hr, image_features, hr_features, valid_rect, rows_per_prompt)
         sequence = _checked_sequence(input_ids, inputs_embeds, images, hr_capacity)
+        _check_alpha(hr_alpha)
         use_cache, past_key_values = self._cache_to_use(use_cache, past_key_values)
         shape = CallShape.of(sequence, past_key_values, prompt_length, kwargs.get("cache_position"))
         new = None
@@ -384,6 +385,11 @@ def _checked_sequence(
     if images.given:
         raise ValueError("images need input_ids: the image tokens say where they stand in the prompt")
     return inputs_embeds
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 0 <= alpha <= 1:  # NaN too
+        raise ValueError(f"hr_alpha is {alpha}; it must be a weight from 0 to 1")
 
 
 def _check_pixels(name: str, pixels: torch.Tensor, size: int) -> None:

@@ -65,9 +65,6 @@ def _error_of(record: dict[str, Any], id_is_known: bool) -> str | None:
             return f'"{name}" is not a string' if name in record else f'there is no "{name}"'
     try:
         check_question(record["question"])
-        record["question"].encode()
-    except UnicodeEncodeError:
-        return "the question contains half of a surrogate pair, which is not a character"
     except InputError as error:
         return str(error)
     return None

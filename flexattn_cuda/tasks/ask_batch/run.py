@@ -77,8 +77,8 @@ def answer_file(
         The totals of the whole file, in every process.
     """
     chosen = BatchOptions(
-        input=Path(input),
-        output=Path(output),
+        input=input,
+        output=output,
         model=None if model is None else str(model),
         device="auto" if device is None else str(device),
         dtype="auto" if dtype is None else str(dtype).removeprefix("torch."),

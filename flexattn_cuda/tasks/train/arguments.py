@@ -13,7 +13,7 @@ def training_arguments(options: TrainOptions, machine: Machine) -> TrainingArgum
     """Return the arguments of the Trainer."""
     return TrainingArguments(
         output_dir=str(options.output),
-        num_train_epochs=options.epochs,
+        num_train_epochs=1 if options.epochs is None else options.epochs,
         max_steps=-1 if options.steps is None else options.steps,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulate,
