@@ -1,29 +1,29 @@
-# make demo           install into .venv and ask the example questions; fails if an answer is wrong
+# make demo           install into .venv and ask the example questions; fail if an answer is wrong
 # make test           install what is missing and run all tests, on all cores
-# make test-fast      the tests that take less than about two seconds each: under a minute on two cores
-# make lint           ruff, clang-format, mypy, the boundaries between the rooms, the sizes of functions and kernels
+# make test-fast      run the tests that take less than about two seconds each: under a minute on two cores
+# make lint           run ruff, clang-format and mypy; check boundaries between rooms and sizes of functions and kernels
 # make format         format Python and C++, and apply ruff's safe fixes
 # make docs           build the documentation into build/docs; a warning is an error
 #
 # make cuda-compile   compile the CUDA sources for ARCHS with NVCC, without torch
-# make sm70           bound the kernels on a V100 from their machine code; fails if a budget is exceeded. NVCC up to 12.9
-#                     (tools/volta-toolkit.sh unpacks one on Debian 12), HOST_CXX a compiler that it takes, SM70_FLAGS e.g.
-#                     "--csv sm70.csv", or --ideal-wavefronts to skip counting wavefronts on the CPU, which takes .venv
-# make sm80           check that the machine code of the Ampere kernels holds tensor-core, ldmatrix and cp.async
-#                     instructions and no local memory in the main loop; NVCC and HOST_CXX as above
-# make simt           run the CUDA kernels on the CPU, once with races watched and once under sanitizers; -j2 runs both at once
+# make sm70           bound the kernels on a V100 from their machine code; fail if a budget is exceeded. NVCC is at most 12.9
+#                     (tools/volta-toolkit.sh unpacks one on Debian 12), HOST_CXX a compiler that it accepts. SM70_FLAGS:
+#                     --csv FILE; --ideal-wavefronts, to skip counting wavefronts on the CPU, which needs .venv
+# make sm80           check that the main loops of the Ampere kernels contain tensor-core, ldmatrix and cp.async
+#                     instructions and do not touch local memory; NVCC and HOST_CXX as above
+# make simt           run the CUDA kernels on the CPU, once watching for races and once under sanitizers; -j2 runs both at once
 # make gpu            on a machine with an NVIDIA GPU, with PYTHON's own packages and no network: build in place, run tests,
-#                     compute-sanitizer and benchmarks in under eight minutes; results in OUT. GPU_FLAGS=--dry-run prints
-#                     the commands
+#                     compute-sanitizer and benchmarks in under eight minutes, and write the results to OUT.
+#                     GPU_FLAGS=--dry-run prints the commands
 # make clean          remove .venv and everything that was built
 #
-# A second call installs nothing: stamp files in .venv record what is there. Native code is rebuilt when it changes.
+# A second call installs nothing: stamp files in .venv record what is installed. Native code is rebuilt when it changes.
 #
-# TORCH    what pip installs as torch into a new .venv: a version, a wheel, pip options, e.g. TORCH="torch==2.10.0".
+# TORCH    what pip installs as torch into a new .venv: a version, a wheel or pip options, e.g. TORCH="torch==2.10.0".
 #          If the default brings CUDA libraries that you do not want, name a CPU wheel.
-# PYTHON   the interpreter behind .venv
-# VENV     another folder than .venv; one that exists and has a torch is used as it is
-# JOBS     test processes
+# PYTHON   interpreter to create .venv with
+# VENV     folder to use instead of .venv; if it has a torch, that one is used
+# JOBS     number of test processes
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
