@@ -1,6 +1,6 @@
 """Write the tables of options into the documentation, from the classes that declare them.
 
-A page asks for the table of a class of `flexattn_cuda.tasks.options` on a line of its own: `{{ options: TrainOptions }}`.
+A page asks for the table of a class in `flexattn_cuda.tasks.options` with a line such as `{{ options: TrainOptions }}`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import re
 import shutil
@@ -10,6 +12,8 @@ from pathlib import Path
 import documents
 import pytest
 from documents import ROOT, Block
+
+from flexattn_cuda.tasks.options import TrainOptions
 
 ALL = documents.all_blocks()
 MARKED = [block for block in ALL if block.mark]
@@ -87,6 +91,17 @@ def test_a_block_that_cannot_run_here_names_what_exists(block, flexattn):
 def test_the_check_finds_what_does_not_exist(line, flexattn):
     with pytest.raises(AssertionError):
         documents.check_shell(line, flexattn)
+
+
+def test_the_page_of_tasks_shows_every_option_of_training_with_its_default():
+    spec = importlib.util.spec_from_file_location("docs_options", ROOT / "docs" / "options.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    page = hook.on_page_markdown((ROOT / "docs" / "reference" / "tasks.md").read_text())
+    assert "{{" not in page
+    for field in dataclasses.fields(TrainOptions):
+        default = "required" if field.default is dataclasses.MISSING else f"`{json.dumps(field.default)}`"
+        assert f"| `{field.name}` | {default.replace('null', 'None').replace('false', 'False')} |" in page
 
 
 def test_the_check_finds_an_import_that_does_not_exist():
