@@ -2,7 +2,7 @@
 
 The model has its real shapes on meta tensors, so nothing is allocated, and every figure is FlopCounterMode's: 2 for
 each multiply-add of matrix products and convolutions. Attention over N keys counts as N x N, whatever causality saves.
-Nothing can be read from meta tensors, so the model is told how much is selected (`mechanism.counts.KnownCounts`).
+Nothing can be read from meta tensors, so the counts of a selection are given (`mechanism.counts.KnownCounts`).
 Two ways of running are counted, see `count`.
 """
 

@@ -115,7 +115,7 @@ class CrossAttachment(Attachment):
     """LLaVA-XAttn attached to a model: layers with cross-attention in place of its own."""
 
     def add_modules(self, text: PreTrainedModel) -> None:
-        """Replace the layers by such with cross-attention."""
+        """Replace the layers with ones that have cross-attention."""
         for layer in self.family.hr_layers:
             text.layers[layer] = CrossAttentionLayer(text.config, layer)
 

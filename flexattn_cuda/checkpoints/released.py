@@ -86,7 +86,7 @@ def vision_tower_folder(
         try:
             return resolve_folder(tower, (hub or HubOptions()).elsewhere(), parts)
         except CheckpointError:
-            pass  # told below
+            pass  # the error below names both ways out
     raise CheckpointError(
         f"the vision tower {tower!r} of {folder} is not on this machine and could not be downloaded: put its folder "
         "inside or beside the checkpoint, or into the local hub cache"

@@ -23,7 +23,7 @@ _SPACE = "\u2581"  # sentencepiece writes a space as this block character
 
 
 def read_sentencepiece(path: str | Path, prefix_everywhere: bool = False) -> Tokenizer:
-    """The tokenizer of a sentencepiece BPE model as LLaMA uses it: byte fallback, text as it is, a space put before it.
+    """Return the tokenizer of a sentencepiece BPE model as LLaMA uses it: byte fallback, and a space before the text.
 
     Args:
         path: The file, usually named tokenizer.model.
@@ -31,7 +31,7 @@ def read_sentencepiece(path: str | Path, prefix_everywhere: bool = False) -> Tok
             tokenizer "legacy".
 
     Raises:
-        ValueError: The file is damaged, or a model of another kind.
+        ValueError: If the file is damaged, or holds a model of another kind.
     """
     try:
         pieces, trainer, normalizer = _parse(Path(path).read_bytes())
@@ -92,7 +92,7 @@ def _build(pieces: list[tuple[str, float, int]], prefix_everywhere: bool) -> Tok
 
 
 def _parse(data: bytes) -> tuple[list[tuple[str, float, int]], dict[int, object], dict[int, object]]:
-    """-> pieces (text, score, type), trainer_spec and normalizer_spec by field number."""
+    """Return the pieces (text, score, type), and trainer_spec and normalizer_spec by field number."""
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, object] = {}
     normalizer: dict[int, object] = {}
@@ -108,7 +108,7 @@ def _parse(data: bytes) -> tuple[list[tuple[str, float, int]], dict[int, object]
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, object]]:
-    """(number, value) of each field: int for varints, float for 32-bit, bytes for 64-bit and length-delimited ones."""
+    """Yield (number, value) of each field: int for varints, float for 32-bit, bytes for all other fields."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)

@@ -109,10 +109,10 @@ class HRCache:
 
     def cropped_with(self, cache: Cache, length: int) -> HRCache | None:
         """Follow a key/value cache that now holds `length` positions; return None if nothing is left beside it."""
-        if length == 0:  # it is used again for something else
+        if length == 0:  # the cache is empty and free for another conversation
             forget_images(cache)
             return None
-        if length < self.length:  # what is asked next takes the place of what was cropped
+        if length < self.length:  # the next prompt replaces what was cropped
             self.prompt_length = min(self.prompt_length, length + 1)
             self.length = length
         self.layout.crop(length)

@@ -1,7 +1,7 @@
 """How many tokens a layer selected: the one thing that the host must know of a selection.
 
-A `CountReader` answers it. `read_counts` waits for the device; `KnownCounts` is told, for a model on meta tensors,
-where there is nothing to read (analysis/flops.py).
+A `CountReader` returns it. `read_counts` waits for the device; `KnownCounts` returns fixed counts, for a model on meta
+tensors, where there is nothing to read (analysis/flops.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read_counts(selected: ops.SelectedTokens, assigned: ops.AssignedSlots, token
 
 
 class KnownCounts:
-    """Answers that every layer selects so many tokens, all of them new, in the first so many tiles."""
+    """Reports the same counts for every layer: `selected` tokens, all of them new, in the first `tiles` tiles."""
 
     def __init__(self, selected: int, tiles: int) -> None:
         self.counts = Counts(selected, selected, 0, range(tiles))

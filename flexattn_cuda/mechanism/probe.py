@@ -1,6 +1,6 @@
 """Whether a language model makes its keys as this package makes those of high-resolution (HR) tokens.
 
-An HR key must be what the layer itself would make of the token: projected, and rotated in LLaMA's half-split form.
+An HR key must be what the layer itself would make of the token: projected and rotated in LLaMA's half-split form.
 Models that also normalise their keys, rotate them in another form or only in part, or have layers without positions
 would attend to wrong keys without any error. So when a model is built, a small twin of it is run and its keys are
 compared with ours.
@@ -20,7 +20,7 @@ from flexattn_cuda.mechanism.attention import NAME
 from flexattn_cuda.mechanism.rotary import rotate
 
 _POSITIONS = ((3, 11, 12),)
-_TOLERANCE = 1e-4  # of the largest key; float32 rounding is 1e-6, another rotation or norm changes the first digit
+_TOLERANCE = 1e-4  # of the max key; float32 rounding is 1e-6, another rotation or norm changes the first digit
 _SUPPORTED: set[tuple[type, str, range]] = set()  # classes, configurations and layers that were checked
 _WIDTH = 16  # of the twin's hidden states, where head_dim does not depend on it
 
@@ -73,7 +73,7 @@ def _twin(text_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTra
 
 
 def _max_difference(twin: PreTrainedModel, layers: range) -> float:
-    """Run three tokens through the twin and compare our keys and values with its own, as a share of the largest."""
+    """Run three tokens through the twin and compare our keys and values with its own, as a share of the max."""
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5 + (weight.ndim == 1)
@@ -123,5 +123,5 @@ def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tenso
 
 
 def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Return the largest difference as a share of the largest value."""
+    """Return the max difference as a share of the max value."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
