@@ -27,6 +27,7 @@ _NESTED_TOWER_KEYS = {
     r"^multi_modal_projector": "model.multi_modal_projector",
 }
 _TOWER = "model.vision_tower."
+_HARMLESS = 1 << 26  # weights of a language model: making them in vain does not fill a memory
 
 
 def load_weights(
@@ -58,6 +59,7 @@ def load_weights(
         kwargs["variant"] = hub.variant
     if names := _key_mapping(form):
         kwargs["key_mapping"] = names | (kwargs.get("key_mapping") or {})
+    _check_amount(folder, config, kwargs.get("variant"))
     model, info = _read_weights(loader, folder, *args, config=config, **kwargs)
     # transformers would save with the names it loaded from; this model is saved in its own format only.
     model._weight_conversions = None
@@ -88,6 +90,23 @@ def _key_mapping(form: str) -> dict[str, str]:
     if form == "released":
         return KEY_MAPPING
     return _NESTED_TOWER_KEYS if form == "flexattn" and hasattr(modeling_clip, "CLIPVisionTransformer") else {}
+
+
+def _check_amount(folder: Path, config: FlexAttnLlavaConfig, variant: str | None) -> None:
+    """Raise CheckpointError if the files are far too small for the language model that the configuration describes.
+
+    A damaged config.json may describe a model of many gigabytes, whose missing weights would be made before they are
+    reported. Quantised weights take half a byte each; half of that is required.
+    """
+    text = config.text_config
+    of_layer = 3 * text.hidden_size * getattr(text, "intermediate_size", 0)
+    described = text.num_hidden_layers * of_layer + text.vocab_size * text.hidden_size
+    found = sum(file.stat().st_size for file in weight_files(folder, variant) if file.is_file())
+    if described > _HARMLESS and described / 4 > found:
+        raise CheckpointError(
+            f"the weights in {folder} take {found} bytes, too few for the {described} weights and more that its "
+            "config.json describes; one of the two is damaged or belongs to another model"
+        )
 
 
 def _read_weights(loader: Callable[..., Any], folder: Path, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:

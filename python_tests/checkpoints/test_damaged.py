@@ -443,6 +443,17 @@ def test_code_that_a_checkpoint_brings_along_is_never_executed(damaged, tmp_path
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("part", ["missing", None])
+def test_a_configuration_of_a_far_larger_model_is_refused_before_anything_is_made(whole, tmp_path, part):
+    shutil.copytree(whole / "flexattn", tmp_path / "model")
+    values = json.loads((tmp_path / "model" / "config.json").read_text()) | {"text_config": part}
+    if part == "missing":
+        del values["text_config"]  # transformers' default is a language model of 7B
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"bytes, too few for the [0-9]+ weights and more that its config\.json"):
+        load(tmp_path / "model", device="cpu")
+
+
 def test_sizes_that_no_machine_holds_are_refused_before_anything_is_made(whole, tmp_path):
     values = json.loads((whole / "flexattn" / "config.json").read_text())
     for part, name in itertools.product(("text_config", "vision_config"), ("num_hidden_layers", "hidden_size")):

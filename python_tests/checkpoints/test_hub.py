@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from flexattn_cuda import FlexAttnLlavaForConditionalGeneration as Model
 from flexattn_cuda import FlexAttnLlavaProcessor as Processor
 from flexattn_cuda.checkpoints import HubOptions, Part, fetch_config, load_config, resolve_folder
-from flexattn_cuda.cli import app
+from flexattn_cuda.cli.app import app
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.tasks.load import load
 

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import flexattn_cuda
-from flexattn_cuda import cli
+from flexattn_cuda.cli.app import app
 
 HERE = Path(__file__).parents[1]
 EXAMPLES = HERE.parent / "examples"
@@ -59,9 +59,7 @@ def test_it_reads_what_only_the_high_resolution_shows(loaded):
 @pytest.mark.parametrize("example", questions(EXAMPLES), ids=lambda example: Path(example["file"]).stem)
 def test_ask_marks_the_region_of_the_answer(example, tmp_path):
     image, overlay = EXAMPLES / example["file"], tmp_path / "overlay.png"
-    result = CliRunner().invoke(
-        cli.app, ["ask", str(image), example["question"], "--map", str(overlay), "--device", "cpu"]
-    )
+    result = CliRunner().invoke(app, ["ask", str(image), example["question"], "--map", str(overlay), "--device", "cpu"])
     assert result.exit_code == 0 and result.stdout.strip() == example["answer"]
 
     with Image.open(image) as image:
