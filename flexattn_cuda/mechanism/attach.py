@@ -8,10 +8,13 @@ attention module as `flexattn`. What the mechanism must know of a model family i
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
@@ -80,6 +83,18 @@ class HRCall:
     shape: CallShape
     prompt_length: int
     device: torch.device
+
+
+def check_transformers(forward: Callable[..., Any]) -> None:
+    """Raise ImportError if the installed transformers passes key/value caches in a way that this package does not know.
+
+    Its language models call the argument `cache` from 5.24 on. HR tokens would then be left out silently.
+    """
+    if "past_key_values" not in inspect.signature(forward).parameters:
+        raise ImportError(
+            f"transformers {transformers.__version__} names the cache of its language models in another way; "
+            "flexattn_cuda works with transformers 5.0 to 5.23: pip install 'transformers<5.24'"
+        )
 
 
 class Attachment:

@@ -8,13 +8,14 @@ import tiny_checkpoint
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModel, Cache, DynamicCache, LlamaConfig, MistralConfig
+from transformers import AutoModel, Cache, DynamicCache, LlamaConfig, LlamaModel, MistralConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import flexattn_cuda
 from flexattn_cuda import FlexAttnLlavaConfig, FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.mechanism import probe
+from flexattn_cuda.mechanism.attach import check_transformers
 from flexattn_cuda.mechanism.attention import flexattn_attention
 from flexattn_cuda.mechanism.grid import Grid
 from flexattn_cuda.mechanism.selection import select
@@ -218,3 +219,11 @@ def test_grids_that_are_not_square_are_refused_by_the_selection():
         select(settings, torch.rand(1, 1, 1, 6), rect, Grid(2, 3), Grid(6, 9))
     with pytest.raises(ValueError, match="the high-resolution grid is 6 x 9"):
         select(settings, torch.rand(1, 1, 1, 9), rect, Grid(3, 3), Grid(6, 9))
+
+
+def test_a_transformers_whose_caches_have_another_name_is_refused():
+    def forward(self, input_ids=None, cache=None): ...
+
+    with pytest.raises(ImportError, match="flexattn_cuda works with transformers 5.0 to 5.23: pip install"):
+        check_transformers(forward)
+    check_transformers(LlamaModel.forward)

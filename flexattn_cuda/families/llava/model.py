@@ -21,7 +21,7 @@ from flexattn_cuda.families.llava.family import LlavaFamily, image_spans
 from flexattn_cuda.families.llava.image_inputs import ImageInputs
 from flexattn_cuda.families.llava.vision import encode_images, encode_tiles
 from flexattn_cuda.mechanism import attention
-from flexattn_cuda.mechanism.attach import Attachment
+from flexattn_cuda.mechanism.attach import Attachment, check_transformers
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, Span
 from flexattn_cuda.mechanism.config import FlexAttnConfig
@@ -52,6 +52,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, config: FlexAttnLlavaConfig) -> None:
         config.check()
         super().__init__(config)
+        check_transformers(type(self.model.language_model).forward)
         self._attachment: Attachment | None = None
         if config.system == "flexattn":
             self._attachment = Attachment(LlavaFamily(self))
