@@ -122,6 +122,10 @@ def _check_sizes(config: PreTrainedConfig) -> None:
         derived = size is None and name in ("head_dim", "num_key_value_heads")
         if not derived and not _is_whole(size, 1, limit):
             raise ValueError(f"{config.model_type} {name} is {size!r}; it must be a whole number from 1 to {limit}")
+    for name in ("layer_norm_eps", "rms_norm_eps"):
+        epsilon = getattr(config, name, 1e-5)
+        if not isinstance(epsilon, (int, float)) or isinstance(epsilon, bool):
+            raise ValueError(f"{config.model_type} {name} is {epsilon!r}; it must be a number")
     heads = config.num_attention_heads
     if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
         raise ValueError(f"{config.model_type} hidden_size {config.hidden_size} cannot be split into {heads} heads")

@@ -59,6 +59,8 @@ def visible_keys(  # noqa: PLR0913 (transformers' mask interface)
         _check_mask(mask_function, local_size, kv_length)
     if cache_position is not None:
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
+        if device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU reading it would wait for the device
+            q_offset = int(q_offset)
     assert q_length is not None
     if isinstance(kv_offset, int) and kv_offset:
         raise ValueError(
