@@ -413,8 +413,10 @@ def test_compiles_without_graph_breaks(device):
     leaves = [arguments[i] for i in differentiable]
 
     def loss(*leaves):
-        given = dict(enumerate(arguments)) | dict(zip(differentiable, leaves))
-        out, _, _, attention_map = torch.ops.flexattn_cuda.hierarchical_attention(*given.values())
+        given = list(arguments)
+        for position, leaf in zip(differentiable, leaves):
+            given[position] = leaf
+        out, _, _, attention_map = torch.ops.flexattn_cuda.hierarchical_attention(*given)
         q = leaves[0]
         valid_rect = torch.tensor([[[0, 0, SIDE, SIDE]]], dtype=torch.int32, device=q.device).expand(2, 1, 4)
         selected = ops.select_tokens(attention_map, valid_rect, hr_side=6, scale=255.0, threshold=48.0)
