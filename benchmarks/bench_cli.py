@@ -16,6 +16,7 @@ import sys
 from functools import partial
 
 import measuring
+import tables
 
 MAX_RATIO = 2.0
 BASELINE = "an empty typer application"
@@ -67,9 +68,9 @@ def main() -> int:
         {"command": name, "ms": f"{1000 * seconds:.0f}", "runs": str(runs), "ratio": f"{seconds / baseline:.2f}"}
         for name, (seconds, runs) in medians.items()
     ]
-    measuring.print_table("start of a command line", list(rows[0]), [list(row.values()) for row in rows])
+    tables.print_table("start of a command line", list(rows[0]), [list(row.values()) for row in rows])
     if arguments.csv:
-        measuring.write_csv(arguments.csv, rows)
+        tables.write_csv(arguments.csv, rows)
     return int(any(seconds / baseline > MAX_RATIO for seconds, _ in medians.values()))
 
 
