@@ -57,7 +57,7 @@ def test_attention(device, dtype, case):
 @pytest.mark.slow
 @device_cases
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@settings(max_examples=25)
+@settings(max_examples=25 if BACKEND == "cpu" else 8)  # slow on the executor
 @given(case=attention_cases(gradients=True))
 def test_attention_gradients(device, dtype, case):
     check_gradients(device, dtype, case)
