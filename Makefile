@@ -88,7 +88,7 @@ cuda-compile:
 	  -DCMAKE_CUDA_ARCHITECTURES="$(ARCHS)" -DCMAKE_CUDA_FLAGS="$(NVCC_FLAGS)" -DCMAKE_BUILD_TYPE=Release
 	cmake --build $(CUDA_BUILD) --parallel 2
 
-SIMT_TESTS := python_tests/simt/test_simt.py python_tests/ops/test_attention_paths.py python_tests/ops/test_ops.py
+SIMT_TESTS := python_tests/simt $(addprefix python_tests/ops/test_,attention_paths.py derivatives.py ops.py written_arguments.py)
 simt: simt-races simt-sanitizers
 simt-races: $(VENV)/test-packages
 	FLEXATTN_BACKEND=races $(VENV)/bin/python -m pytest $(SIMT_TESTS)

@@ -81,6 +81,11 @@ class AttentionSizes:
         """More than the samples own, so that some slots are unused."""
         return self.B * self.M + 3
 
+    @property
+    def work(self) -> int:
+        """Products in the logits, if every query sees every key."""
+        return self.B * self.H * self.N * (self.Nk + self.M) * self.d
+
 
 class RandomTensors:
     """Random tensors for a call of attention with these sizes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,8 +123,8 @@ class AttentionTensors(RandomTensors):
 
 
 @st.composite
-def attention_cases(draw, gradients: bool = False, small: bool = False) -> AttentionCase:
-    tensors = AttentionTensors(draw, draw(attention_sizes(small)))
+def attention_cases(draw, gradients: bool = False, small: bool = False, most_work: float = math.inf) -> AttentionCase:
+    tensors = AttentionTensors(draw, draw(attention_sizes(small).filter(lambda sizes: sizes.work <= most_work)))
     floats = tensors.sequence()
     others: dict[str, Any] = {"scale": tensors.sizes.d**-0.5 * draw(st.sampled_from([1.0, 3.0]))}
     others |= tensors.visible_keys() | tensors.hr_rows()
