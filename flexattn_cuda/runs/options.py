@@ -127,6 +127,8 @@ def _checked(declared: DeclaredOption, value: Any) -> Any:
     if declared.kind is Path:
         if value == "":  # Path("") is the current folder: an empty shell variable would go unnoticed
             raise InputError(f"{declared.label} is empty; it must be a path")
+        if value == "-":  # otherwise a file of that name would be written
+            raise InputError(f"{declared.label} is '-', but standard input and output cannot be used; name a path")
         value = Path(value) if isinstance(value, (str, os.PathLike)) else value
     elif declared.kind is str:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value

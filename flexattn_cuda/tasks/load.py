@@ -36,8 +36,13 @@ def load(
 
     Raises:
         CheckpointError: If there is no such checkpoint, or it cannot be loaded.
-        InputError: If the device, the dtype or the system is unknown, or cannot be used here.
+        InputError: If the device, the dtype or the system is unknown or cannot be used here, or `flexattn` is anything
+            else than a FlexAttnConfig.
     """
+    if not isinstance(flexattn, FlexAttnConfig | None):
+        raise InputError(
+            f"flexattn is a {type(flexattn).__name__}; it must be a FlexAttnConfig, such as FlexAttnConfig.released()"
+        )
     device, dtype = choose_device(device), choose_dtype(dtype)
     folder = checkpoint_folder(model)
     config = checkpoints.load_config(folder)

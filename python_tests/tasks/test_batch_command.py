@@ -16,6 +16,8 @@ from flexattn_cuda.tasks import load as loading
         (["empty.jsonl", "-o", "a.jsonl"], "empty.jsonl holds no questions"),
         (["q.jsonl", "-o", "no/folder/a.jsonl"], "there is no folder"),
         (["q.jsonl", "-o", "."], "it is a folder"),
+        (["q.jsonl", "-o", "-"], "output is '-', but standard input and output cannot be used"),
+        (["-", "-o", "a.jsonl"], "input is '-', but standard input and output cannot be used"),
         (["q.jsonl", "-o", "./q.jsonl"], "would overwrite the questions"),
         (["q.jsonl", "-o", "./q.jsonl", "--restart"], "would overwrite the questions"),
         (["q.jsonl", "-o", "a.jsonl", "--batch-size", "0"], "batch size is 0"),

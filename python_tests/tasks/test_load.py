@@ -47,6 +47,11 @@ def test_an_unknown_dtype_or_device_is_refused(choose, given):
         choose(given)
 
 
+def test_settings_of_another_type_are_refused():
+    with pytest.raises(InputError, match="flexattn is a dict; it must be a FlexAttnConfig"):
+        load(flexattn={"zoom": 2})
+
+
 def test_a_refused_device_says_why(monkeypatch):
     monkeypatch.setattr("flexattn_cuda.build.cuda_unavailable_reason", lambda *_: "no GPU is seen")
     assert choose_device("auto") == choose_device(None) == torch.device("cpu")
