@@ -17,7 +17,7 @@ checkpoint starts as `hr_init` says.
     projections    how HR projections start that a checkpoint lacks
 """
 
-from flexattn_cuda.checkpoints.config import checkpoint_format, fetch_config, load_config
+from flexattn_cuda.checkpoints.config import checkpoint_format, load_config
 from flexattn_cuda.checkpoints.locate import HubOptions, Part, resolve_folder
 from flexattn_cuda.checkpoints.released import vision_tower_folder
 from flexattn_cuda.checkpoints.weights import load_weights, register_key_conversion
@@ -26,7 +26,6 @@ __all__ = [
     "HubOptions",
     "Part",
     "checkpoint_format",
-    "fetch_config",
     "load_config",
     "load_weights",
     "register_key_conversion",

@@ -74,7 +74,7 @@ class HubOptions:
     @classmethod
     def pop_from(cls, kwargs: dict[str, Any]) -> HubOptions:
         """Take the hub's options out of the keyword arguments of a `from_pretrained`; None stands for the default."""
-        given = {name: kwargs.pop(name) for name in [field.name for field in dataclasses.fields(cls)] if name in kwargs}
+        given = {field.name: kwargs.pop(field.name, None) for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     def elsewhere(self) -> HubOptions:
@@ -92,7 +92,7 @@ def resolve_folder(name_or_path: str | Path, hub: HubOptions | None = None, part
         parts: What is wanted of a hub repository.
 
     Raises:
-        CheckpointError: There is no such checkpoint, it lacks a part, or a file in it is a link to somewhere else.
+        CheckpointError: If there is no such checkpoint, it lacks a part, or a file in it is a link to somewhere else.
     """
     name, hub = str(name_or_path), hub or HubOptions()
     if not name.strip():  # Path("") is the current folder
@@ -126,8 +126,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         variant: As in transformers: "fp16" stands for model.fp16.safetensors and so on.
 
     Raises:
-        CheckpointError: There are none; or an index of shards is damaged, or names files that are missing or outside of
-            the folder.
+        CheckpointError: If there are none, or an index of shards is damaged or names files that are missing or outside
+            of the folder.
     """
     for name, index in _weight_names(variant):
         if (folder / name).is_file():

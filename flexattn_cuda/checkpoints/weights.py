@@ -51,7 +51,7 @@ def load_weights(
         The model, and transformers' loading info.
 
     Raises:
-        CheckpointError: The folder has no weights, they are damaged, or some are missing.
+        CheckpointError: If the folder has no weights, they are damaged, or some are missing.
     """
     form = checkpoint_format(folder)
     check_generation_config(folder, config)

@@ -24,7 +24,7 @@ def open_image(path: str | Path) -> Image.Image:
         The image upright and in RGB, see `upright_rgb`.
 
     Raises:
-        InputError: The file is missing, empty, damaged, not an image, or too large.
+        InputError: If the file is missing, empty, damaged, not an image, or too large.
     """
     path = Path(path)
     _check_file(path)
@@ -147,7 +147,7 @@ def as_image(image: Any) -> Image.Image:
     """Return a PIL image for a PIL image or a uint8 array [H, W] or [H, W, 3 or 4].
 
     Raises:
-        InputError: It is something else.
+        InputError: If it is anything else.
     """
     if isinstance(image, Image.Image):
         return image

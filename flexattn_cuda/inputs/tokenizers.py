@@ -21,7 +21,7 @@ def load_tokenizer(folder: Path, form: str) -> Any:
             tokenizer.model, as the released code reads it.
 
     Raises:
-        CheckpointError: There is no tokenizer, or it cannot be read.
+        CheckpointError: If there is no tokenizer, or it cannot be read.
     """
     has_json, has_model = ((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     if not has_json and not has_model:

@@ -27,7 +27,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from flexattn_cuda.checkpoints import fetch_config
+from flexattn_cuda.checkpoints import load_config
 from flexattn_cuda.errors import CheckpointError, InputError
 from flexattn_cuda.tasks.ask import ask
 from flexattn_cuda.tasks.load import load
@@ -460,4 +460,4 @@ def test_sizes_that_no_machine_holds_are_refused_before_anything_is_made(whole, 
         huge = values | {part: values[part] | {name: 10**9}}
         (tmp_path / "config.json").write_text(json.dumps(huge))
         with pytest.raises(CheckpointError, match=f"{name} is 1000000000; it must be a whole number from 1 to"):
-            fetch_config(tmp_path)
+            load_config(tmp_path)

@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 
 from flexattn_cuda import FlexAttnLlavaForConditionalGeneration as Model
 from flexattn_cuda import FlexAttnLlavaProcessor as Processor
-from flexattn_cuda.checkpoints import HubOptions, Part, fetch_config, load_config, resolve_folder
+from flexattn_cuda.checkpoints import HubOptions, Part, load_config, resolve_folder
 from flexattn_cuda.cli.app import app
 from flexattn_cuda.errors import CheckpointError
-from flexattn_cuda.tasks.load import load
+from flexattn_cuda.tasks.load import load, read_checkpoint_info
 
 RELEASED = Path(__file__).parents[1] / "data" / "reference_vectors" / "model"
 NAME = "owner/model"
@@ -176,7 +176,7 @@ def test_commands_that_read_the_configuration_download_it_alone(hub, command):
 
 
 def test_the_configuration_of_the_released_format_needs_that_of_its_tower(released_hub):
-    fetch_config(NAME)
+    read_checkpoint_info(NAME)
     assert released_hub.cached() == released_hub.cached(TOWER) == CONFIG
 
 
@@ -261,9 +261,9 @@ def test_the_cache_serves_when_the_hub_does_not(hub):
 
 
 def test_a_cache_that_holds_a_part_is_not_taken_for_a_checkpoint(hub):
-    fetch_config(NAME)
+    read_checkpoint_info(NAME)
     hub.error = OfflineModeIsEnabled("offline")
-    assert fetch_config(NAME).lr_side == 6
+    assert read_checkpoint_info(NAME).config.lr_side == 6
     for part in (Part.WEIGHTS, Part.TEXT):
         with pytest.raises(CheckpointError, match="not complete in the local hub cache.*HF_HUB_OFFLINE is set"):
             resolve_folder(NAME, parts=part)
@@ -287,5 +287,5 @@ def test_what_the_hub_refuses_is_told_in_one_sentence(hub, error, says):
 def test_a_repository_that_holds_no_checkpoint(hub):
     (hub.folders[NAME] / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json is not in that hub repository"):
-        fetch_config(NAME)
+        read_checkpoint_info(NAME)
     assert not hub.cached()
