@@ -10,7 +10,7 @@ from typing import Any
 from flexattn_cuda.analysis import flops
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
-from flexattn_cuda.runs.files import os_errors_as_input_errors
+from flexattn_cuda.runs.files import check_writable, os_errors_as_input_errors
 from flexattn_cuda.tasks.load import read_checkpoint_info
 from flexattn_cuda.tasks.options import FlopsOptions
 
@@ -69,9 +69,11 @@ class FlopsReport:
 
 
 def prepare_flops(options: FlopsOptions) -> PreparedFlops:
-    """Make the configurations of all systems; raise InputError or CheckpointError if one cannot be made."""
+    """Make the configurations of all systems; raise InputError or CheckpointError if anything cannot be used."""
     if options.plot is not None:
         flops.check_plot(options.plot)
+    if options.json_file is not None:
+        check_writable(options.json_file)
     shape = options.shape or "7b"
     base = flops.llava_shape(shape) if options.model is None else read_checkpoint_info(options.model).config
     systems = flops.COMPARED if options.systems is None else options.systems.split(",")

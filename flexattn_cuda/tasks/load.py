@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from flexattn_cuda import checkpoints
+from flexattn_cuda.checkpoints.files import first_line
 from flexattn_cuda.devices import choose_device, choose_dtype
 from flexattn_cuda.errors import CheckpointError, InputError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig, as_system
@@ -58,8 +59,7 @@ def load(
     except CheckpointError:
         raise
     except (ValueError, RuntimeError) as error:  # transformers: the parts of the checkpoint do not fit together
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder} cannot be loaded: {first_line}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     processor = FlexAttnLlavaProcessor.from_pretrained(folder, config=loaded.config)
     _check_vocabulary(folder, loaded, processor)
     return loaded.eval().to(device), processor
