@@ -25,7 +25,6 @@ from flexattn_cuda.cli.app import app
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.tasks.load import load, read_checkpoint_info
 
-RELEASED = Path(__file__).parents[1] / "data" / "reference_vectors" / "model"
 NAME = "owner/model"
 TOWER = "owner/tower"
 CONFIG = {"config.json"}
@@ -116,11 +115,10 @@ def hub(own, tmp_path, monkeypatch):
 def released_hub(hub, tmp_path):
     """A hub whose checkpoint in the released format names a vision tower that is another repository."""
     folder = tmp_path / "released"
-    shutil.copytree(RELEASED, folder)
+    shutil.copytree(tiny_checkpoint.RELEASED, folder)
     shutil.copy(tiny_checkpoint.TOKENIZER, folder)
     shutil.move(folder / "vision_tower", tmp_path / "tower")
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | {"mm_vision_tower": TOWER}))
+    tiny_checkpoint.edit_json(folder / "config.json", mm_vision_tower=TOWER)
     weights = load_file(folder / "model.safetensors")
     weights = {name: weight for name, weight in weights.items() if "vision_tower" not in name}
     save_file(weights, folder / "model.safetensors")
@@ -190,8 +188,7 @@ def test_a_vision_tower_is_fetched_without_what_it_does_not_need(released_hub):
 def test_a_vision_tower_inside_the_repository_is_fetched_with_it(released_hub, tmp_path):
     folder = released_hub.folders[NAME]
     shutil.copytree(tmp_path / "tower", folder / "tower")
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | {"mm_vision_tower": "./tower"}))
+    tiny_checkpoint.edit_json(folder / "config.json", mm_vision_tower="./tower")
     Model.from_pretrained(NAME)
     assert {"tower/config.json", "tower/model.safetensors"} <= released_hub.cached()
     assert "tower/tf_model.h5" not in released_hub.cached() and not released_hub.cached(TOWER)

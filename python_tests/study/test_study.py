@@ -230,8 +230,3 @@ def test_the_command_has_the_options_of_the_dataclass(monkeypatch, tmp_path):
     assert (chosen.seed_numbers, chosen.system_names, chosen.example_numbers) == ([3, 1], ["hd", "llava"], [5])
     assert (studies[1].seed_numbers, studies[1].system_names) == ([0, 1, 2], list(SYSTEMS))
     assert studies[1].example_numbers is None
-
-
-def test_too_few_photographs(tmp_path):
-    with pytest.raises(InputError, match="found 0 photographs"):
-        run.study(StudyOptions(photographs=[tmp_path], output=tmp_path / "out"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from question_files import read, some, write
+from refusals import refused
 
 from flexattn_cuda.runs import progress as report
 from flexattn_cuda.tasks import load as loading
@@ -32,8 +33,7 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(flexattn, folder, monkey
     monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded"))
     before = write(folder / "q.jsonl", some(2)).read_bytes()
     (folder / "empty.jsonl").write_text("\n\n")
-    code, out, err = flexattn("ask-batch", *arguments)
-    assert code == 2 and out == "" and err.startswith("flexattn: ") and err.count("\n") == 1 and says in err
+    assert says in refused(flexattn("ask-batch", *arguments))
     assert (folder / "q.jsonl").read_bytes() == before and not list(folder.glob("*.partial*"))
 
 

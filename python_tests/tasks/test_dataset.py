@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from processors import processor
+from tiny_checkpoint import processor
 from training_data import write
 
 from flexattn_cuda.errors import InputError
