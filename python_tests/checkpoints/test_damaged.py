@@ -143,6 +143,7 @@ FILES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("form", "name"), FILES, ids=map("/".join, FILES))
 def test_a_damaged_field_gives_an_answer_or_a_sentence(whole, damaged, form, name):
@@ -160,6 +161,7 @@ def test_a_damaged_field_gives_an_answer_or_a_sentence(whole, damaged, form, nam
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("form", "name"), FILES, ids=map("/".join, FILES))
 def test_a_file_that_holds_something_else_gives_an_answer_or_a_sentence(damaged, form, name):
@@ -227,6 +229,7 @@ def test_a_tokenizer_that_does_not_know_the_image_token_is_refused(damaged):
     assert message is not None and "0 image tokens of 1 <image> marks" in message and is_a_sentence(message)
 
 
+@pytest.mark.slow
 def test_a_damaged_sentencepiece_model_gives_an_answer_or_a_sentence(damaged):
     data = tiny_checkpoint.TOKENIZER.read_bytes()
     for at in range(0, len(data), len(data) // 12):

@@ -33,6 +33,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_resume_a_run_of_one(checkpoint, folder, monkeypatch):
     questions, output = (
         write(folder / "q.jsonl", [*some(9), {"image": "nowhere.png", "question": "y"}]),

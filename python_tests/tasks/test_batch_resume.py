@@ -20,6 +20,7 @@ from flexattn_cuda.tasks.ask_batch import Totals, answer_file
 from flexattn_cuda.tasks.ask_batch import run as batch
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed(folder, asked):
     records = signs() * 4
     questions, output, journal = (write(folder / "q.jsonl", records), folder / "a.jsonl", folder / "a.jsonl.partial.0")

@@ -118,6 +118,7 @@ def test_the_model_is_not_overwritten(flexattn, checkpoint, files):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_can_be_used(checkpoint, files, tmp_path, schedule):
     assert train_on(files, tmp_path, checkpoint, steps=1, schedule=schedule, device="cpu").losses.keys() == {1}
