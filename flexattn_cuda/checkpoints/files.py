@@ -65,8 +65,8 @@ def first_line(error: BaseException) -> str:
 def refusing(what: str, *passing: type[Exception]) -> Iterator[None]:
     """Turn any error of the block into CheckpointError("WHAT: first line of the message").
 
-    transformers, tokenizers and safetensors raise errors of a dozen types on damaged files, so that all are caught but
-    CheckpointError itself, those of a full memory, and `passing`. A panic of their Rust code is not even an Exception.
+    transformers, tokenizers and safetensors raise a dozen types of errors on damaged files, so all are caught except
+    CheckpointError itself, out-of-memory errors, and `passing`. A panic of their Rust code is not even an Exception.
     """
     try:
         yield

@@ -20,7 +20,7 @@ _MAX_WHOLE = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class _Rule:
-    """What the value of a field must be; null stands for the default and is fine everywhere."""
+    """What the value of a field must be; null stands for the default and is always allowed."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -62,7 +62,7 @@ _RULES = {
 }
 _TOKENS = ("bos_token_id", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id")
 _LISTS_OF_TOKENS = ("suppress_tokens", "begin_suppress_tokens")
-# Of no effect on the answer of this model, or overridden by every call.
+# Without effect on the answers of this model, or overridden in every call.
 _IGNORED = (
     "_from_model_config", "assistant_lookbehind", "decoder_start_token_id", "diversity_penalty", "low_memory",
     "num_assistant_tokens", "num_assistant_tokens_schedule", "target_lookbehind", "transformers_version",

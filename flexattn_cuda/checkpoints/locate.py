@@ -1,4 +1,4 @@
-"""Find a checkpoint: a local folder, or the files of a hub repository that are needed, downloaded where necessary."""
+"""Find a checkpoint: a local folder, or the files of a hub repository that are needed, downloaded if necessary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flexattn_cuda.errors import CheckpointError
 
 
 class Part(enum.Flag):
-    """What is wanted of a checkpoint; nothing else of a hub repository is downloaded."""
+    """Parts of a checkpoint; of a hub repository only the requested ones are downloaded."""
 
     CONFIG = enum.auto()
     WEIGHTS = enum.auto()
@@ -53,7 +53,7 @@ class HubOptions:
         token: Access token, True for the one that `hf auth login` has stored, False for none; None: the hub's default.
         cache_dir: Folder of the hub cache; None: the hub's default.
         local_files_only: Use what the cache holds, and never the network.
-        force_download: Download files anew that the cache already holds.
+        force_download: Download files even if the cache holds them.
         subfolder: Folder inside the repository, or inside a local folder, that holds config.json.
         variant: Kind of weights, such as "fp16" for model.fp16.safetensors.
     """
@@ -89,7 +89,7 @@ def resolve_folder(name_or_path: str | Path, hub: HubOptions | None = None, part
         name_or_path: A folder, or a hub id ("owner/name"). The hub is asked first, and only files that the cache lacks
             are downloaded; if the hub does not deliver, the cached files are used, provided that they are complete.
         hub: Options of the hub; None: the defaults.
-        parts: What is wanted of a hub repository.
+        parts: What to download of a hub repository.
 
     Raises:
         CheckpointError: If there is no such checkpoint, it lacks a part, or a file in it is a link to somewhere else.

@@ -1,4 +1,4 @@
-"""How HR projections start that a checkpoint does not have: as copies of self-attention's, or random."""
+"""How HR projections start if a checkpoint lacks them: as copies of self-attention's, or random."""
 
 from __future__ import annotations
 

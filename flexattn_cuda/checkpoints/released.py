@@ -70,7 +70,6 @@ def vision_tower_folder(
     Raises:
         CheckpointError: If config.json names no tower, or the tower is in none of these.
     """
-    folder = Path(folder)
     tower = values.get("mm_vision_tower")
     if not isinstance(tower, str) or not tower.strip():
         raise CheckpointError(f"{folder / 'config.json'} names no mm_vision_tower")

@@ -27,7 +27,7 @@ _NESTED_TOWER_KEYS = {
     r"^multi_modal_projector": "model.multi_modal_projector",
 }
 _TOWER = "model.vision_tower."
-_HARMLESS = 1 << 26  # weights of a language model: making them in vain does not fill a memory
+_HARMLESS = 1 << 26  # weights of a language model: so few may be created in vain
 
 
 def load_weights(

@@ -1,4 +1,4 @@
-"""The chat template of a checkpoint, and what the messages that it writes must not contain."""
+"""The chat template of a checkpoint, and what the messages that it renders must not contain."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from flexattn_cuda.inputs.questions import IMAGE, check_question, user_message
 from flexattn_cuda.inputs.tokenizers import load_tokenizer
 
 RELEASED_IMAGE_ID = -200
-# Options that transformers' AutoProcessor passes along, and that make no difference here.
+# Options that transformers' AutoProcessor passes on and that have no effect here.
 _AUTO_OPTIONS = ("trust_remote_code", "use_fast", "backend", "code_revision")
 
 
@@ -53,7 +53,6 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         image_token_id: int | None = None,
         split_at_images: bool = False,
         chat_template: str | None = None,
-        **kwargs: Any,
     ):
         known = tokenizer.get_vocab().get(IMAGE)
         if image_token_id is None and known is None:
@@ -72,7 +71,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
 
     @property
     def pad_id(self) -> int:
-        """The id that stands in the padding, where the attention mask is 0."""
+        """The id of the padding, where the attention mask is 0."""
         pad, unknown = self.tokenizer.pad_token_id, self.tokenizer.unk_token_id
         return (unknown or 0) if pad is None else pad
 

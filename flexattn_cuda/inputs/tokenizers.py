@@ -38,7 +38,7 @@ def load_tokenizer(folder: Path, form: str) -> Any:
 
 
 def _finish(tokenizer: Any) -> None:
-    """Set the side and the token of the padding, and try the tokenizer once."""
+    """Set up the padding, and try the tokenizer once."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -29,12 +29,12 @@ from flexattn_cuda.runs.fingerprint import Fingerprint
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option besides its name, its type and its default.
+    """An option, apart from its name, type and default.
 
     Attributes:
         help: One sentence, starting with a noun or a verb in the imperative.
         flags: Names on the command line; `--field-name` if empty.
-        metavar: What stands for the value in the help, such as "DIR".
+        metavar: Placeholder for the value in the help, such as "DIR".
         positional: Whether the command line takes it without a flag.
         choices: The allowed values of a string; any if empty.
         minimum: The lowest allowed number.

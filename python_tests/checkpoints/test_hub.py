@@ -239,6 +239,9 @@ def test_local_files_only_never_asks_the_hub(hub, kind):
 def test_an_unknown_option_of_the_processor_is_refused(own):
     with pytest.raises(TypeError, match="takes no padding_sides"):
         Processor.from_pretrained(own, padding_sides="left")
+    whole = Processor.from_pretrained(own)
+    with pytest.raises(TypeError, match="image_tokens_id"):
+        Processor(whole.image_processor, whole.tokenizer, image_tokens_id=3)
 
 
 def test_default_options_are_written_as_none():

@@ -70,10 +70,9 @@ def test_an_incomplete_checkpoint_is_passed_over(checkpoint, files, tmp_path):
 
 def test_a_finished_run_is_not_trained_further(checkpoint, files, tmp_path):
     settings = dict(steps=2, batch_size=4, learning_rate=1e-2, device="cpu")
-    before = train_on(files, tmp_path, checkpoint, **settings), weights(tmp_path)
-    assert (
-        train_on(files, tmp_path, checkpoint, **settings) == before[0] and furthest(weights(tmp_path), before[1]) == 0
-    )
+    outcome, trained = train_on(files, tmp_path, checkpoint, **settings), weights(tmp_path)
+    assert train_on(files, tmp_path, checkpoint, **settings) == outcome
+    assert furthest(weights(tmp_path), trained) == 0
 
 
 def test_a_run_with_other_options_is_refused_unless_it_is_restarted(checkpoint, files, tmp_path):
