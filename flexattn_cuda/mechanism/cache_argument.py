@@ -27,8 +27,8 @@ def check_cache_argument(forward: Callable[..., Any]) -> None:
     """
     if CACHE_ARGUMENT not in inspect.signature(forward).parameters:
         raise ImportError(
-            f"{forward.__qualname__} takes no argument {CACHE_ARGUMENT!r}, so its key/value cache has a name that "
-            f"flexattn_cuda does not know with transformers {transformers.__version__}; it is tested with 5.0 to 5.24: "
+            f"{forward.__qualname__} takes no argument {CACHE_ARGUMENT!r}, and flexattn_cuda does not know what else "
+            f"transformers {transformers.__version__} may call its key/value cache; versions 5.0 to 5.24 are tested: "
             "pip install 'transformers<5.25'"
         )
 
