@@ -150,7 +150,7 @@ def count_encoded_tiles() -> int:
     pixels = torch.randn(1, 3, config.flexattn.highres_size, config.flexattn.highres_size)
     cache = DynamicCache(config=config.text_config)
     with forced(ForcedSelection([tokens], len(config.hr_layers))):
-        logits = model(input_ids=ids, pixel_values_hr=pixels, past_key_values=cache).logits
+        logits = model(input_ids=ids, pixel_values_hr=pixels, cache=cache).logits
         for _ in range(4):
-            logits = model(input_ids=logits[:, -1:].argmax(-1), past_key_values=cache).logits
+            logits = model(input_ids=logits[:, -1:].argmax(-1), cache=cache).logits
     return HRCache.beside(cache).counters.encoded

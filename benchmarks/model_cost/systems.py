@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 from model_cost.backbone import Backbone
 from model_cost.forced import ForcedSelection, random_selections
 
@@ -38,7 +39,7 @@ class System:
 
     def call(self, backbone: Backbone, cache: DynamicCache, token: torch.Tensor | None = None) -> torch.Tensor:
         """Run the prompt, or one token after it; return the last row's logits."""
-        common = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+        common = {CACHE_ARGUMENT: cache, "use_cache": True, "logits_to_keep": 1}
         if self.transformers or self.prompt == "hd":
             model = backbone.twin if self.transformers else backbone.model
             given = {"inputs_embeds": backbone.embeds[self.prompt]} if token is None else {"input_ids": token}

@@ -8,19 +8,17 @@ attention module as `flexattn`. What the mechanism must know of a model family i
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import transformers
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from flexattn_cuda import profiling
 from flexattn_cuda.mechanism import attention
 from flexattn_cuda.mechanism.cache import HRCache
+from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, rename_cache
 from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.context import ContextOptions, HRContext
@@ -85,18 +83,6 @@ class HRCall:
     device: torch.device
 
 
-def check_transformers(forward: Callable[..., Any]) -> None:
-    """Raise ImportError if the installed transformers passes key/value caches in a way that this package does not know.
-
-    Its language models call the argument `cache` from 5.24 on. HR tokens would then be left out silently.
-    """
-    if "past_key_values" not in inspect.signature(forward).parameters:
-        raise ImportError(
-            f"transformers {transformers.__version__} names the cache of its language models in another way; "
-            "flexattn_cuda works with transformers 5.0 to 5.23: pip install 'transformers<5.24'"
-        )
-
-
 class Attachment:
     """FlexAttention attached to a model: `install` adds the projections and the hook."""
 
@@ -146,7 +132,7 @@ class Attachment:
         """Build the context of a call. Whatever can be refused is refused before anything kept is changed."""
         request: HRRequest = kwargs.pop("flexattn_request", None) or HRRequest()
         sequence = _sequence(args, kwargs)
-        cache: Cache | None = kwargs.get("past_key_values")
+        cache = rename_cache(kwargs)
         shape = request.shape or CallShape.of(sequence, cache, request.prompt_length, kwargs.get("cache_position"))
         kept = HRCache.beside(cache)
         if kept is not None and cache is not None and not shape.compiled:
@@ -165,7 +151,7 @@ class Attachment:
         return args, kwargs | context
 
     def _after_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        images = HRCache.beside(kwargs.get("past_key_values"))
+        images = HRCache.beside(kwargs.get(CACHE_ARGUMENT))
         if images is not None and images.unfinished:
             images.unfinished = False
 

@@ -55,8 +55,14 @@ class CallShape:
             cache_position: Where the call begins, as older transformers pass it.
 
         Raises:
-            ValueError: If the cache drops positions that attention needs, or an earlier call left it incomplete.
+            ValueError: If the cache is of another kind, drops positions that attention needs, or was left incomplete by
+                an earlier call.
         """
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(
+                f"the key/value cache is a {type(cache).__name__}; flexattn attention takes transformers' Cache: call "
+                "generate with a batch, not generate_batch (continuous batching)"
+            )
         batch, queries = sequence.shape[:2]
         # The length of a static cache lies on the device: a compiled decoding step does without it.
         if torch.compiler.is_compiling() and queries == 1 and cache is not None:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from flexattn_cuda.mechanism.attention import NAME
+from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 from flexattn_cuda.mechanism.rotary import rotate
 
 _POSITIONS = ((3, 11, 12),)
@@ -82,7 +83,7 @@ def _max_difference(twin: PreTrainedModel, layers: range) -> float:
     positions, cache = torch.tensor(_POSITIONS), DynamicCache()
     tokens = torch.randn(1, positions.shape[1], twin.config.hidden_size, generator=generator)
     entered = _Recorder(twin, layers)
-    arguments = dict(inputs_embeds=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+    arguments = {"inputs_embeds": tokens, "position_ids": positions, CACHE_ARGUMENT: cache, "use_cache": True}
     torch.func.functional_call(twin, weights, kwargs=arguments)
     tables = twin.rotary_emb(tokens, position_ids=positions)
     differences = [_relative(entered.first, tokens)]  # a model that scales its embeddings needs scaled HR tokens too

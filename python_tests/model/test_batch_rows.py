@@ -15,6 +15,7 @@ from PIL import Image
 import flexattn_cuda
 from flexattn_cuda import Trace
 from flexattn_cuda.mechanism.cache import HRCache
+from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 
 HELD_OUT = Path(__file__).parents[1] / "data" / "held_out"
 TOKENS = 4
@@ -50,7 +51,7 @@ def answer(model, inputs):
         **inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, output_logits=True,
         return_dict_in_generate=True, flexattn_trace=trace,
     )  # fmt: skip
-    valid_rect = HRCache.beside(output.past_key_values).layout.valid_rect
+    valid_rect = HRCache.beside(output[CACHE_ARGUMENT]).layout.valid_rect
     return output.sequences[:, -TOKENS:], torch.stack(output.logits, 1), trace, valid_rect
 
 

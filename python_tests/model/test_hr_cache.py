@@ -18,6 +18,7 @@ from flexattn_cuda.analysis import memory
 from flexattn_cuda.errors import PoolOverflow
 from flexattn_cuda.mechanism import context as state
 from flexattn_cuda.mechanism.cache import HRCache
+from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 
 STEPS = 64
 
@@ -39,7 +40,7 @@ def run(model, steps=STEPS, **inputs):
         return_dict_in_generate=True,
         flexattn_trace=trace,
     )
-    return (output.sequences[:, -steps:], torch.stack(output.logits, 1), trace, HRCache.beside(output.past_key_values))
+    return (output.sequences[:, -steps:], torch.stack(output.logits, 1), trace, HRCache.beside(output[CACHE_ARGUMENT]))
 
 
 def ever_selected(model, trace, prompts=None):
@@ -128,7 +129,7 @@ def test_samples_of_one_prompt_share_its_images(hr_cache):
         output_logits=True, hr_cache=hr_cache,
     )  # fmt: skip
     ids = output.sequences
-    assert ids.shape[0] == 12 and HRCache.beside(output.past_key_values).prompts == 3
+    assert ids.shape[0] == 12 and HRCache.beside(output[CACHE_ARGUMENT]).prompts == 3
     for row in range(12):  # each sample, alone, token by token
         length = ids.shape[1] - 8
         prompt = mixed_batch()["attention_mask"][row // 4].bool()

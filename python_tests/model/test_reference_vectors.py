@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaForConditionalGeneration, Trace, ops
 from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor
 from flexattn_cuda.mechanism.cache import HRCache
+from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 from flexattn_cuda.mechanism.context import ContextOptions, HRContext
 from flexattn_cuda.mechanism.grid import Grid
 from flexattn_cuda.mechanism.layout import ImageLayout
@@ -141,7 +142,7 @@ class Layer:
             context.selected[0] = selection_of(masks)
         positions = torch.arange(first, first + hidden.shape[0])[None]
         out, _ = self.attention(
-            hidden[None], self.rotary(hidden, positions), None, past_key_values=cache, flexattn=context
+            hidden[None], self.rotary(hidden, positions), None, flexattn=context, **{CACHE_ARGUMENT: cache}
         )
         traced = trace.steps[0][1]
         return out[0], traced.map[0, :, 0], traced.mask[0, :, 0]
@@ -297,7 +298,7 @@ class ModelCase:
     def check_features(self) -> None:
         """Which features a case holds differs: all, a sample, or means and norms."""
         prefill = self.model(input_ids=self.input_ids, tiles_on_demand=False, **self.pixels)
-        features = HRCache.beside(prefill.past_key_values).tokens.features[0]
+        features = HRCache.beside(prefill[CACHE_ARGUMENT]).tokens.features[0]
         if self.holds("hd_features"):
             assert_close(features, self.expected("hd_features"), FEATURES, "HR features")
         if self.holds("hd_sample"):

@@ -15,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import flexattn_cuda
 from flexattn_cuda import FlexAttnLlavaConfig, FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.mechanism import probe
-from flexattn_cuda.mechanism.attach import check_transformers
 from flexattn_cuda.mechanism.attention import flexattn_attention
+from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, check_cache_argument
 from flexattn_cuda.mechanism.grid import Grid
 from flexattn_cuda.mechanism.selection import select
 
@@ -221,9 +221,36 @@ def test_grids_that_are_not_square_are_refused_by_the_selection():
         select(settings, torch.rand(1, 1, 1, 9), rect, Grid(3, 3), Grid(6, 9))
 
 
-def test_a_transformers_whose_caches_have_another_name_is_refused():
-    def forward(self, input_ids=None, cache=None): ...
+def test_a_language_model_whose_cache_has_another_name_is_refused():
+    def forward(self, input_ids=None, kv_cache=None): ...
 
-    with pytest.raises(ImportError, match="flexattn_cuda works with transformers 5.0 to 5.23: pip install"):
-        check_transformers(forward)
-    check_transformers(LlamaModel.forward)
+    with pytest.raises(ImportError, match=f"takes no argument '{CACHE_ARGUMENT}'.*pip install 'transformers<5.25'"):
+        check_cache_argument(forward)
+    check_cache_argument(LlamaModel.forward)
+
+
+@torch.no_grad()
+def test_a_cache_is_taken_under_either_of_its_names_but_only_once():
+    model, token = tiny.flex(), torch.tensor([[5]])
+    logits = []
+    for name in ("cache", "past_key_values"):
+        given = {name: DynamicCache()}
+        answer = model.generate(**image_question(), **given, max_new_tokens=3, do_sample=False)
+        assert answer.shape[1] - image_question()["input_ids"].shape[1] == 3 and given[name].get_seq_length() > 9
+        logits.append(model(input_ids=token, **given).logits)
+        text = model.model.language_model(inputs_embeds=model.get_input_embeddings()(token), **given)
+        assert given[name].get_seq_length() == answer.shape[1] + 1  # the last token of an answer is not in the cache
+        logits.append(text.last_hidden_state)
+    assert torch.equal(logits[0], logits[2]) and torch.equal(logits[1], logits[3])
+    for call in (model, model.model.language_model, model.generate):
+        with pytest.raises(ValueError, match="both cache and past_key_values were given"):
+            call(input_ids=token, cache=DynamicCache(), past_key_values=DynamicCache())
+
+
+def test_the_cache_of_continuous_batching_is_refused():
+    class PagedAttentionCache: ...
+
+    model, token = tiny.flex(), torch.tensor([[5]])
+    for call in (model, model.model.language_model):
+        with pytest.raises(ValueError, match="the key/value cache is a PagedAttentionCache; .* not generate_batch"):
+            call(input_ids=token, cache=PagedAttentionCache())

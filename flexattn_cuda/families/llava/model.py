@@ -21,8 +21,9 @@ from flexattn_cuda.families.llava.family import LlavaFamily, image_spans
 from flexattn_cuda.families.llava.image_inputs import ImageInputs
 from flexattn_cuda.families.llava.vision import encode_images, encode_tiles
 from flexattn_cuda.mechanism import attention
-from flexattn_cuda.mechanism.attach import Attachment, check_transformers
+from flexattn_cuda.mechanism.attach import Attachment
 from flexattn_cuda.mechanism.cache import HRCache
+from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, check_cache_argument, one_cache, rename_cache
 from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, Span
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.counts import CountReader, read_counts
@@ -52,7 +53,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, config: FlexAttnLlavaConfig) -> None:
         config.check()
         super().__init__(config)
-        check_transformers(type(self.model.language_model).forward)
+        check_cache_argument(type(self.model.language_model).forward)
         self._attachment: Attachment | None = None
         if config.system == "flexattn":
             self._attachment = Attachment(LlavaFamily(self))
@@ -109,7 +110,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         valid_rect: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -122,6 +123,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         hr_capacity: int | None = None,
         rows_per_prompt: int = 1,
         hr_counts: CountReader = read_counts,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run one forward call; arguments and result that are not listed are those of transformers' LLaVA.
@@ -136,6 +138,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             hr_features: [n, h*h, D], likewise.
             valid_rect: [n, 4] int, (top, left, bottom, right) of the image inside its padding, in cells of the S x S
                 grid, half-open; the whole grid when absent.
+            cache: The key/value cache, which keeps the HR tokens too.
             labels: [B, N]; the rows that predict an answer token (label other than -100) see HR tokens, each with its
                 own selection, mixed in with weight `hr_alpha`. Without labels: the last prompt row and later ones.
             prompt_length: Positions of the sequence up to the end of the prompt, where that is not the end of this call
@@ -152,6 +155,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             rows_per_prompt: This many adjacent rows of the batch are beams of one prompt. The images come once for each
                 prompt, and its rows share all that is made of them. `generate` sets it.
             hr_counts: Where the host learns how much was selected; see mechanism/counts.py.
+            past_key_values: Another name of `cache`, which it has in transformers before 5.24.
 
         Raises:
             ValueError: If arguments do not fit together, or the cache or the attention implementation cannot be used.
@@ -160,14 +164,14 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         images = ImageInputs(pixel_values, pixel_values_hr, image_features, hr_features, valid_rect, rows_per_prompt)
         sequence = _checked_sequence(input_ids, inputs_embeds, images, hr_capacity)
         _check_alpha(hr_alpha)
-        use_cache, past_key_values = self._cache_to_use(use_cache, past_key_values)
-        shape = CallShape.of(sequence, past_key_values, prompt_length, kwargs.get("cache_position"))
+        use_cache, cache = self._cache_to_use(use_cache, one_cache(cache, past_key_values))
+        shape = CallShape.of(sequence, cache, prompt_length, kwargs.get("cache_position"))
         new = None
         if input_ids is not None:
             is_image = self._image_positions(input_ids, shape, prompt_length)
             inputs_embeds = self._embed_text(input_ids)
             if images.given:
-                on_demand = tiles_on_demand and self._may_wait(past_key_values, hr_capacity)
+                on_demand = tiles_on_demand and self._may_wait(cache, hr_capacity)
                 inputs_embeds, new = self._embed_images(images, is_image, inputs_embeds, on_demand)
             elif not shape.decoding and bool(is_image.any()):
                 raise ValueError("the prompt has image tokens, but no pixel_values came with it")
@@ -179,7 +183,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 prompt_length=prompt_length,
                 alpha=hr_alpha,
                 trace=flexattn_trace,
-                cached=hr_cache and past_key_values is not None and not torch.is_grad_enabled(),
+                cached=hr_cache and cache is not None and not torch.is_grad_enabled(),
                 capacity=hr_capacity,
                 read_counts=hr_counts,
             )
@@ -188,10 +192,10 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 labels=labels,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
+                **{CACHE_ARGUMENT: cache},
                 **kwargs,
             )
 
@@ -290,10 +294,11 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 them.
         """
         self._check_generation(kwargs)
+        cache = rename_cache(kwargs)
         alternatives = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((given for given in alternatives if given is not None), None)
         if prompt is not None and prompt.ndim >= 2:
-            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+            mask = kwargs.get("attention_mask")
             # A conversation may be continued with its new tokens alone; then the mask covers what is in the cache too.
             new_alone = cache is not None and mask is not None and mask.shape[1] != prompt.shape[1]
             past = int(cache.get_seq_length()) if new_alone and cache is not None else 0
@@ -336,7 +341,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         kwargs["inputs_embeds"] = inputs_embeds
         images = {name: kwargs.pop(name) for name in _ONCE if name in kwargs}
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE_ARGUMENT)
         if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:  # an assistant's first call
             is_first_iteration = True
         if is_first_iteration or not kwargs.get("use_cache", True):
@@ -347,7 +352,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Raise between two steps what a compiled step could not raise itself."""
-        images = HRCache.beside(model_kwargs.get("past_key_values"))
+        images = HRCache.beside(model_kwargs.get(CACHE_ARGUMENT))
         if images is not None and images.capacity is not None:
             images.check_overflow()
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
