@@ -5,20 +5,24 @@
 
 namespace flexattn::cuda {
 
+template <typename Mma, int kD, int kWarps, template <typename, int> class KeysOf>
+void launch_key_tiles(const char* name, const AttentionBackwardParams& p, Stream stream) {
+  using Keys = KeysOf<typename Mma::Element, kWarps>;
+  launch(name, grad_key_tiles<Mma, kD, kWarps, KeysOf>, Keys::blocks(p.in), kWarp * kWarps,
+         key_shared_bytes<Mma, Keys, kWarps>(), stream, p);
+}
+
 template <typename Mma, int kD, int kWarps>
 void launch_backward(const AttentionBackwardParams& p, Stream stream) {
   const AttentionInputs& in = p.in;
   const int64_t row_tiles = blocks_for(in.queries, kTileRows) * in.heads * in.batch;
-  const size_t row_bytes = row_shared_bytes<Mma>(in.selected), key_bytes = key_shared_bytes<Mma, kWarps>();
+  const size_t row_bytes = row_shared_bytes<Mma>(in.selected);
   launch("hierarchical_attention_backward (states)", grad_row_tiles<Mma, kD, true>, row_tiles, kTileThreads, row_bytes,
          stream, p);
   launch("hierarchical_attention_backward (queries)", grad_row_tiles<Mma, kD, false>, row_tiles, kTileThreads,
          row_bytes, stream, p);
-  launch("hierarchical_attention_backward (keys)", grad_key_tiles<Mma, kD, kWarps, SequenceKeys>,
-         SequenceKeys<typename Mma::Element, kWarps>::blocks(in), kWarp * kWarps, key_bytes, stream, p);
-  if (!in.k_hr) return;
-  launch("hierarchical_attention_backward (pool)", grad_key_tiles<Mma, kD, kWarps, PoolKeys>,
-         PoolKeys<typename Mma::Element, kWarps>::blocks(in), kWarp * kWarps, key_bytes, stream, p);
+  launch_key_tiles<Mma, kD, kWarps, SequenceKeys>("hierarchical_attention_backward (keys)", p, stream);
+  if (in.k_hr) launch_key_tiles<Mma, kD, kWarps, PoolKeys>("hierarchical_attention_backward (pool)", p, stream);
 }
 
 // Other head sizes run as the next larger of these, with zeros for the missing channels.

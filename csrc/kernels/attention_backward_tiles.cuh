@@ -3,14 +3,18 @@
 //
 //   grad_row_tiles      owns 64 queries of a head; keys pass by, first those of the sequence, then the HR keys
 //
-//     S = Q K^T      dP = dO V^T      dS = P (dP - D)      dQ += dS K
+//     P = exp(Q K^T - lse)      dS = P (dO V^T - D)          dQ += dS K
 //
 //   grad_key_tiles      owns keys, of the sequence or of the pool; the queries that see them pass by, head by head
 //
-//     S^T = K Q^T    dP^T = V dO^T    dS^T as above        dV += P^T dO    dK += dS^T Q
+//     P^T = exp(K Q^T - lse)    dV += P^T dO    dS^T = P^T (V dO^T - D)    dK += dS^T Q
 //
-// P, dS and their transposes never leave their lanes. The notation is that of attention_backward_generic.cu: where
-// alpha mixes two softmaxes, P is their mixture, and each has its own D. No atomics; every sum in one order.
+// P, dS and their transposes never leave their lanes. No atomics; every sum in one order.
+//
+// With alpha, the weight of a sequence key is (1 - alpha) P_seq + alpha P_full, and each softmax has its own D (see
+// attention_backward_generic.cu). In one row, P_full is a constant times P_seq, so the two together are one exponential
+// with a log-sum-exp and a D of its own. That is what grad_row_tiles finds out first, and the rest knows nothing of
+// alpha.
 #pragma once
 
 #include "attention_prefill.cuh"
@@ -21,38 +25,41 @@ constexpr int kPassingRows = 32;
 constexpr int kPassingScores = kPassingRows / 2;  // of a lane
 static_assert(kPassingRows == kWarp, "a warp describes the rows that pass by, one per lane");
 
-// What the probabilities of a query are made of: log-sum-exps in base 2, and D = sum over keys of P dP, for the softmax
-// over all its keys and for the one over the sequence.
+// The weight of a key is 2^(logit - lse), logits in base 2, and its logit's gradient is weight (dP - d).
+struct alignas(8) Weighing {
+  float lse, d;
+};
+
+// How a query weighs the keys of the sequence, and the HR keys.
 struct alignas(16) QueryState {
-  float lse, d, lse_seq, d_seq;
+  Weighing sequence, hr;
 };
 
-// Gradients of a pair of query and key: of the value per output, and of the logit.
-struct PairGradient {
-  float weight, logit;
-};
-
-// logit: in base 2.
-template <bool kHr, bool kMixed>
-__device__ __forceinline__ PairGradient pair_gradient(const QueryState& query, float logit, float dp, float alpha) {
-  const float all = kMixed ? alpha * exp2_approx(logit - query.lse) : exp2_approx(logit - query.lse);
-  if constexpr (kHr || !kMixed) return {all, all * (dp - query.d)};
-  const float sequence = (1.f - alpha) * exp2_approx(logit - query.lse_seq);
-  return {all + sequence, all * (dp - query.d) + sequence * (dp - query.d_seq)};
+// full, plain: of the softmax over all keys, and of the one over the sequence; d: sum over their keys of P dP.
+__device__ inline QueryState mix(const Weighing& full, const Weighing& plain, float alpha) {
+  const Weighing hr{full.lse - log2(alpha), full.d};
+  if (alpha == 1.f || plain.lse == -INFINITY) return {full, hr};
+  const float of_full = alpha * exp2(plain.lse - full.lse), of_plain = 1.f - alpha, both = of_full + of_plain;
+  return {{plain.lse - log2(both), (of_full * full.d + of_plain * plain.d) / both}, hr};
 }
 
-// Replace scores by the pair's weight, and dp by the gradient of its logit. state(i), visible(i): of the pair of score
-// i.
-template <bool kHr, bool kMixed, typename State, typename Visible>
-__device__ __forceinline__ void weigh_pairs(float (&s)[kPassingScores], float (&dp)[kPassingScores], float scale,
-                                            float alpha, const State& state, const Visible& visible) {
+// Replace scores by the weights of their keys. weighing(i), visible(i): of score i.
+template <typename WeighingOf, typename Visible>
+__device__ __forceinline__ void weigh(float (&s)[kPassingScores], float scale, const WeighingOf& weighing,
+                                      const Visible& visible) {
 #pragma unroll
   for (int i = 0; i < kPassingScores; ++i) {
-    const PairGradient pair = pair_gradient<kHr, kMixed>(state(i), scale * s[i], dp[i], alpha);
-    const bool seen = visible(i);
-    s[i] = seen ? pair.weight : 0.f;
-    dp[i] = seen ? pair.logit : 0.f;
+    const float weight = exp2_approx(scale * s[i] - weighing(i).lse);
+    s[i] = visible(i) ? weight : 0.f;
   }
+}
+
+// Replace dP by the gradients of the logits. A hidden key may be NaN: its weight decides.
+template <typename WeighingOf>
+__device__ __forceinline__ void differentiate(float (&dp)[kPassingScores], const float (&weights)[kPassingScores],
+                                              const WeighingOf& weighing) {
+#pragma unroll
+  for (int i = 0; i < kPassingScores; ++i) dp[i] = weights[i] == 0.f ? 0.f : weights[i] * (dp[i] - weighing(i).d);
 }
 
 // Rows on their way through a buffer, or through one of two if cp.async fills it while the other is read.
@@ -123,12 +130,10 @@ __device__ inline QueryState* states_of(const AttentionBackwardParams& p) { retu
 
 // Shared memory: grad_out, passing keys and values, work.
 template <typename Mma>
-constexpr size_t row_tile_elements() {
-  return 8 * kTileRows * Mma::kRowChunks + 2 * kPassingBuffers<Mma> * kPassingElements<Mma>;
-}
+constexpr size_t kRowTileElements = 8 * kTileRows * Mma::kRowChunks + 2 * kPassingBuffers<Mma> * kPassingElements<Mma>;
 template <typename Mma>
 size_t row_shared_bytes(int64_t selected) {
-  return row_tile_elements<Mma>() * sizeof(typename Mma::Element) + work_bytes(selected);
+  return kRowTileElements<Mma> * sizeof(typename Mma::Element) + work_bytes(selected);
 }
 
 // Half a tile of keys.
@@ -177,25 +182,24 @@ struct RowTile {
     return bits;
   }
 
-  __device__ void multiply(float (&s)[kPassingScores], float (&dp)[kPassingScores], const T* keys,
-                           const T* values) const {
+  __device__ void multiply_keys(float (&s)[kPassingScores], const T* keys) const {
     unrolled<Mma::kParts>([&](auto part) { mma.template multiply_keys<part.value>(s, keys); });
+  }
+  __device__ void multiply_values(float (&dp)[kPassingScores], const T* values) const {
     Mma::multiply_rows(dp, grads + 8 * kWarpRows * warp_in_block() * Mma::kRowChunks, values);
   }
 
-  __device__ void weigh(const KeyTile& tile, float (&s)[kPassingScores], float (&dp)[kPassingScores],
-                        float scale) const {
-    const Visible seen = visible(tile);
-    const auto state = [&](int i) -> const QueryState& { return states[Mma::row_of(i)]; };
-    if (work.alpha == 1.f)
-      weigh_pairs<false, false>(s, dp, scale, 1.f, state, seen);
-    else if (tile.hr)
-      weigh_pairs<true, true>(s, dp, scale, work.alpha, state, seen);
-    else
-      weigh_pairs<false, true>(s, dp, scale, work.alpha, state, seen);
+  // s, dp: scores and dP, which become weights and dS.
+  __device__ void weigh_keys(const KeyTile& tile, float (&s)[kPassingScores], float (&dp)[kPassingScores],
+                             float scale) const {
+    const Weighing of_rows[2] = {tile.hr ? states[0].hr : states[0].sequence,
+                                 tile.hr ? states[1].hr : states[1].sequence};
+    const auto weighing = [&](int i) -> const Weighing& { return of_rows[Mma::row_of(i)]; };
+    weigh(s, scale, weighing, visible(tile));
+    differentiate(dp, s, weighing);
   }
 
-  // D of both softmaxes, from the weights of their keys.
+  // Add to d of both softmaxes; states: those of the whole and of the sequence, not mixed.
   __device__ void add_to_d(const KeyTile& tile, const float (&s)[kPassingScores], const float (&dp)[kPassingScores],
                            float scale) {
     const Visible seen = visible(tile);
@@ -203,20 +207,20 @@ struct RowTile {
     for (int i = 0; i < kPassingScores; ++i) {
       QueryState& row = states[Mma::row_of(i)];
       if (!seen(i)) continue;
-      row.d += exp2_approx(scale * s[i] - row.lse) * dp[i];
-      if (!tile.hr) row.d_seq += exp2_approx(scale * s[i] - row.lse_seq) * dp[i];
+      row.hr.d += exp2_approx(scale * s[i] - row.hr.lse) * dp[i];
+      if (!tile.hr) row.sequence.d += exp2_approx(scale * s[i] - row.sequence.lse) * dp[i];
     }
   }
 };
 
-// Fill in the states of queries whose D needs both softmaxes, or their gradients. kStates: which of them.
+// kStates: find out how the queries weigh their keys; otherwise, their gradients.
 template <typename Mma, int kD, bool kStates>
 __global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackwardParams p) {
   using T = typename Mma::Element;
   const AttentionInputs& in = p.in;
   const int d = static_cast<int>(in.head_dim);
   T* shared = shared_memory<T>();
-  BlockWork& work = *reinterpret_cast<BlockWork*>(shared + row_tile_elements<Mma>());
+  BlockWork& work = *reinterpret_cast<BlockWork*>(shared + kRowTileElements<Mma>);
   describe_work(in, work);
 
   RowTile<Mma, kD> tile{p, shared, work};
@@ -229,10 +233,12 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackw
 #pragma unroll
   for (int which = 0; which < 2; ++which) {
     const int64_t at = first_state + min(block_row<Mma>(which), work.rows - 1);
-    tile.states[which] = kStates
-                             ? QueryState{static_cast<const float*>(p.lse)[at] * static_cast<float>(kLog2e), 0.f,
-                                          static_cast<const float*>(p.lse_seq)[at] * static_cast<float>(kLog2e), 0.f}
-                             : states_of(p)[at];
+    if constexpr (kStates) {
+      const float of_full = static_cast<const float*>(p.lse)[at], of_plain = static_cast<const float*>(p.lse_seq)[at];
+      tile.states[which] = {{of_plain * static_cast<float>(kLog2e), 0.f}, {of_full * static_cast<float>(kLog2e), 0.f}};
+    } else {
+      tile.states[which] = states_of(p)[at];
+    }
   }
   PassingRows<Mma, kD, kTileThreads> passing;
   passing.buffers = shared + 8 * kTileRows * Mma::kRowChunks;
@@ -257,11 +263,12 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackw
     keys.find();
     if (keys.exists()) issue(keys.tile());
     float s[kPassingScores] = {}, dp[kPassingScores] = {};
-    tile.multiply(s, dp, passing.rows(0), passing.rows(1));
+    tile.multiply_keys(s, passing.rows(0));
+    tile.multiply_values(dp, passing.rows(1));
     if constexpr (kStates) {
       tile.add_to_d(current, s, dp, scale);
     } else {
-      tile.weigh(current, s, dp, scale);
+      tile.weigh_keys(current, s, dp, scale);
       Mma::multiply_weights(grad_q, dp, passing.rows(0));
     }
     if (keys.exists()) passing.commit();
@@ -272,10 +279,10 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackw
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       QueryState& state = tile.states[which];
-      state.d = Mma::over_row(state.d, [](float x, float y) { return x + y; });
-      state.d_seq = Mma::over_row(state.d_seq, [](float x, float y) { return x + y; });
+      for (Weighing* x : {&state.hr, &state.sequence})
+        x->d = Mma::over_row(x->d, [](float x, float y) { return x + y; });
       if (Mma::first_of_row() && block_row<Mma>(which) < work.rows)
-        states_of(p)[first_state + block_row<Mma>(which)] = state;
+        states_of(p)[first_state + block_row<Mma>(which)] = mix(state.hr, state.sequence, work.alpha);
     }
   } else {
     store_rows<Mma>(grad_q, static_cast<float>(in.scale), d, [&](int which) {
@@ -287,256 +294,255 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackw
 
 // ------------------------------------------------------------------------------------------------ a block of keys
 
-// 32 queries that pass by: of a sample and a head, first .. first + 31 of what Keys lists.
+// Queries first .. first + 31 of the list that a head of a sample has.
 struct QueryTile {
   int sample, head, first;
 };
 
-// What lane l of a warp knows of query l of a tile.
-struct PassingQuery {
-  QueryState state;
-  int2 sees;  // as Keys::visible reads it
+// One of them. What `begin` and `end` mean is up to the keys.
+struct alignas(16) PassingQuery {
+  Weighing weighing;
+  int begin, end;
 };
 
-// The keys of a block are 16 kWarps of the sequence of a sample.
+// The keys of a block are 16 kWarps of the sequence of a sample. Shared by the block, as registers are scarce.
 template <typename T, int kWarps>
 struct SequenceKeys {
-  static constexpr bool kHr = false;
   static constexpr int kKeys = kWarpRows * kWarps;
-  const AttentionBackwardParams& p;
-  int sample, kv_head, begin;
-  int first_query;    // of all that may see a key
-  bool unmasked_[2];  // the lane's keys
+  int sample, kv_head, first_key;
+  int first_query;  // of the tiles that may see a key
+  int end_of_heads;
+  int begin, first_end;  // the keys that query 0 sees
 
-  __device__ static int64_t blocks(const AttentionInputs& in) {
-    return blocks_for(in.keys, kKeys) * in.kv_heads * in.batch;
-  }
+  static int64_t blocks(const AttentionInputs& in) { return blocks_for(in.keys, kKeys) * in.kv_heads * in.batch; }
 
   // The first keys are seen by most queries: their blocks start first.
-  __device__ SequenceKeys(const AttentionBackwardParams& p, int block, const int (&rows)[2]) : p(p) {
-    const AttentionInputs& in = p.in;
-    const int heads = static_cast<int>(in.kv_heads), samples = static_cast<int>(in.batch);
+  __device__ QueryTile start(const AttentionInputs& in, int block) {
+    const int heads = static_cast<int>(in.kv_heads), samples = static_cast<int>(in.batch),
+              group = static_cast<int>(in.heads) / heads;
     kv_head = block % heads;
     sample = block / heads % samples;
-    begin = block / heads / samples * kKeys;
-    first_query = max(0, begin - static_cast<int>(first_position(in, sample))) / kPassingRows * kPassingRows;
-    for (int which = 0; which < 2; ++which) {
-      const int j = begin + rows[which];
-      unmasked_[which] = j < in.keys && unmasked(in, sample, j);
-    }
+    first_key = block / heads / samples * kKeys;
+    begin = static_cast<int>(cuda::first_key(in, sample));
+    first_end = static_cast<int>(first_position(in, sample)) + 1;
+    first_query = max(0, first_key - first_end + 1) / kPassingRows * kPassingRows;
+    end_of_heads = (kv_head + 1) * group;
+    return {sample, kv_head * group, first_query};
   }
 
-  __device__ TileRows<T> rows(const void* data, const Strides& strides) const {
-    return {row_of<T>(data, strides, sample, kv_head, 0), strides.row, nullptr, begin, static_cast<int>(p.in.keys) - 1};
+  __device__ TileRows<T> rows(const void* data, const Strides& strides, int64_t count) const {
+    return {row_of<T>(data, strides, sample, kv_head, 0), strides.row, nullptr, first_key, static_cast<int>(count) - 1};
   }
-  __device__ TileRows<T> keys() const { return rows(p.in.k, p.in.k_strides); }
-  __device__ TileRows<T> values() const { return rows(p.in.v, p.in.v_strides); }
+  __device__ TileRows<T> keys(const AttentionInputs& in) const { return rows(in.k, in.k_strides, in.keys); }
+  __device__ TileRows<T> values(const AttentionInputs& in) const { return rows(in.v, in.v_strides, in.keys); }
 
-  __device__ QueryTile first() const {
-    return {sample, kv_head * static_cast<int>(p.in.heads / p.in.kv_heads), first_query};
-  }
-  // The first tile from this one on; false if there is none.
-  __device__ bool find(QueryTile& tile) const {
+  // Go on to the first tile from this one on; false if there is none.
+  __device__ bool find(const AttentionBackwardParams& p, QueryTile& tile) const {
     if (tile.first < p.in.queries) return true;
     tile.first = first_query;
-    return ++tile.head < (kv_head + 1) * (p.in.heads / p.in.kv_heads) && tile.first < p.in.queries;
+    return ++tile.head < end_of_heads && tile.first < p.in.queries;
   }
-  __device__ TileRows<T> queries(const QueryTile& tile, const void* data, const Strides& strides) const {
+  __device__ TileRows<T> queries(const AttentionInputs& in, const QueryTile& tile, const void* data,
+                                 const Strides& strides) const {
     return {row_of<T>(data, strides, tile.sample, tile.head, 0), strides.row, nullptr, tile.first,
-            static_cast<int>(p.in.queries) - 1};
+            static_cast<int>(in.queries) - 1};
   }
-  // sees: the first key that the query sees, and one past the last.
-  __device__ PassingQuery query(const QueryTile& tile) const {
+  // begin, end: the keys that the query sees.
+  __device__ PassingQuery query(const AttentionBackwardParams& p, const QueryTile& tile) const {
     const AttentionInputs& in = p.in;
     const int n = tile.first + lane(), last = static_cast<int>(in.queries) - 1;
-    PassingQuery query{states_of(p)[state_index(in, tile.sample, tile.head, min(n, last))], {0, 0}};
-    if (n <= last)
-      query.sees = {static_cast<int>(first_key(in, tile.sample)), static_cast<int>(end_of_keys(in, tile.sample, n))};
-    return query;
-  }
-  __device__ void enter(const QueryTile&, const int (&)[2]) {}
-  __device__ bool visible(int which, int row, const int2& sees) const {
-    const int j = begin + row;
-    return unmasked_[which] && sees.x <= j && j < sees.y;
+    return {states_of(p)[state_index(in, tile.sample, tile.head, min(n, last))].sequence, begin,
+            n <= last ? first_end + n : 0};
   }
 
-  __device__ T* gradient(void* data, int row) const {
-    const int64_t j = begin + row, d = p.in.head_dim;
+  // What a lane knows of its two keys.
+  struct Lane {
+    int key[2];  // INT_MAX if no query sees it
+  };
+  __device__ Lane lane_of(const AttentionBackwardParams& p, const QueryTile&, const int (&rows)[2]) const {
+    Lane lane;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const int j = first_key + rows[which];
+      lane.key[which] = j < p.in.keys && unmasked(p.in, sample, j) ? j : INT32_MAX;
+    }
+    return lane;
+  }
+  static __device__ bool visible(const AttentionInputs&, const QueryTile&, const Lane& lane, int which,
+                                 const PassingQuery& query) {
+    return (query.begin <= lane.key[which]) & (lane.key[which] < query.end);
+  }
+
+  __device__ T* gradient(const AttentionBackwardParams& p, void* data, int row) const {
+    const int64_t j = first_key + row, d = p.in.head_dim;
     return j < p.in.keys ? static_cast<T*>(data) + ((sample * p.in.kv_heads + kv_head) * p.in.keys + j) * d : nullptr;
   }
-  __device__ void* grad_k() const { return p.grad_k; }
-  __device__ void* grad_v() const { return p.grad_v; }
+  static __device__ void* grad_k(const AttentionBackwardParams& p) { return p.grad_k; }
+  static __device__ void* grad_v(const AttentionBackwardParams& p) { return p.grad_v; }
 };
 
-// The keys of a block are 16 kWarps slots of the pool; each sample that owns some of them brings the queries that see
+// The keys of a block are 16 kWarps slots of the pool. Each sample that owns some of them brings the queries that see
 // HR keys: those listed in hr_rows, or all from hr_from on.
 template <typename T, int kWarps>
 struct PoolKeys {
-  static constexpr bool kHr = true;
   static constexpr int kKeys = kWarpRows * kWarps;
-  const AttentionBackwardParams& p;
   int kv_head, first_slot;
-  int key[2];  // of the lane's slots: the number of the key in the sample's list, or -1
+  int first_head, end_of_heads;
+  int listed;  // entries of a sample's list of queries
 
-  __device__ static int64_t blocks(const AttentionInputs& in) { return blocks_for(in.pool, kKeys) * in.kv_heads; }
+  static int64_t blocks(const AttentionInputs& in) { return blocks_for(in.pool, kKeys) * in.kv_heads; }
 
-  __device__ PoolKeys(const AttentionBackwardParams& p, int block, const int (&)[2]) : p(p), key{-1, -1} {
-    kv_head = block % static_cast<int>(p.in.kv_heads);
-    first_slot = block / static_cast<int>(p.in.kv_heads) * kKeys;
+  __device__ QueryTile start(const AttentionInputs& in, int block) {
+    const int heads = static_cast<int>(in.kv_heads), group = static_cast<int>(in.heads) / heads;
+    kv_head = block % heads;
+    first_slot = block / heads * kKeys;
+    first_head = kv_head * group;
+    end_of_heads = first_head + group;
+    listed = static_cast<int>(in.hr_rows ? in.rows : in.hr_from ? in.queries : 0);
+    return {-1, end_of_heads, listed};
   }
 
-  __device__ TileRows<T> rows(const void* data, const Strides& strides) const {
-    return {row_of<T>(data, strides, 0, kv_head, 0), strides.row, nullptr, first_slot, static_cast<int>(p.in.pool) - 1};
+  __device__ TileRows<T> rows(const void* data, const Strides& strides, int64_t count) const {
+    return {row_of<T>(data, strides, 0, kv_head, 0), strides.row, nullptr, first_slot, static_cast<int>(count) - 1};
   }
-  __device__ TileRows<T> keys() const { return rows(p.in.k_hr, p.in.k_hr_strides); }
-  __device__ TileRows<T> values() const { return rows(p.in.v_hr, p.in.v_hr_strides); }
+  __device__ TileRows<T> keys(const AttentionInputs& in) const { return rows(in.k_hr, in.k_hr_strides, in.pool); }
+  __device__ TileRows<T> values(const AttentionInputs& in) const { return rows(in.v_hr, in.v_hr_strides, in.pool); }
 
-  // Entries of the list of queries, and the first that counts.
-  __device__ int listed() const { return static_cast<int>(p.in.hr_rows ? p.in.rows : p.in.hr_from ? p.in.queries : 0); }
-  __device__ int begin(int b) const { return p.in.hr_from ? p.in.hr_from[b] / kPassingRows * kPassingRows : 0; }
-  __device__ int key_at(int b, int row) const {
+  // The number of a slot in the sample's list of keys, or -1.
+  __device__ int key_at(const AttentionBackwardParams& p, int sample, int row) const {
     const int64_t slot = first_slot + row;
-    return slot < p.in.pool ? p.slot_to_key[b * p.in.pool + slot] : -1;
+    return slot < p.in.pool ? p.slot_to_key[sample * p.in.pool + slot] : -1;
   }
-  // Whether the sample owns a slot of the block. All threads of a warp; every warp finds the same.
-  __device__ bool owned(int b) const {
+  // Whether the sample owns a slot of the block. Called by whole warps, which all find the same.
+  __device__ bool owned(const AttentionBackwardParams& p, int sample) const {
     bool any = false;
-    for (int row = lane(); row < kKeys; row += kWarp) any |= key_at(b, row) >= 0;
+    for (int row = lane(); row < kKeys; row += kWarp) any |= key_at(p, sample, row) >= 0;
     return votes(any);
   }
-
-  __device__ QueryTile first() const { return {-1, 0, 0}; }
-  __device__ bool find(QueryTile& tile) const {
-    const int heads = static_cast<int>(p.in.heads / p.in.kv_heads);
-    if (tile.sample >= 0 && tile.first < listed()) return true;
-    if (tile.sample >= 0 && ++tile.head < (kv_head + 1) * heads) {
-      tile.first = begin(tile.sample);
+  static __device__ int first_query(const AttentionInputs& in, int sample) {
+    return in.hr_from ? max(0, in.hr_from[sample]) / kPassingRows * kPassingRows : 0;
+  }
+  __device__ bool find(const AttentionBackwardParams& p, QueryTile& tile) const {
+    if (tile.first < listed) return true;
+    if (++tile.head < end_of_heads) {
+      tile.first = first_query(p.in, tile.sample);
       return true;
     }
-    tile.head = kv_head * heads;
+    tile.head = first_head;
     while (++tile.sample < p.in.batch) {
-      tile.first = begin(tile.sample);
-      if (tile.first < listed() && owned(tile.sample)) return true;
+      tile.first = first_query(p.in, tile.sample);
+      if (tile.first < listed && owned(p, tile.sample)) return true;
     }
     return false;
   }
-  __device__ TileRows<T> queries(const QueryTile& tile, const void* data, const Strides& strides) const {
+  __device__ TileRows<T> queries(const AttentionInputs& in, const QueryTile& tile, const void* data,
+                                 const Strides& strides) const {
     return {row_of<T>(data, strides, tile.sample, tile.head, 0), strides.row,
-            p.in.hr_rows ? p.in.hr_rows + tile.sample * p.in.rows : nullptr, tile.first, listed() - 1};
+            in.hr_rows ? in.hr_rows + tile.sample * in.rows : nullptr, tile.first, listed - 1};
   }
-  // sees.x: 0 if the query sees no HR key; sees.y: its row of hr_row_bits.
-  __device__ PassingQuery query(const QueryTile& tile) const {
+  // begin: the query's row of hr_row_bits; end: 0 if it sees no HR key.
+  __device__ PassingQuery query(const AttentionBackwardParams& p, const QueryTile& tile) const {
     const AttentionInputs& in = p.in;
-    const int r = tile.first + lane(), last = listed() - 1;
-    const int n = in.hr_rows ? static_cast<int>(query_at(in, tile.sample, min(r, last))) : min(r, last);
-    const bool sees = r <= last && n >= 0 && (in.hr_rows || n >= in.hr_from[tile.sample]);
-    return {states_of(p)[state_index(in, tile.sample, tile.head, max(n, 0))], {sees, r}};
-  }
-  __device__ void enter(const QueryTile& tile, const int (&rows)[2]) {
-    for (int which = 0; which < 2; ++which) key[which] = key_at(tile.sample, rows[which]);
-    sample_ = tile.sample;
-  }
-  __device__ bool visible(int which, int, const int2& sees) const {
-    if (key[which] < 0 || !sees.x) return false;
-    const int32_t* bits = row_bits(p.in, sample_, sees.y);
-    return !bits || bit(bits, key[which]);
+    const int r = min(tile.first + lane(), listed - 1);
+    const int n = in.hr_rows ? in.hr_rows[tile.sample * in.rows + r] : r;  // checked by grad_row_tiles
+    const bool sees = tile.first + lane() < listed && n >= 0 && (in.hr_rows || n >= in.hr_from[tile.sample]);
+    return {states_of(p)[state_index(in, tile.sample, tile.head, max(n, 0))].hr, r, sees};
   }
 
-  __device__ T* gradient(void* data, int row) const {
+  struct Lane {
+    int key[2];  // -1 if the sample does not own the slot
+  };
+  __device__ Lane lane_of(const AttentionBackwardParams& p, const QueryTile& tile, const int (&rows)[2]) const {
+    return {{key_at(p, tile.sample, rows[0]), key_at(p, tile.sample, rows[1])}};
+  }
+  static __device__ bool visible(const AttentionInputs& in, const QueryTile& tile, const Lane& lane, int which,
+                                 const PassingQuery& query) {
+    const bool sees = (lane.key[which] >= 0) & query.end;
+    if (!in.hr_row_bits) return sees;
+    return sees & bit(row_bits(in, tile.sample, query.begin), max(lane.key[which], 0));
+  }
+
+  __device__ T* gradient(const AttentionBackwardParams& p, void* data, int row) const {
     const int64_t at = first_slot + row, d = p.in.head_dim;
     return at < p.in.pool ? static_cast<T*>(data) + (at * p.in.kv_heads + kv_head) * d : nullptr;
   }
-  __device__ void* grad_k() const { return p.grad_k_hr; }
-  __device__ void* grad_v() const { return p.grad_v_hr; }
-
- private:
-  int sample_ = 0;
+  static __device__ void* grad_k(const AttentionBackwardParams& p) { return p.grad_k_hr; }
+  static __device__ void* grad_v(const AttentionBackwardParams& p) { return p.grad_v_hr; }
 };
 
-// Shared memory: keys, values, passing queries and grad_out, and what is known of those queries.
+// Shared memory: keys, values, passing queries and grad_out; what is known of those queries; Keys.
 template <typename Mma, int kWarps>
-constexpr size_t key_tile_elements() {
-  return 2 * 8 * kWarpRows * kWarps * Mma::kRowChunks + 2 * kPassingBuffers<Mma> * kPassingElements<Mma>;
-}
-template <typename Mma, int kWarps>
+constexpr size_t kKeyTileElements =
+    2 * 8 * kWarpRows * kWarps * Mma::kRowChunks + 2 * kPassingBuffers<Mma> * kPassingElements<Mma>;
+template <typename Mma, typename Keys, int kWarps>
 constexpr size_t key_shared_bytes() {
-  return key_tile_elements<Mma, kWarps>() * sizeof(typename Mma::Element) +
-         kPassingBuffers<Mma> * kPassingRows * sizeof(PassingQuery);
-}
-
-// S^T, dP^T and then P^T, dS^T of the warp's 16 keys and the passing queries.
-template <typename Mma, typename Keys, typename T>
-__device__ __forceinline__ void pair_with_queries(const Keys& keys, const T* own_keys, const T* own_values,
-                                                  const T* queries, const T* grads, const PassingQuery* passing,
-                                                  float scale, float alpha, float (&s)[kPassingScores],
-                                                  float (&dp)[kPassingScores]) {
-  Mma::multiply_rows(s, own_keys, queries);
-  Mma::multiply_rows(dp, own_values, grads);
-  passing += Mma::key_of_lane();
-  const auto state = [&](int i) -> const QueryState& { return passing[Mma::key_of_score(i)].state; };
-  const auto visible = [&](int i) {
-    const int which = Mma::row_of(i);
-    return keys.visible(which, block_row<Mma>(which), passing[Mma::key_of_score(i)].sees);
-  };
-  if (alpha == 1.f)
-    weigh_pairs<Keys::kHr, false>(s, dp, scale, 1.f, state, visible);
-  else
-    weigh_pairs<Keys::kHr, true>(s, dp, scale, alpha, state, visible);
+  return kKeyTileElements<Mma, kWarps> * sizeof(typename Mma::Element) +
+         kPassingBuffers<Mma> * kPassingRows * sizeof(PassingQuery) + sizeof(Keys);
 }
 
 template <typename Mma, int kD, int kWarps, template <typename, int> class KeysOf>
-__global__ void __launch_bounds__(kWarp* kWarps) grad_key_tiles(AttentionBackwardParams p) {
+__global__ void __launch_bounds__(kWarp* kWarps, 1) grad_key_tiles(AttentionBackwardParams p) {
   using T = typename Mma::Element;
   using Keys = KeysOf<T, kWarps>;
   constexpr int kThreads = kWarp * kWarps, kOwn = 8 * Keys::kKeys * Mma::kRowChunks;
   const AttentionInputs& in = p.in;
-  const int d = static_cast<int>(in.head_dim), own_rows[2] = {block_row<Mma>(0), block_row<Mma>(1)};
+  const int d = static_cast<int>(in.head_dim);
   T *own_keys = shared_memory<T>(), *own_values = own_keys + kOwn;
-  PassingQuery* known = reinterpret_cast<PassingQuery*>(own_keys + key_tile_elements<Mma, kWarps>());
-  Keys keys(p, static_cast<int>(blockIdx.x), own_rows);
-  load_own_rows<Mma, kD, Keys::kKeys, kThreads>(keys.keys(), d, own_keys);
-  load_own_rows<Mma, kD, Keys::kKeys, kThreads>(keys.values(), d, own_values);
+  PassingQuery* known = reinterpret_cast<PassingQuery*>(own_keys + kKeyTileElements<Mma, kWarps>);
+  Keys& keys = *reinterpret_cast<Keys*>(known + kPassingBuffers<Mma> * kPassingRows);
+  if (threadIdx.x == 0) keys.start(in, static_cast<int>(blockIdx.x));
+  QueryTile tile = Keys().start(in, static_cast<int>(blockIdx.x));
+  __syncthreads();
+  load_own_rows<Mma, kD, Keys::kKeys, kThreads>(keys.keys(in), d, own_keys);
+  load_own_rows<Mma, kD, Keys::kKeys, kThreads>(keys.values(in), d, own_values);
 
   PassingRows<Mma, kD, kThreads> passing;
   passing.buffers = own_values + kOwn;
-  PassingQuery next_query;
-  const auto issue = [&](const QueryTile& tile) {
-    passing.issue(keys.queries(tile, in.q, in.q_strides), keys.queries(tile, p.grad_out, p.grad_out_strides), d);
-    if (warp_in_block() == 0) next_query = keys.query(tile);
+  const auto issue = [&] {
+    passing.issue(keys.queries(in, tile, in.q, in.q_strides), keys.queries(in, tile, p.grad_out, p.grad_out_strides),
+                  d);
   };
   const auto commit = [&] {
     passing.commit();
-    if (warp_in_block() == 0) known[passing.current * kPassingRows + lane()] = next_query;
+    if (warp_in_block() == 0) known[passing.current * kPassingRows + lane()] = keys.query(p, tile);
   };
 
   float grad_k[Mma::kOutputs] = {}, grad_v[Mma::kOutputs] = {};
   const float scale = static_cast<float>(in.scale * kLog2e);
-  QueryTile tile = keys.first();
-  bool more = keys.find(tile);
+  const int own = 8 * kWarpRows * warp_in_block() * Mma::kRowChunks;
+  const int rows[2] = {block_row<Mma>(0), block_row<Mma>(1)};
+  bool more = keys.find(p, tile);
   if (more) {
-    issue(tile);
+    issue();
     commit();
   }
   __syncthreads();
 
-  const int own = 8 * kWarpRows * warp_in_block() * Mma::kRowChunks;
   while (more) {
-    keys.enter(tile, own_rows);
-    const float alpha = mixing<float>(in, tile.sample);
+    const PassingQuery* queries = known + passing.current * kPassingRows + Mma::key_of_lane();
+    const auto weighing = [&](int i) { return queries[Mma::key_of_score(i)].weighing; };
+    const QueryTile current = tile;
+    const typename Keys::Lane lane = keys.lane_of(p, tile, rows);
     tile.first += kPassingRows;
-    more = keys.find(tile);
-    if (more) issue(tile);
+    more = keys.find(p, tile);
+    if (more) issue();
+
     float s[kPassingScores] = {}, dp[kPassingScores] = {};
-    pair_with_queries<Mma>(keys, own_keys + own, own_values + own, passing.rows(0), passing.rows(1),
-                           known + passing.current * kPassingRows, scale, alpha, s, dp);
+    Mma::multiply_rows(s, own_keys + own, passing.rows(0));
+    weigh(s, scale, weighing,
+          [&](int i) { return Keys::visible(in, current, lane, Mma::row_of(i), queries[Mma::key_of_score(i)]); });
     Mma::multiply_weights(grad_v, s, passing.rows(1));
+    Mma::multiply_rows(dp, own_values + own, passing.rows(1));
+    differentiate(dp, s, weighing);
     Mma::multiply_weights(grad_k, dp, passing.rows(0));
     if (more) commit();
     __syncthreads();
   }
-  store_rows<Mma>(grad_k, static_cast<float>(in.scale), d,
-                  [&](int which) { return keys.gradient(keys.grad_k(), own_rows[which]); });
-  store_rows<Mma>(grad_v, 1.f, d, [&](int which) { return keys.gradient(keys.grad_v(), own_rows[which]); });
+  const auto row_of_gradient = [&](void* data) {
+    return [&, data](int which) { return keys.gradient(p, data, rows[which]); };
+  };
+  store_rows<Mma>(grad_k, static_cast<float>(in.scale), d, row_of_gradient(Keys::grad_k(p)));
+  store_rows<Mma>(grad_v, 1.f, d, row_of_gradient(Keys::grad_v(p)));
 }
 
 }  // namespace flexattn::cuda

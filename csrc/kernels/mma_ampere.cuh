@@ -68,10 +68,11 @@ struct AmpereMma {
   template <int n>
   static __device__ void multiply_rows(float (&s)[n], const Element* a, const Element* b) {
     const int matrix = lane() / 8, row = 8 * (matrix % 2) + lane() % 8;
+    const int first = opaque(row * kRowChunks + key_chunk(row, matrix / 2));  // chunk 2 c lies at that number ^ 2 c
 #pragma unroll
     for (int c = 0; c < kD / 16; ++c) {
       uint32_t x[4];
-      ldmatrix_x4(x, a + 8 * (row * kRowChunks + key_chunk(row, 2 * c + matrix / 2)));
+      ldmatrix_x4(x, a + 8 * (first ^ 2 * c));
       multiply_channels(s, x, b, c);
     }
   }

@@ -76,16 +76,18 @@ struct VoltaMma {
   __device__ void multiply_keys(float (&s)[n], const Element* keys) const {
 #pragma unroll
     for (int c = part * kD / 8 / kParts; c < (part + 1) * kD / 8 / kParts; ++c)
-      multiply_chunk(s, {query[4 * c], query[4 * c + 1], query[4 * c + 2], query[4 * c + 3]}, keys, c);
+      multiply_chunk(s, {query[4 * c], query[4 * c + 1], query[4 * c + 2], query[4 * c + 3]},
+                     reinterpret_cast<const uint4*>(keys) + (first_chunk(8 * pc() + 4 * h() + l()) ^ c));
   }
 
   // s += a b for 16 rows a and 2 n rows b in shared memory, both in the layout of keys.
   template <int n>
   static __device__ void multiply_rows(float (&s)[n], const Element* a, const Element* b) {
-    const int row = 8 * pr() + 4 * h() + l();
-#pragma unroll
+    const int of_a = opaque(first_chunk(8 * pr() + 4 * h() + l())),
+              of_b = opaque(first_chunk(8 * pc() + 4 * h() + l()));
+#pragma unroll 4  // all of them would hold too many chunks in registers
     for (int c = 0; c < kD / 8; ++c)
-      multiply_chunk(s, reinterpret_cast<const uint4*>(a)[row * kRowChunks + key_chunk(row, c)], b, c);
+      multiply_chunk(s, reinterpret_cast<const uint4*>(a)[of_a ^ c], reinterpret_cast<const uint4*>(b) + (of_b ^ c));
   }
 
   // o += p v over a part of the keys.
@@ -103,14 +105,15 @@ struct VoltaMma {
   }
 
  private:
-  // s += a b over the 8 channels of chunk c; a: those of row 8 pr + 4 h + l.
+  // Where chunk 0 of a row of keys lies; chunk c lies at that number ^ c.
+  static __device__ int first_chunk(int row) { return row * kRowChunks + key_chunk(row, 0); }
+
+  // s += a b over 8 channels. a: those of row 8 pr + 4 h + l; b: where those of row 8 pc + 4 h + l lie.
   template <int n>
-  static __device__ __forceinline__ void multiply_chunk(float (&s)[n], const uint4& a, const Element* b, int c) {
-    const int row = 8 * pc() + 4 * h() + l();
-    const uint4* chunk = reinterpret_cast<const uint4*>(b) + row * kRowChunks + key_chunk(row, c);
+  static __device__ __forceinline__ void multiply_chunk(float (&s)[n], const uint4& a, const uint4* b) {
     uint4 k[n / 8];
 #pragma unroll
-    for (int j = 0; j < n / 8; ++j) k[j] = chunk[16 * kRowChunks * j];
+    for (int j = 0; j < n / 8; ++j) k[j] = b[16 * kRowChunks * j];
 #pragma unroll
     for (int j = 0; j < n / 8; ++j) mma_m8n8k4(eight(s, j), {a.x, a.y}, {k[j].x, k[j].y});
 #pragma unroll
@@ -138,14 +141,14 @@ struct VoltaMma {
     // The two quad-pairs of a row take the 16 keys in different order: each begins with those it has.
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int other = i / 2, four = i % 2, row = 16 * j + 8 * (pc() ^ other) + 4 * four + l();
+      const int other = i / 2, four = i % 2, row = 8 * (pc() ^ other) + l();
+      const uint4* rows = reinterpret_cast<const uint4*>(values) + (16 * j + 4 * four) * kRowChunks;
+      // The other 8 rows differ in one bit of the row, and in one of where its chunks lie.
+      const int first = opaque(first_chunk(8 * pc() + l()) ^ (2 * h() + pc())) ^ other * (8 * kRowChunks + 4);
       uint4 v[kD / 32];
 #pragma unroll
-      for (int c = 0; c < kD / 32; ++c) {
-        const int chunk = 4 * c + 2 * h() + pc();
-        v[c] = reinterpret_cast<const uint4*>(
-            values)[row * kRowChunks + (kKeyLayout ? key_chunk(row, chunk) : value_chunk(l(), chunk))];
-      }
+      for (int c = 0; c < kD / 32; ++c)
+        v[c] = rows[kKeyLayout ? first ^ 4 * c : row * kRowChunks + value_chunk(l(), 4 * c + 2 * h() + pc())];
 #pragma unroll
       for (int c = 0; c < kD / 32; ++c) {
         mma_m8n8k4_row_row(eight(o, 2 * c), {a[other][four][0], a[other][four][1]}, {v[c].x, v[c].y});

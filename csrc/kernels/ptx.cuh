@@ -14,6 +14,12 @@
 
 namespace flexattn::cuda {
 
+// x, of which the compiler knows nothing: what follows from x is computed where it is used, not kept in registers.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 2^x in one instruction, 2 ulp; results below the normal numbers are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

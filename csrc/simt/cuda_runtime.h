@@ -80,5 +80,6 @@ using std::exp2;
 using std::fmax;
 using std::isnan;
 using std::log;
+using std::log2;
 using std::max;
 using std::min;
