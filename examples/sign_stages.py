@@ -9,13 +9,13 @@ from signs import SIDE, SignPainter
 from torch.nn import functional
 
 from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor
-from studies.small.attention_maps import LayerMap, causal_visibility, record_maps
+from studies.small.attention_maps import LayerMap, causal_visibility, cross_entropy, mass_and_largest, record_maps
 from studies.small.batches import answer_cells, question_batch
 from studies.small.encoded_scenes import EncodedScenes, Pick
 from studies.small.encoder_data import normalised_pixels
 from studies.small.encoder_stage import EncoderStage
 from studies.small.objects import COLORS, Sign
-from studies.small.optimizer import train_only
+from studies.small.optimizer import train_first_layers
 from studies.small.small_model import DEFAULT_SIZES as SIZES
 from studies.small.stage import Stage, train_stage
 from studies.small.token_labels import GLYPH, PLATE, LabelledImages, TokenHeads, TokenLabels
@@ -83,26 +83,21 @@ class LocaliseStage(Stage):
         self._model, self._processor, self._recorded = model, processor, recorded
         self._images, self._held_out, self._rng = images, held_out, random.Random(seed)
         self._language = model.model.language_model
-        early = ("embed_tokens", *(f"layers.{number}." for number in range(SIZES.first_layer)))
-        self.parameters = train_only(self._language, lambda name: name.startswith(early))
+        self.parameters = train_first_layers(self._language, SIZES.first_layer)
 
     def loss(self, step: int) -> torch.Tensor:
-        """Return how far the maps of random questions are from their signs: the cross-entropy."""
+        """Return how far the maps of random questions are from their signs."""
         picks = self._images.sample(self._rng, BATCH)
-        maps, cells = self._maps(self._images, picks), answer_cells(self._images, picks)[:, None].float()
-        return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1)).mean()
+        return cross_entropy(*self._maps_and_cells(self._images, picks)).mean()
 
     @torch.no_grad()
     def summary(self) -> str:
         """Return what the maps of held-out questions lie on."""
-        picks = self._held_out.asked()
-        maps, cells = self._maps(self._held_out, picks), answer_cells(self._held_out, picks)[:, None].float()
-        mass = (maps * cells).sum(-1).mean().item()
-        largest = cells.expand_as(maps).gather(-1, maps.argmax(-1, keepdim=True)).mean().item()
-        return f"held-out: mass on the sign {mass:.3f}, largest cell on it {largest:.3f}"
+        mass, largest = mass_and_largest(*self._maps_and_cells(self._held_out, self._held_out.asked()))
+        return f"held-out: mass on the sign {mass.mean():.3f}, largest cell on it {largest.mean():.3f}"
 
-    def _maps(self, images: EncodedScenes, picks: list[Pick]) -> torch.Tensor:
-        """Return the maps of the three rows that predict two digits and the end, [n, 3, S*S]."""
+    def _maps_and_cells(self, images: EncodedScenes, picks: list[Pick]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the maps of the rows that predict digits and the end, [n, 3, S*S], and their cells, [n, 1, S*S]."""
         inputs = question_batch(images, picks, self._processor, None)
         ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
         image = ids == self._processor.image_token_id
@@ -112,7 +107,8 @@ class LocaliseStage(Stage):
         # Rows of the padding see themselves: a softmax over nothing is NaN, and so would be the gradients.
         visible = causal_visibility(attention_mask) | torch.eye(ids.shape[1], dtype=torch.bool)
         maps = self._recorded.map(visible)[:, -4:-1]
-        return maps[image[:, None].expand_as(maps)].view(len(maps), 3, SIZES.lr_side**2)
+        maps = maps[image[:, None].expand_as(maps)].view(len(maps), 3, SIZES.lr_side**2)
+        return maps, answer_cells(images, picks)[:, None].float()
 
 
 def train_localisation(model, processor, images: EncodedScenes, held_out: EncodedScenes, steps: int, seed: int) -> None:

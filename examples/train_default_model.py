@@ -18,7 +18,6 @@ The supervision of the map in stage 2 stands in for what a large model learns fr
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 import shutil
@@ -35,6 +34,7 @@ from rich.progress import Progress
 from sign_stages import BATCH, SIZES, SignCrops, train_encoder, train_localisation
 from signs import QUESTIONS, SignPainter, SignQuestion, digits_of
 
+from flexattn_cuda.checkpoints.projections import is_projection, start_projections
 from flexattn_cuda.cli import as_command, run_app
 from flexattn_cuda.runs.files import write_atomically
 from flexattn_cuda.runs.options import Option, Options
@@ -46,6 +46,7 @@ from studies.small.objects import COLORS
 from studies.small.optimizer import train_only
 from studies.small.photographs import find_photographs
 from studies.small.presets import settings_for
+from studies.small.results import write_csv
 from studies.small.small_model import build_model, build_processor
 from studies.small.stage import console
 from studies.small.start import stored
@@ -183,10 +184,8 @@ class DefaultModel:
         return encode_scenes(self.model, self.processor, scenes, count, self._resolutions)
 
     def _fine_tune(self, system: str, images: EncodedScenes, share: float, checkpoints: Path) -> None:
-        for layer in self.model.model.language_model.layers[SIZES.first_layer :]:
-            for name in ("k_proj", "v_proj"):
-                projection = getattr(layer.self_attn, name)
-                getattr(layer.self_attn, f"{name}_hd").load_state_dict(projection.state_dict())
+        projections = [name for name, _ in self.model.named_parameters() if is_projection(name)]
+        start_projections(self.model, projections, self.model.config)
         late = tuple(f"model.language_model.layers.{number}." for number in range(SIZES.first_layer, SIZES.layers))
         train_only(self.model, lambda name: name.startswith((*late, "model.language_model.norm", "lm_head")))
         plan = FineTuning(checkpoints, self.options.answer_steps, BATCH, RATE, self.options.seed + 7)
@@ -236,7 +235,7 @@ def train(options: TrainingOptions) -> None:
             console.log(str(results[-1]))
         if system == "attention":
             default.save(options.output)
-    write_results(options.work / "default_model.csv", results)
+    write_csv(options.work / "default_model.csv", [result.columns() for result in results])
     console.log(f"{time.process_time() / 60:.1f} CPU minutes in this run")
 
 
@@ -246,15 +245,6 @@ def evaluated(default: DefaultModel, system: str, questions: list[SignQuestion],
     if not file.exists():
         write_atomically(file, json.dumps(asdict(default.evaluate(system, questions, share))))
     return Result(**json.loads(file.read_text()))
-
-
-def write_results(path: Path, results: list[Result]) -> None:
-    """Write default_model.csv."""
-    rows = [result.columns() for result in results]
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

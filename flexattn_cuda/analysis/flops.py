@@ -27,6 +27,7 @@ from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.families.llava.config import as_system as llava_as_system
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.mechanism.counts import KnownCounts
+from flexattn_cuda.runs.files import check_writable, os_errors_as_input_errors
 
 # A part is what runs in modules of these names and in no other named here inside them.
 _MODULES = {
@@ -296,20 +297,17 @@ def plot(points: dict[str, list[tuple[int, Cost]]], path: str | Path) -> None:
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(3, 0.5)))
     axes.legend(fontsize="small")
-    try:
+    with os_errors_as_input_errors(Path(path)):
         figure.savefig(path, dpi=150, bbox_inches="tight")
-    except OSError as error:
-        raise InputError(f"the plot cannot be written to {path}: {error}") from error
 
 
 def check_plot(path: str | Path) -> None:
-    """Raise InputError before costs are counted if `plot` would raise it afterwards."""
+    """Raise InputError if matplotlib is missing or no plot can be written at `path`."""
     if find_spec("matplotlib") is None:
         raise InputError("a plot needs matplotlib: pip install matplotlib")
     from matplotlib.figure import Figure
 
     formats = Figure().canvas.get_supported_filetypes()
     if Path(path).suffix[1:].lower() not in formats:
-        raise InputError(f"the plot cannot be written to {path}: its name must end in {', '.join(sorted(formats))}")
-    if not Path(path).absolute().parent.is_dir():
-        raise InputError(f"the plot cannot be written to {path}: there is no such folder")
+        raise InputError(f"{path} is not the name of a plot; it must end in {', '.join(sorted(formats))}")
+    check_writable(Path(path))

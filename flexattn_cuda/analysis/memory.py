@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flexattn_cuda.checkpoints.projections import is_projection
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
 
@@ -70,7 +71,7 @@ def estimate(
         selected_share: Share of the HR tokens that is selected; `expected_share` if None.
 
     Raises:
-        ValueError: The configuration is inconsistent.
+        ValueError: If the configuration is inconsistent.
     """
     config.check()
     text = config.text_config
@@ -115,7 +116,7 @@ def _weights(config: FlexAttnLlavaConfig, dtype: torch.dtype) -> dict[str, int]:
 
 
 def _part(parameter: str) -> str:
-    if "_proj_hd." in parameter or ".cross_attn." in parameter:
+    if is_projection(parameter):
         return "HR projections"
     if "vision_tower" in parameter:
         return "vision tower"

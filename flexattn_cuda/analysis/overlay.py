@@ -81,8 +81,8 @@ def overlay(image: Image.Image, attention: np.ndarray, mask: np.ndarray) -> Imag
     return drawn
 
 
-def sheet(image: Image.Image, panels: Sequence[Panel], title: str = "", columns: int | None = None) -> Image.Image:
-    """Return panels side by side above a legend.
+def sheet(image: Image.Image, panels: Sequence[Panel], title: str = "") -> Image.Image:
+    """Return panels in about as many rows as columns, above a legend.
 
     The first panel's image starts at (0, 0). A single panel keeps the image's size up to MAX_SIDE.
 
@@ -90,9 +90,8 @@ def sheet(image: Image.Image, panels: Sequence[Panel], title: str = "", columns:
         image: RGB; scaled down only if the panels together would exceed MAX_SIDE.
         panels: At least one.
         title: Text under the panels, such as question and answer.
-        columns: Panels per row; about as many as there are rows if None.
     """
-    layout = _Layout.of(image.size, [panel.caption for panel in panels], columns)
+    layout = _Layout.of(image.size, [panel.caption for panel in panels])
     if layout.image_size != image.size:
         image = image.resize(layout.image_size, Image.Resampling.LANCZOS)
     legend = _legend(layout.width, layout.font, _wrap(title, layout.font, layout.width - layout.line))
@@ -139,9 +138,9 @@ class _Layout:
     captions: list[list[str]]
 
     @classmethod
-    def of(cls, size: tuple[int, int], captions: Sequence[str], columns: int | None) -> _Layout:
+    def of(cls, size: tuple[int, int], captions: Sequence[str]) -> _Layout:
         """Lay out panels with images of a size and with captions."""
-        columns = columns or math.ceil(math.sqrt(len(captions)))
+        columns = math.ceil(math.sqrt(len(captions)))
         rows = math.ceil(len(captions) / columns)
         scale = min(1.0, MAX_SIDE / max(columns * size[0], rows * size[1]))
         if scale < 1:

@@ -5,7 +5,7 @@
     llava       model_type llava               start as `hr_init`    in the checkpoint
     released    model_type llava_llama         in the checkpoint     in the checkpoint, or named by mm_vision_tower
 
-A checkpoint may be loaded as another system than its own (`FlexAttnConfig.system`); what that system needs beyond the
+A checkpoint may be loaded as a system other than its own (`FlexAttnConfig.system`); what that system needs beyond the
 checkpoint starts as `hr_init` says.
 
     locate         a folder, or the files of a hub repository that are needed
@@ -14,10 +14,10 @@ checkpoint starts as `hr_init` says.
     released       the released format: names, configuration, vision tower
     generation     generation_config.json, checked
     weights        weights of any format, loaded into the model
-    projections    how HR projections start that a checkpoint lacks
+    projections    how HR projections start if a checkpoint lacks them
 """
 
-from flexattn_cuda.checkpoints.config import checkpoint_format, fetch_config, load_config
+from flexattn_cuda.checkpoints.config import checkpoint_format, load_config
 from flexattn_cuda.checkpoints.locate import HubOptions, Part, resolve_folder
 from flexattn_cuda.checkpoints.released import vision_tower_folder
 from flexattn_cuda.checkpoints.weights import load_weights, register_key_conversion
@@ -26,7 +26,6 @@ __all__ = [
     "HubOptions",
     "Part",
     "checkpoint_format",
-    "fetch_config",
     "load_config",
     "load_weights",
     "register_key_conversion",

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import LlavaConfig, PreTrainedConfig
 
 from flexattn_cuda.checkpoints.files import read_json, refusing
-from flexattn_cuda.checkpoints.locate import HubOptions, Part, resolve_folder
+from flexattn_cuda.checkpoints.locate import HubOptions
 from flexattn_cuda.checkpoints.released import config_from_released
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
@@ -36,20 +36,11 @@ _MAX_SIZES = {
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
-def fetch_config(name_or_path: str | Path, hub: HubOptions | None = None) -> FlexAttnLlavaConfig:
-    """Return the configuration of a checkpoint folder or hub id; of a hub repository nothing else is downloaded.
-
-    Raises:
-        CheckpointError: There is no such checkpoint, or its configuration cannot be used.
-    """
-    return load_config(resolve_folder(name_or_path, hub, Part.CONFIG), hub)
-
-
 def checkpoint_format(folder: str | Path) -> str:
     """Return the format of a checkpoint folder: "flexattn", "llava" or "released".
 
     Raises:
-        CheckpointError: The folder has no readable config.json, or holds another kind of model.
+        CheckpointError: If the folder has no readable config.json, or holds another kind of model.
     """
     model_type = read_config(Path(folder)).get("model_type")
     if not isinstance(model_type, str) or model_type not in _FORMATS:
@@ -63,7 +54,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json as it is.
 
     Raises:
-        CheckpointError: The file is missing, or is not a JSON object.
+        CheckpointError: If the file is missing, or is not a JSON object.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -79,7 +70,7 @@ def load_config(folder: str | Path, hub: HubOptions | None = None) -> FlexAttnLl
         hub: Where the released format names a vision tower on the hub: options for fetching its configuration.
 
     Raises:
-        CheckpointError: The configuration is missing, damaged, of another kind of model, or has an impossible value.
+        CheckpointError: If the configuration is missing, damaged, of another kind of model, or has an impossible value.
     """
     folder, form = Path(folder), checkpoint_format(folder)
     with refusing(str(folder / "config.json")):
@@ -109,7 +100,8 @@ def _check_fields(config: FlexAttnLlavaConfig) -> None:
         raise ValueError(f"flexattn highres_size is {settings.highres_size}; it may be at most {_MAX_PIXELS}")
     for part in (config.text_config, config.vision_config):
         _check_sizes(part)
-    _check_image_token(config)
+    if not is_whole(config.image_token_id, 0, _MAX_SIZE):
+        raise ValueError(f"image_token_index is {config.image_token_id!r}; it must be a token id")
     _check_feature_layers(config)
     dtype = getattr(config, "dtype", None)
     if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
@@ -120,7 +112,7 @@ def _check_sizes(config: PreTrainedConfig) -> None:
     for name, limit in _MAX_SIZES.items():
         size = getattr(config, name, 1)
         derived = size is None and name in ("head_dim", "num_key_value_heads")
-        if not derived and not _is_whole(size, 1, limit):
+        if not derived and not is_whole(size, 1, limit):
             raise ValueError(f"{config.model_type} {name} is {size!r}; it must be a whole number from 1 to {limit}")
     for name in ("layer_norm_eps", "rms_norm_eps"):
         epsilon = getattr(config, name, 1e-5)
@@ -134,16 +126,11 @@ def _check_sizes(config: PreTrainedConfig) -> None:
         raise ValueError(f"{config.model_type} has {heads} heads, which {kv_heads} key/value heads cannot share evenly")
 
 
-def _check_image_token(config: FlexAttnLlavaConfig) -> None:
-    if not _is_whole(config.image_token_id, 0, _MAX_SIZE):
-        raise ValueError(f"image_token_index is {config.image_token_id!r}; it must be a token id")
-
-
 def _check_feature_layers(config: FlexAttnLlavaConfig) -> None:
     layers = config.vision_config.num_hidden_layers
     chosen = config.vision_feature_layer
     for layer in chosen if isinstance(chosen, (list, tuple)) and chosen else [chosen]:
-        if not _is_whole(layer, -layers, layers) or layer == 0:
+        if not is_whole(layer, -layers, layers) or layer == 0:
             raise ValueError(
                 f"vision_feature_layer is {chosen!r}; the vision tower has layers 1 to {layers}, or {-layers} to -1"
             )
@@ -153,5 +140,6 @@ def _check_feature_layers(config: FlexAttnLlavaConfig) -> None:
         )
 
 
-def _is_whole(value: Any, low: int, high: int) -> bool:
+def is_whole(value: Any, low: int, high: int) -> bool:
+    """Return whether a value read from JSON is an integer from `low` to `high`."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, {} if there is no such file.
 
     Raises:
-        CheckpointError: The file cannot be read, is not JSON, or holds something other than an object.
+        CheckpointError: If the file cannot be read, is not JSON, or holds something other than an object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -51,17 +52,7 @@ def is_inside(path: Path, folder: Path) -> bool:
         return False
     # A blob may itself be a link into the store that repositories share, so only its first step is looked at.
     blob = Path(path.parent.resolve(), path.readlink()) if path.is_symlink() else target
-    return Path(*_normal(blob)).parent == snapshots.parent / "blobs"
-
-
-def _normal(path: Path) -> list[str]:
-    parts: list[str] = []
-    for part in path.parts:
-        if part == "..":
-            parts.pop()
-        else:
-            parts.append(part)
-    return parts
+    return Path(os.path.normpath(blob)).parent == snapshots.parent / "blobs"
 
 
 def first_line(error: BaseException) -> str:
@@ -74,8 +65,8 @@ def first_line(error: BaseException) -> str:
 def refusing(what: str, *passing: type[Exception]) -> Iterator[None]:
     """Turn any error of the block into CheckpointError("WHAT: first line of the message").
 
-    transformers, tokenizers and safetensors raise errors of a dozen types on damaged files, so that all are caught but
-    CheckpointError itself, those of a full memory, and `passing`. A panic of their Rust code is not even an Exception.
+    transformers, tokenizers and safetensors raise a dozen types of errors on damaged files, so all are caught except
+    CheckpointError itself, out-of-memory errors, and `passing`. A panic of their Rust code is not even an Exception.
     """
     try:
         yield

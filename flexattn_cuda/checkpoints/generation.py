@@ -10,14 +10,17 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from flexattn_cuda.checkpoints.config import is_whole
 from flexattn_cuda.checkpoints.files import read_json
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 
+_MAX_WHOLE = (1 << 31) - 1
+
 
 @dataclass(frozen=True)
 class _Rule:
-    """What the value of a field must be; null stands for the default and is fine everywhere."""
+    """What the value of a field must be; null stands for the default and is always allowed."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -27,12 +30,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 31
-
-
 def _whole_from(low: int) -> _Rule:
-    return _Rule(f"a whole number of at least {low}", lambda value: _is_whole(value) and value >= low)
+    return _Rule(f"a whole number of at least {low}", lambda value: is_whole(value, low, _MAX_WHOLE))
 
 
 def _one_of(*choices: Any) -> _Rule:
@@ -63,7 +62,7 @@ _RULES = {
 }
 _TOKENS = ("bos_token_id", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id")
 _LISTS_OF_TOKENS = ("suppress_tokens", "begin_suppress_tokens")
-# Of no effect on the answer of this model, or overridden by every call.
+# Without effect on the answers of this model, or overridden in every call.
 _IGNORED = (
     "_from_model_config", "assistant_lookbehind", "decoder_start_token_id", "diversity_penalty", "low_memory",
     "num_assistant_tokens", "num_assistant_tokens_schedule", "target_lookbehind", "transformers_version",
@@ -88,7 +87,7 @@ def check_generation_config(folder: Path, config: FlexAttnLlavaConfig) -> None:
 
 def _rules_of_tokens(vocabulary: int) -> dict[str, _Rule]:
     def is_token(value: Any) -> bool:
-        return _is_whole(value) and 0 <= value < vocabulary
+        return is_whole(value, 0, vocabulary - 1)
 
     def are_tokens(value: Any) -> bool:
         return isinstance(value, list) and all(map(is_token, value))
@@ -97,13 +96,12 @@ def _rules_of_tokens(vocabulary: int) -> dict[str, _Rule]:
     one_or_more = _Rule(
         f"{words}, or a list of them", lambda value: is_token(value) or (are_tokens(value) and value != [])
     )
-    return (
-        dict.fromkeys(_TOKENS, one_or_more)
-        | dict.fromkeys(_LISTS_OF_TOKENS, _Rule(f"a list, each {words}", are_tokens))
-        | {
-            "bad_words_ids": _Rule(
-                f"a list of lists, each {words}",
-                lambda value: isinstance(value, list) and all(are_tokens(one) and one for one in value),
-            )
-        }
+    lists = _Rule(
+        f"a list of lists, each {words}",
+        lambda value: isinstance(value, list) and all(are_tokens(one) and one for one in value),
     )
+    return {
+        **dict.fromkeys(_TOKENS, one_or_more),
+        **dict.fromkeys(_LISTS_OF_TOKENS, _Rule(f"a list, each {words}", are_tokens)),
+        "bad_words_ids": lists,
+    }

@@ -1,4 +1,4 @@
-"""Find a checkpoint: a local folder, or the files of a hub repository that are needed, downloaded where necessary."""
+"""Find a checkpoint: a local folder, or the files of a hub repository that are needed, downloaded if necessary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flexattn_cuda.errors import CheckpointError
 
 
 class Part(enum.Flag):
-    """What is wanted of a checkpoint; nothing else of a hub repository is downloaded."""
+    """Parts of a checkpoint; of a hub repository only the requested ones are downloaded."""
 
     CONFIG = enum.auto()
     WEIGHTS = enum.auto()
@@ -53,7 +53,7 @@ class HubOptions:
         token: Access token, True for the one that `hf auth login` has stored, False for none; None: the hub's default.
         cache_dir: Folder of the hub cache; None: the hub's default.
         local_files_only: Use what the cache holds, and never the network.
-        force_download: Download files anew that the cache already holds.
+        force_download: Download files even if the cache holds them.
         subfolder: Folder inside the repository, or inside a local folder, that holds config.json.
         variant: Kind of weights, such as "fp16" for model.fp16.safetensors.
     """
@@ -74,7 +74,7 @@ class HubOptions:
     @classmethod
     def pop_from(cls, kwargs: dict[str, Any]) -> HubOptions:
         """Take the hub's options out of the keyword arguments of a `from_pretrained`; None stands for the default."""
-        given = {name: kwargs.pop(name) for name in [field.name for field in dataclasses.fields(cls)] if name in kwargs}
+        given = {field.name: kwargs.pop(field.name, None) for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     def elsewhere(self) -> HubOptions:
@@ -89,10 +89,10 @@ def resolve_folder(name_or_path: str | Path, hub: HubOptions | None = None, part
         name_or_path: A folder, or a hub id ("owner/name"). The hub is asked first, and only files that the cache lacks
             are downloaded; if the hub does not deliver, the cached files are used, provided that they are complete.
         hub: Options of the hub; None: the defaults.
-        parts: What is wanted of a hub repository.
+        parts: What to download of a hub repository.
 
     Raises:
-        CheckpointError: There is no such checkpoint, it lacks a part, or a file in it is a link to somewhere else.
+        CheckpointError: If there is no such checkpoint, it lacks a part, or a file in it is a link to somewhere else.
     """
     name, hub = str(name_or_path), hub or HubOptions()
     if not name.strip():  # Path("") is the current folder
@@ -126,8 +126,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         variant: As in transformers: "fp16" stands for model.fp16.safetensors and so on.
 
     Raises:
-        CheckpointError: There are none; or an index of shards is damaged, or names files that are missing or outside of
-            the folder.
+        CheckpointError: If there are none, or an index of shards is damaged or names files that are missing or outside
+            of the folder.
     """
     for name, index in _weight_names(variant):
         if (folder / name).is_file():

@@ -1,4 +1,4 @@
-"""How HR projections start that a checkpoint does not have: as copies of self-attention's, or random."""
+"""How HR projections start if a checkpoint lacks them: as copies of self-attention's, or random."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def start_projections(model: Any, names: Iterable[str], config: FlexAttnLlavaCon
     """Start the named projections as `hr_init` says; the output of LLaVA-XAttn's cross-attention always starts at zero.
 
     Raises:
-        CheckpointError: The weights are quantised: codes are not numbers that a projection could start from.
+        CheckpointError: If the weights are quantised: codes are not numbers that a projection could start from.
     """
     weights = dict(model.named_parameters())
     kv_heads = model.config.text_config.num_key_value_heads

@@ -36,8 +36,8 @@ def config_from_released(folder: Path, values: dict[str, Any], hub: HubOptions) 
     """Return the configuration of a checkpoint in the released format; `values` is its config.json.
 
     Raises:
-        ValueError: A field is wrong, or has a value that is not known of this format.
-        CheckpointError: The vision tower cannot be found.
+        ValueError: If a field is wrong, or has a value that is not known of this format.
+        CheckpointError: If the vision tower cannot be found.
     """
     for name, value in _ONLY.items():
         if values.get(name, value) != value:
@@ -68,9 +68,8 @@ def vision_tower_folder(
     else, which a checkpoint may bring along from the machine that it was trained on, is not followed.
 
     Raises:
-        CheckpointError: config.json names no tower, or the tower is in none of these.
+        CheckpointError: If config.json names no tower, or the tower is in none of these.
     """
-    folder = Path(folder)
     tower = values.get("mm_vision_tower")
     if not isinstance(tower, str) or not tower.strip():
         raise CheckpointError(f"{folder / 'config.json'} names no mm_vision_tower")

@@ -27,7 +27,7 @@ _NESTED_TOWER_KEYS = {
     r"^multi_modal_projector": "model.multi_modal_projector",
 }
 _TOWER = "model.vision_tower."
-_HARMLESS = 1 << 26  # weights of a language model: making them in vain does not fill a memory
+_HARMLESS = 1 << 26  # weights of a language model: so few may be created in vain
 
 
 def load_weights(
@@ -51,7 +51,7 @@ def load_weights(
         The model, and transformers' loading info.
 
     Raises:
-        CheckpointError: The folder has no weights, they are damaged, or some are missing.
+        CheckpointError: If the folder has no weights, they are damaged, or some are missing.
     """
     form = checkpoint_format(folder)
     check_generation_config(folder, config)

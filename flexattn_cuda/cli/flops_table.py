@@ -9,7 +9,7 @@ from flexattn_cuda.tasks.count_flops import FlopsReport, ImpliedSelection
 
 
 def flops_table(report: FlopsReport) -> Table:
-    """Costs by system and part, as published and as run here, and the paper's figures if it has any."""
+    """Return costs by system and part, as published and as run here, and the paper's figures if it has any."""
     large = max(cost.published_tflops for cost in report.costs.values()) >= 1
     unit, unit_name = (1e12, "TFLOPs") if large else (1e9, "GFLOPs")
     table = Table(box=None, pad_edge=False, title=f"{unit_name} of a prompt with one image", title_justify="left")
@@ -29,7 +29,7 @@ def _figures(parts: dict[str, int], unit: float) -> list[str]:
 
 
 def implied_sentence(implied: ImpliedSelection) -> str:
-    """What the paper's figure for FlexAttention implies."""
+    """Say what the paper's figure for FlexAttention implies."""
     return (
         f"The paper's {implied.tflops} TFLOPs are those of {implied.selected} selected tokens, "
         f"{implied.selected / implied.tokens:.0%} of {implied.tokens}."

@@ -19,7 +19,7 @@ from flexattn_cuda.tasks.load import CheckpointInfo
 
 
 def facts_table() -> Table:
-    """Versions, the build and the paths that this machine can use."""
+    """Return versions, facts about the build, and the paths that this machine can use."""
     built = build.build_info()
     toolkit = built["cuda_toolkit"]
     gpus = [_gpu(number) for number in range(torch.cuda.device_count())]
@@ -46,7 +46,7 @@ def _gpu(number: int) -> str:
 
 
 def memory_report(checkpoint: CheckpointInfo) -> list[RenderableType]:
-    """The memory that a model and one image need, and whether the smaller V100 has it.
+    """Return the memory that a model and one image need, and whether the smaller V100 has it.
 
     Raises:
         CheckpointError: If the configuration cannot be built.
@@ -77,7 +77,7 @@ def _about_tokens(config: FlexAttnLlavaConfig) -> str:
 
 
 def _memory_table(config: FlexAttnLlavaConfig, estimates: list[memory.MemoryEstimate]) -> Table:
-    """A column per estimate."""
+    """Return a table with a column per estimate."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     table.add_column("float16, bfloat16", justify="right")

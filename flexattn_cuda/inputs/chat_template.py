@@ -1,4 +1,4 @@
-"""The chat template of a checkpoint, and what the messages that it writes must not contain."""
+"""The chat template of a checkpoint, and what the messages that it renders must not contain."""
 
 from __future__ import annotations
 
@@ -29,12 +29,10 @@ VICUNA_TEMPLATE = (
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """Return the template that a checkpoint brings along, None if there is none.
-
-    It is looked for in every file in which transformers has kept it.
+    """Return a checkpoint's chat template, from whichever file transformers has kept it in; None if it has none.
 
     Raises:
-        CheckpointError: A file cannot be read, or holds a template that is not text.
+        CheckpointError: If a file cannot be read, or holds a template that is not text.
     """
     path = folder / "chat_template.jinja"
     if path.is_file():

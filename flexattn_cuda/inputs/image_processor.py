@@ -15,7 +15,7 @@ from transformers import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 
 from flexattn_cuda.checkpoints import HubOptions, Part, checkpoint_format, vision_tower_folder
-from flexattn_cuda.checkpoints.config import read_config
+from flexattn_cuda.checkpoints.config import is_whole, read_config
 from flexattn_cuda.checkpoints.files import read_json, refusing
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
@@ -61,7 +61,7 @@ class FlexAttnLlavaImageProcessor(ImageProcessingMixin):
         image_std: Standard deviation of the same.
 
     Raises:
-        InputError: A size is not a whole number of at least 1, or mean or std are not three positive numbers.
+        InputError: If a size is not a whole number of at least 1, or mean or std are not three positive numbers.
     """
 
     model_input_names = ["pixel_values", "pixel_values_hr", "valid_rect"]  # noqa: RUF012 (transformers' own form)
@@ -99,7 +99,7 @@ class FlexAttnLlavaImageProcessor(ImageProcessingMixin):
             hub: Options for a vision tower on the hub.
 
         Raises:
-            CheckpointError: A file cannot be read, or has an impossible value.
+            CheckpointError: If a file cannot be read, or has an impossible value.
         """
         with refusing(f"the image processor of {folder} cannot be made"):
             return cls(**asdict(ImageSizes.of(config)), **_mean_and_std(Path(folder), hub))
@@ -116,7 +116,7 @@ class FlexAttnLlavaImageProcessor(ImageProcessingMixin):
             plain LLaVA), valid_rect [n, 4] int32: (top, left, bottom, right) in cells of the S x S grid, half-open.
 
         Raises:
-            InputError: Something is not an image, or there is none.
+            InputError: If something is not an image, or there is none.
         """
         upright = [upright_rgb(as_image(image)) for image in flat_list(images)]
         if not upright:
@@ -143,7 +143,7 @@ class FlexAttnLlavaImageProcessor(ImageProcessingMixin):
 
 
 def _checked_size(name: str, size: Any, limit: int = _MAX_SIZE) -> int:
-    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= limit:
+    if not is_whole(size, 1, limit):
         raise InputError(f"{name} is {size!r}; it must be a whole number from 1 to {limit}")
     return size
 

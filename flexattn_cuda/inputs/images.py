@@ -24,7 +24,7 @@ def open_image(path: str | Path) -> Image.Image:
         The image upright and in RGB, see `upright_rgb`.
 
     Raises:
-        InputError: The file is missing, empty, damaged, not an image, or too large.
+        InputError: If the file is missing, empty, damaged, not an image, or too large.
     """
     path = Path(path)
     _check_file(path)
@@ -57,11 +57,13 @@ def _check_file(path: Path) -> None:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Return an image as a viewer shows it.
 
-    It is turned as its EXIF block says (an unreadable block is ignored, as viewers do), 16-bit grey is scaled to 8
-    bits, and transparent parts become white. The result carries no EXIF block, so that no one turns it again.
+    It is turned as its EXIF block says (an unreadable block is ignored, as viewers do), and transparent parts become
+    white. Grey values of more than 8 bits lie in 0..255, as in Pillow, or in 0..65535 if one exceeds 255. The result
+    carries no EXIF block, so that no one turns it again.
 
     Raises:
-        InputError: The image is empty or too large, cannot be decoded, or holds NaN or infinite values.
+        InputError: If the image is empty or too large, cannot be decoded, or holds NaN, infinite values, or grey values
+            in another range, such as floats in 0..1.
     """
     if min(image.size) < 1:
         raise InputError(f"the image has {image.width} x {image.height} pixels")
@@ -99,9 +101,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     levels = np.asarray(image, dtype=np.float32)
     if not np.isfinite(levels).all():
         raise InputError("the image holds values that are NaN or infinite; replace them first")
-    if levels.max() > 255:  # 16 bits; Pillow would clip them
+    low, high = levels.min(), levels.max()
+    if low < 0 or high > 65_535 or (image.mode == "F" and 0 < high <= 1):
+        raise InputError(
+            f"the image holds grey values from {low:g} to {high:g}; scale them to 0..255 or 0..65535 first"
+        )
+    if high > 255:  # 16 bits; Pillow would clip them
         levels = levels / 257
-    return Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+    return Image.fromarray(levels.round().astype(np.uint8))
 
 
 def valid_rect_of(width: int, height: int, side: int) -> tuple[int, int, int, int]:
@@ -140,7 +147,7 @@ def as_image(image: Any) -> Image.Image:
     """Return a PIL image for a PIL image or a uint8 array [H, W] or [H, W, 3 or 4].
 
     Raises:
-        InputError: It is something else.
+        InputError: If it is anything else.
     """
     if isinstance(image, Image.Image):
         return image

@@ -27,7 +27,7 @@ from flexattn_cuda.inputs.questions import IMAGE, check_question, user_message
 from flexattn_cuda.inputs.tokenizers import load_tokenizer
 
 RELEASED_IMAGE_ID = -200
-# Options that transformers' AutoProcessor passes along, and that make no difference here.
+# Options that transformers' AutoProcessor passes on and that have no effect here.
 _AUTO_OPTIONS = ("trust_remote_code", "use_fast", "backend", "code_revision")
 
 
@@ -43,7 +43,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         chat_template: Jinja template of the prompt; None: that of Vicuna v1.
 
     Raises:
-        InputError: The tokenizer has no "<image>" token and no `image_token_id` is given.
+        InputError: If the tokenizer has no "<image>" token and no `image_token_id` is given.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         image_token_id: int | None = None,
         split_at_images: bool = False,
         chat_template: str | None = None,
-        **kwargs: Any,
     ):
         known = tokenizer.get_vocab().get(IMAGE)
         if image_token_id is None and known is None:
@@ -72,7 +71,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
 
     @property
     def pad_id(self) -> int:
-        """The id that stands in the padding, where the attention mask is 0."""
+        """The id of the padding, where the attention mask is 0."""
         pad, unknown = self.tokenizer.pad_token_id, self.tokenizer.unk_token_id
         return (unknown or 0) if pad is None else pad
 
@@ -80,7 +79,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         """Return the prompt of a conversation, as transformers documents it, or its tokens with `tokenize=True`.
 
         Raises:
-            InputError: A message contains the text of a special token, such as "</s>", which would become that token.
+            InputError: If a message contains the text of a special token, such as "</s>", which would become the token.
         """
         refuse_special_texts(conversation, special_texts(self.tokenizer), self.tokenizer.eos_token)
         return super().apply_chat_template(conversation, *args, **kwargs)
@@ -89,8 +88,8 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         """Return the prompt that asks `question` about `images` images, up to where the answer begins.
 
         Raises:
-            InputError: The question is empty, or contains "<image>" or the text of another special token.
-            CheckpointError: The checkpoint's chat template fails, or does not mark every image.
+            InputError: If the question is empty, or contains "<image>" or the text of another special token.
+            CheckpointError: If the checkpoint's chat template fails, or does not mark every image.
         """
         check_question(question)
         with refusing("the chat template of the checkpoint fails", InputError):
@@ -103,7 +102,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
 
     def prompt_length(self, question: str) -> int:
         """Return how many positions of the sequence the prompt of `question` about one image takes."""
-        return len(self.expand_image_tokens(self.tokenize(self.prompt(question), add_special_tokens=True)))
+        return len(self.expand_image_tokens(self.tokenize(self.prompt(question))))
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of one prompt, with one id for each image."""
@@ -126,7 +125,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
             A tensor for a tensor, a list for a list.
 
         Raises:
-            InputError: The ids are those of a batch.
+            InputError: If the ids are those of a batch.
         """
         values = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
         if values and not isinstance(values[0], int):
@@ -169,8 +168,8 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
             input_ids, attention_mask [B, N] int64, and for images what `FlexAttnLlavaImageProcessor` returns.
 
         Raises:
-            InputError: Images and "<image>" marks do not match, or something is neither an image nor a text.
-            CheckpointError: The tokenizer does not make one image token of every mark.
+            InputError: If images and "<image>" marks do not match, or something is neither an image nor a text.
+            CheckpointError: If the tokenizer does not make one image token of every mark.
         """
         if unknown := sorted(name for name, value in kwargs.items() if value is not None):
             raise TypeError(f"FlexAttnLlavaProcessor takes no {', '.join(unknown)}")
@@ -221,8 +220,8 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
             kwargs: As in transformers: revision, token, cache_dir, local_files_only, force_download, subfolder.
 
         Raises:
-            CheckpointError: The folder is missing, of an unknown format, has no tokenizer, or a file in it is damaged.
-            TypeError: An option is not known.
+            CheckpointError: If the folder is missing, of an unknown format, without a tokenizer, or damaged.
+            TypeError: If an option is unknown.
         """
         hub = HubOptions.pop_from(kwargs)
         if unknown := sorted(name for name in kwargs if name[0] != "_" and name not in _AUTO_OPTIONS):

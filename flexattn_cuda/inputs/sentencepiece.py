@@ -1,6 +1,6 @@
-"""Reads `tokenizer.model`, the sentencepiece file of LLaMA tokenizers, without the sentencepiece package.
+"""Read `tokenizer.model`, the sentencepiece file of LLaMA tokenizers, without the sentencepiece package.
 
-The file is one protobuf message; of its fields (sentencepiece_model.proto) these are read:
+The file is a protobuf message (sentencepiece_model.proto). These fields are read:
 
     ModelProto        1 pieces (repeated)   2 trainer_spec   3 normalizer_spec
     SentencePiece     1 piece   2 score   3 type
@@ -23,15 +23,15 @@ _SPACE = "\u2581"  # sentencepiece writes a space as this block character
 
 
 def read_sentencepiece(path: str | Path, prefix_everywhere: bool = False) -> Tokenizer:
-    """Return the tokenizer of a sentencepiece BPE model as LLaMA uses it: byte fallback, and a space before the text.
+    """Return the tokenizer of a sentencepiece BPE model of the LLaMA kind: byte fallback, a space before the text.
 
     Args:
         path: The file, usually named tokenizer.model.
-        prefix_everywhere: Put the space also before text that follows a special token; transformers calls such a
-            tokenizer "legacy".
+        prefix_everywhere: Also put a space before text that follows a special token, as transformers' "legacy"
+            tokenizers do.
 
     Raises:
-        ValueError: If the file is damaged, or holds a model of another kind.
+        ValueError: If the file is damaged or holds another kind of model.
     """
     try:
         pieces, trainer, normalizer = _parse(Path(path).read_bytes())
@@ -62,7 +62,7 @@ def _build(pieces: list[tuple[str, float, int]], prefix_everywhere: bool) -> Tok
         if kind == _NORMAL:
             halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
             merges += [(score, pair) for pair in halves if pair[0] in vocabulary and pair[1] in vocabulary]
-    merges.sort(key=lambda merge: merge[0], reverse=True)  # the best score is merged first; stable among equals
+    merges.sort(key=lambda merge: merge[0], reverse=True)  # the highest score is merged first
 
     unknown = next((piece for piece, _, kind in pieces if kind == _UNKNOWN), None)
     model = BPE(
@@ -108,33 +108,32 @@ def _parse(data: bytes) -> tuple[list[tuple[str, float, int]], dict[int, object]
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, object]]:
-    """Yield (number, value) of each field: int for varints, float for 32-bit, bytes for all other fields."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        kind = key & 7
-        if kind == 0:
-            value, at = _varint(message, at)
-        elif kind == 1:
-            value, at = message[at : at + 8], at + 8
-        elif kind == 2:
-            length, at = _varint(message, at)
-            if at + length > len(message):
-                raise IndexError("a field reaches beyond the end")
-            value, at = message[at : at + length], at + length
-        elif kind == 5:
-            (value,), at = struct.unpack_from("<f", message, at), at + 4
+    """Yield (number, value) of each field: int for varints, float for 32-bit fields, bytes for all others."""
+    position = 0
+    while position < len(message):
+        key, position = _varint(message, position)
+        wire_type = key & 7
+        if wire_type == 0:
+            value, position = _varint(message, position)
+        elif wire_type == 5:
+            (value,), position = struct.unpack_from("<f", message, position), position + 4
+        elif wire_type in (1, 2):
+            length, position = (8, position) if wire_type == 1 else _varint(message, position)
+            if position + length > len(message):
+                raise IndexError("a field extends beyond the end")
+            value, position = message[position : position + length], position + length
         else:
-            raise TypeError(f"wire type {kind}")
+            raise TypeError(f"wire type {wire_type}")
         yield key >> 3, value
 
 
-def _varint(message: bytes, at: int) -> tuple[int, int]:
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    """Return a number of 7 bits per byte, the lowest first, and the position after it."""
     value = shift = 0
     while True:
-        byte = message[at]
-        at += 1
+        byte = message[position]
+        position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at
+            return value, position
         shift += 7

@@ -21,7 +21,7 @@ def load_tokenizer(folder: Path, form: str) -> Any:
             tokenizer.model, as the released code reads it.
 
     Raises:
-        CheckpointError: There is no tokenizer, or it cannot be read.
+        CheckpointError: If there is no tokenizer, or it cannot be read.
     """
     has_json, has_model = ((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     if not has_json and not has_model:
@@ -38,7 +38,7 @@ def load_tokenizer(folder: Path, form: str) -> Any:
 
 
 def _finish(tokenizer: Any) -> None:
-    """Set the side and the token of the padding, and try the tokenizer once."""
+    """Set up the padding, and try the tokenizer once."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -90,13 +90,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def fsync_file(file: BinaryIO) -> None:
-    """Flush a file to the disk."""
+    """Flush a file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush a folder to the disk: a new file can be found after a crash only then."""
+    """Flush a folder to disk; only then is a new file in it certain to survive a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

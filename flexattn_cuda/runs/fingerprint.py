@@ -1,4 +1,4 @@
-"""What must stay the same for a run to go on where an earlier one stopped."""
+"""What must stay the same for a run to be resumed."""
 
 from __future__ import annotations
 

@@ -29,12 +29,12 @@ from flexattn_cuda.runs.fingerprint import Fingerprint
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option besides its name, its type and its default.
+    """An option, apart from its name, type and default.
 
     Attributes:
         help: One sentence, starting with a noun or a verb in the imperative.
         flags: Names on the command line; `--field-name` if empty.
-        metavar: What stands for the value in the help, such as "DIR".
+        metavar: Placeholder for the value in the help, such as "DIR".
         positional: Whether the command line takes it without a flag.
         choices: The allowed values of a string; any if empty.
         minimum: The lowest allowed number.
@@ -127,6 +127,8 @@ def _checked(declared: DeclaredOption, value: Any) -> Any:
     if declared.kind is Path:
         if value == "":  # Path("") is the current folder: an empty shell variable would go unnoticed
             raise InputError(f"{declared.label} is empty; it must be a path")
+        if value == "-":  # otherwise a file of that name would be written
+            raise InputError(f"{declared.label} is '-', but standard input and output cannot be used; name a path")
         value = Path(value) if isinstance(value, (str, os.PathLike)) else value
     elif declared.kind is str:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value

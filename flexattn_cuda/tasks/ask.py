@@ -135,7 +135,8 @@ def ask(
     """
     if image is None:
         raise InputError("there is a question but no image; pass an image file or a PIL image")
-    check_max_new_tokens(max_new_tokens)
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be a whole number of at least 1")
     image = open_image(image) if isinstance(image, (str, os.PathLike)) else upright_rgb(as_image(image))
     recorded = Trace() if trace else None
     streamer = _TextPieces(processor.tokenizer, on_text)
@@ -221,12 +222,6 @@ def prompt_length(
             f"the question is too long: its prompt takes {length} tokens, and the model has {max_positions} positions"
         )
     return length
-
-
-def check_max_new_tokens(max_new_tokens: int) -> None:
-    """Raise InputError unless this is a length that an answer can have."""
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be a whole number of at least 1")
 
 
 class _TextPieces(BaseStreamer):

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from flexattn_cuda.analysis import flops
+from flexattn_cuda.errors import InputError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
-from flexattn_cuda.runs.files import os_errors_as_input_errors
+from flexattn_cuda.runs.files import check_writable, os_errors_as_input_errors
 from flexattn_cuda.tasks.load import read_checkpoint_info
 from flexattn_cuda.tasks.options import FlopsOptions
 
@@ -68,15 +69,27 @@ class FlopsReport:
 
 
 def prepare_flops(options: FlopsOptions) -> PreparedFlops:
-    """Make the configurations of all systems; raise InputError or CheckpointError if one cannot be made."""
+    """Make the configurations of all systems; raise InputError or CheckpointError if anything cannot be used."""
     if options.plot is not None:
         flops.check_plot(options.plot)
+    if options.json_file is not None:
+        check_writable(options.json_file)
     shape = options.shape or "7b"
     base = flops.llava_shape(shape) if options.model is None else read_checkpoint_info(options.model).config
     systems = flops.COMPARED if options.systems is None else options.systems.split(",")
     configs = {system.strip(): flops.as_system(base, system.strip(), options.zoom) for system in systems}
+    _refuse_unused_selection(options, configs)
     is_the_papers = options.model is None and shape == "7b" and options.zoom in (None, 3)
     return PreparedFlops(options, base, configs, flops.PAPER.get(options.text_tokens, {}) if is_the_papers else {})
+
+
+def _refuse_unused_selection(options: FlopsOptions, configs: dict[str, FlexAttnLlavaConfig]) -> None:
+    given = [name for name in ("selected", "tiles") if getattr(options, name) is not None]
+    if given and not any(config.system == "flexattn" for config in configs.values()):
+        raise InputError(
+            f"--{given[0]} applies to FlexAttention only, and the systems are {', '.join(configs)}; leave it out, "
+            "or add flexattn to --systems"
+        )
 
 
 def count_flops(prepared: PreparedFlops) -> FlopsReport:

@@ -9,7 +9,7 @@ from typing import Any
 
 from flexattn_cuda.errors import InputError
 
-_PACKAGE = Path(__file__).parents[1]
+_REPOSITORY = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,12 @@ class Example:
 
 
 def examples_folder(given: Path | None) -> Path:
-    """Return the folder that holds questions.json: the given one, or the first of those where the examples may be.
+    """Return the folder that holds questions.json: the given one, or examples/ here or in the repository.
 
     Raises:
         InputError: If there is no questions.json.
     """
-    usual = [Path("examples"), _PACKAGE.parent / "examples", _PACKAGE / "assets" / "examples"]
-    candidates = usual if given is None else [given]
+    candidates = [Path("examples"), _REPOSITORY / "examples"] if given is None else [given]
     for folder in candidates:
         if (folder / "questions.json").is_file():
             return folder

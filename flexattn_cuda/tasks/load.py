@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from flexattn_cuda import checkpoints
+from flexattn_cuda.checkpoints.files import first_line
 from flexattn_cuda.devices import choose_device, choose_dtype
 from flexattn_cuda.errors import CheckpointError, InputError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig, as_system
@@ -36,8 +37,13 @@ def load(
 
     Raises:
         CheckpointError: If there is no such checkpoint, or it cannot be loaded.
-        InputError: If the device, the dtype or the system is unknown, or cannot be used here.
+        InputError: If the device, the dtype or the system is unknown or cannot be used here, or `flexattn` is anything
+            else than a FlexAttnConfig.
     """
+    if not isinstance(flexattn, FlexAttnConfig | None):
+        raise InputError(
+            f"flexattn is a {type(flexattn).__name__}; it must be a FlexAttnConfig, such as FlexAttnConfig.released()"
+        )
     device, dtype = choose_device(device), choose_dtype(dtype)
     folder = checkpoint_folder(model)
     config = checkpoints.load_config(folder)
@@ -53,8 +59,7 @@ def load(
     except CheckpointError:
         raise
     except (ValueError, RuntimeError) as error:  # transformers: the parts of the checkpoint do not fit together
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder} cannot be loaded: {first_line}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     processor = FlexAttnLlavaProcessor.from_pretrained(folder, config=loaded.config)
     _check_vocabulary(folder, loaded, processor)
     return loaded.eval().to(device), processor

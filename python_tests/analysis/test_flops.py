@@ -168,12 +168,15 @@ def test_the_shipped_model_in_every_system(flexattn):
         (["--systems", "flexattn", "--tiles", 10], "has 9"),
         (["--systems", "flexattn", "--selected", 577, "--tiles", 1], "do not fit into 1 tiles of 576"),
         (["--systems", "flexattn", "--selected", -1], "-1 selected"),
+        (["--systems", "llava,hd", "--selected", 9], "--selected applies to FlexAttention only"),
+        (["--systems", "xattn", "--tiles", 0], "--tiles applies to FlexAttention only"),
+        (["--systems", "llava", "--json", "-"], "standard input and output cannot be used"),
         (["--text-tokens", 0], "at least 1"),
         (["--zoom", 0], "at least 1"),
         (["--shape", "70b"], "7b, 13b"),
         (["--shape", "7b", "--model", "x"], "exclude each other"),
         (["--model", "nowhere"], "no checkpoint 'nowhere'"),
-        (["--systems", "llava", "--json", "no/such/folder.json"], "cannot be written"),
+        (["--json", "no/such/folder.json"], "cannot be written: there is no folder"),
     ],
 )
 def test_bad_input_is_told_in_one_sentence(flexattn, arguments, said):
@@ -208,6 +211,13 @@ def test_cost_by_resolution_and_its_plot(tmp_path):
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="must end in"):
         flops.plot(points, tmp_path / "cost.docx")
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_counted(flexattn, monkeypatch):
+    monkeypatch.setattr(flops, "count", lambda *_: pytest.fail("costs were counted"))
+    for option in ("--json", "--plot"):
+        code, _, err = flexattn("flops", option, "no/such/folder.png")
+        assert code == 2 and "no/such/folder.png cannot be written: there is no folder no/such" in err
 
 
 def test_without_matplotlib_the_plot_says_what_to_install(monkeypatch, flexattn):

@@ -18,8 +18,8 @@ def grey(width: int, height: int) -> Image.Image:
     return Image.new("RGB", (width, height), (GREY, GREY, GREY))
 
 
-def no_map(grid: int = 6) -> np.ndarray:
-    return np.zeros((grid, grid), dtype=np.float32)
+def no_map() -> np.ndarray:
+    return np.zeros((6, 6), dtype=np.float32)
 
 
 def mask(grid: int, *cells: tuple[int, int]) -> np.ndarray:
@@ -148,8 +148,7 @@ def test_panels_lie_side_by_side():
     assert outlined[40, 0] and not outlined[40, 248 + 200]
     assert outlined[60:80, 248 + 239].all()
     assert drawn.shape[1] == 2 * 240 + 8
-    three = viz.sheet(image, [panel()] * 3, columns=3)
-    assert three.width == 3 * 240 + 2 * 8
+    assert viz.sheet(image, [panel()] * 5).width == 3 * 240 + 2 * 8
 
 
 def test_only_huge_images_are_drawn_smaller():

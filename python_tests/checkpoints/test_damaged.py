@@ -22,12 +22,10 @@ import tiny_checkpoint
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from tiny_checkpoint import edit_json
+from transformers import GenerationConfig
 
-from flexattn_cuda.checkpoints import fetch_config
+from flexattn_cuda.checkpoints import load_config
 from flexattn_cuda.errors import CheckpointError, InputError
 from flexattn_cuda.tasks.ask import ask
 from flexattn_cuda.tasks.load import load
@@ -37,43 +35,26 @@ TEXTS = (b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe\0", b"[" * 100_000)
 # What a message must never ask for, to get around a check.
 NEVER_ADVISED = ("weights_only", "trust_remote_code", "ignore_mismatched_sizes")
 DELETED = "<deleted>"  # in place of a value: the field is removed
-RELEASED = Path(__file__).parents[1] / "data" / "reference_vectors" / "model"
 
 Damage = Callable[[Path], Any]
 
 
-def save_own(folder: Path) -> None:
-    tiny_checkpoint.save(folder)
-
-
 def save_llava(folder: Path) -> None:
-    tiny.llava().save_pretrained(folder)
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "red": 3, "<image>": 95}
-    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = Whitespace()
-    backend.add_special_tokens([AddedToken("<image>", normalized=False)])
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    values = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    tiny_checkpoint.save_llava(folder)
+    edit_json(folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5])
 
 
 def save_released(folder: Path) -> None:
-    shutil.copytree(RELEASED, folder)
-    shutil.copy(tiny_checkpoint.TOKENIZER, folder)
-    values = json.loads((folder / "config.json").read_text())
-    values["extra"] |= {"lowres_size": "126", "highres_size": "378"}  # faster than the released sizes
-    (folder / "config.json").write_text(json.dumps(values | {"vocab_size": 500}))
-    weights = load_file(folder / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = weights[name].repeat(3, 1)[:500].contiguous()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tiny_checkpoint.save_released(folder)
+    extra = json.loads((folder / "config.json").read_text())["extra"]
+    edit_json(folder / "config.json", extra=extra | {"lowres_size": "126", "highres_size": "378"})  # faster
     settings = {"legacy": False, "add_bos_token": True, "bos_token": {"content": "<s>"}, "model_max_length": 2048}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>", "unk_token": "<unk>"}))
-    (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 499}))
+    edit_json(folder / "tokenizer_config.json", **settings)
+    edit_json(folder / "special_tokens_map.json", eos_token="</s>", unk_token="<unk>")
+    edit_json(folder / "added_tokens.json", **{"<extra>": 499})
 
 
-FORMATS = {"flexattn": save_own, "llava": save_llava, "released": save_released}
+FORMATS = {"flexattn": tiny_checkpoint.save, "llava": save_llava, "released": save_released}
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +143,7 @@ FILES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("form", "name"), FILES, ids=map("/".join, FILES))
 def test_a_damaged_field_gives_an_answer_or_a_sentence(whole, damaged, form, name):
@@ -179,6 +161,7 @@ def test_a_damaged_field_gives_an_answer_or_a_sentence(whole, damaged, form, nam
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("form", "name"), FILES, ids=map("/".join, FILES))
 def test_a_file_that_holds_something_else_gives_an_answer_or_a_sentence(damaged, form, name):
@@ -229,10 +212,9 @@ def test_a_tokenizer_that_panics_is_refused(damaged):
     """The tokenizers library panics where its post-processor names a token without ids: not an Exception in Python."""
 
     def damage(folder: Path) -> None:
-        values = json.loads((folder / "tokenizer.json").read_text())
         single = [{"SpecialToken": {"id": "<none>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        values["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
-        (folder / "tokenizer.json").write_text(json.dumps(values))
+        template = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+        edit_json(folder / "tokenizer.json", post_processor=template)
 
     message = damaged("flexattn", damage)
     assert message is not None and "the tokenizer in" in message and is_a_sentence(message)
@@ -240,14 +222,14 @@ def test_a_tokenizer_that_panics_is_refused(damaged):
 
 def test_a_tokenizer_that_does_not_know_the_image_token_is_refused(damaged):
     def damage(folder: Path) -> None:
-        values = json.loads((folder / "tokenizer.json").read_text())
-        values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] != "<image>"]
-        (folder / "tokenizer.json").write_text(json.dumps(values))
+        added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+        edit_json(folder / "tokenizer.json", added_tokens=[token for token in added if token["content"] != "<image>"])
 
     message = damaged("llava", damage)
     assert message is not None and "0 image tokens of 1 <image> marks" in message and is_a_sentence(message)
 
 
+@pytest.mark.slow
 def test_a_damaged_sentencepiece_model_gives_an_answer_or_a_sentence(damaged):
     data = tiny_checkpoint.TOKENIZER.read_bytes()
     for at in range(0, len(data), len(data) // 12):
@@ -305,9 +287,8 @@ def test_a_weight_under_another_name_is_missed(damaged):
 @pytest.mark.parametrize("form", ["flexattn", "llava"])
 def test_weights_of_other_shapes_are_refused(damaged, form):
     def widen(folder: Path) -> None:
-        values = json.loads((folder / "config.json").read_text())
-        values["text_config"]["intermediate_size"] += 16
-        (folder / "config.json").write_text(json.dumps(values))
+        text = json.loads((folder / "config.json").read_text())["text_config"]
+        edit_json(folder / "config.json", text_config=text | {"intermediate_size": text["intermediate_size"] + 16})
 
     message = damaged(form, widen)
     assert message is not None and "other shapes than its config.json says" in message and is_a_sentence(message)
@@ -383,8 +364,7 @@ def test_a_vision_tower_is_not_looked_for_outside(damaged, name):
         shutil.move(folder / "vision_tower", elsewhere / "tower")
         (folder / "inside").symlink_to(elsewhere / "tower")
         tower = name.replace("../tower", "../elsewhere/tower").format(folder=folder)
-        values = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(values | {"mm_vision_tower": tower}))
+        edit_json(folder / "config.json", mm_vision_tower=tower)
 
     message = damaged("released", damage)
     assert message is not None and "the vision tower" in message and is_a_sentence(message)
@@ -436,8 +416,7 @@ def test_code_that_a_checkpoint_brings_along_is_never_executed(damaged, tmp_path
     def damage(folder: Path) -> None:
         (folder / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\nclass Own: ...\n")
         for name, kind in (("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")):
-            values = json.loads((folder / name).read_text()) | {"auto_map": {kind: ["code.Own", "code.Own"]}}
-            (folder / name).write_text(json.dumps(values | {"tokenizer_class": "Own"}))
+            edit_json(folder / name, auto_map={kind: ["code.Own", "code.Own"]}, tokenizer_class="Own")
 
     assert is_a_sentence(damaged("llava", damage))
     assert not (tmp_path / "executed").exists()
@@ -446,9 +425,9 @@ def test_code_that_a_checkpoint_brings_along_is_never_executed(damaged, tmp_path
 @pytest.mark.parametrize("part", ["missing", None])
 def test_a_configuration_of_a_far_larger_model_is_refused_before_anything_is_made(whole, tmp_path, part):
     shutil.copytree(whole / "flexattn", tmp_path / "model")
-    values = json.loads((tmp_path / "model" / "config.json").read_text()) | {"text_config": part}
-    if part == "missing":
-        del values["text_config"]  # transformers' default is a language model of 7B
+    values = json.loads((tmp_path / "model" / "config.json").read_text())
+    del values["text_config"]  # transformers' default is a language model of 7B
+    values |= {"text_config": None} if part is None else {}
     (tmp_path / "model" / "config.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"bytes, too few for the [0-9]+ weights and more that its config\.json"):
         load(tmp_path / "model", device="cpu")
@@ -460,4 +439,4 @@ def test_sizes_that_no_machine_holds_are_refused_before_anything_is_made(whole, 
         huge = values | {part: values[part] | {name: 10**9}}
         (tmp_path / "config.json").write_text(json.dumps(huge))
         with pytest.raises(CheckpointError, match=f"{name} is 1000000000; it must be a whole number from 1 to"):
-            fetch_config(tmp_path)
+            load_config(tmp_path)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_checkpoint import RELEASED, edit_json
 from transformers import CLIPVisionModel
 
 from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.checkpoints import checkpoint_format, load_config, resolve_folder
 from flexattn_cuda.errors import CheckpointError
-
-RELEASED = Path(__file__).parents[1] / "data" / "reference_vectors" / "model"
 
 
 @pytest.fixture
@@ -24,12 +21,6 @@ def released(tmp_path):
     folder = tmp_path / "released"
     shutil.copytree(RELEASED, folder)
     return folder
-
-
-def edit_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
 
 
 def same_weights(one, two) -> bool:
@@ -80,7 +71,7 @@ def test_released_format_saves_as_our_own(tmp_path, released):
 
 
 def test_released_defaults_of_absent_extra_keys(released):
-    edit_config(released, extra={"zoom_ratio": "2"})
+    edit_json(released / "config.json", extra={"zoom_ratio": "2"})
     settings = load_config(released).flexattn
     assert (settings.threshold, settings.warmup, settings.lowres_size, settings.highres_size) == (64.0, 3.0, 336, 672)
 
@@ -91,13 +82,13 @@ def test_vision_tower_outside_the_checkpoint(tmp_path, released):
     weights = load_file(released / "model.safetensors")
     save_file({name: w for name, w in weights.items() if "vision_tower" not in name}, released / "model.safetensors")
     shutil.move(released / "vision_tower", tmp_path / "clip-vit-large-patch14-336")
-    edit_config(released, mm_vision_tower="openai/clip-vit-large-patch14-336")
+    edit_json(released / "config.json", mm_vision_tower="openai/clip-vit-large-patch14-336")
     assert same_weights(FlexAttnLlavaForConditionalGeneration.from_pretrained(released), whole)
 
 
 def test_smaller_tiles_use_the_corner_of_the_position_table(released):
     """zoom 2 of 448 pixels: tiles of 224 in a tower made for 336, against a tower cut down to 224 by hand."""
-    edit_config(released, extra={"zoom_ratio": "2", "lowres_size": "224", "highres_size": "448"})
+    edit_json(released / "config.json", extra={"zoom_ratio": "2", "lowres_size": "224", "highres_size": "448"})
     model = FlexAttnLlavaForConditionalGeneration.from_pretrained(released).eval()
     assert (model.config.lr_side, model.config.hr_side) == (16, 32)
     config = CLIPVisionModel.from_pretrained(released / "vision_tower").config
@@ -133,7 +124,7 @@ def test_smaller_tiles_use_the_corner_of_the_position_table(released):
 )
 def test_bad_released_config(released, changes, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    edit_config(released, **changes)
+    edit_json(released / "config.json", **changes)
     with pytest.raises(CheckpointError, match=message):
         FlexAttnLlavaForConditionalGeneration.from_pretrained(released)
 

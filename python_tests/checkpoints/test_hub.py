@@ -20,12 +20,11 @@ from typer.testing import CliRunner
 
 from flexattn_cuda import FlexAttnLlavaForConditionalGeneration as Model
 from flexattn_cuda import FlexAttnLlavaProcessor as Processor
-from flexattn_cuda.checkpoints import HubOptions, Part, fetch_config, load_config, resolve_folder
+from flexattn_cuda.checkpoints import HubOptions, Part, load_config, resolve_folder
 from flexattn_cuda.cli.app import app
 from flexattn_cuda.errors import CheckpointError
-from flexattn_cuda.tasks.load import load
+from flexattn_cuda.tasks.load import load, read_checkpoint_info
 
-RELEASED = Path(__file__).parents[1] / "data" / "reference_vectors" / "model"
 NAME = "owner/model"
 TOWER = "owner/tower"
 CONFIG = {"config.json"}
@@ -116,11 +115,10 @@ def hub(own, tmp_path, monkeypatch):
 def released_hub(hub, tmp_path):
     """A hub whose checkpoint in the released format names a vision tower that is another repository."""
     folder = tmp_path / "released"
-    shutil.copytree(RELEASED, folder)
+    shutil.copytree(tiny_checkpoint.RELEASED, folder)
     shutil.copy(tiny_checkpoint.TOKENIZER, folder)
     shutil.move(folder / "vision_tower", tmp_path / "tower")
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | {"mm_vision_tower": TOWER}))
+    tiny_checkpoint.edit_json(folder / "config.json", mm_vision_tower=TOWER)
     weights = load_file(folder / "model.safetensors")
     weights = {name: weight for name, weight in weights.items() if "vision_tower" not in name}
     save_file(weights, folder / "model.safetensors")
@@ -176,7 +174,7 @@ def test_commands_that_read_the_configuration_download_it_alone(hub, command):
 
 
 def test_the_configuration_of_the_released_format_needs_that_of_its_tower(released_hub):
-    fetch_config(NAME)
+    read_checkpoint_info(NAME)
     assert released_hub.cached() == released_hub.cached(TOWER) == CONFIG
 
 
@@ -190,8 +188,7 @@ def test_a_vision_tower_is_fetched_without_what_it_does_not_need(released_hub):
 def test_a_vision_tower_inside_the_repository_is_fetched_with_it(released_hub, tmp_path):
     folder = released_hub.folders[NAME]
     shutil.copytree(tmp_path / "tower", folder / "tower")
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | {"mm_vision_tower": "./tower"}))
+    tiny_checkpoint.edit_json(folder / "config.json", mm_vision_tower="./tower")
     Model.from_pretrained(NAME)
     assert {"tower/config.json", "tower/model.safetensors"} <= released_hub.cached()
     assert "tower/tf_model.h5" not in released_hub.cached() and not released_hub.cached(TOWER)
@@ -242,6 +239,9 @@ def test_local_files_only_never_asks_the_hub(hub, kind):
 def test_an_unknown_option_of_the_processor_is_refused(own):
     with pytest.raises(TypeError, match="takes no padding_sides"):
         Processor.from_pretrained(own, padding_sides="left")
+    whole = Processor.from_pretrained(own)
+    with pytest.raises(TypeError, match="image_tokens_id"):
+        Processor(whole.image_processor, whole.tokenizer, image_tokens_id=3)
 
 
 def test_default_options_are_written_as_none():
@@ -261,9 +261,9 @@ def test_the_cache_serves_when_the_hub_does_not(hub):
 
 
 def test_a_cache_that_holds_a_part_is_not_taken_for_a_checkpoint(hub):
-    fetch_config(NAME)
+    read_checkpoint_info(NAME)
     hub.error = OfflineModeIsEnabled("offline")
-    assert fetch_config(NAME).lr_side == 6
+    assert read_checkpoint_info(NAME).config.lr_side == 6
     for part in (Part.WEIGHTS, Part.TEXT):
         with pytest.raises(CheckpointError, match="not complete in the local hub cache.*HF_HUB_OFFLINE is set"):
             resolve_folder(NAME, parts=part)
@@ -287,5 +287,5 @@ def test_what_the_hub_refuses_is_told_in_one_sentence(hub, error, says):
 def test_a_repository_that_holds_no_checkpoint(hub):
     (hub.folders[NAME] / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json is not in that hub repository"):
-        fetch_config(NAME)
+        read_checkpoint_info(NAME)
     assert not hub.cached()

@@ -165,6 +165,20 @@ def test_values_that_are_not_numbers_are_not_pixels(tmp_path, value):
         open_image(tmp_path / "float.tiff")
 
 
+@pytest.mark.parametrize("values", [[0.0, 0.5], [1.0, 1.0], [-1.0, 100.0], [0.0, 70_000.0]])
+def test_grey_values_in_another_range_are_refused(tmp_path, values):
+    """Pillow would clip them: most floats in 0..1 would become black."""
+    Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / "float.tiff")
+    low, high = (f"{value:g}" for value in values)
+    with pytest.raises(InputError, match=f"grey values from {low} to {high}; scale them to 0..255 or 0..65535"):
+        open_image(tmp_path / "float.tiff")
+
+
+@pytest.mark.parametrize("values, grey", [([0.0, 0.0], 0), ([0.0, 1.4], 1), ([0.0, 65_535.0], 255)])
+def test_float_images_have_the_range_of_integers(values, grey):
+    assert colours(upright_rgb(Image.fromarray(np.array([values], dtype=np.float32))))[1] == (grey,) * 3
+
+
 def test_an_image_that_pillow_fails_to_decode_is_refused(tmp_path, small_processor):
     noise(64, 64).save(tmp_path / "image.png")
     (tmp_path / "image.png").write_bytes((tmp_path / "image.png").read_bytes()[:3000])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import tiny
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_checkpoint import RELEASED, TOKENIZER, edit_json
 from transformers import AutoProcessor, AutoTokenizer
 
 from flexattn_cuda.checkpoints import load_config
@@ -22,9 +22,7 @@ from flexattn_cuda.inputs.processor import RELEASED_IMAGE_ID, FlexAttnLlavaProce
 from flexattn_cuda.inputs.sentencepiece import read_sentencepiece
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 
-DATA = Path(__file__).parents[1] / "data"
-MODEL = DATA / "tokenizer" / "tokenizer.model"
-EXPECTED = json.loads((DATA / "tokenizer" / "expected.json").read_text(encoding="utf-8"))
+EXPECTED = json.loads((tiny_checkpoint.DATA / "tokenizer" / "expected.json").read_text(encoding="utf-8"))
 VOCABULARY = 500
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -32,19 +30,14 @@ SYSTEM = (
 )
 
 
-def write(path: Path, **values) -> None:
-    path.write_text(json.dumps(values))
-
-
 @pytest.fixture
 def released(tmp_path):
     """A folder as the released code saves it: a sentencepiece tokenizer that knows no <image>."""
     folder = tmp_path / "released"
-    shutil.copytree(DATA / "reference_vectors" / "model", folder)
-    shutil.copy(MODEL, folder)
-    config = json.loads((folder / "config.json").read_text())
-    write(folder / "config.json", **(config | {"vocab_size": VOCABULARY}))
-    write(
+    shutil.copytree(RELEASED, folder)
+    shutil.copy(TOKENIZER, folder)
+    edit_json(folder / "config.json", vocab_size=VOCABULARY)
+    edit_json(
         folder / "tokenizer_config.json",
         tokenizer_class="LlamaTokenizer",
         legacy=False,
@@ -55,7 +48,9 @@ def released(tmp_path):
         padding_side="right",
         model_max_length=2048,
     )
-    write(folder / "special_tokens_map.json", bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>")
+    edit_json(
+        folder / "special_tokens_map.json", bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
     return folder
 
 
@@ -67,9 +62,8 @@ def llava(tmp_path):
     config.save_pretrained(folder)
     tokenizer = tiny_checkpoint.tokenizer(("<image>", "<pad>"), prefix_everywhere=True, pad="<pad>")
     tokenizer.save_pretrained(folder)
-    values = json.loads((folder / "tokenizer_config.json").read_text())
-    write(folder / "tokenizer_config.json", **(values | {"tokenizer_class": "LlamaTokenizer"}))
-    write(folder / "preprocessor_config.json", image_mean=[0.5, 0.25, 0.125], image_std=[0.5, 0.5, 0.5], resample=3)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    edit_json(folder / "preprocessor_config.json", image_mean=[0.5, 0.25, 0.125], image_std=[0.5, 0.5, 0.5], resample=3)
     return folder
 
 
@@ -87,7 +81,7 @@ def without_padding(features, row: int = 0) -> list[int]:
 @pytest.mark.parametrize("prefix_everywhere", [False, True])
 @pytest.mark.parametrize("case", EXPECTED, ids=[repr(case["text"])[:20] for case in EXPECTED])
 def test_ids_equal_those_of_sentencepiece(case, prefix_everywhere):
-    tokenizer = read_sentencepiece(MODEL, prefix_everywhere)
+    tokenizer = read_sentencepiece(TOKENIZER, prefix_everywhere)
     assert tokenizer.encode(case["text"], add_special_tokens=False).ids == case["ids"]
     assert tokenizer.decode(case["ids"]) == case["decoded"]
 
@@ -98,12 +92,12 @@ def test_ids_equal_those_of_sentencepiece_on_any_text(text):
     sentencepiece = pytest.importorskip("sentencepiece")
     if "\0" in text or "</s>" in text or "<s>" in text or "<unk>" in text:
         return
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
-    assert read_sentencepiece(MODEL).encode(text, add_special_tokens=False).ids == theirs.encode(text)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))
+    assert read_sentencepiece(TOKENIZER).encode(text, add_special_tokens=False).ids == theirs.encode(text)
 
 
 def test_text_after_a_special_token_gets_a_space_only_in_legacy_tokenizers():
-    apart, legacy = read_sentencepiece(MODEL), read_sentencepiece(MODEL, prefix_everywhere=True)
+    apart, legacy = read_sentencepiece(TOKENIZER), read_sentencepiece(TOKENIZER, prefix_everywhere=True)
     assert apart.encode("a</s>b", add_special_tokens=False).tokens[-1] == "b"
     assert legacy.encode("a</s>b", add_special_tokens=False).tokens[-1] != "b"
 
@@ -135,7 +129,7 @@ def test_other_sentencepiece_models_are_refused(tmp_path, trainer, normalizer, s
         read_sentencepiece(path)
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff" * 30, b"not a model at all", MODEL.read_bytes()[:3000]])
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 30, b"not a model at all", TOKENIZER.read_bytes()[:3000]])
 def test_damaged_sentencepiece_models(tmp_path, damage):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(damage)
@@ -149,7 +143,7 @@ def test_damaged_sentencepiece_models(tmp_path, damage):
 def test_released_prompt_is_tokenized_around_the_image(released):
     processor = FlexAttnLlavaProcessor.from_pretrained(released)
     assert processor.prompt("What is it?") == SYSTEM + "USER: <image>\nWhat is it? ASSISTANT:"
-    plain = read_sentencepiece(MODEL)
+    plain = read_sentencepiece(TOKENIZER)
     before = plain.encode(SYSTEM + "USER: ", add_special_tokens=False).ids
     after = plain.encode("\nWhat is it? ASSISTANT:", add_special_tokens=False).ids
     features = processor(images=image(), text=processor.prompt("What is it?"))
@@ -184,8 +178,7 @@ def test_multi_turn_prompt(released):
 
 @pytest.mark.parametrize("legacy", [True, None])
 def test_legacy_setting_of_the_released_tokenizer(released, legacy):
-    values = json.loads((released / "tokenizer_config.json").read_text())
-    write(released / "tokenizer_config.json", **(values | {"legacy": legacy}))
+    edit_json(released / "tokenizer_config.json", legacy=legacy)
     tokenizer = FlexAttnLlavaProcessor.from_pretrained(released).tokenizer
     assert tokenizer("a</s>b").input_ids == [1, *tokenizer("a").input_ids[1:], 2, *tokenizer("b").input_ids[1:]]
 
@@ -200,8 +193,7 @@ def test_released_folder_needs_only_tokenizer_model(released):
 
 def test_mean_and_std_come_from_the_vision_tower_or_are_those_of_clip(released):
     tower = released / "vision_tower" / "preprocessor_config.json"
-    values = json.loads(tower.read_text())
-    write(tower, **(values | {"image_mean": [0.5, 0.5, 0.5]}))
+    edit_json(tower, image_mean=[0.5, 0.5, 0.5])
     assert FlexAttnLlavaProcessor.from_pretrained(released).image_processor.image_mean == [0.5, 0.5, 0.5]
     tower.unlink()
     assert FlexAttnLlavaProcessor.from_pretrained(released).image_processor.image_mean == list(CLIP_MEAN)
@@ -224,7 +216,7 @@ def test_llava_images_use_the_folders_mean(llava):
     assert processor.image_mean == [0.5, 0.25, 0.125]
     assert (processor.lowres_size, processor.highres_size, processor.lr_side) == (48, 144, 6)
     (llava / "preprocessor_config.json").rename(llava / "old.json")
-    write(llava / "processor_config.json", image_processor=json.loads((llava / "old.json").read_text()))
+    edit_json(llava / "processor_config.json", image_processor=json.loads((llava / "old.json").read_text()))
     assert FlexAttnLlavaProcessor.from_pretrained(llava).image_processor.image_mean == [0.5, 0.25, 0.125]
 
 
@@ -234,9 +226,7 @@ def test_a_checkpoints_own_prompt_is_used(llava, file):
     if file.endswith(".jinja"):
         (llava / file).write_text(template)
     else:
-        path = llava / file
-        values = json.loads(path.read_text()) if path.exists() else {}
-        write(path, **(values | {"chat_template": template}))
+        edit_json(llava / file, chat_template=template)
     assert FlexAttnLlavaProcessor.from_pretrained(llava).prompt("why?") == "Q: <image>why? A:"
 
 

@@ -87,6 +87,7 @@ def test_every_system_answers_the_same_questions(finished):
     assert all(int(row["right"]) == (row["answer"] == row["expected"]) for row in answers)
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_questions_that_were_chosen(finished):
     results = finished / "results"
     shown = json.loads((results / "examples.json").read_text())
@@ -104,6 +105,7 @@ def test_by_default_the_report_shows_the_first_questions_about_small_objects():
     assert first_small_questions(answers) == [0, 10, 1, 11, 2, 12, 3, 13, 4, 14]
 
 
+@pytest.mark.slow
 def test_a_resumed_system_equals_one_that_ran_through(finished, tmp_path):
     folder = tmp_path / "seed-0"
     folder.mkdir()
@@ -116,6 +118,7 @@ def test_a_resumed_system_equals_one_that_ran_through(finished, tmp_path):
         assert once[name] == resumed[name], name
 
 
+@pytest.mark.slow
 def test_trained_systems_answer_like_any_other_model(finished):
     for system in CHOSEN:
         model, processor = load(finished / "seed-0" / system, "cpu")
@@ -123,11 +126,13 @@ def test_trained_systems_answer_like_any_other_model(finished):
         answering.ask(model, processor, photograph(0), "Is there a boat?", 3)
 
 
+@pytest.mark.slow
 def test_another_preset_is_refused(finished, photograph_folder):
     with pytest.raises(InputError, match="has another preset, other photographs or files of another version"):
         run.study(StudyOptions(photographs=[photograph_folder], output=finished, preset="small"))
 
 
+@pytest.mark.slow
 def test_other_photographs_are_refused_even_from_a_folder_of_the_same_name(finished, photograph_folder, tmp_path):
     others = tmp_path / photograph_folder.name
     others.mkdir()
@@ -167,6 +172,7 @@ def test_a_folder_takes_one_study_at_a_time(photograph_folder, tmp_path):
         os.close(other)
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_killed_study_end(photograph_folder, tmp_path):
     study = started(photograph_folder, tmp_path / "out", preset="small")
     try:
@@ -184,6 +190,7 @@ def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_reported_in_one_sentence(photograph_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_run_unit", killed)
     with pytest.raises(InputError, match="a process of the study was killed"):
@@ -230,8 +237,3 @@ def test_the_command_has_the_options_of_the_dataclass(monkeypatch, tmp_path):
     assert (chosen.seed_numbers, chosen.system_names, chosen.example_numbers) == ([3, 1], ["hd", "llava"], [5])
     assert (studies[1].seed_numbers, studies[1].system_names) == ([0, 1, 2], list(SYSTEMS))
     assert studies[1].example_numbers is None
-
-
-def test_too_few_photographs(tmp_path):
-    with pytest.raises(InputError, match="found 0 photographs"):
-        run.study(StudyOptions(photographs=[tmp_path], output=tmp_path / "out"))

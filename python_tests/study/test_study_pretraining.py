@@ -208,6 +208,7 @@ def test_the_supervised_map_is_the_one_that_selects(built, encoded):
     torch.testing.assert_close(maps[:, -4:-1, start : start + 144] * SIZES.heads, expected, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_low_resolution_stages_learn_and_leave_the_encoder(plain, built, encoded, monkeypatch):
     model, processor = copy.deepcopy(plain), built[1]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}

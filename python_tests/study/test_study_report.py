@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
-from small_study import read_csv, write_csv
+from small_study import read_csv
 
 pytest.importorskip("matplotlib")
 
@@ -17,7 +17,7 @@ from studies.small.collection import costs
 from studies.small.outcomes import Selection
 from studies.small.presets import SYSTEMS
 from studies.small.report import write_report
-from studies.small.results import TITLES, Results
+from studies.small.results import TITLES, Results, write_csv
 from studies.small.small_model import ModelSizes
 
 TASKS = ("attribute", "text")

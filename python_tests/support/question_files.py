@@ -1,11 +1,13 @@
-"""Files of questions, and runs that are interrupted while they answer them."""
+"""Images and questions, files of them, and runs that are interrupted while they answer them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks.ask_batch import answer_file
@@ -13,6 +15,13 @@ from flexattn_cuda.tasks.ask_batch import answer_file
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SIGNS = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
+QUESTION = "Which digits stand on the red sign?"
+
+
+def image(width: int = 160, height: int = 120, seed: int = 3) -> Image.Image:
+    """Return smooth noise."""
+    values = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((width, height))
 
 
 def write(path: Path, records: list[dict | str]) -> Path:

@@ -13,10 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def command(*arguments, processes: int = 1) -> list[str]:
-    launcher = (
-        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    )
-    return [sys.executable, *launcher, "-m", "flexattn_cuda.cli", "train", *map(str, arguments)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    started = launcher if processes > 1 else []
+    return [sys.executable, *started, "-m", "flexattn_cuda.cli", "train", *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:

@@ -6,15 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tiny
 import tiny_checkpoint
-from PIL import Image
+from question_files import QUESTION, image
 
 from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor
 from flexattn_cuda.tasks.train import Outcome, TrainOptions, train
-
-QUESTION = "Which digits stand on the red sign?"
 
 
 def record(image: Any = None, *said: str, **others: Any) -> dict[str, Any]:
@@ -28,11 +25,9 @@ def write(folder: Path) -> tuple[Path, Path]:
     """Write eight records, one without an image, one with two questions; return (data, images)."""
     images = folder / "images"
     images.mkdir()
-    rng = np.random.default_rng(0)
     records = []
     for number in range(8):
-        values = rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)
-        Image.fromarray(values).resize((160, 120)).save(images / f"{number}.png")
+        image(seed=number).save(images / f"{number}.png")
         records.append(record(f"{number}.png", f"<image>\n{QUESTION}", "42 " * (1 + number % 3)))
     records[3] = record(None, "Hello?", "Yes, who is there?")
     records[5]["conversations"] += record(None, "And on the blue one?", "There is no blue one.")["conversations"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
+import question_files
 import tiny_checkpoint
-from PIL import Image
 from training_data import write
 
 from flexattn_cuda.tasks import ask as answering
@@ -19,18 +18,15 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def image(tmp_path):
-    values = np.random.default_rng(3).integers(0, 256, (15, 20, 3), dtype=np.uint8)
-    Image.fromarray(values).resize((160, 120)).save(tmp_path / "image.png")
+    question_files.image().save(tmp_path / "image.png")
     return str(tmp_path / "image.png")
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A folder with images 0.png, 1.png and 2.png of different shapes."""
-    random = np.random.default_rng(5)
-    for number, (width, height) in enumerate([(20, 15), (15, 20), (12, 12)]):
-        values = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(values).resize((8 * width, 8 * height)).save(tmp_path / f"{number}.png")
+    for number, size in enumerate([(160, 120), (120, 160), (96, 96)]):
+        question_files.image(*size, seed=number).save(tmp_path / f"{number}.png")
     return tmp_path
 
 

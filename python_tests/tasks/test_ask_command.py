@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_checkpoint
 import torch
 from PIL import Image
+from question_files import EXAMPLES, QUESTION, SIGNS
 from refusals import refused
 
 from flexattn_cuda.analysis import overlay as viz
@@ -18,8 +17,6 @@ from flexattn_cuda.inputs.images import open_image
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks import load as loading
 from flexattn_cuda.tasks.load import load
-
-QUESTION = "Which digits stand on the red sign?"
 
 
 def test_ask_prints_the_answer_alone_on_stdout(flexattn, checkpoint, image):
@@ -104,12 +101,8 @@ def test_a_map_that_cannot_be_written_is_refused(flexattn, image, tmp_path):
 
 def test_a_map_is_refused_before_the_model_is_loaded(flexattn, image, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded"))
-    assert "it is a folder" in refused(flexattn("ask", image, QUESTION, "--map", make_folder(tmp_path / "map.png")))
-
-
-def make_folder(path):
-    path.mkdir()
-    return path
+    (tmp_path / "map.png").mkdir()
+    assert "it is a folder" in refused(flexattn("ask", image, QUESTION, "--map", tmp_path / "map.png"))
 
 
 def test_layers_that_do_not_select_are_refused(flexattn, checkpoint, image, tmp_path):
@@ -121,7 +114,7 @@ def test_layers_that_do_not_select_are_refused(flexattn, checkpoint, image, tmp_
 
 def test_tokens_that_the_answer_does_not_have_are_refused(flexattn, checkpoint, image, tmp_path):
     options = ("--model", checkpoint, "--max-new-tokens", 2, "--map", tmp_path / "m.png", "--map-tokens", "2")
-    code, _, err = flexattn("ask", image, QUESTION, *options)
+    code, _, err = flexattn("ask", image, QUESTION, *options)  # the answer is printed before the map is drawn
     assert code == 2 and "there are tokens 0 to 1" in err
 
 
@@ -139,8 +132,7 @@ def test_checkpoints_that_cannot_be_used_are_refused(flexattn, image, tmp_path, 
     config = tiny_checkpoint.config()
     config.save_pretrained(folder)
     config.vision_config.save_pretrained(folder / "t")
-    values = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(values))
+    tiny_checkpoint.edit_json(folder / "config.json", **changes)
     assert says in refused(flexattn("ask", image, QUESTION, "--model", folder))
     assert says in refused(flexattn("info", "--model", folder))
 
@@ -153,14 +145,8 @@ def test_a_gpu_without_enough_memory_is_reported(flexattn, image, monkeypatch):
     assert "the GPU does not have enough memory" in refused(flexattn("ask", image, QUESTION))
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-QUESTIONS = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("example", QUESTIONS, ids=[example["file"] for example in QUESTIONS])
+@pytest.mark.parametrize("example", SIGNS, ids=[example["file"] for example in SIGNS])
 def test_the_default_model_answers_and_marks_the_region_of_the_answer(flexattn, tmp_path, example):
     code, out, _ = flexattn("ask", EXAMPLES / example["file"], example["question"], "--map", tmp_path / "map.png")
     assert code == 0 and out.strip() == example["answer"]

@@ -53,7 +53,7 @@ def test_a_long_question_does_not_shorten_the_answers_of_others(checkpoint, fold
 
 def test_an_answer_ends_at_its_own_end(checkpoint, folder, monkeypatch):
     model, processor = load(checkpoint, "cpu")
-    questions, images = (["why", "whywhy", "x"], [open_image(folder / f"{number}.png") for number in range(3)])
+    questions, images = ["why", "whywhy", "x"], [open_image(folder / f"{number}.png") for number in range(3)]
     whole = answering.generate_answers(model, processor, images, questions, 8)
     monkeypatch.setattr(model.generation_config, "eos_token_id", [2, whole[1][3]])
     ended = answering.generate_answers(model, processor, images, questions, 8)

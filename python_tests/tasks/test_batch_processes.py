@@ -33,11 +33,10 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_resume_a_run_of_one(checkpoint, folder, monkeypatch):
-    questions, output = (
-        write(folder / "q.jsonl", [*some(9), {"image": "nowhere.png", "question": "y"}]),
-        folder / "a.jsonl",
-    )
+    records = [*some(9), {"image": "nowhere.png", "question": "y"}]
+    questions, output = write(folder / "q.jsonl", records), folder / "a.jsonl"
     expected = uninterrupted(checkpoint, questions)
     interrupted_answers(monkeypatch, 2, questions, output, checkpoint, "cpu", max_new_tokens=2, batch_size=1)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -20,9 +20,11 @@ from flexattn_cuda.tasks.ask_batch import Totals, answer_file
 from flexattn_cuda.tasks.ask_batch import run as batch
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed(folder, asked):
     records = signs() * 4
-    questions, output, journal = (write(folder / "q.jsonl", records), folder / "a.jsonl", folder / "a.jsonl.partial.0")
+    questions = write(folder / "q.jsonl", records)
+    output, journal = folder / "a.jsonl", folder / "a.jsonl.partial.0"
     command = [sys.executable, "-m", "flexattn_cuda.cli", "ask-batch", questions, "-o", output, "--batch-size", "1"]
     run = subprocess.Popen([*command, "--device", "cpu"], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
@@ -43,7 +45,8 @@ def test_a_killed_run_is_resumed(folder, asked):
 
 
 def test_a_journal_cut_off_anywhere_is_continued(checkpoint, folder, monkeypatch, asked):
-    questions, output, journal = (write(folder / "q.jsonl", some(6)), folder / "a.jsonl", folder / "a.jsonl.partial.0")
+    questions = write(folder / "q.jsonl", some(6))
+    output, journal = folder / "a.jsonl", folder / "a.jsonl.partial.0"
     expected = uninterrupted(checkpoint, questions)
     interrupted_answers(monkeypatch, 4, questions, output, checkpoint, "cpu", max_new_tokens=2, batch_size=1)
     content = journal.read_bytes()

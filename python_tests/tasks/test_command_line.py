@@ -65,11 +65,13 @@ def test_what_needs_no_model_imports_neither_torch_nor_transformers(arguments, c
     assert ended == code and not modules & HEAVY
 
 
+@pytest.mark.slow
 def test_what_needs_a_model_imports_them():
     ended, modules = code_and_modules("info")
     assert ended == 0 and {"torch", "transformers"} <= modules  # so the test above can fail
 
 
+@pytest.mark.slow
 def test_the_operators_import_neither_transformers_nor_the_command_line():
     program = "import json, sys, flexattn_cuda.ops; print(json.dumps(sorted(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from processors import processor
+from tiny_checkpoint import processor
 from training_data import write
 
 from flexattn_cuda.errors import InputError
@@ -22,13 +22,8 @@ def test_a_batch_is_padded_on_the_right_and_its_images_follow_each_other(tmp_pat
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (3, longest)
     for row, item in enumerate(items):
         length = len(item["input_ids"])
-        assert (
-            torch.equal(batch["input_ids"][row, :length], item["input_ids"])
-            and (batch["input_ids"][row, length:] == one.pad_id).all()
-        )
-        assert (
-            torch.equal(batch["labels"][row, :length], item["labels"]) and (batch["labels"][row, length:] == -100).all()
-        )
+        for name, padding in (("input_ids", one.pad_id), ("labels", data.IGNORED)):
+            assert torch.equal(batch[name][row, :length], item[name]) and (batch[name][row, length:] == padding).all()
         assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (longest - length)
     assert "pixel_values" not in items[1] and "pixel_values" not in Collator(0)(items[1:2])
     for name in ("pixel_values", "pixel_values_hr", "valid_rect"):

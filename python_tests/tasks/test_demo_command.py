@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import pytest
+from question_files import EXAMPLES, QUESTION, SIGNS
 from refusals import refused
 
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks.load import load
-
-QUESTION = "Which digits stand on the red sign?"
 
 
 @pytest.fixture
@@ -48,14 +46,8 @@ def test_demo_without_examples_is_refused(flexattn, tmp_path, content):
     refused(flexattn("demo", "--examples", tmp_path, "--output", tmp_path / "out"))
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-QUESTIONS = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
-
-
 @pytest.mark.slow
 def test_demo_succeeds(flexattn, tmp_path):
     code, out, _ = flexattn("demo", "--examples", EXAMPLES, "--output", tmp_path)
-    assert code == 0 and f"{len(QUESTIONS)} of {len(QUESTIONS)} answers are right" in out
-    assert len(list(tmp_path.glob("*.png"))) == len(QUESTIONS)
+    assert code == 0 and f"{len(SIGNS)} of {len(SIGNS)} answers are right" in out
+    assert len(list(tmp_path.glob("*.png"))) == len(SIGNS)

@@ -6,8 +6,8 @@ import pytest
 import tiny
 import tiny_checkpoint
 from PIL import Image
-from processors import processor
-from training_data import QUESTION
+from question_files import QUESTION
+from tiny_checkpoint import processor
 
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor

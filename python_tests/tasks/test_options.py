@@ -44,6 +44,7 @@ class GreetOptions(Options):
         (dict(manner="odd"), "manner is 'odd'; allowed: kind, rude"),
         (dict(card=5), "card is 5; it must be a path"),
         (dict(card=""), "card is empty; it must be a path"),
+        (dict(card="-"), "card is '-', but standard input and output cannot be used; name a path"),
         (dict(twice="no"), "twice is 'no'; it must be True or False"),
     ],
 )

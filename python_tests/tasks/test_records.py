@@ -6,8 +6,9 @@ import json
 
 import pytest
 from PIL import Image
-from processors import processor
-from training_data import QUESTION, record
+from question_files import QUESTION
+from tiny_checkpoint import processor
+from training_data import record
 
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.tasks import training_data as data

@@ -23,6 +23,7 @@ from flexattn_cuda.tasks.train import answer_loss, last_complete_checkpoint, tra
 SGD = dict(optimizer="sgd", schedule="constant", learning_rate=0.5, precision="float64", device="cpu")
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_and_resumed_equals_an_uninterrupted_one(checkpoint, files, tmp_path):
     settings = dict(steps=20, save_every=2, batch_size=2, accumulate=2, learning_rate=1e-2, seed=3, device="cpu")
     whole = train_on(files, tmp_path / "whole", checkpoint, **settings)
@@ -50,6 +51,7 @@ def test_a_run_killed_at_random_and_resumed_equals_an_uninterrupted_one(checkpoi
     assert furthest(weights(output), weights(tmp_path / "whole")) == 0
 
 
+@pytest.mark.slow
 def test_an_incomplete_checkpoint_is_passed_over(checkpoint, files, tmp_path):
     settings = dict(steps=6, save_every=2, batch_size=4, learning_rate=1e-2, device="cpu", keep=3)
     whole = train_on(files, tmp_path, checkpoint, **settings)
@@ -68,10 +70,9 @@ def test_an_incomplete_checkpoint_is_passed_over(checkpoint, files, tmp_path):
 
 def test_a_finished_run_is_not_trained_further(checkpoint, files, tmp_path):
     settings = dict(steps=2, batch_size=4, learning_rate=1e-2, device="cpu")
-    before = train_on(files, tmp_path, checkpoint, **settings), weights(tmp_path)
-    assert (
-        train_on(files, tmp_path, checkpoint, **settings) == before[0] and furthest(weights(tmp_path), before[1]) == 0
-    )
+    outcome, trained = train_on(files, tmp_path, checkpoint, **settings), weights(tmp_path)
+    assert train_on(files, tmp_path, checkpoint, **settings) == outcome
+    assert furthest(weights(tmp_path), trained) == 0
 
 
 def test_a_run_with_other_options_is_refused_unless_it_is_restarted(checkpoint, files, tmp_path):
@@ -141,6 +142,7 @@ def test_a_second_run_in_the_same_folder_is_refused(checkpoint, files, tmp_path)
     train_on(files, tmp_path, checkpoint, steps=1, device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset, batch", [("released", 2), ("paper", 1)])
 def test_two_processes_train_like_one_with_twice_the_batch(files, tmp_path, preset, batch):
     """One record at a time: now and then a process has no image at all."""
@@ -161,6 +163,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(files, tmp_path, pres
     assert all((one[name] - begun[name]).abs().max() > 1e-4 for name in one if "_proj_hd" in name)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_train_like_one_batch(checkpoint, files, tmp_path):
     train_on(files, tmp_path / "parts", checkpoint, steps=6, batch_size=1, accumulate=4, **SGD)
     train_on(files, tmp_path / "whole", checkpoint, steps=6, batch_size=4, **SGD)

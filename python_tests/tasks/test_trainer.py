@@ -121,6 +121,7 @@ def test_gradients_are_the_same_with_checkpointing(tmp_path):
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-12, atol=1e-14), name
 
 
+@pytest.mark.slow
 def test_mixed_precision_with_loss_scaling_learns_like_float32():
     """What accelerate does on a GPU with fp16=True (the V100 has no bfloat16), on the CPU."""
     losses: dict[bool, list[float]] = {}

@@ -1,4 +1,4 @@
-"""Attention maps of single layers that gradients can flow through."""
+"""Attention maps of single layers that gradients can flow through, and what they lie on."""
 
 from __future__ import annotations
 
@@ -44,6 +44,17 @@ def record_maps(model, layers: Iterable[int]) -> Iterator[list[LayerMap]]:
             maps.append(LayerMap(attention))
             stack.enter_context(attention.register_forward_pre_hook(maps[-1]._keep, with_kwargs=True))
         yield maps
+
+
+def cross_entropy(maps: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """Return how far maps are from their cells, 1 where a map should lie and 0 elsewhere: [..., S*S] -> [...]."""
+    return -((maps + 1e-6).log() * cells).sum(-1).div(cells.sum(-1))
+
+
+def mass_and_largest(maps: torch.Tensor, cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each map's mass on its cells, and 1 where its largest cell is one of them: [..., S*S] -> [...]."""
+    largest = cells.expand_as(maps).gather(-1, maps.argmax(-1, keepdim=True))
+    return (maps * cells).sum(-1), largest.squeeze(-1)
 
 
 def causal_visibility(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -165,9 +165,9 @@ def answer_cells(images: EncodedScenes, picks: Sequence[Pick]) -> torch.Tensor:
     return torch.stack([cells_of(pick.question.boxes, side) for pick in picks])
 
 
-def cells_of(boxes: Iterable[Box], side: int, pixels: int = SIDE) -> torch.Tensor:
-    """Return the cells that any box touches, [side*side] bool, of a grid over a square of `pixels`."""
-    start, cell = torch.arange(side) * (pixels / side), pixels / side
+def cells_of(boxes: Iterable[Box], side: int) -> torch.Tensor:
+    """Return the cells that any box touches, [side*side] bool, of a grid over the square of SIDE pixels."""
+    start, cell = torch.arange(side) * (SIDE / side), SIDE / side
     touched = torch.zeros(side, side, dtype=torch.bool)
     for left, top, right, bottom in boxes:
         rows = (start < bottom) & (start + cell > top)

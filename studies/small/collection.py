@@ -26,7 +26,7 @@ from studies.small.questions import CHANCE, TASKS, vocabulary
 from studies.small.results import write_csv
 from studies.small.scenes import make_scenes
 from studies.small.small_model import ModelSizes, build_model, build_processor
-from studies.small.start import question_scenes_seed
+from studies.small.start import scenes_seed
 
 EXAMPLES_PER_TASK = 2
 PROMPT_TOKENS = {"study_gflops": 12, "paper_tflops": 80}
@@ -176,7 +176,7 @@ class Examples:
     """
 
     def __init__(self, folder: Path, seed: int, photographs: Sequence[Path], answers: Mapping[str, Sequence[Answered]]):
-        self._scenes_seed = question_scenes_seed(seed)
+        self._scenes_seed = scenes_seed(seed, "questions")
         self._held_out = find_photographs(photographs, held_out=True)
         self._answers = {system: {row.number: row for row in rows} for system, rows in answers.items()}
         self._flexattn = load(folder / "flexattn", "cpu") if "flexattn" in answers else None

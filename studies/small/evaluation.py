@@ -10,7 +10,7 @@ import torch
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.trace import Trace
 from flexattn_cuda.tasks.training_data import IGNORED
-from studies.small.attention_maps import causal_visibility, record_maps
+from studies.small.attention_maps import causal_visibility, mass_and_largest, record_maps
 from studies.small.batches import answer_cells, question_batch
 from studies.small.encoded_scenes import EncodedScenes, Pick
 from studies.small.outcomes import Answered, MapFigures, Selection
@@ -82,9 +82,7 @@ def measure_maps(model, processor, questions: EncodedScenes, settings: FlexAttnC
 
 def _map_values(maps: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
     """Return mass, largest and boxes of MapFigures for maps [n, S*S] and answer cells, [n, 3]."""
-    maps = maps / maps.sum(-1, keepdim=True)
-    largest = cells.gather(-1, maps.argmax(-1, keepdim=True))[:, 0]
-    return torch.stack([(maps * cells).sum(-1), largest, cells.mean(-1)], 1)
+    return torch.stack([*mass_and_largest(maps / maps.sum(-1, keepdim=True), cells), cells.mean(-1)], 1)
 
 
 def _batches(questions: EncodedScenes) -> Iterator[list[Pick]]:

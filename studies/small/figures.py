@@ -120,7 +120,7 @@ def draw_resolutions(
         right.set_ylim(bottom=0)
         for axes in (left, right):
             axes.set_xticks(zooms, [f"{zoom}×" if zoom > 1 else "1×\n(LLaVA)" for zoom in zooms])
-            axes.set_xlabel("side of the image relative to the low-resolution image")
+        figure.supxlabel("side of the image relative to the low-resolution image", fontsize=10)
         right.legend(fontsize=9)
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=len(accuracies), fontsize=9)

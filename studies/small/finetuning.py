@@ -161,7 +161,7 @@ def fine_tune(
 
 
 class _AverageLoss(TrainerCallback):
-    """Tells the average loss ten times in a run."""
+    """Reports the average loss ten times in a run."""
 
     def __init__(self, tell: Callable[[str], None]):
         self._tell = tell

@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch.nn import functional
 
-from studies.small.attention_maps import LayerMap, record_maps
+from studies.small.attention_maps import LayerMap, cross_entropy, mass_and_largest, record_maps
 from studies.small.batches import PackedScenes, pack_scenes
 from studies.small.encoded_scenes import EncodedScenes
-from studies.small.optimizer import train_only
+from studies.small.optimizer import train_first_layers, train_only
 from studies.small.presets import Preset
 from studies.small.questions import TASKS
 from studies.small.scenes import SIZES
@@ -54,8 +54,8 @@ class Predictions:
         return functional.cross_entropy(self.logits, self.labels)
 
     def map_loss(self) -> torch.Tensor:
-        """Return how far the maps are from the cells: the cross-entropy, summed over the layers."""
-        return -((self.maps + 1e-6).log() * self.cells).sum(-1).div(self.cells.sum(-1)).mean(-1).sum()
+        """Return how far the maps are from the cells, summed over the layers."""
+        return cross_entropy(self.maps, self.cells).mean(-1).sum()
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,7 @@ class LowResolutionModel:
             chosen = [k for k, scene in enumerate(held_out.scenes) if (scene.asked.task, scene.size) == (task, size)]
             found = self.predict(asked, chosen, layers)
             right = (found.logits.argmax(-1) == found.labels).view(len(chosen), -1).all(1)
-            first_map = found.maps[0]
-            largest = found.cells.gather(-1, first_map.argmax(-1, keepdim=True))
-            values = ((first_map * found.cells).sum(-1), largest, right.float())
+            values = (*mass_and_largest(found.maps[0], found.cells), right.float())
             figures[f"{task} {size}"] = HeldOutFigures(*(value.mean().item() for value in values))
         return figures
 
@@ -166,8 +164,7 @@ class LocaliseStage(_LowResolutionStage):
         super().__init__(model, images, held_out, rng)
         self.layers = first_layer  # the map needs no later one
         train_only(self.model.model, lambda name: False)
-        early = ("embed_tokens", *(f"layers.{number}." for number in range(first_layer)))
-        self.parameters = train_only(self.model.language, lambda name: name.startswith(early))
+        self.parameters = train_first_layers(self.model.language, first_layer)
 
     def loss(self, step: int) -> torch.Tensor:
         """Return the map's loss on scenes of any size."""

@@ -66,6 +66,12 @@ def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sc
     )
 
 
+def train_first_layers(language: nn.Module, count: int) -> dict[str, nn.Parameter]:
+    """Freeze a language model but for its embeddings and first layers, and return their parameters by name."""
+    names = ("embed_tokens", *(f"layers.{number}." for number in range(count)))
+    return train_only(language, lambda name: name.startswith(names))
+
+
 def train_only(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, nn.Parameter]:
     """Freeze all parameters but those with the wanted names, and return these by name."""
     for name, parameter in model.named_parameters():

@@ -16,7 +16,7 @@ class StudyOptions(Options):
     """What a study runs on, compares and shows. Each field's help text is that of the command's option.
 
     Raises:
-        InputError: An option has a value that is not allowed.
+        InputError: If an option has a value that is not allowed.
     """
 
     photographs: Annotated[

@@ -18,7 +18,7 @@ def photograph_files(folders: Sequence[Path]) -> list[Path]:
     """Return the JPEG files in the folders and their subfolders, sorted by file name.
 
     Raises:
-        InputError: There are fewer than MIN_PHOTOGRAPHS.
+        InputError: If there are fewer than MIN_PHOTOGRAPHS.
     """
     paths = [
         path
@@ -38,7 +38,7 @@ def find_photographs(folders: Sequence[Path], held_out: bool) -> list[Image.Imag
     """Return every fourth of `photograph_files` if `held_out`, else the others, with sides of up to MAX_SIDE pixels.
 
     Raises:
-        InputError: There are fewer than MIN_PHOTOGRAPHS, or one cannot be read.
+        InputError: If there are fewer than MIN_PHOTOGRAPHS, or one cannot be read.
     """
     paths = photograph_files(folders)
     return [_open_photograph(path) for number, path in enumerate(paths) if (number % 4 == 3) == held_out]

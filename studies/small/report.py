@@ -58,7 +58,7 @@ def write_report(folder: Path) -> Path:
         The path of report.html.
 
     Raises:
-        InputError: There are no answers, a file cannot be read, or matplotlib is not installed.
+        InputError: If there are no answers, a file cannot be read, or matplotlib is not installed.
     """
     figures.require_matplotlib()
     folder = Path(folder)

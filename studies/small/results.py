@@ -95,9 +95,9 @@ class Cost:
     selected_share: float = math.nan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _CostRow(Cost):
-    system: str = ""
+    system: str
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ class Results:
         """Read the files of a folder.
 
         Raises:
-            InputError: There are no answers, or a file cannot be read.
+            InputError: If there are no answers, or a file cannot be read.
         """
-        costs = _read_table(folder / "costs.csv", _CostRow, required=("system",))
+        costs = _read_table(folder / "costs.csv", _CostRow)
         return cls(
             folder,
             _read_table(folder / "answers.csv", AnswerRow),
@@ -257,21 +257,15 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
 }
 
 
-def _read_table(path: Path, row_type: type[Row], required: Sequence[str] | None = None) -> list[Row]:
-    """Return the rows of a CSV file; none if it is missing or empty.
-
-    Args:
-        path: The file.
-        row_type: A dataclass whose fields are columns.
-        required: Columns that must be there; those without a default if None.
+def _read_table(path: Path, row_type: type[Row]) -> list[Row]:
+    """Return the rows of a CSV file as a dataclass whose fields are columns; none if the file is missing or empty.
 
     Raises:
-        InputError: A required column is missing, or a value has the wrong type.
+        InputError: If a column without a default is missing, or a value has the wrong type.
     """
     if not path.exists():
         return []
-    if required is None:
-        required = [field.name for field in fields(row_type) if field.default is MISSING]
+    required = [field.name for field in fields(row_type) if field.default is MISSING]
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if rows and (absent := [name for name in required if rows[0].get(name) is None]):

@@ -87,8 +87,8 @@ def study(options: StudyOptions, command: str = "", progress: bool = False) -> P
         The path of the report.
 
     Raises:
-        InputError: A photograph or the output folder cannot be used, a package is missing, the study in the folder has
-            other settings, another process is writing there, or a process of the study was killed.
+        InputError: If a photograph or the output folder cannot be used, a package is missing, the study in the folder
+            has other settings, another process is writing there, or a process of the study was killed.
     """
     require_matplotlib()
     require_accelerate()

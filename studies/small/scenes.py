@@ -10,7 +10,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from PIL import Image
 
@@ -56,9 +55,7 @@ class Scene:
         return replace(self, image=None)
 
 
-def make_scenes(
-    photographs: list[Image.Image], count: int, seed: int, font: Path | None = None, first: int = 0
-) -> Iterator[Scene]:
+def make_scenes(photographs: list[Image.Image], count: int, seed: int, first: int = 0) -> Iterator[Scene]:
     """Yield scenes `first` to `first + count` of a seed, each determined by the seed and its number.
 
     Tasks alternate; sizes alternate after each round of tasks, and the two answers of a task that has two after each
@@ -68,12 +65,11 @@ def make_scenes(
         photographs: RGB, the backgrounds.
         count: How many scenes to yield.
         seed: Of the whole series.
-        font: TrueType file for the digits; Pillow's own font if None.
         first: Number of the first scene.
     """
     sizes = list(SIZES)
     for number in range(first, first + count):
-        painter = Painter(photographs, font, random.Random(f"{seed} {number}"))
+        painter = Painter(photographs, None, random.Random(f"{seed} {number}"))
         rounds, task = divmod(number, len(TASKS))
         turn, size = divmod(rounds, len(sizes))
         yield draw_scene(painter, TASKS[task], sizes[size], turn)

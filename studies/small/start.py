@@ -98,16 +98,17 @@ class _SeedStart:
 
     def _encode_images(self, resolutions: Sequence[Resolution]) -> EncodedScenes:
         self.tell("images")
-        return self._encode(self.photographs, self.preset.images, training_scenes_seed(self.seed), resolutions)
+        return self._encode(self.photographs, self.preset.images, scenes_seed(self.seed, "training"), resolutions)
 
     def _encode_questions(self, resolutions: Sequence[Resolution]) -> EncodedScenes:
         self.tell("questions")
-        return self._encode(self.held_out, self.preset.questions, question_scenes_seed(self.seed), resolutions)
+        return self._encode(self.held_out, self.preset.questions, scenes_seed(self.seed, "questions"), resolutions)
 
     def _train_low_resolution(self, images: EncodedScenes) -> dict[str, dict[str, float]]:
         self.tell("low resolution")
         torch.manual_seed(self.seed)
-        checked = self._encode(self.held_out, min(_CHECKED, self.preset.questions), checked_scenes_seed(self.seed), [])
+        count = min(_CHECKED, self.preset.questions)
+        checked = self._encode(self.held_out, count, scenes_seed(self.seed, "checks"), [])
         return train_low_resolution(self.model, self.processor, images, checked, self.preset, self.seed)
 
     def _encode(
@@ -127,19 +128,9 @@ class _SeedStart:
         os.replace(unfinished, self.folder / "start")
 
 
-def training_scenes_seed(seed: int) -> int:
-    """Return the seed of the scenes that a seed trains on."""
-    return 10 * seed
-
-
-def question_scenes_seed(seed: int) -> int:
-    """Return the seed of the scenes that a seed asks about."""
-    return 10 * seed + 1
-
-
-def checked_scenes_seed(seed: int) -> int:
-    """Return the seed of the scenes that a seed's low-resolution stages are measured on."""
-    return 10 * seed + 2
+def scenes_seed(seed: int, use: str) -> int:
+    """Return the seed of a seed's scenes for training, questions, or checks of the low-resolution stages."""
+    return 10 * seed + ("training", "questions", "checks").index(use)
 
 
 def selected_share(folder: Path) -> float:

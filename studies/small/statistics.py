@@ -107,9 +107,9 @@ class Verdict:
         return self.found.above if self.expected == "above" else self.found.level
 
 
-def wilson(right: int, questions: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the lower and upper end of Wilson's interval of a share (E. B. Wilson, 1927), by default of 95 %."""
-    share, extra = right / questions, z * z / questions
+def wilson(right: int, questions: int) -> tuple[float, float]:
+    """Return the lower and upper end of Wilson's 95 % interval of a share (E. B. Wilson, 1927)."""
+    share, extra = right / questions, 1.959964**2 / questions
     middle = (share + extra / 2) / (1 + extra)
     half = math.sqrt(share * (1 - share) * extra + extra * extra / 4) / (1 + extra)
     return middle - half, middle + half

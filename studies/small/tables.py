@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -47,18 +48,6 @@ class TrainingMeans:
     selected_share: float
     train_seconds: float
 
-    @classmethod
-    def of(cls, system: str, rows: list[TrainingRow]) -> TrainingMeans:
-        """Average the rows of a system."""
-        return cls(
-            system,
-            len(rows),
-            mean(row.steps for row in rows),
-            mean(row.final_loss for row in rows),
-            mean(row.selected_share for row in rows),
-            mean(row.train_seconds for row in rows),
-        )
-
 
 @dataclass(frozen=True)
 class MapMeans:
@@ -75,7 +64,11 @@ class MapMeans:
 def training_means(results: Results) -> list[TrainingMeans]:
     """Return the fine-tuning of the systems that have answered, in their order."""
     by_system = grouped(results.training, lambda row: row.system)
-    return [TrainingMeans.of(system, by_system[system]) for system in results.systems if system in by_system]
+    return [
+        TrainingMeans(system, len(rows), *_means(rows, "steps", "final_loss", "selected_share", "train_seconds"))
+        for system in results.systems
+        if (rows := by_system.get(system))
+    ]
 
 
 def map_means(results: Results) -> list[MapMeans]:
@@ -84,9 +77,8 @@ def map_means(results: Results) -> list[MapMeans]:
     def key(row: MapRow) -> tuple[str, str, int]:
         return row.system, row.size, row.layer
 
-    return [
-        MapMeans(
-            *of, mean(row.mass for row in rows), mean(row.largest for row in rows), mean(row.boxes for row in rows)
-        )
-        for of, rows in grouped(results.maps, key).items()
-    ]
+    return [MapMeans(*of, *_means(rows, "mass", "largest", "boxes")) for of, rows in grouped(results.maps, key).items()]
+
+
+def _means(rows: Sequence[TrainingRow] | Sequence[MapRow], *columns: str) -> list[float]:
+    return [mean(getattr(row, column) for row in rows) for column in columns]

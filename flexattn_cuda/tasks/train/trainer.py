@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
+from flexattn_cuda.checkpoints.projections import is_projection
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.tasks.train.checkpoints import checkpoint_folder, last_complete_checkpoint, mark_complete
@@ -19,7 +20,7 @@ from flexattn_cuda.tasks.training_data import IGNORED
 _IN_PART: dict[str, Callable[[str], bool]] = {
     "all": lambda name: "vision_tower." not in name,
     "projector": lambda name: "multi_modal_projector." in name,
-    "hr": lambda name: "_proj_hd." in name or ".cross_attn." in name,
+    "hr": is_projection,
 }
 
 
@@ -75,7 +76,7 @@ class FlexAttnTrainer(Trainer):
     is preceded by an entry of the loss.
 
     Raises:
-        InputError: While training, if the loss or the norm of its gradient is NaN or infinite.
+        InputError: If the loss or the norm of its gradient becomes NaN or infinite while training.
     """
 
     def __init__(self, model: FlexAttnLlavaForConditionalGeneration, args: TrainingArguments, **kwargs: Any):

@@ -36,25 +36,21 @@ def check(
             read again.
         progress: Print progress on stderr, and every broken record as soon as it is found.
     """
-    return _Check(progress).run(records, Path(images), encode, None if verdicts is None else Path(verdicts))
+    run = _Check(progress)
+    run.check_conversations(records, encode)
+    run.check_images(Path(images), verdicts)
+    return [run.broken[number] for number in sorted(run.broken)]
 
 
 class _Check:
-    """One check: the conversations of all records first, then their images."""
+    """One check; `broken` holds the broken records by number."""
 
     def __init__(self, progress: bool):
+        self.broken: dict[int, Broken] = {}
         self._progress = progress
-        self._broken: dict[int, Broken] = {}
         self._users: dict[str, list[int]] = {}  # the records of each image
 
-    def run(
-        self, records: Sequence[Any], folder: Path, encode: Callable[[Conversation], Any], verdicts: Path | None
-    ) -> list[Broken]:
-        self._check_conversations(records, encode)
-        self._check_images(folder, verdicts)
-        return [self._broken[number] for number in sorted(self._broken)]
-
-    def _check_conversations(self, records: Sequence[Any], encode: Callable[[Conversation], Any]) -> None:
+    def check_conversations(self, records: Sequence[Any], encode: Callable[[Conversation], Any]) -> None:
         with Progress(len(records), "records checked", self._progress) as progress:
             for number, record in enumerate(records):
                 try:
@@ -68,7 +64,7 @@ class _Check:
                     self._add(number, BrokenRecordError("conversation that cannot be asked", str(error)), progress)
                 progress.advance(1)
 
-    def _check_images(self, folder: Path, remembered: Path | None) -> None:
+    def check_images(self, folder: Path, remembered: str | Path | None) -> None:
         with (
             Progress(len(self._users), "images checked", self._progress) as progress,
             _Verdicts(remembered) as verdicts,
@@ -76,13 +72,13 @@ class _Check:
             for image, error in verdicts.on(folder, self._users):
                 if error is not None:
                     for number in self._users[image]:
-                        if number not in self._broken:
+                        if number not in self.broken:
                             self._add(number, error, progress)
                 progress.advance(1)
 
     def _add(self, number: int, error: BrokenRecordError, progress: Progress) -> None:
-        self._broken.setdefault(number, Broken.of(number, error))
-        progress.say(str(self._broken[number]))
+        self.broken.setdefault(number, Broken.of(number, error))
+        progress.say(str(self.broken[number]))
 
 
 class _ImageVersion(NamedTuple):
@@ -117,7 +113,7 @@ class _Verdict:
 class _Verdicts:
     """Whether images can be read, remembered in a file with one JSON object per line."""
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: str | Path | None):
         self._known: dict[_ImageVersion, str | None] = {}
         self._path = path
 
