@@ -82,6 +82,7 @@ def call_every_operator() -> None:
     prefill(inputs)
     decode(inputs)
     generic(inputs)
+    gradients(inputs)
     selection_and_pool(inputs)
 
 
@@ -108,6 +109,16 @@ def generic(inputs: Inputs) -> None:
             dtype, head_dim=128, queries=20, keys=40, heads=2, selected=33, side=4, capability=60, backward=True
         )
         case.call(inputs, hr_from=int32(10))
+
+
+def gradients(inputs: Inputs) -> None:
+    for capability in (70, 75):
+        for head_dim in (64, 96, 128):
+            case = Attention(
+                torch.float16, head_dim, queries=160, keys=160, heads=2, selected=130, side=12, capability=capability,
+                backward=True,
+            )  # fmt: skip
+            case.call(inputs, hr_from=int32(101))
 
 
 def selection_and_pool(inputs: Inputs) -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/sm80_report.py [--nvcc NVCC] [--ccbin g++-11]     (make sm80)
 
-Compiles csrc/kernels/attention_prefill.cu for sm_80 and looks at every kernel on AmpereMma: the main loop must hold
+Compiles the forward and the backward pass for sm_80 and looks at every kernel on AmpereMma: the main loop must hold
 HMMA.16816 (mma.m16n8k16), LDSM (ldmatrix) and LDGSTS (cp.async), and must not touch local memory. Main loop and steady
 path are those of benchmarks/sass/flow.py. Exit 1: a kernel lacks something, one sentence each. Exit 2: it could not be
 measured.
@@ -21,6 +21,7 @@ from sass.toolkit import ROOT, Toolkit
 
 NEEDED = {"HMMA.16816": "mma.m16n8k16", "LDSM": "ldmatrix", "LDGSTS": "cp.async"}
 FORBIDDEN = ("LDL", "STL")
+SOURCES = ("attention_prefill.cu", "attention_backward_ampere.cu")
 
 
 def count(instructions: list[Instruction], opcode: str) -> int:
@@ -60,16 +61,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    source = args.root / "csrc" / "kernels" / "attention_prefill.cu"
-    compiled = Toolkit.find(args.nvcc, args.ccbin, 80).compile(source, args.root, args.out)
-    kernels = [kernel for kernel in compiled if "AmpereMma" in kernel.name]
+    toolkit, folder = Toolkit.find(args.nvcc, args.ccbin, 80), args.root / "csrc" / "kernels"
+    kernels, said = [], []
+    for source in (folder / name for name in SOURCES):
+        found = [kernel for kernel in toolkit.compile(source, args.root, args.out) if "AmpereMma" in kernel.name]
+        if not found:
+            said.append(f"{source}: there is no kernel on AmpereMma.")
+        kernels += found
 
     title = "Ampere kernels on sm_80: instructions of a warp in one iteration of the main loop"
     header = ("kernel", "registers", "spill B", "stack B", "loop instr.", *NEEDED, *FORBIDDEN)
     tables.print_table(title, header, [row(kernel) for kernel in kernels])
-    said = [sentence for kernel in kernels for sentence in complaints(kernel)]
-    if not kernels:
-        said = [f"{source}: there is no kernel on AmpereMma."]
+    said += [sentence for kernel in kernels for sentence in complaints(kernel)]
     for sentence in said:
         print(sentence, file=sys.stderr)
     print(f"{len(kernels)} kernels, {f'{len(said)} complaints' if said else 'all as they should be'}.")

@@ -87,7 +87,7 @@ template <typename Mma>
 __device__ __forceinline__ void keep_logits(const AttentionForwardParams& p, const BlockWork& work, const KeyTile& tile,
                                             const float (&s)[Mma::kScores], float scale) {
   for (int image = 0; image < p.images; ++image) {
-    const int32_t* range = p.map_ranges + (work.sample * p.images + image) * 2;  // checked by describe_work
+    const int32_t* range = p.map_ranges + (work.sample * p.images + image) * 2;  // checked by check_images
     const int first_cell = tile.first + Mma::key_of_lane() - range[0];
     const uint64_t in_image = low_bits(range[1] - range[0] - first_cell) & ~low_bits(-first_cell);
 #pragma unroll
@@ -205,7 +205,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
   T* keys = shared_memory<T>();
   T* values = keys + kTileElements<Mma>;
   BlockWork& work = *reinterpret_cast<BlockWork*>(values + kTileElements<Mma>);
-  describe_work(p, work);
+  describe_work(in, work);
+  check_images(p, work.sample);
 
   Mma mma;
   load_query(mma, in, work);

@@ -16,17 +16,17 @@ struct KeyTile {
   int first, end;  // keys first .. first + 63; those from `end` on do not exist
 };
 
-// Where the rows of a tile lie. A row that does not exist is read as the last one that does; its score is masked.
+// Where the rows of a tile lie. A row that does not exist is read as another; its score is masked.
 template <typename T>
 struct TileRows {
   const T* data;
   int64_t stride;
-  const int32_t* slots;  // null: the sequence
+  const int32_t* slots;  // or listed queries, -1 for none; null: the sequence
   int first, last;
 
   __device__ const T* row(int r) const {
     const int at = min(first + r, last);
-    return data + (slots ? slots[at] : at) * stride;
+    return data + (slots ? max(slots[at], 0) : at) * stride;
   }
 };
 
@@ -61,29 +61,30 @@ struct ValueLayout {
 template <typename Mma>
 constexpr int kTileElements = 8 * kTileKeys * Mma::kRowChunks;
 
-// A tile on its way, in Mma::kParts parts: issue<part>() starts loading, commit<part>() puts it into shared memory.
-template <typename Mma, int kD>
+// A tile on its way, in kParts parts: issue<part>() starts loading, commit<part>() puts it into shared memory.
+template <typename Mma, int kD, int kRows = kTileKeys, int kThreads = kTileThreads, int kParts = Mma::kParts>
 struct TileCopy {
   using T = typename Mma::Element;
   static constexpr int kChunks = kD / 8;  // of a row, which may have room for more
-  static constexpr int kPerPart = kTileKeys * kChunks / kTileThreads / Mma::kParts;  // per thread
-  static_assert(kPerPart * kTileThreads * Mma::kParts == kTileKeys * kChunks);
+  static constexpr int kPerPart = static_cast<int>(blocks_for(kRows * kChunks, kThreads* kParts));  // per thread
+  static constexpr bool kFull = kPerPart * kThreads * kParts == kRows * kChunks;  // every thread has as many
   uint4 held[Mma::kAsync ? 1 : kPerPart];
 
   // Shared memory serves 8 lanes at a time. If these hold chunks of two rows, the rows differ in their low four bits,
   // so that Mma's permutations of chunks send the end of one row and the start of the other to different banks.
+  static __device__ int number(int part, int i) { return threadIdx.x + (part * kPerPart + i) * kThreads; }
+  static __device__ bool exists(int part, int i) { return kFull || number(part, i) < kRows * kChunks; }
   static __device__ int row(int part, int i) {
-    const int n = (threadIdx.x + (part * kPerPart + i) * kTileThreads) / kChunks;
+    const int n = number(part, i) / kChunks;
     return kChunks % 8 ? n ^ (n & 1) * 14 : n;
   }
-  static __device__ int chunk(int part, int i) {
-    return (threadIdx.x + (part * kPerPart + i) * kTileThreads) % kChunks;
-  }
+  static __device__ int chunk(int part, int i) { return number(part, i) % kChunks; }
 
   template <typename Layout, int part>
   __device__ void issue(const TileRows<T>& rows, int d, T* shared) {
 #pragma unroll
     for (int i = 0; i < kPerPart; ++i) {
+      if (!exists(part, i)) continue;
       const int r = row(part, i), c = chunk(part, i);
       const T* from = rows.row(r) + 8 * c;
       if constexpr (Mma::kAsync) {
@@ -99,16 +100,17 @@ struct TileCopy {
   template <typename Layout, int part>
   __device__ void advance(const TileRows<T>& rows, int d, T* shared) {
     commit<Layout, part>(shared);
-    if constexpr (part + 1 < Mma::kParts) issue<Layout, part + 1>(rows, d, shared);
+    if constexpr (part + 1 < kParts) issue<Layout, part + 1>(rows, d, shared);
   }
 
   template <typename Layout, int part>
   __device__ void commit(T* shared) const {
     if constexpr (Mma::kAsync) {
-      if constexpr (part + 1 == Mma::kParts) cp_async_wait<0>();
+      if constexpr (part + 1 == kParts) cp_async_wait<0>();
     } else {
 #pragma unroll
       for (int i = 0; i < kPerPart; ++i) {
+        if (!exists(part, i)) continue;
         const int r = row(part, i), c = chunk(part, i);
         reinterpret_cast<uint4*>(shared)[r * Mma::kRowChunks + Layout::chunk(r, c)] = held[i];
       }

@@ -23,6 +23,9 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
             Stream stream, Arguments... arguments) {
   if (blocks == 0) return;
+  if (shared_bytes > kSharedBytes)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          name);
 #ifdef FLEXATTN_SIMT
   simt::launch(name, reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks), threads, shared_bytes,
                [&]() __attribute__((no_sanitize_thread)) {

@@ -59,27 +59,34 @@ struct AmpereMma {
       }
   }
 
-  template <int part>
-  __device__ void multiply_keys(float (&s)[kScores], const Element* keys) const {
-    const int matrix = lane() / 8, row = 8 * (matrix / 2) + lane() % 8;
+  template <int part, int n>
+  __device__ void multiply_keys(float (&s)[n], const Element* keys) const {
+#pragma unroll
+    for (int c = 0; c < kD / 16; ++c) multiply_channels(s, query[c], keys, c);
+  }
+
+  template <int n>
+  static __device__ void multiply_rows(float (&s)[n], const Element* a, const Element* b) {
+    const int matrix = lane() / 8, row = 8 * (matrix % 2) + lane() % 8;
+    const int first = opaque(row * kRowChunks + key_chunk(row, matrix / 2));  // chunk 2 c lies at that number ^ 2 c
 #pragma unroll
     for (int c = 0; c < kD / 16; ++c) {
-      const Element* chunk = keys + 8 * (row * kRowChunks + key_chunk(row, 2 * c + matrix % 2));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        uint32_t k[4];
-        ldmatrix_x4(k, chunk + 8 * 16 * kRowChunks * j);
-        mma_m16n8k16<T>(four(s, 2 * j), query[c], {k[0], k[1]});
-        mma_m16n8k16<T>(four(s, 2 * j + 1), query[c], {k[2], k[3]});
-      }
+      uint32_t x[4];
+      ldmatrix_x4(x, a + 8 * (first ^ 2 * c));
+      multiply_channels(s, x, b, c);
     }
   }
 
   template <int part>
   __device__ static void multiply_values(float (&o)[kOutputs], const float (&p)[kScores], const Element* values) {
+    multiply_weights(o, p, values);
+  }
+
+  template <int n>
+  static __device__ void multiply_weights(float (&o)[kOutputs], const float (&p)[n], const Element* values) {
     const int matrix = lane() / 8, row = 8 * (matrix % 2) + lane() % 8;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < n / 8; ++j) {
       uint32_t a[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = pack(p[8 * j + 2 * i], p[8 * j + 2 * i + 1]);
@@ -94,6 +101,21 @@ struct AmpereMma {
   }
 
  private:
+  // s += a b over the channels 16 c .. 16 c + 15.
+  template <int n>
+  static __device__ __forceinline__ void multiply_channels(float (&s)[n], const uint32_t (&a)[4], const Element* b,
+                                                           int c) {
+    const int matrix = lane() / 8, row = 8 * (matrix / 2) + lane() % 8;
+    const Element* chunk = b + 8 * (row * kRowChunks + key_chunk(row, 2 * c + matrix % 2));
+#pragma unroll
+    for (int j = 0; j < n / 8; ++j) {
+      uint32_t k[4];
+      ldmatrix_x4(k, chunk + 8 * 16 * kRowChunks * j);
+      mma_m16n8k16<T>(four(s, 2 * j), a, {k[0], k[1]});
+      mma_m16n8k16<T>(four(s, 2 * j + 1), a, {k[2], k[3]});
+    }
+  }
+
   template <int n>
   static __device__ float (&four(float (&x)[n], int j))[4] {
     return *reinterpret_cast<float (*)[4]>(x + 4 * j);

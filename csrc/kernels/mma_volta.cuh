@@ -71,60 +71,92 @@ struct VoltaMma {
     }
   }
 
-  // s += q k over a part of the channels.
-  template <int part>
-  __device__ void multiply_keys(float (&s)[kScores], const Element* keys) const {
-    const int row = 8 * pc() + 4 * h() + l();
+  // s += q k over a part of the channels, for 2 n keys.
+  template <int part, int n>
+  __device__ void multiply_keys(float (&s)[n], const Element* keys) const {
 #pragma unroll
-    for (int c = part * kD / 8 / kParts; c < (part + 1) * kD / 8 / kParts; ++c) {
-      const uint4* chunk = reinterpret_cast<const uint4*>(keys) + row * kRowChunks + key_chunk(row, c);
-      uint4 k[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) k[j] = chunk[16 * kRowChunks * j];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) mma_m8n8k4(eight(s, j), {query[4 * c], query[4 * c + 1]}, {k[j].x, k[j].y});
-#pragma unroll
-      for (int j = 0; j < 4; ++j) mma_m8n8k4(eight(s, j), {query[4 * c + 2], query[4 * c + 3]}, {k[j].z, k[j].w});
-    }
+    for (int c = part * kD / 8 / kParts; c < (part + 1) * kD / 8 / kParts; ++c)
+      multiply_chunk(s, {query[4 * c], query[4 * c + 1], query[4 * c + 2], query[4 * c + 3]},
+                     reinterpret_cast<const uint4*>(keys) + (first_chunk(8 * pc() + 4 * h() + l()) ^ c));
+  }
+
+  // s += a b for 16 rows a and 2 n rows b in shared memory, both in the layout of keys.
+  template <int n>
+  static __device__ void multiply_rows(float (&s)[n], const Element* a, const Element* b) {
+    const int of_a = opaque(first_chunk(8 * pr() + 4 * h() + l())),
+              of_b = opaque(first_chunk(8 * pc() + 4 * h() + l()));
+#pragma unroll 4  // all of them would hold too many chunks in registers
+    for (int c = 0; c < kD / 8; ++c)
+      multiply_chunk(s, reinterpret_cast<const uint4*>(a)[of_a ^ c], reinterpret_cast<const uint4*>(b) + (of_b ^ c));
   }
 
   // o += p v over a part of the keys.
   template <int part>
   __device__ static void multiply_values(float (&o)[kOutputs], const float (&p)[kScores], const Element* values) {
 #pragma unroll
-    for (int j = part * 4 / kParts; j < (part + 1) * 4 / kParts; ++j) {
-      uint32_t a[2][2][2];  // [keys of this pc, of the other][4 keys each][2 keys each] of row 8 pr + 4 h + l
+    for (int j = part * 4 / kParts; j < (part + 1) * 4 / kParts; ++j) multiply_group<false>(o, p, j, values);
+  }
+
+  // o += p v over 2 n rows v in the layout of keys.
+  template <int n>
+  static __device__ void multiply_weights(float (&o)[kOutputs], const float (&p)[n], const Element* v) {
 #pragma unroll
-      for (int four = 0; four < 2; ++four) {
-        // Lanes l and l ^ 2 hold two columns each of two rows; they swap so that each has four columns of one row.
-        const uint32_t upper = pack(p[8 * j + 4 * four], p[8 * j + 4 * four + 1]);
-        const uint32_t lower = pack(p[8 * j + 4 * four + 2], p[8 * j + 4 * four + 3]);
-        const bool second = l() & 2;
-        const uint32_t mine = second ? lower : upper, theirs = second ? upper : lower;
-        const uint32_t got = __shfl_xor_sync(kAllLanes, theirs, 2);
-        a[0][four][0] = second ? got : mine;
-        a[0][four][1] = second ? mine : got;
-      }
+    for (int j = 0; j < n / 8; ++j) multiply_group<true>(o, p, j, v);
+  }
+
+ private:
+  // Where chunk 0 of a row of keys lies; chunk c lies at that number ^ c.
+  static __device__ int first_chunk(int row) { return row * kRowChunks + key_chunk(row, 0); }
+
+  // s += a b over 8 channels. a: those of row 8 pr + 4 h + l; b: where those of row 8 pc + 4 h + l lie.
+  template <int n>
+  static __device__ __forceinline__ void multiply_chunk(float (&s)[n], const uint4& a, const uint4* b) {
+    uint4 k[n / 8];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[1][i / 2][i % 2] = __shfl_xor_sync(kAllLanes, a[0][i / 2][i % 2], 4);
-      // The two quad-pairs of a row take the 16 keys in different order: each begins with those it has.
+    for (int j = 0; j < n / 8; ++j) k[j] = b[16 * kRowChunks * j];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int other = i / 2, four = i % 2, row = 16 * j + 8 * (pc() ^ other) + 4 * four + l();
-        uint4 v[kD / 32];
+    for (int j = 0; j < n / 8; ++j) mma_m8n8k4(eight(s, j), {a.x, a.y}, {k[j].x, k[j].y});
 #pragma unroll
-        for (int c = 0; c < kD / 32; ++c)
-          v[c] = reinterpret_cast<const uint4*>(values)[row * kRowChunks + value_chunk(l(), 4 * c + 2 * h() + pc())];
+    for (int j = 0; j < n / 8; ++j) mma_m8n8k4(eight(s, j), {a.z, a.w}, {k[j].z, k[j].w});
+  }
+
+  // o += p v over the keys 16 j .. 16 j + 15.
+  template <bool kKeyLayout, int n>
+  static __device__ __forceinline__ void multiply_group(float (&o)[kOutputs], const float (&p)[n], int j,
+                                                        const Element* values) {
+    uint32_t a[2][2][2];  // [keys of this pc, of the other][4 keys each][2 keys each] of row 8 pr + 4 h + l
 #pragma unroll
-        for (int c = 0; c < kD / 32; ++c) {
-          mma_m8n8k4_row_row(eight(o, 2 * c), {a[other][four][0], a[other][four][1]}, {v[c].x, v[c].y});
-          mma_m8n8k4_row_row(eight(o, 2 * c + 1), {a[other][four][0], a[other][four][1]}, {v[c].z, v[c].w});
-        }
+    for (int four = 0; four < 2; ++four) {
+      // Lanes l and l ^ 2 hold two columns each of two rows; they swap so that each has four columns of one row.
+      const uint32_t upper = pack(p[8 * j + 4 * four], p[8 * j + 4 * four + 1]);
+      const uint32_t lower = pack(p[8 * j + 4 * four + 2], p[8 * j + 4 * four + 3]);
+      const bool second = l() & 2;
+      const uint32_t mine = second ? lower : upper, theirs = second ? upper : lower;
+      const uint32_t got = __shfl_xor_sync(kAllLanes, theirs, 2);
+      a[0][four][0] = second ? got : mine;
+      a[0][four][1] = second ? mine : got;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[1][i / 2][i % 2] = __shfl_xor_sync(kAllLanes, a[0][i / 2][i % 2], 4);
+    // The two quad-pairs of a row take the 16 keys in different order: each begins with those it has.
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int other = i / 2, four = i % 2, row = 8 * (pc() ^ other) + l();
+      const uint4* rows = reinterpret_cast<const uint4*>(values) + (16 * j + 4 * four) * kRowChunks;
+      // The other 8 rows differ in one bit of the row, and in one of where its chunks lie.
+      const int first = opaque(first_chunk(8 * pc() + l()) ^ (2 * h() + pc())) ^ other * (8 * kRowChunks + 4);
+      uint4 v[kD / 32];
+#pragma unroll
+      for (int c = 0; c < kD / 32; ++c)
+        v[c] = rows[kKeyLayout ? first ^ 4 * c : row * kRowChunks + value_chunk(l(), 4 * c + 2 * h() + pc())];
+#pragma unroll
+      for (int c = 0; c < kD / 32; ++c) {
+        mma_m8n8k4_row_row(eight(o, 2 * c), {a[other][four][0], a[other][four][1]}, {v[c].x, v[c].y});
+        mma_m8n8k4_row_row(eight(o, 2 * c + 1), {a[other][four][0], a[other][four][1]}, {v[c].z, v[c].w});
       }
     }
   }
 
- private:
   template <int n>
   static __device__ float (&eight(float (&x)[n], int j))[8] {
     return *reinterpret_cast<float (*)[8]>(x + 8 * j);

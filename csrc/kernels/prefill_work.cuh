@@ -113,16 +113,20 @@ __device__ inline void find_seen_tiles(const AttentionInputs& in, BlockWork& wor
 }
 
 // Fill in `work`. Called by the whole block.
-__device__ inline void describe_work(const AttentionForwardParams& p, BlockWork& work) {
-  if (threadIdx.x == 0) assign_rows(p.in, work);
+__device__ inline void describe_work(const AttentionInputs& in, BlockWork& work) {
+  if (threadIdx.x == 0) assign_rows(in, work);
   __syncthreads();
-  for (int64_t image = threadIdx.x; image < p.images; image += kTileThreads) image_keys(p, work.sample, image);
-  find_listed_rows(p.in, work);
-  if (threadIdx.x == 0) assign_hr_keys(p.in, work);
+  find_listed_rows(in, work);
+  if (threadIdx.x == 0) assign_hr_keys(in, work);
   __syncthreads();
-  if (!p.in.hr_row_bits) return;
-  find_seen_tiles(p.in, work);
+  if (!in.hr_row_bits) return;
+  find_seen_tiles(in, work);
   __syncthreads();
+}
+
+// Check the ranges of the sample's images. Called by the whole block.
+__device__ inline void check_images(const AttentionForwardParams& p, int sample) {
+  for (int64_t image = threadIdx.x; image < p.images; image += kTileThreads) image_keys(p, sample, image);
 }
 
 }  // namespace flexattn::cuda

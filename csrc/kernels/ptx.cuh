@@ -14,6 +14,19 @@
 
 namespace flexattn::cuda {
 
+// x, of which the compiler knows nothing: what follows from x is computed where it is used, not kept in registers.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// 2^x in one instruction, 2 ulp; results below the normal numbers are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // d += a b for four independent 8x8x4 products, one per quad-pair of the warp. a: row-major; b: column-major.
 __device__ __forceinline__ void mma_m8n8k4(float (&d)[8], const uint32_t (&a)[2], const uint32_t (&b)[2]) {
   asm volatile(

@@ -9,7 +9,8 @@
 
 namespace flexattn::cuda {
 
-__device__ __noinline__ inline void refuse(const char* what, int64_t value, int64_t low, int64_t high) {
+// The compiler must know that it does not return: otherwise callers save their registers around the call.
+[[noreturn]] __device__ __noinline__ inline void refuse(const char* what, int64_t value, int64_t low, int64_t high) {
   printf("flexattn_cuda::%s is %lld, it must lie in %lld to %lld\n", what, static_cast<long long>(value),
          static_cast<long long>(low), static_cast<long long>(high));
   __trap();

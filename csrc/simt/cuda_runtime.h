@@ -22,6 +22,9 @@
 #define blockDim flexattn::simt::block_size
 #define gridDim flexattn::simt::grid_size
 
+struct alignas(8) int2 {
+  int x, y;
+};
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
@@ -32,6 +35,11 @@ struct alignas(16) uint4 {
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
@@ -72,5 +80,6 @@ using std::exp2;
 using std::fmax;
 using std::isnan;
 using std::log;
+using std::log2;
 using std::max;
 using std::min;

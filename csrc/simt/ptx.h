@@ -56,6 +56,9 @@ void ldmatrix_x4(const char* name, uint32_t (&r)[4], const void* row) {
 
 }  // namespace simt_ptx
 
+inline int opaque(int x) { return x; }
+inline float exp2_approx(float x) { return std::exp2(x); }
+
 inline void mma_m8n8k4(float (&d)[8], const uint32_t (&a)[2], const uint32_t (&b)[2]) {
   simt_ptx::mma_m8n8k4<false>("mma.m8n8k4", d, a, b);
 }

@@ -131,7 +131,7 @@ Gradients backward(BackwardArguments& arguments) {
   const Tensor& grad_out = arguments.grad_out;
   Gradients gradients = allocate(a, in);
   const bool pool = in.k_hr != nullptr;
-  const Tensor delta = at::empty({in.batch, in.heads, in.queries, 2}, lse.options());
+  const Tensor delta = at::empty({in.batch, in.heads, in.queries, 4}, lse.options());
   const Tensor slot_to_key = at::empty({pool ? in.batch : 0, in.pool}, a.q.options().dtype(at::kInt));
   params.grad_out = grad_out.const_data_ptr();
   params.grad_out_strides = {grad_out.stride(0), grad_out.stride(2), grad_out.stride(1)};

@@ -3,6 +3,7 @@
 On the CPU's kernels, on the CUDA kernels in the executor (`make simt`), and on a GPU where there is one.
 """
 
+import os
 import random
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ from operator_arguments import AttentionSizes, RandomTensors, ints
 from flexattn_cuda import ops, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = 25  # of each combination
+CASES = int(os.environ.get("FLEXATTN_CASES", "25"))  # of each combination
 SIDE = 3
 
 
@@ -171,3 +172,50 @@ def test_a_long_sequence_with_all_of_an_image(capability, queries, monkeypatch):
     }
     tensors["k_hr"][others["hr_slots"][0, -1]] = tensors["v_hr"][others["hr_slots"][0, -1]] = torch.nan
     check({name: value.half() for name, value in tensors.items()}, others, torch.float16, twice=False)
+
+
+def gradients(operator, tensors: dict, others: dict, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the gradients of sum(weight * out), zeros for what `out` does not depend on."""
+    leaves = {name: value.detach().requires_grad_() for name, value in tensors.items()}
+    rest = dict(leaves)
+    out = operator(rest.pop("q"), rest.pop("k"), rest.pop("v"), **rest, **others).out
+    found = torch.autograd.grad(out, list(leaves.values()), weight, allow_unused=True)
+    return {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), found)}
+
+
+def check_gradients(tensors: dict, others: dict, dtype: torch.dtype) -> None:
+    def call(operator, dtype, device="cpu", hidden=None):
+        # The reference multiplies what it hides by 0, which NaN would survive.
+        values = {
+            name: (value if hidden is None else value.nan_to_num(hidden)).to(device, dtype)
+            for name, value in tensors.items()
+        }
+        keywords = {name: value.to(device) if torch.is_tensor(value) else value for name, value in others.items()}
+        return gradients(operator, values, keywords, weight.to(device, dtype))
+
+    B, H, N, d = tensors["q"].shape
+    weight = torch.randn(B, N, H, d, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = call(reference.hierarchical_attention, torch.float64, hidden=0.0)
+    eager = call(reference.hierarchical_attention, dtype, hidden=0.0)
+    ours, again = (call(ops.hierarchical_attention, dtype, DEVICE) for _ in range(2))
+    for name in exact:
+        # A logit's gradient is p (dp - D), and dp is a sum over d products: up to sqrt(d) times what is left.
+        assert_as_good_as_eager(
+            ours[name].cpu(), eager[name], exact[name], dtype, f"gradient of {name}", cancelled=d**0.5
+        )
+        assert torch.equal(ours[name], again[name]), f"gradient of {name} differs from run to run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "capability, dtype",
+    [(70, torch.float16), (75, torch.float16), (90, torch.float16), (90, torch.bfloat16), (70, torch.float32)],
+)
+def test_gradients_on_every_path_equal_the_reference(capability, dtype, monkeypatch):
+    if DEVICE == "cpu" and BACKEND == "cpu":
+        pytest.skip("test_ops.py tests the gradients of the CPU's one path")
+    monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
+    rng = random.Random(f"gradients {capability} {dtype}")
+    for _ in range(CASES):
+        tensors, others = make_case(rng, dtype, [1, 2, 17, 63, 64, 65, 100, 140])
+        check_gradients(tensors, {name: x for name, x in others.items() if not name.startswith("map_")}, dtype)

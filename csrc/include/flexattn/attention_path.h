@@ -24,51 +24,79 @@ struct PathChoice {
   std::vector<std::string> reasons;  // why not a faster path than the generic one
 };
 
-// capability: 10 * major + minor of the GPU.
-inline PathChoice choose_attention_path(const AttentionInputs& in, int capability) {
-  PathChoice choice{AttentionPath::kGeneric, {}};
-  const auto against = [&](bool condition, const std::string& reason) {
-    if (condition) choice.reasons.push_back(reason);
-  };
-  const bool decode = in.queries <= kMaxDecodeRows;
-  const bool half = in.dtype == DType::kFloat16, bfloat = in.dtype == DType::kBFloat16;
-  const std::string here = std::to_string(capability / 10) + "." + std::to_string(capability % 10);
-  const int64_t d = in.head_dim, element = in.dtype == DType::kFloat64 ? 8 : in.dtype == DType::kFloat32 ? 4 : 2;
-  if (decode) {
-    against(in.dtype == DType::kFloat64, "the dtype is float64");
-    against(d != 64 && d != 80 && d != 96 && d != 128,
-            "head_dim is " + std::to_string(d) + ", the decode kernel takes 64, 80, 96 or 128");
-  } else {
+// Collects what speaks against a path.
+class PathReasons {
+ public:
+  std::vector<std::string> list;
+
+  void against(bool condition, const std::string& reason) {
+    if (condition) list.push_back(reason);
+  }
+
+  void not_on_tensor_cores(const AttentionInputs& in, int capability) {
+    const bool half = in.dtype == DType::kFloat16, bfloat = in.dtype == DType::kBFloat16;
+    const std::string here = std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+    const int64_t d = in.head_dim;
     against(!half && !bfloat, "the dtype is neither float16 nor bfloat16, which tensor cores take");
     against(bfloat && capability < 80, "bfloat16 needs compute capability 8.0, this is " + here);
     against(half && capability < 70, "tensor cores need compute capability 7.0, this is " + here);
     against(d > 128 || d % 8, "head_dim is " + std::to_string(d) + ", tensor cores take multiples of 8 up to 128");
     against(!(in.scale > 0), "the scale is not positive");
   }
-  against(in.queries >= int64_t{1} << 31 || in.keys >= int64_t{1} << 31 || in.selected >= int64_t{1} << 31,
-          "a size is 2^31 or larger");
 
-  // 16-byte loads need aligned data and aligned strides; the last dimension is dense.
-  struct Layout {
-    const char* name;
-    const void* data;
-    const Strides& strides;
-    bool batched;
-  };
-  const Layout layouts[] = {{"q", decode ? nullptr : in.q, in.q_strides, true},
-                            {"k", in.k, in.k_strides, true},
-                            {"v", in.v, in.v_strides, true},
-                            {"k_hr", in.k_hr, in.k_hr_strides, false},
-                            {"v_hr", in.v_hr, in.v_hr_strides, false}};
-  for (const Layout& x : layouts) {
-    const int64_t steps =
-        x.strides.row | x.strides.head | (x.batched && in.batch > 1 ? x.strides.batch : 0);  // low bits of all
-    against(x.data && (reinterpret_cast<uintptr_t>(x.data) % 16 || steps * element % 16),
-            std::string(x.name) + " is not aligned to 16 bytes in every row");
+  void too_large(const AttentionInputs& in) {
+    constexpr int64_t kLimit = int64_t{1} << 31;
+    against(in.queries >= kLimit || in.keys >= kLimit || in.selected >= kLimit, "a size is 2^31 or larger");
   }
-  if (choice.reasons.empty())
-    choice.path = decode ? AttentionPath::kDecode : capability >= 80 ? AttentionPath::kAmpere : AttentionPath::kVolta;
-  return choice;
+
+  // 16-byte loads need aligned data and aligned strides; the last dimension is dense. samples: 1 if there is no batch.
+  void not_aligned(const char* name, const void* data, const Strides& strides, int64_t samples, DType dtype) {
+    const int64_t element = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+    const int64_t steps = strides.row | strides.head | (samples > 1 ? strides.batch : 0);  // low bits of all
+    against(data && (reinterpret_cast<uintptr_t>(data) % 16 || steps * element % 16),
+            std::string(name) + " is not aligned to 16 bytes in every row");
+  }
+  void keys_not_aligned(const AttentionInputs& in) {
+    not_aligned("k", in.k, in.k_strides, in.batch, in.dtype);
+    not_aligned("v", in.v, in.v_strides, in.batch, in.dtype);
+    not_aligned("k_hr", in.k_hr, in.k_hr_strides, 1, in.dtype);
+    not_aligned("v_hr", in.v_hr, in.v_hr_strides, 1, in.dtype);
+  }
+
+  PathChoice choose(AttentionPath path) const { return {list.empty() ? path : AttentionPath::kGeneric, list}; }
+};
+
+inline AttentionPath tensor_cores_of(int capability) {
+  return capability >= 80 ? AttentionPath::kAmpere : AttentionPath::kVolta;
+}
+
+// capability: 10 * major + minor of the GPU.
+inline PathChoice choose_attention_path(const AttentionInputs& in, int capability) {
+  PathReasons reasons;
+  const int64_t d = in.head_dim;
+  const bool decode = in.queries <= kMaxDecodeRows;
+  if (decode) {
+    reasons.against(in.dtype == DType::kFloat64, "the dtype is float64");
+    reasons.against(d != 64 && d != 80 && d != 96 && d != 128,
+                    "head_dim is " + std::to_string(d) + ", the decode kernel takes 64, 80, 96 or 128");
+  } else {
+    reasons.not_on_tensor_cores(in, capability);
+  }
+  reasons.too_large(in);
+  if (!decode) reasons.not_aligned("q", in.q, in.q_strides, in.batch, in.dtype);
+  reasons.keys_not_aligned(in);
+  return reasons.choose(decode ? AttentionPath::kDecode : tensor_cores_of(capability));
+}
+
+// The same for the backward pass, which has no path of its own for few queries.
+inline PathChoice choose_backward_path(const AttentionBackwardParams& p, int capability) {
+  PathReasons reasons;
+  reasons.not_on_tensor_cores(p.in, capability);
+  reasons.too_large(p.in);
+  reasons.not_aligned("grad_out", p.grad_out, p.grad_out_strides, p.in.batch, p.in.dtype);
+  reasons.not_aligned("q", p.in.q, p.in.q_strides, p.in.batch, p.in.dtype);
+  reasons.keys_not_aligned(p.in);
+  return reasons.choose(tensor_cores_of(capability));
 }
 
 }  // namespace flexattn
