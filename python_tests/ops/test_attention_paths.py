@@ -216,6 +216,6 @@ def test_gradients_on_every_path_equal_the_reference(capability, dtype, monkeypa
         pytest.skip("test_ops.py tests the gradients of the CPU's one path")
     monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
     rng = random.Random(f"gradients {capability} {dtype}")
-    for _ in range(CASES):
+    for _ in range(CASES // 2):  # the backward pass takes several times as long
         tensors, others = make_case(rng, dtype, [1, 2, 17, 63, 64, 65, 100, 140])
         check_gradients(tensors, {name: x for name, x in others.items() if not name.startswith("map_")}, dtype)
