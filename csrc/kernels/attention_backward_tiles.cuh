@@ -299,10 +299,19 @@ struct QueryTile {
   int sample, head, first;
 };
 
-// One of them. What `begin` and `end` mean is up to the keys.
-struct alignas(16) PassingQuery {
-  Weighing weighing;
+// What a query sees; what `begin` and `end` mean is up to the keys.
+struct alignas(8) Sight {
   int begin, end;
+};
+
+// What is known of the queries of a tile. Arrays apart: lanes read entries 0, 2, 8 and 10 at once.
+struct PassingQueries {
+  Weighing weighing[kPassingRows];
+  Sight sight[kPassingRows];
+};
+struct PassingQuery {
+  Weighing weighing;
+  Sight sight;
 };
 
 // The keys of a block are 16 kWarps of the sequence of a sample. Shared by the block, as registers are scarce.
@@ -351,8 +360,8 @@ struct SequenceKeys {
   __device__ PassingQuery query(const AttentionBackwardParams& p, const QueryTile& tile) const {
     const AttentionInputs& in = p.in;
     const int n = tile.first + lane(), last = static_cast<int>(in.queries) - 1;
-    return {states_of(p)[state_index(in, tile.sample, tile.head, min(n, last))].sequence, begin,
-            n <= last ? first_end + n : 0};
+    return {states_of(p)[state_index(in, tile.sample, tile.head, min(n, last))].sequence,
+            {begin, n <= last ? first_end + n : 0}};
   }
 
   // What a lane knows of its two keys.
@@ -369,7 +378,7 @@ struct SequenceKeys {
     return lane;
   }
   static __device__ bool visible(const AttentionInputs&, const QueryTile&, const Lane& lane, int which,
-                                 const PassingQuery& query) {
+                                 const Sight& query) {
     return (query.begin <= lane.key[which]) & (lane.key[which] < query.end);
   }
 
@@ -446,7 +455,7 @@ struct PoolKeys {
     const int r = min(tile.first + lane(), listed - 1);
     const int n = in.hr_rows ? in.hr_rows[tile.sample * in.rows + r] : r;  // checked by grad_row_tiles
     const bool sees = tile.first + lane() < listed && n >= 0 && (in.hr_rows || n >= in.hr_from[tile.sample]);
-    return {states_of(p)[state_index(in, tile.sample, tile.head, max(n, 0))].hr, r, sees};
+    return {states_of(p)[state_index(in, tile.sample, tile.head, max(n, 0))].hr, {r, sees}};
   }
 
   struct Lane {
@@ -456,7 +465,7 @@ struct PoolKeys {
     return {{key_at(p, tile.sample, rows[0]), key_at(p, tile.sample, rows[1])}};
   }
   static __device__ bool visible(const AttentionInputs& in, const QueryTile& tile, const Lane& lane, int which,
-                                 const PassingQuery& query) {
+                                 const Sight& query) {
     const bool sees = (lane.key[which] >= 0) & query.end;
     if (!in.hr_row_bits) return sees;
     return sees & bit(row_bits(in, tile.sample, query.begin), max(lane.key[which], 0));
@@ -476,8 +485,8 @@ constexpr size_t kKeyTileElements =
     2 * 8 * kWarpRows * kWarps * Mma::kRowChunks + 2 * kPassingBuffers<Mma> * kPassingElements<Mma>;
 template <typename Mma, typename Keys, int kWarps>
 constexpr size_t key_shared_bytes() {
-  return kKeyTileElements<Mma, kWarps> * sizeof(typename Mma::Element) +
-         kPassingBuffers<Mma> * kPassingRows * sizeof(PassingQuery) + sizeof(Keys);
+  return kKeyTileElements<Mma, kWarps> * sizeof(typename Mma::Element) + kPassingBuffers<Mma> * sizeof(PassingQueries) +
+         sizeof(Keys);
 }
 
 template <typename Mma, int kD, int kWarps, template <typename, int> class KeysOf>
@@ -488,8 +497,8 @@ __global__ void __launch_bounds__(kWarp* kWarps, 1) grad_key_tiles(AttentionBack
   const AttentionInputs& in = p.in;
   const int d = static_cast<int>(in.head_dim);
   T *own_keys = shared_memory<T>(), *own_values = own_keys + kOwn;
-  PassingQuery* known = reinterpret_cast<PassingQuery*>(own_keys + kKeyTileElements<Mma, kWarps>);
-  Keys& keys = *reinterpret_cast<Keys*>(known + kPassingBuffers<Mma> * kPassingRows);
+  PassingQueries* known = reinterpret_cast<PassingQueries*>(own_keys + kKeyTileElements<Mma, kWarps>);
+  Keys& keys = *reinterpret_cast<Keys*>(known + kPassingBuffers<Mma>);
   if (threadIdx.x == 0) keys.start(in, static_cast<int>(blockIdx.x));
   QueryTile tile = Keys().start(in, static_cast<int>(blockIdx.x));
   __syncthreads();
@@ -504,7 +513,10 @@ __global__ void __launch_bounds__(kWarp* kWarps, 1) grad_key_tiles(AttentionBack
   };
   const auto commit = [&] {
     passing.commit();
-    if (warp_in_block() == 0) known[passing.current * kPassingRows + lane()] = keys.query(p, tile);
+    if (warp_in_block() != 0) return;
+    const PassingQuery query = keys.query(p, tile);
+    known[passing.current].weighing[lane()] = query.weighing;
+    known[passing.current].sight[lane()] = query.sight;
   };
 
   float grad_k[Mma::kOutputs] = {}, grad_v[Mma::kOutputs] = {};
@@ -519,8 +531,9 @@ __global__ void __launch_bounds__(kWarp* kWarps, 1) grad_key_tiles(AttentionBack
   __syncthreads();
 
   while (more) {
-    const PassingQuery* queries = known + passing.current * kPassingRows + Mma::key_of_lane();
-    const auto weighing = [&](int i) { return queries[Mma::key_of_score(i)].weighing; };
+    const Weighing* weighings = known[passing.current].weighing + Mma::key_of_lane();
+    const Sight* sights = known[passing.current].sight + Mma::key_of_lane();
+    const auto weighing = [&](int i) -> const Weighing& { return weighings[Mma::key_of_score(i)]; };
     const QueryTile current = tile;
     const typename Keys::Lane lane = keys.lane_of(p, tile, rows);
     tile.first += kPassingRows;
@@ -530,7 +543,7 @@ __global__ void __launch_bounds__(kWarp* kWarps, 1) grad_key_tiles(AttentionBack
     float s[kPassingScores] = {}, dp[kPassingScores] = {};
     Mma::multiply_rows(s, own_keys + own, passing.rows(0));
     weigh(s, scale, weighing,
-          [&](int i) { return Keys::visible(in, current, lane, Mma::row_of(i), queries[Mma::key_of_score(i)]); });
+          [&](int i) { return Keys::visible(in, current, lane, Mma::row_of(i), sights[Mma::key_of_score(i)]); });
     Mma::multiply_weights(grad_v, s, passing.rows(1));
     Mma::multiply_rows(dp, own_values + own, passing.rows(1));
     differentiate(dp, s, weighing);

@@ -110,7 +110,7 @@ struct VoltaMma {
 
   // s += a b over 8 channels. a: those of row 8 pr + 4 h + l; b: where those of row 8 pc + 4 h + l lie.
   template <int n>
-  static __device__ __forceinline__ void multiply_chunk(float (&s)[n], const uint4& a, const uint4* b) {
+  static __device__ __forceinline__ void multiply_chunk(float (&s)[n], uint4 a, const uint4* b) {
     uint4 k[n / 8];
 #pragma unroll
     for (int j = 0; j < n / 8; ++j) k[j] = b[16 * kRowChunks * j];
