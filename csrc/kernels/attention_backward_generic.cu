@@ -33,11 +33,11 @@ struct RowState {
   __device__ A hr_gradient(A logit, A dp) const { return alpha * full(logit) * (dp - d_full); }
 };
 
-// D comes from delta, where grad_query_rows has written it.
+// D comes from row_states, where grad_query_rows has written it: of the softmax over all keys, then of the sequence's.
 template <typename A>
 __device__ RowState<A> row_state(const AttentionBackwardParams& p, int64_t b, int64_t head, int64_t n) {
   const int64_t at = (b * p.in.heads + head) * p.in.queries + n;
-  const A* delta = static_cast<const A*>(p.delta) + at * 2;
+  const A* delta = static_cast<const A*>(p.row_states) + at * 2;
   return {static_cast<const A*>(p.lse)[at], static_cast<const A*>(p.lse_seq)[at], delta[0], delta[1],
           mixing<A>(p.in, b)};
 }
@@ -96,7 +96,7 @@ __global__ void grad_query_rows(AttentionBackwardParams p) {
   state.d_seq = warp_sum(state.d_seq);
   state.d_full = warp_sum(state.d_full);
   if (lane() == 0) {
-    A* delta = static_cast<A*>(p.delta) + row * 2;  // row runs over [B, H, N]
+    A* delta = static_cast<A*>(p.row_states) + row * 2;  // row runs over [B, H, N]
     delta[0] = state.d_full;
     delta[1] = state.d_seq;
   }

@@ -13,8 +13,7 @@
 //
 // With alpha, the weight of a sequence key is (1 - alpha) P_seq + alpha P_full, and each softmax has its own D (see
 // attention_backward_generic.cu). In one row, P_full is a constant times P_seq, so the two together are one exponential
-// with a log-sum-exp and a D of its own. That is what grad_row_tiles finds out first, and the rest knows nothing of
-// alpha.
+// with a log-sum-exp and a D of its own. grad_row_tiles finds it first; nothing after it knows of alpha.
 #pragma once
 
 #include "attention_prefill.cuh"
@@ -35,7 +34,8 @@ struct alignas(16) QueryState {
   Weighing sequence, hr;
 };
 
-// full, plain: of the softmax over all keys, and of the one over the sequence; d: sum over their keys of P dP.
+// Fold alpha, 0 to 1, into the weighing. full, plain: of the softmax over all keys, and of the one over the sequence,
+// whose d is the sum of P dP over their keys.
 __device__ inline QueryState mix(const Weighing& full, const Weighing& plain, float alpha) {
   const Weighing hr{full.lse - log2(alpha), full.d};
   if (alpha == 1.f || plain.lse == -INFINITY) return {full, hr};
@@ -103,6 +103,12 @@ __device__ void load_own_rows(const TileRows<T>& rows, int d, T* shared) {
   unrolled<kParts>([&](auto part) { copy.template advance<KeyLayout<Mma>, part.value>(rows, d, shared); });
 }
 
+// The 16 rows of the warp among those that the block owns.
+template <typename Mma, typename T>
+__device__ const T* rows_of_warp(const T* own) {
+  return own + 8 * kWarpRows * warp_in_block() * Mma::kRowChunks;
+}
+
 // Write factor * sum to the lane's two rows, to(which); null for one that does not exist.
 template <typename Mma, typename To>
 __device__ __forceinline__ void store_rows(const float (&sum)[Mma::kOutputs], float factor, int d, const To& to) {
@@ -112,11 +118,9 @@ __device__ __forceinline__ void store_rows(const float (&sum)[Mma::kOutputs], fl
     T* row = to(which);
     if (!row) continue;
 #pragma unroll
-    for (int i = 0; i < Mma::kOutputs; i += 2) {  // two neighbouring channels
+    for (int i = 0; i < Mma::kOutputs; i += 2) {
       const int channel = Mma::channel_of_output(i) + Mma::channel_of_lane();
-      if (Mma::row_of(i) != which || channel >= d) continue;
-      alignas(4) const T both[2] = {narrow<T>(factor * sum[i]), narrow<T>(factor * sum[i + 1])};
-      *reinterpret_cast<uint32_t*>(row + channel) = *reinterpret_cast<const uint32_t*>(both);
+      if (Mma::row_of(i) == which && channel < d) store_pair(row + channel, factor * sum[i], factor * sum[i + 1]);
     }
   }
 }
@@ -124,7 +128,9 @@ __device__ __forceinline__ void store_rows(const float (&sum)[Mma::kOutputs], fl
 __device__ inline int64_t state_index(const AttentionInputs& in, int64_t b, int64_t head, int64_t n) {
   return (b * in.heads + head) * in.queries + n;
 }
-__device__ inline QueryState* states_of(const AttentionBackwardParams& p) { return static_cast<QueryState*>(p.delta); }
+__device__ inline QueryState* states_of(const AttentionBackwardParams& p) {
+  return static_cast<QueryState*>(p.row_states);
+}
 
 // --------------------------------------------------------------------------------------------- a block of queries
 
@@ -136,7 +142,7 @@ size_t row_shared_bytes(int64_t selected) {
   return kRowTileElements<Mma> * sizeof(typename Mma::Element) + work_bytes(selected);
 }
 
-// Half a tile of keys.
+// The keys that pass by, half a tile at a time.
 struct PassingKeys {
   const AttentionInputs& in;
   const BlockWork& work;
@@ -186,7 +192,37 @@ struct RowTile {
     unrolled<Mma::kParts>([&](auto part) { mma.template multiply_keys<part.value>(s, keys); });
   }
   __device__ void multiply_values(float (&dp)[kPassingScores], const T* values) const {
-    Mma::multiply_rows(dp, grads + 8 * kWarpRows * warp_in_block() * Mma::kRowChunks, values);
+    Mma::multiply_rows(dp, rows_of_warp<Mma>(grads), values);
+  }
+
+  // State of the lane's row `which`; of the last query for rows past it.
+  __device__ int64_t state_of(int which) const {
+    const int row = min(block_row<Mma>(which), work.rows - 1);
+    return state_index(p.in, work.sample, work.head, work.first_row + row);
+  }
+  __device__ void read_states() {
+#pragma unroll
+    for (int which = 0; which < 2; ++which) states[which] = states_of(p)[state_of(which)];
+  }
+  // Before `add_to_d`: the two softmaxes as they are, with d = 0.
+  __device__ void begin_states() {
+    constexpr float kBase2 = static_cast<float>(kLog2e);
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const int64_t at = state_of(which);
+      states[which] = {{kBase2 * static_cast<const float*>(p.lse_seq)[at], 0.f},
+                       {kBase2 * static_cast<const float*>(p.lse)[at], 0.f}};
+    }
+  }
+  __device__ void write_states() {
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      QueryState& state = states[which];
+      for (Weighing* x : {&state.hr, &state.sequence})
+        x->d = Mma::over_row(x->d, [](float x, float y) { return x + y; });
+      if (Mma::first_of_row() && block_row<Mma>(which) < work.rows)
+        states_of(p)[state_of(which)] = mix(state.hr, state.sequence, work.alpha);
+    }
   }
 
   // s, dp: scores and dP, which become weights and dS.
@@ -229,17 +265,10 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackw
       TileRows<T>{row_of<T>(p.grad_out, p.grad_out_strides, work.sample, work.head, 0), p.grad_out_strides.row, nullptr,
                   work.first_row, static_cast<int>(in.queries) - 1},
       d, tile.grads);
-  const int64_t first_state = state_index(in, work.sample, work.head, work.first_row);
-#pragma unroll
-  for (int which = 0; which < 2; ++which) {
-    const int64_t at = first_state + min(block_row<Mma>(which), work.rows - 1);
-    if constexpr (kStates) {
-      const float of_full = static_cast<const float*>(p.lse)[at], of_plain = static_cast<const float*>(p.lse_seq)[at];
-      tile.states[which] = {{of_plain * static_cast<float>(kLog2e), 0.f}, {of_full * static_cast<float>(kLog2e), 0.f}};
-    } else {
-      tile.states[which] = states_of(p)[at];
-    }
-  }
+  if constexpr (kStates)
+    tile.begin_states();
+  else
+    tile.read_states();
   PassingRows<Mma, kD, kTileThreads> passing;
   passing.buffers = shared + 8 * kTileRows * Mma::kRowChunks;
   const auto issue = [&](const KeyTile& keys) {
@@ -276,18 +305,10 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackw
   }
 
   if constexpr (kStates) {
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      QueryState& state = tile.states[which];
-      for (Weighing* x : {&state.hr, &state.sequence})
-        x->d = Mma::over_row(x->d, [](float x, float y) { return x + y; });
-      if (Mma::first_of_row() && block_row<Mma>(which) < work.rows)
-        states_of(p)[first_state + block_row<Mma>(which)] = mix(state.hr, state.sequence, work.alpha);
-    }
+    tile.write_states();
   } else {
     store_rows<Mma>(grad_q, static_cast<float>(in.scale), d, [&](int which) {
-      const int row = block_row<Mma>(which);
-      return row < work.rows ? static_cast<T*>(p.grad_q) + (first_state + row) * d : nullptr;
+      return block_row<Mma>(which) < work.rows ? static_cast<T*>(p.grad_q) + tile.state_of(which) * d : nullptr;
     });
   }
 }
@@ -320,13 +341,13 @@ struct SequenceKeys {
   static constexpr int kKeys = kWarpRows * kWarps;
   int sample, kv_head, first_key;
   int first_query;  // of the tiles that may see a key
-  int end_of_heads;
+  int first_head, end_of_heads;
   int begin, first_end;  // the keys that query 0 sees
 
   static int64_t blocks(const AttentionInputs& in) { return blocks_for(in.keys, kKeys) * in.kv_heads * in.batch; }
 
   // The first keys are seen by most queries: their blocks start first.
-  __device__ QueryTile start(const AttentionInputs& in, int block) {
+  __device__ void start(const AttentionInputs& in, int block) {
     const int heads = static_cast<int>(in.kv_heads), samples = static_cast<int>(in.batch),
               group = static_cast<int>(in.heads) / heads;
     kv_head = block % heads;
@@ -335,9 +356,10 @@ struct SequenceKeys {
     begin = static_cast<int>(cuda::first_key(in, sample));
     first_end = static_cast<int>(first_position(in, sample)) + 1;
     first_query = max(0, first_key - first_end + 1) / kPassingRows * kPassingRows;
-    end_of_heads = (kv_head + 1) * group;
-    return {sample, kv_head * group, first_query};
+    first_head = kv_head * group;
+    end_of_heads = first_head + group;
   }
+  __device__ QueryTile first_tile() const { return {sample, first_head, first_query}; }
 
   __device__ TileRows<T> rows(const void* data, const Strides& strides, int64_t count) const {
     return {row_of<T>(data, strides, sample, kv_head, 0), strides.row, nullptr, first_key, static_cast<int>(count) - 1};
@@ -366,7 +388,7 @@ struct SequenceKeys {
 
   // What a lane knows of its two keys.
   struct Lane {
-    int key[2];  // INT_MAX if no query sees it
+    int key[2];  // INT32_MAX if no query sees it
   };
   __device__ Lane lane_of(const AttentionBackwardParams& p, const QueryTile&, const int (&rows)[2]) const {
     Lane lane;
@@ -401,15 +423,16 @@ struct PoolKeys {
 
   static int64_t blocks(const AttentionInputs& in) { return blocks_for(in.pool, kKeys) * in.kv_heads; }
 
-  __device__ QueryTile start(const AttentionInputs& in, int block) {
+  __device__ void start(const AttentionInputs& in, int block) {
     const int heads = static_cast<int>(in.kv_heads), group = static_cast<int>(in.heads) / heads;
     kv_head = block % heads;
     first_slot = block / heads * kKeys;
     first_head = kv_head * group;
     end_of_heads = first_head + group;
     listed = static_cast<int>(in.hr_rows ? in.rows : in.hr_from ? in.queries : 0);
-    return {-1, end_of_heads, listed};
   }
+  // `find` goes on from here to the first sample.
+  __device__ QueryTile first_tile() const { return {-1, end_of_heads, listed}; }
 
   __device__ TileRows<T> rows(const void* data, const Strides& strides, int64_t count) const {
     return {row_of<T>(data, strides, 0, kv_head, 0), strides.row, nullptr, first_slot, static_cast<int>(count) - 1};
@@ -458,6 +481,7 @@ struct PoolKeys {
     return {states_of(p)[state_index(in, tile.sample, tile.head, max(n, 0))].hr, {r, sees}};
   }
 
+  // What a lane knows of its two keys.
   struct Lane {
     int key[2];  // -1 if the sample does not own the slot
   };
@@ -480,6 +504,8 @@ struct PoolKeys {
 };
 
 // Shared memory: keys, values, passing queries and grad_out; what is known of those queries; Keys.
+template <int kWarps>
+constexpr int kKeyThreads = kWarp * kWarps;
 template <typename Mma, int kWarps>
 constexpr size_t kKeyTileElements =
     2 * 8 * kWarpRows * kWarps * Mma::kRowChunks + 2 * kPassingBuffers<Mma> * kPassingElements<Mma>;
@@ -490,18 +516,18 @@ constexpr size_t key_shared_bytes() {
 }
 
 template <typename Mma, int kD, int kWarps, template <typename, int> class KeysOf>
-__global__ void __launch_bounds__(kWarp* kWarps, 1) grad_key_tiles(AttentionBackwardParams p) {
+__global__ void __launch_bounds__(kKeyThreads<kWarps>, 1) grad_key_tiles(AttentionBackwardParams p) {
   using T = typename Mma::Element;
   using Keys = KeysOf<T, kWarps>;
-  constexpr int kThreads = kWarp * kWarps, kOwn = 8 * Keys::kKeys * Mma::kRowChunks;
+  constexpr int kThreads = kKeyThreads<kWarps>, kOwn = 8 * Keys::kKeys * Mma::kRowChunks;
   const AttentionInputs& in = p.in;
   const int d = static_cast<int>(in.head_dim);
   T *own_keys = shared_memory<T>(), *own_values = own_keys + kOwn;
   PassingQueries* known = reinterpret_cast<PassingQueries*>(own_keys + kKeyTileElements<Mma, kWarps>);
   Keys& keys = *reinterpret_cast<Keys*>(known + kPassingBuffers<Mma>);
   if (threadIdx.x == 0) keys.start(in, static_cast<int>(blockIdx.x));
-  QueryTile tile = Keys().start(in, static_cast<int>(blockIdx.x));
   __syncthreads();
+  QueryTile tile = keys.first_tile();
   load_own_rows<Mma, kD, Keys::kKeys, kThreads>(keys.keys(in), d, own_keys);
   load_own_rows<Mma, kD, Keys::kKeys, kThreads>(keys.values(in), d, own_values);
 
@@ -521,7 +547,6 @@ __global__ void __launch_bounds__(kWarp* kWarps, 1) grad_key_tiles(AttentionBack
 
   float grad_k[Mma::kOutputs] = {}, grad_v[Mma::kOutputs] = {};
   const float scale = static_cast<float>(in.scale * kLog2e);
-  const int own = 8 * kWarpRows * warp_in_block() * Mma::kRowChunks;
   const int rows[2] = {block_row<Mma>(0), block_row<Mma>(1)};
   bool more = keys.find(p, tile);
   if (more) {
@@ -541,11 +566,11 @@ __global__ void __launch_bounds__(kWarp* kWarps, 1) grad_key_tiles(AttentionBack
     if (more) issue();
 
     float s[kPassingScores] = {}, dp[kPassingScores] = {};
-    Mma::multiply_rows(s, own_keys + own, passing.rows(0));
+    Mma::multiply_rows(s, rows_of_warp<Mma>(own_keys), passing.rows(0));
     weigh(s, scale, weighing,
           [&](int i) { return Keys::visible(in, current, lane, Mma::row_of(i), sights[Mma::key_of_score(i)]); });
     Mma::multiply_weights(grad_v, s, passing.rows(1));
-    Mma::multiply_rows(dp, own_values + own, passing.rows(1));
+    Mma::multiply_rows(dp, rows_of_warp<Mma>(own_values), passing.rows(1));
     differentiate(dp, s, weighing);
     Mma::multiply_weights(grad_k, dp, passing.rows(0));
     if (more) commit();

@@ -129,6 +129,13 @@ __device__ __forceinline__ void softmax_step(float (&s)[Mma::kScores], float sca
 
 // -------------------------------------------------------------------------------------------------------- the end
 
+// Write two neighbouring channels.
+template <typename T>
+__device__ __forceinline__ void store_pair(T* at, float first, float second) {
+  alignas(4) const T both[2] = {narrow<T>(first), narrow<T>(second)};
+  *reinterpret_cast<uint32_t*>(at) = *reinterpret_cast<const uint32_t*>(both);
+}
+
 // Write the log-sum-exps [B, H, N] of the lane's rows, and return in `normalizer` what their outputs are multiplied by.
 template <typename Mma>
 __device__ __forceinline__ void write_lse(const AttentionForwardParams& p, const BlockWork& work, void* lse,
@@ -163,8 +170,7 @@ __device__ __forceinline__ void write_out(const AttentionForwardParams& p, const
       T* at = to + Mma::channel_of_output(i);
       float pair[2] = {share[which] * out[i], share[which] * out[i + 1]};
       if (keep[which] != 0.f) pair[0] += keep[which] * widen(at[0]), pair[1] += keep[which] * widen(at[1]);
-      alignas(4) const T both[2] = {narrow<T>(pair[0]), narrow<T>(pair[1])};
-      *reinterpret_cast<uint32_t*>(at) = *reinterpret_cast<const uint32_t*>(both);
+      store_pair(at, pair[0], pair[1]);
     }
   }
 }

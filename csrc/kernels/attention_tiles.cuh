@@ -66,14 +66,15 @@ template <typename Mma, int kD, int kRows = kTileKeys, int kThreads = kTileThrea
 struct TileCopy {
   using T = typename Mma::Element;
   static constexpr int kChunks = kD / 8;  // of a row, which may have room for more
-  static constexpr int kPerPart = static_cast<int>(blocks_for(kRows * kChunks, kThreads* kParts));  // per thread
-  static constexpr bool kFull = kPerPart * kThreads * kParts == kRows * kChunks;  // every thread has as many
+  static constexpr int kPerPart = static_cast<int>(blocks_for(kRows * kChunks, kParts* kThreads));  // per thread
+  static constexpr bool kFull = kPerPart * kThreads * kParts == kRows * kChunks;  // every thread has a chunk every time
   uint4 held[Mma::kAsync ? 1 : kPerPart];
 
-  // Shared memory serves 8 lanes at a time. If these hold chunks of two rows, the rows differ in their low four bits,
-  // so that Mma's permutations of chunks send the end of one row and the start of the other to different banks.
+  // The chunks are numbered row by row.
   static __device__ int number(int part, int i) { return threadIdx.x + (part * kPerPart + i) * kThreads; }
   static __device__ bool exists(int part, int i) { return kFull || number(part, i) < kRows * kChunks; }
+  // Shared memory serves 8 lanes at a time. If these hold chunks of two rows, the rows differ in their low four bits,
+  // so that Mma's permutations of chunks send the end of one row and the start of the other to different banks.
   static __device__ int row(int part, int i) {
     const int n = number(part, i) / kChunks;
     return kChunks % 8 ? n ^ (n & 1) * 14 : n;

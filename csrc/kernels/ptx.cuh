@@ -14,7 +14,7 @@
 
 namespace flexattn::cuda {
 
-// x, of which the compiler knows nothing: what follows from x is computed where it is used, not kept in registers.
+// x, hidden from the compiler: what is derived from it is computed where it is used instead of being kept in registers.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -131,7 +131,7 @@ Gradients backward(BackwardArguments& arguments) {
   const Tensor& grad_out = arguments.grad_out;
   Gradients gradients = allocate(a, in);
   const bool pool = in.k_hr != nullptr;
-  const Tensor delta = at::empty({in.batch, in.heads, in.queries, 4}, lse.options());
+  const Tensor row_states = at::empty({in.batch, in.heads, in.queries, 4}, lse.options());
   const Tensor slot_to_key = at::empty({pool ? in.batch : 0, in.pool}, a.q.options().dtype(at::kInt));
   params.grad_out = grad_out.const_data_ptr();
   params.grad_out_strides = {grad_out.stride(0), grad_out.stride(2), grad_out.stride(1)};
@@ -142,7 +142,7 @@ Gradients backward(BackwardArguments& arguments) {
   params.grad_v = gradients.v.mutable_data_ptr();
   params.grad_k_hr = pool ? gradients.k_hr.mutable_data_ptr() : nullptr;
   params.grad_v_hr = pool ? gradients.v_hr.mutable_data_ptr() : nullptr;
-  params.delta = delta.mutable_data_ptr();
+  params.row_states = row_states.mutable_data_ptr();
   params.slot_to_key = pool ? mutable_ints(slot_to_key) : nullptr;
   if (gradients.q.numel()) FLEXATTN_LAUNCH(hierarchical_attention_backward, params, a.q);
   return gradients;

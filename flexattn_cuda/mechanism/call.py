@@ -55,8 +55,8 @@ class CallShape:
             cache_position: Where the call begins, as older transformers pass it.
 
         Raises:
-            ValueError: If the cache is of another kind, drops positions that attention needs, or was left incomplete by
-                an earlier call.
+            ValueError: If the cache is not transformers' own, drops positions that attention needs, or was left
+                incomplete by an earlier call.
         """
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(

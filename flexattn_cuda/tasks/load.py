@@ -37,8 +37,8 @@ def load(
 
     Raises:
         CheckpointError: If there is no such checkpoint, or it cannot be loaded.
-        InputError: If the device, the dtype or the system is unknown or cannot be used here, or `flexattn` is anything
-            else than a FlexAttnConfig.
+        InputError: If the device, the dtype or the system is unknown or cannot be used here, or `flexattn` is not a
+            FlexAttnConfig.
     """
     if not isinstance(flexattn, FlexAttnConfig | None):
         raise InputError(

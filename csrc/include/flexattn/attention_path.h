@@ -24,7 +24,7 @@ struct PathChoice {
   std::vector<std::string> reasons;  // why not a faster path than the generic one
 };
 
-// Collects what speaks against a path.
+// Collects the reasons against a path.
 class PathReasons {
  public:
   std::vector<std::string> list;
@@ -33,7 +33,7 @@ class PathReasons {
     if (condition) list.push_back(reason);
   }
 
-  void not_on_tensor_cores(const AttentionInputs& in, int capability) {
+  void check_tensor_cores(const AttentionInputs& in, int capability) {
     const bool half = in.dtype == DType::kFloat16, bfloat = in.dtype == DType::kBFloat16;
     const std::string here = std::to_string(capability / 10) + "." + std::to_string(capability % 10);
     const int64_t d = in.head_dim;
@@ -44,23 +44,23 @@ class PathReasons {
     against(!(in.scale > 0), "the scale is not positive");
   }
 
-  void too_large(const AttentionInputs& in) {
+  void check_sizes(const AttentionInputs& in) {
     constexpr int64_t kLimit = int64_t{1} << 31;
     against(in.queries >= kLimit || in.keys >= kLimit || in.selected >= kLimit, "a size is 2^31 or larger");
   }
 
   // 16-byte loads need aligned data and aligned strides; the last dimension is dense. samples: 1 if there is no batch.
-  void not_aligned(const char* name, const void* data, const Strides& strides, int64_t samples, DType dtype) {
+  void check_alignment(const char* name, const void* data, const Strides& strides, int64_t samples, DType dtype) {
     const int64_t element = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
     const int64_t steps = strides.row | strides.head | (samples > 1 ? strides.batch : 0);  // low bits of all
     against(data && (reinterpret_cast<uintptr_t>(data) % 16 || steps * element % 16),
             std::string(name) + " is not aligned to 16 bytes in every row");
   }
-  void keys_not_aligned(const AttentionInputs& in) {
-    not_aligned("k", in.k, in.k_strides, in.batch, in.dtype);
-    not_aligned("v", in.v, in.v_strides, in.batch, in.dtype);
-    not_aligned("k_hr", in.k_hr, in.k_hr_strides, 1, in.dtype);
-    not_aligned("v_hr", in.v_hr, in.v_hr_strides, 1, in.dtype);
+  void check_alignment_of_keys(const AttentionInputs& in) {
+    check_alignment("k", in.k, in.k_strides, in.batch, in.dtype);
+    check_alignment("v", in.v, in.v_strides, in.batch, in.dtype);
+    check_alignment("k_hr", in.k_hr, in.k_hr_strides, 1, in.dtype);
+    check_alignment("v_hr", in.v_hr, in.v_hr_strides, 1, in.dtype);
   }
 
   PathChoice choose(AttentionPath path) const { return {list.empty() ? path : AttentionPath::kGeneric, list}; }
@@ -80,22 +80,22 @@ inline PathChoice choose_attention_path(const AttentionInputs& in, int capabilit
     reasons.against(d != 64 && d != 80 && d != 96 && d != 128,
                     "head_dim is " + std::to_string(d) + ", the decode kernel takes 64, 80, 96 or 128");
   } else {
-    reasons.not_on_tensor_cores(in, capability);
+    reasons.check_tensor_cores(in, capability);
   }
-  reasons.too_large(in);
-  if (!decode) reasons.not_aligned("q", in.q, in.q_strides, in.batch, in.dtype);
-  reasons.keys_not_aligned(in);
+  reasons.check_sizes(in);
+  if (!decode) reasons.check_alignment("q", in.q, in.q_strides, in.batch, in.dtype);
+  reasons.check_alignment_of_keys(in);
   return reasons.choose(decode ? AttentionPath::kDecode : tensor_cores_of(capability));
 }
 
 // The same for the backward pass, which has no path of its own for few queries.
 inline PathChoice choose_backward_path(const AttentionBackwardParams& p, int capability) {
   PathReasons reasons;
-  reasons.not_on_tensor_cores(p.in, capability);
-  reasons.too_large(p.in);
-  reasons.not_aligned("grad_out", p.grad_out, p.grad_out_strides, p.in.batch, p.in.dtype);
-  reasons.not_aligned("q", p.in.q, p.in.q_strides, p.in.batch, p.in.dtype);
-  reasons.keys_not_aligned(p.in);
+  reasons.check_tensor_cores(p.in, capability);
+  reasons.check_sizes(p.in);
+  reasons.check_alignment("grad_out", p.grad_out, p.grad_out_strides, p.in.batch, p.in.dtype);
+  reasons.check_alignment("q", p.in.q, p.in.q_strides, p.in.batch, p.in.dtype);
+  reasons.check_alignment_of_keys(p.in);
   return reasons.choose(tensor_cores_of(capability));
 }
 

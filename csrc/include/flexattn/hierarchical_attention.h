@@ -81,8 +81,8 @@ struct AttentionBackwardParams {
   void* grad_k_hr;  // [P, Hkv, d] dense; null if there is no pool
   void* grad_v_hr;
 
-  // Scratch, allocated by the caller. delta[b, h, n, {0: with HR, 1: sequence only}] = grad_out . out of that softmax.
-  void* delta;           // [B, H, N, 4], statistics dtype; kernels may use it otherwise
+  // Scratch, allocated by the caller.
+  void* row_states;      // [B, H, N, 4], statistics dtype: what the kernels of a path keep about each query
   int32_t* slot_to_key;  // [B, P]: index of a slot in the sample's hr_slots, or -1; null if there is no pool
 };
 
