@@ -49,14 +49,14 @@ class Attention:
     capability: int = 70
     backward: bool = False
 
-    def call(self, inputs: Inputs, **rows: torch.Tensor) -> None:
-        """rows: The rows that see HR keys, as the operator takes them."""
+    def call(self, inputs: Inputs, **more: torch.Tensor) -> None:
+        """more: The rows that see HR keys, as the operator takes them, and alpha."""
         os.environ["FLEXATTN_CAPABILITY"] = str(self.capability)
         tensors = self._tensors(inputs)
         chosen = inputs.permutation(self.selected + 7)[None, : self.selected].int()
         result = ops.hierarchical_attention(
             **{name: tensor.requires_grad_(self.backward) for name, tensor in tensors.items()},
-            **rows,
+            **more,
             hr_slots=chosen,
             hr_count=int32(self.selected),
             map_ranges=int32([[5, 5 + self.side**2]]),
@@ -120,6 +120,8 @@ def gradients(inputs: Inputs) -> None:
                 backward=True,
             )  # fmt: skip
             case.call(inputs, hr_from=int32(101))
+            if capability == 70:  # the kernels that alpha takes are the same for both
+                case.call(inputs, hr_from=int32(101), alpha=torch.tensor([0.5]))
 
 
 def selection_and_pool(inputs: Inputs) -> None:

@@ -3,7 +3,9 @@
 //   out_i  = sum_j w_ij v_j           w_ij  = (1 - alpha) P_seq + alpha P_full   (P_seq for a row that sees no HR key)
 //   dv_j  += w_ij dout_i              dp_ij = dout_i . v_j
 //   dk_j  += scale ds_ij q_i          ds_ij = (1 - alpha) P_seq (dp_ij - E_seq) + alpha P_full (dp_ij - E_full)
-//   dq_i  += scale ds_ij k_j          E     = sum_j P_ij dp_ij, found in a first pass over the tiles
+//   dq_i  += scale ds_ij k_j          E     = sum_j P_ij dp_ij
+//
+// Without alpha, E is dout_i . out_i. With it, out mixes two softmaxes, and a first pass over the tiles finds both E.
 //
 // On the sequence keys P_full = share P_seq with share_i = exp(lse_seq_i - lse_i), so that both terms are one product
 // with P_seq; on the HR keys there is only the second term.
@@ -53,11 +55,17 @@ struct Tile {
   void add_to_expectation(int64_t n) {
     add_expectation(logits.data(), dp.data(), n, lanes, lse.data(), expectation.data());
   }
-  // dv += w^T dout, dk += ds^T q, dq += ds k; grad_k and grad_v are [n, columns].
-  void add_gradients(Matrix<A> keys, int64_t n, A* grad_k, A* grad_v) {
+  // Replace logits by weights and dp by ds.
+  void differentiate(int64_t n) {
     logit_gradients(logits.data(), dp.data(), n, lanes, lse.data(), weight.data(), expectation.data());
+  }
+  // dv += w^T dout, dk += ds^T q; both are [n, columns].
+  void add_key_gradients(int64_t n, A* grad_k, A* grad_v) const {
     multiply<A>(logits.data(), lanes, 1, grad_rows.data(), columns, grad_v, columns, n, columns, rows, true);
     multiply<A>(dp.data(), lanes, 1, query_rows.data(), columns, grad_k, columns, n, columns, rows, true);
+  }
+  // dq += ds k
+  void add_query_gradients(Matrix<A> keys, int64_t n) {
     multiply<A>(keys.data, 1, keys.ld, dp.data(), lanes, grad_queries.data(), lanes, d, lanes, n, true);
   }
 
@@ -86,36 +94,37 @@ class Backward {
     std::vector<A> keys, values;
   };
   struct KeyGradients {
+    bool wanted;
     std::vector<A> k, v;  // [keys, columns]
-    explicit KeyGradients(int64_t size) : k(size), v(size) {}
+    KeyGradients(bool wanted, int64_t size) : wanted(wanted), k(wanted ? size : 0), v(wanted ? size : 0) {}
   };
 
   void walk(int64_t kv_head) {
-    KeyGradients pool(in_.k_hr ? in_.pool * columns_ : 0);
+    KeyGradients pool(params_.grad_k_hr, in_.pool * columns_);
     for (int64_t b = 0; b < in_.batch; ++b) {
       const Sample sample{in_, b};
       const QueryRows queries{in_, b, kv_head};
-      KeyGradients sequence(in_.keys * columns_), hr(sample.hr_keys() * columns_);
+      KeyGradients sequence(params_.grad_k, in_.keys * columns_), hr(pool.wanted, sample.hr_keys() * columns_);
       for (int64_t first = 0; first < queries.count(); first += kTileQueries)
         tile(sample, queries, first, std::min(kTileQueries, queries.count() - first), sequence, hr);
-      for (int64_t m = 0; m < sample.hr_keys(); ++m)
+      for (int64_t m = 0; pool.wanted && m < sample.hr_keys(); ++m)
         for (int64_t c = 0; c < columns_; ++c) {
           pool.k[sample.slots()[m] * columns_ + c] += hr.k[m * columns_ + c];
           pool.v[sample.slots()[m] * columns_ + c] += hr.v[m * columns_ + c];
         }
-      for (int64_t j = 0; j < in_.keys; ++j) {
-        const int64_t at = ((b * in_.kv_heads + kv_head) * in_.keys + j) * d_;
-        write(&sequence.k[j * columns_], static_cast<T*>(params_.grad_k) + at);
-        write(&sequence.v[j * columns_], static_cast<T*>(params_.grad_v) + at);
-      }
+      write(sequence, (b * in_.kv_heads + kv_head) * in_.keys, 1, in_.keys, params_.grad_k, params_.grad_v);
     }
-    for (int64_t slot = 0; in_.k_hr && slot < in_.pool; ++slot) {
-      const int64_t at = (slot * in_.kv_heads + kv_head) * d_;
-      write(&pool.k[slot * columns_], static_cast<T*>(params_.grad_k_hr) + at);
-      write(&pool.v[slot * columns_], static_cast<T*>(params_.grad_v_hr) + at);
-    }
+    write(pool, kv_head, in_.kv_heads, in_.pool, params_.grad_k_hr, params_.grad_v_hr);
   }
 
+  // Write the gradients of `keys` keys to the rows first, first + step, ...
+  void write(const KeyGradients& from, int64_t first, int64_t step, int64_t keys, void* to_k, void* to_v) const {
+    for (int64_t j = 0; from.wanted && j < keys; ++j) {
+      const int64_t at = (first + j * step) * d_;
+      write(&from.k[j * columns_], static_cast<T*>(to_k) + at);
+      write(&from.v[j * columns_], static_cast<T*>(to_v) + at);
+    }
+  }
   void write(const A* from, T* to) const {
     for (int64_t c = 0; c < d_; ++c) to[c] = static_cast<T>(from[c]);
   }
@@ -128,14 +137,17 @@ class Backward {
     Tile<A> seeing = rows_seeing_hr(all, queries, first, hr_rows);
 
     Scratch scratch;
-    walk_sequence(sample, queries, first, all, scratch, nullptr);
     std::fill_n(all.weight.begin(), rows, A(1));
-    if (!hr_rows.empty()) {
+    if (params_.out) {
+      read_expectations(queries, first, all);
+    } else {
+      walk_sequence(sample, queries, first, all, scratch, nullptr);
       walk_hr(sample, queries.kv_head, hr_rows, seeing, scratch, nullptr);
-      mix_expectations(static_cast<A>(sample.alpha()), hr_rows, all, seeing);
-      walk_hr(sample, queries.kv_head, hr_rows, seeing, scratch, &hr);
     }
-    walk_sequence(sample, queries, first, all, scratch, &sequence);
+    mix_expectations(static_cast<A>(sample.alpha()), hr_rows, all, seeing);
+    if (params_.grad_q || hr.wanted) walk_hr(sample, queries.kv_head, hr_rows, seeing, scratch, &hr);
+    if (params_.grad_q || sequence.wanted) walk_sequence(sample, queries, first, all, scratch, &sequence);
+    if (!params_.grad_q) return;
 
     for (size_t i = 0; i < hr_rows.size(); ++i)
       for (int64_t c = 0; c < d_; ++c)
@@ -143,12 +155,22 @@ class Backward {
     write_grad_queries(queries, first, all);
   }
 
-  // Turn the sums of both passes into the weights and expectations of the gradient, for the rows that see HR keys.
+  // The expectation over all the keys of a row, for want of alpha.
+  void read_expectations(const QueryRows& queries, int64_t first, Tile<A>& tile) const {
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      const int64_t at = (queries.b * in_.queries + queries.query(first + i)) * in_.heads + queries.head(first + i);
+      const T* out = static_cast<const T*>(params_.out) + at * d_;
+      for (int64_t c = 0; c < d_; ++c) tile.expectation[i] += tile.grad_rows[i * columns_ + c] * static_cast<A>(out[c]);
+    }
+  }
+
+  // Find the weights and expectations of the gradient for the rows that see HR keys. What is known of `all` is the
+  // expectation over the sequence, and of `seeing` the rest of that over all keys; or, of `all`, that over all keys.
   void mix_expectations(A alpha, const std::vector<HrTileRow>& hr_rows, Tile<A>& all, Tile<A>& seeing) const {
     for (size_t i = 0; i < hr_rows.size(); ++i) {
       const int64_t row = hr_rows[i].row;
       const A share = std::isinf(all.lse[row]) ? A(0) : std::exp(all.lse[row] - seeing.lse[i]);
-      const A e_seq = all.expectation[row], e_full = seeing.expectation[i] + share * e_seq;
+      const A e_seq = all.expectation[row], e_full = params_.out ? e_seq : seeing.expectation[i] + share * e_seq;
       all.weight[row] = (A(1) - alpha) + alpha * share;
       all.expectation[row] = (A(1) - alpha) * e_seq + alpha * share * e_full;
       seeing.weight[i] = alpha;
@@ -204,15 +226,13 @@ class Backward {
       const Matrix<A> keys = read_rows(k + j * ks.row, ks.row, nullptr, n, d_, scratch.keys);
       tile.multiply_keys(keys, read_rows(v + j * vs.row, vs.row, nullptr, n, d_, scratch.values), n);
       sample.hide_sequence_keys(tile, tile.rows, query_of, j, n);
-      if (grads)
-        tile.add_gradients(keys, n, &grads->k[j * columns_], &grads->v[j * columns_]);
-      else
-        tile.add_to_expectation(n);
+      add(tile, keys, j, n, grads);
     }
   }
 
   void walk_hr(const Sample& sample, int64_t kv_head, const std::vector<HrTileRow>& hr_rows, Tile<A>& tile,
                Scratch& scratch, KeyGradients* grads) {
+    if (hr_rows.empty()) return;
     const T* k = static_cast<const T*>(in_.k_hr) + kv_head * in_.k_hr_strides.head;
     const T* v = static_cast<const T*>(in_.v_hr) + kv_head * in_.v_hr_strides.head;
     for (int64_t j = 0; j < sample.hr_keys(); j += kTileKeys) {
@@ -221,11 +241,16 @@ class Backward {
       const Matrix<A> keys = read_rows(k, in_.k_hr_strides.row, slots, n, d_, scratch.keys);
       tile.multiply_keys(keys, read_rows(v, in_.v_hr_strides.row, slots, n, d_, scratch.values), n);
       sample.hide_hr_keys(tile, hr_rows, j, n);
-      if (grads)
-        tile.add_gradients(keys, n, &grads->k[j * columns_], &grads->v[j * columns_]);
-      else
-        tile.add_to_expectation(n);
+      add(tile, keys, j, n, grads);
     }
+  }
+
+  // Add what the keys j .. j + n - 1 contribute, to the expectation or to the gradients that are wanted.
+  void add(Tile<A>& tile, Matrix<A> keys, int64_t j, int64_t n, KeyGradients* grads) const {
+    if (!grads) return tile.add_to_expectation(n);
+    tile.differentiate(n);
+    if (grads->wanted) tile.add_key_gradients(n, &grads->k[j * columns_], &grads->v[j * columns_]);
+    if (params_.grad_q) tile.add_query_gradients(keys, n);
   }
 
   const AttentionBackwardParams& params_;

@@ -7,7 +7,7 @@
 //   out_i  = sum_j w_ij v_j           w_ij  = (1 - alpha) P_seq + alpha P_full
 //   dv_j  += w_ij dout_i              dp_ij = dout_i . v_j
 //   dk_j  += scale ds_ij q_i          ds_ij = (1 - alpha) P_seq (dp_ij - D_seq) + alpha P_full (dp_ij - D_full)
-//   dq_i  += scale ds_ij k_j          D     = sum_j P_ij dp_ij
+//   dq_i  += scale ds_ij k_j          D     = sum_j P_ij dp_ij, which is dout_i . out_i without alpha
 //
 // The forward pass writes lse == lse_seq for a row that sees no HR key, so that P_full == P_seq there and mixing
 // changes nothing: no kernel has to ask which rows see HR keys for the weight of a sequence key.
@@ -85,13 +85,18 @@ __global__ void grad_query_rows(AttentionBackwardParams p) {
   const auto v_hr = [&](int64_t m) { return row_of<T>(in.v_hr, in.v_hr_strides, 0, kv_head, slot(in, b, m)); };
 
   RowState<A> state{static_cast<const A*>(p.lse)[row], static_cast<const A*>(p.lse_seq)[row], 0, 0, mixing<A>(in, b)};
-  for (int64_t j = start + lane(); j < end; j += kWarp) {
+  if (p.out) {
+    const T* out = static_cast<const T*>(p.out) + ((b * in.queries + n) * in.heads + head) * d;
+    for (int64_t c = lane(); c < d; c += kWarp) state.d_full += grad[c] * widen(out[c]);
+    state.d_seq = state.d_full;
+  }
+  for (int64_t j = start + lane(); !p.out && j < end; j += kWarp) {
     if (!sees(j)) continue;
     const A logit = scale * dot(query, k(j), d), dp = dot(grad, v(j), d);
     state.d_seq += state.seq(logit) * dp;
     state.d_full += state.full(logit) * dp;
   }
-  for (int64_t m = lane(); m < count; m += kWarp)
+  for (int64_t m = lane(); !p.out && m < count; m += kWarp)
     if (sees_hr(m)) state.d_full += state.full(scale * dot(query, k_hr(m), d)) * dot(grad, v_hr(m), d);
   state.d_seq = warp_sum(state.d_seq);
   state.d_full = warp_sum(state.d_full);
@@ -100,6 +105,7 @@ __global__ void grad_query_rows(AttentionBackwardParams p) {
     delta[0] = state.d_full;
     delta[1] = state.d_seq;
   }
+  if (!p.grad_q) return;
 
   for (int64_t j0 = start; j0 < end; j0 += kWarp) {
     const int64_t j = j0 + lane();
@@ -223,10 +229,11 @@ void backward(const AttentionBackwardParams& p, Stream stream) {
   const int warps = warps_that_fit(name, per_key), threads = warps * kWarp;
   launch(name, grad_query_rows<T>, blocks_for(in.batch * in.heads * in.queries, warps), threads, warps * per_row,
          stream, p);
-  launch(name, grad_sequence_keys<T>, blocks_for(in.batch * in.kv_heads * in.keys, warps), threads, warps * per_key,
-         stream, p);
-  if (!in.k_hr) return;
-  launch(name, grad_pool_slots<T>, blocks_for(in.pool * in.kv_heads, warps), threads, warps * per_key, stream, p);
+  if (p.grad_k)
+    launch(name, grad_sequence_keys<T>, blocks_for(in.batch * in.kv_heads * in.keys, warps), threads, warps * per_key,
+           stream, p);
+  if (p.grad_k_hr)
+    launch(name, grad_pool_slots<T>, blocks_for(in.pool * in.kv_heads, warps), threads, warps * per_key, stream, p);
 }
 
 }  // namespace

@@ -12,17 +12,27 @@ void launch_key_tiles(const char* name, const AttentionBackwardParams& p, Stream
          key_shared_bytes<Mma, Keys, kWarps>(), stream, p);
 }
 
+template <typename Mma, int kD, bool kStates>
+void launch_row_tiles(const char* name, const AttentionBackwardParams& p, Stream stream) {
+  launch(name, grad_row_tiles<Mma, kD, kStates>, blocks_for(p.in.queries, kTileRows) * p.in.heads * p.in.batch,
+         kTileThreads, row_shared_bytes<Mma>(p.in.selected), stream, p);
+}
+
+template <typename Mma, int kD>
+void find_states(const AttentionBackwardParams& p, Stream stream) {
+  const char* name = "hierarchical_attention_backward (states)";
+  if (!p.out) return launch_row_tiles<Mma, kD, true>(name, p, stream);
+  launch(name, grad_row_states<typename Mma::Element>,
+         blocks_for(p.in.batch * p.in.queries * p.in.heads, kStateThreads / kLanesOfState), kStateThreads, 0, stream,
+         p);
+}
+
 template <typename Mma, int kD, int kWarps>
 void launch_backward(const AttentionBackwardParams& p, Stream stream) {
-  const AttentionInputs& in = p.in;
-  const int64_t row_tiles = blocks_for(in.queries, kTileRows) * in.heads * in.batch;
-  const size_t row_bytes = row_shared_bytes<Mma>(in.selected);
-  launch("hierarchical_attention_backward (states)", grad_row_tiles<Mma, kD, true>, row_tiles, kTileThreads, row_bytes,
-         stream, p);
-  launch("hierarchical_attention_backward (queries)", grad_row_tiles<Mma, kD, false>, row_tiles, kTileThreads,
-         row_bytes, stream, p);
-  launch_key_tiles<Mma, kD, kWarps, SequenceKeys>("hierarchical_attention_backward (keys)", p, stream);
-  if (in.k_hr) launch_key_tiles<Mma, kD, kWarps, PoolKeys>("hierarchical_attention_backward (pool)", p, stream);
+  find_states<Mma, kD>(p, stream);
+  if (p.grad_q) launch_row_tiles<Mma, kD, false>("hierarchical_attention_backward (queries)", p, stream);
+  if (p.grad_k) launch_key_tiles<Mma, kD, kWarps, SequenceKeys>("hierarchical_attention_backward (keys)", p, stream);
+  if (p.grad_k_hr) launch_key_tiles<Mma, kD, kWarps, PoolKeys>("hierarchical_attention_backward (pool)", p, stream);
 }
 
 // Other head sizes run as the next larger of these, with zeros for the missing channels.

@@ -1,6 +1,7 @@
 // Gradients of N x (N+M) attention on tensor cores (float16, bfloat16; head sizes up to 128). Scores are computed
 // again from the log-sum-exps. A block owns rows of one side, 16 per warp, and 32 rows of the other side pass by:
 //
+//   grad_row_states     finds D = dO . O of every query
 //   grad_row_tiles      owns 64 queries of a head; keys pass by, first those of the sequence, then the HR keys
 //
 //     P = exp(Q K^T - lse)      dS = P (dO V^T - D)          dQ += dS K
@@ -13,16 +14,14 @@
 //
 // With alpha, the weight of a sequence key is (1 - alpha) P_seq + alpha P_full, and each softmax has its own D (see
 // attention_backward_generic.cu). In one row, P_full is a constant times P_seq, so the two together are one exponential
-// with a log-sum-exp and a D of its own. grad_row_tiles finds it first; nothing after it knows of alpha.
+// with a log-sum-exp and a D of its own. grad_row_tiles<..., true> finds it in a pass over the keys instead of
+// grad_row_states; nothing after it knows of alpha.
 #pragma once
 
 #include "attention_prefill.cuh"
+#include "vector.cuh"
 
 namespace flexattn::cuda {
-
-constexpr int kPassingRows = 32;
-constexpr int kPassingScores = kPassingRows / 2;  // of a lane
-static_assert(kPassingRows == kWarp, "a warp describes the rows that pass by, one per lane");
 
 // The weight of a key is 2^(logit - lse), logits in base 2, and its logit's gradient is weight (dP - d).
 struct alignas(8) Weighing {
@@ -62,53 +61,6 @@ __device__ __forceinline__ void differentiate(float (&dp)[kPassingScores], const
   for (int i = 0; i < kPassingScores; ++i) dp[i] = weights[i] == 0.f ? 0.f : weights[i] * (dp[i] - weighing(i).d);
 }
 
-// Rows on their way through a buffer, or through one of two if cp.async fills it while the other is read.
-template <typename Mma>
-constexpr int kPassingBuffers = Mma::kAsync ? 2 : 1;
-template <typename Mma>
-constexpr int kPassingElements = 8 * kPassingRows * Mma::kRowChunks;
-
-template <typename Mma, int kD, int kThreads>
-struct PassingRows {
-  using T = typename Mma::Element;
-  using Layout = KeyLayout<Mma>;
-  TileCopy<Mma, kD, kPassingRows, kThreads, 1> copies[2];
-  T* buffers;  // of both tensors, kPassingBuffers times
-  int current = 0;
-
-  __device__ T* rows(int tensor, int ahead = 0) const {
-    const int buffer = (current + ahead) % kPassingBuffers<Mma>;
-    return buffers + (2 * buffer + tensor) * kPassingElements<Mma>;
-  }
-  // Start loading the next rows of both tensors.
-  __device__ void issue(const TileRows<T>& first, const TileRows<T>& second, int d) {
-    copies[0].template issue<Layout, 0>(first, d, rows(0, 1));
-    copies[1].template issue<Layout, 0>(second, d, rows(1, 1));
-  }
-  // Make them the current rows. The whole block; a barrier must follow.
-  __device__ void commit() {
-    if (!Mma::kAsync) __syncthreads();  // the current rows are no longer read
-    copies[0].template commit<Layout, 0>(rows(0, 1));
-    copies[1].template commit<Layout, 0>(rows(1, 1));
-    current = (current + 1) % kPassingBuffers<Mma>;
-  }
-};
-
-// Load the rows that a block owns.
-template <typename Mma, int kD, int kRows, int kThreads, typename T>
-__device__ void load_own_rows(const TileRows<T>& rows, int d, T* shared) {
-  constexpr int kParts = 4;
-  TileCopy<Mma, kD, kRows, kThreads, kParts> copy;
-  copy.template issue<KeyLayout<Mma>, 0>(rows, d, shared);
-  unrolled<kParts>([&](auto part) { copy.template advance<KeyLayout<Mma>, part.value>(rows, d, shared); });
-}
-
-// The 16 rows of the warp among those that the block owns.
-template <typename Mma, typename T>
-__device__ const T* rows_of_warp(const T* own) {
-  return own + 8 * kWarpRows * warp_in_block() * Mma::kRowChunks;
-}
-
 // Write factor * sum to the lane's two rows, to(which); null for one that does not exist.
 template <typename Mma, typename To>
 __device__ __forceinline__ void store_rows(const float (&sum)[Mma::kOutputs], float factor, int d, const To& to) {
@@ -130,6 +82,32 @@ __device__ inline int64_t state_index(const AttentionInputs& in, int64_t b, int6
 }
 __device__ inline QueryState* states_of(const AttentionBackwardParams& p) {
   return static_cast<QueryState*>(p.row_states);
+}
+
+// ---------------------------------------------------------------------------------------------------- all queries
+
+// How the queries weigh their keys, without alpha. kLanesOfState lanes per query, a vector of 8 channels each.
+constexpr int kLanesOfState = 16, kStateThreads = 128;
+template <typename T>
+__global__ void grad_row_states(AttentionBackwardParams p) {
+  const AttentionInputs& in = p.in;
+  const int64_t item = (static_cast<int64_t>(blockIdx.x) * kStateThreads + threadIdx.x) / kLanesOfState;
+  const int64_t queries = in.batch * in.queries * in.heads, query = min(item, queries - 1);  // over [B, N, H]
+  const int64_t head = query % in.heads, n = query / in.heads % in.queries, b = query / in.heads / in.queries;
+  const int channel = 8 * (lane() % kLanesOfState);
+  float d = 0.f;
+  if (channel < in.head_dim) {
+    const auto out = load<8>(static_cast<const T*>(p.out) + query * in.head_dim + channel);
+    const auto grad = load<8>(row_of<T>(p.grad_out, p.grad_out_strides, b, head, n) + channel);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) d += widen(out.element[i]) * widen(grad.element[i]);
+  }
+#pragma unroll
+  for (int step = kLanesOfState / 2; step > 0; step /= 2) d += __shfl_xor_sync(kAllLanes, d, step);
+  if (channel != 0 || item != query) return;
+  const int64_t at = state_index(in, b, head, n);
+  const Weighing weighing{static_cast<float>(kLog2e) * static_cast<const float*>(p.lse)[at], d};
+  states_of(p)[at] = {weighing, weighing};
 }
 
 // --------------------------------------------------------------------------------------------- a block of queries

@@ -1,5 +1,6 @@
-// Choice and launch of the tensor-core kernel, and the map from its logits.
+// Choice and launch of the tensor-core kernels: attention, and its map.
 
+#include "attention_map_tiles.cuh"
 #include "attention_prefill.cuh"
 #include "attention_prefill.h"
 #include "mma_ampere.cuh"
@@ -13,6 +14,8 @@ void launch_prefill(const AttentionForwardParams& p, Stream stream) {
   const int64_t blocks = blocks_for(p.in.queries, kTileRows) * p.in.heads * p.in.batch;
   launch("hierarchical_attention (prefill)", prefill_tiles<Mma, kD>, blocks, kTileThreads,
          prefill_shared_bytes<Mma>(p.in.selected), stream, p);
+  launch("hierarchical_attention (map)", map_tiles<Mma, kD>, map_blocks(p), kTileThreads, map_shared_bytes<Mma>(),
+         stream, p);
 }
 
 // Other head sizes run as the next larger of these, with zeros for the missing channels.
@@ -28,24 +31,7 @@ using AmpereHalf = AmpereMma<__half, kD>;
 template <int kD>
 using AmpereBFloat = AmpereMma<__nv_bfloat16, kD>;
 
-// The map from the logits that prefill_tiles has kept. A thread per cell.
-__global__ void map_of_logits(AttentionForwardParams p) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (index >= map_cells(p)) return;
-  const MapCell cell = map_cell(p, index);
-  const int64_t head_cells = p.images * p.map_size;
-  const float* logits = static_cast<const float*>(p.workspace) +
-                        (cell.b * p.in.rows + cell.r) * p.in.heads * head_cells + cell.image * p.map_size + cell.cell;
-  write_map_cell<float, 8>(
-      p, cell, [&](int64_t head) { return logits[head * head_cells]; },
-      [&](int64_t head) { return lse_of_map<float>(p, cell, head); });
-}
-
 }  // namespace
-
-int64_t attention_prefill_workspace(const AttentionForwardParams& p) {
-  return map_cells(p) * p.in.heads * static_cast<int64_t>(sizeof(float));
-}
 
 void attention_prefill(const AttentionForwardParams& p, TensorCores cores, Stream stream) {
   if (cores == TensorCores::kVolta)
@@ -54,8 +40,6 @@ void attention_prefill(const AttentionForwardParams& p, TensorCores cores, Strea
     prefill_of<AmpereHalf>(p, stream);
   else
     prefill_of<AmpereBFloat>(p, stream);
-  constexpr int kThreads = 128;
-  launch("hierarchical_attention (map)", map_of_logits, blocks_for(map_cells(p), kThreads), kThreads, 0, stream, p);
 }
 
 }  // namespace flexattn::cuda

@@ -23,12 +23,6 @@ size_t prefill_shared_bytes(int64_t selected) {
   return tile_bytes<Mma>() + work_bytes(selected);
 }
 
-// A lane holds parts of two rows. Which row of the block is its row `which` (0 or 1).
-template <typename Mma>
-__device__ int block_row(int which) {
-  return warp_in_block() * kWarpRows + Mma::row(which);
-}
-
 // -------------------------------------------------------------------------------------------- the steps of the loop
 
 template <typename Mma>
@@ -80,27 +74,6 @@ __device__ __forceinline__ void mask_scores(const AttentionInputs& in, const Blo
 #pragma unroll
   for (int i = 0; i < Mma::kScores; ++i)
     if (!(visible[Mma::row_of(i)] >> Mma::key_of_score(i) & 1)) s[i] = -INFINITY;
-}
-
-// Keep the logits of the rows that have a map, [B, R, H, I, S*S]; map_of_logits turns them into the map.
-template <typename Mma>
-__device__ __forceinline__ void keep_logits(const AttentionForwardParams& p, const BlockWork& work, const KeyTile& tile,
-                                            const float (&s)[Mma::kScores], float scale) {
-  for (int image = 0; image < p.images; ++image) {
-    const int32_t* range = p.map_ranges + (work.sample * p.images + image) * 2;  // checked by check_images
-    const int first_cell = tile.first + Mma::key_of_lane() - range[0];
-    const uint64_t in_image = low_bits(range[1] - range[0] - first_cell) & ~low_bits(-first_cell);
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      const int r = work.hr_row[block_row<Mma>(which)];
-      if (r < 0) continue;
-      const int64_t row = (work.sample * p.in.rows + r) * p.in.heads + work.head;
-      float* to = static_cast<float*>(p.workspace) + (row * p.images + image) * p.map_size + first_cell;
-#pragma unroll
-      for (int i = 0; i < Mma::kScores; ++i)
-        if (Mma::row_of(i) == which && (in_image >> Mma::key_of_score(i) & 1)) to[Mma::key_of_score(i)] = scale * s[i];
-    }
-  }
 }
 
 // Turn scores into weights. The lanes of a row share its row_max; each has the row_sum of its own columns.
@@ -212,7 +185,6 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
   T* values = keys + kTileElements<Mma>;
   BlockWork& work = *reinterpret_cast<BlockWork*>(values + kTileElements<Mma>);
   describe_work(in, work);
-  check_images(p, work.sample);
 
   Mma mma;
   load_query(mma, in, work);
@@ -238,7 +210,6 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
     if (more) copy.template issue<KeyLayout<Mma>, 0>(next_rows, d, keys);
 
     if (!work.sees_all(in, tile)) mask_scores<Mma>(in, work, tile, s);
-    if (!tile.hr && p.workspace) keep_logits<Mma>(p, work, tile, s, scale);
     softmax_step<Mma>(s, scale, softmax, out);
     multiply_values(out, s, values, copy, more, next_rows, d, keys);
     __syncthreads();  // the next K is loaded; V is no longer read

@@ -7,7 +7,6 @@ namespace flexattn::cuda {
 
 enum class TensorCores { kVolta, kAmpere };
 
-int64_t attention_prefill_workspace(const AttentionForwardParams& params);  // bytes
 void attention_prefill(const AttentionForwardParams& params, TensorCores cores, Stream stream);
 
 }  // namespace flexattn::cuda

@@ -1,4 +1,4 @@
-// Tiles of the tensor-core kernel: 64 keys or values at a time, and their way from global to shared memory.
+// Tiles of the tensor-core kernels: rows of keys, values or queries, and their way from global to shared memory.
 #pragma once
 
 #include "ptx.cuh"
@@ -118,5 +118,62 @@ struct TileCopy {
     }
   }
 };
+
+// A lane holds parts of two rows. Which row of the block is its row `which` (0 or 1).
+template <typename Mma>
+__device__ int block_row(int which) {
+  return warp_in_block() * kWarpRows + Mma::row(which);
+}
+
+constexpr int kPassingRows = 32;
+constexpr int kPassingScores = kPassingRows / 2;  // of a lane
+static_assert(kPassingRows == kWarp, "a warp describes the rows that pass by, one per lane");
+
+// Rows on their way through a buffer, or through one of two if cp.async fills it while the other is read.
+template <typename Mma>
+constexpr int kPassingBuffers = Mma::kAsync ? 2 : 1;
+template <typename Mma>
+constexpr int kPassingElements = 8 * kPassingRows * Mma::kRowChunks;
+
+template <typename Mma, int kD, int kThreads>
+struct PassingRows {
+  using T = typename Mma::Element;
+  using Layout = KeyLayout<Mma>;
+  TileCopy<Mma, kD, kPassingRows, kThreads, 1> copies[2];
+  T* buffers;  // of both tensors, kPassingBuffers times
+  int current = 0;
+
+  __device__ T* rows(int tensor, int ahead = 0) const {
+    const int buffer = (current + ahead) % kPassingBuffers<Mma>;
+    return buffers + (2 * buffer + tensor) * kPassingElements<Mma>;
+  }
+  // Start loading the next rows of both tensors.
+  __device__ void issue(const TileRows<T>& first, const TileRows<T>& second, int d) {
+    copies[0].template issue<Layout, 0>(first, d, rows(0, 1));
+    copies[1].template issue<Layout, 0>(second, d, rows(1, 1));
+  }
+  // Make them the current rows. The whole block; a barrier must follow.
+  __device__ void commit() {
+    if (!Mma::kAsync) __syncthreads();  // the current rows are no longer read
+    copies[0].template commit<Layout, 0>(rows(0, 1));
+    copies[1].template commit<Layout, 0>(rows(1, 1));
+    current = (current + 1) % kPassingBuffers<Mma>;
+  }
+};
+
+// Load the rows that a block owns.
+template <typename Mma, int kD, int kRows, int kThreads, typename T>
+__device__ void load_own_rows(const TileRows<T>& rows, int d, T* shared) {
+  constexpr int kParts = 4;
+  TileCopy<Mma, kD, kRows, kThreads, kParts> copy;
+  copy.template issue<KeyLayout<Mma>, 0>(rows, d, shared);
+  unrolled<kParts>([&](auto part) { copy.template advance<KeyLayout<Mma>, part.value>(rows, d, shared); });
+}
+
+// The 16 rows of the warp among those that the block owns.
+template <typename Mma, typename T>
+__device__ const T* rows_of_warp(const T* own) {
+  return own + 8 * kWarpRows * warp_in_block() * Mma::kRowChunks;
+}
 
 }  // namespace flexattn::cuda

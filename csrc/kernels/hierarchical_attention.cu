@@ -16,16 +16,7 @@ AttentionPath path_of(const AttentionInputs& in) { return choose_attention_path(
 }  // namespace
 
 int64_t hierarchical_attention_workspace(const AttentionForwardParams& params, Stream) {
-  switch (path_of(params.in)) {
-    case AttentionPath::kGeneric:
-      return 0;
-    case AttentionPath::kDecode:
-      return attention_decode_workspace(params);
-    case AttentionPath::kVolta:
-    case AttentionPath::kAmpere:
-      return attention_prefill_workspace(params);
-  }
-  return 0;
+  return path_of(params.in) == AttentionPath::kDecode ? attention_decode_workspace(params) : 0;
 }
 
 void hierarchical_attention_forward(const AttentionForwardParams& params, Stream stream) {

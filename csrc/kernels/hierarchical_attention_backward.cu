@@ -33,7 +33,7 @@ void list_slots(const AttentionBackwardParams& p, Stream stream) {
 }  // namespace
 
 void hierarchical_attention_backward(const AttentionBackwardParams& params, Stream stream) {
-  if (params.in.k_hr) list_slots(params, stream);
+  if (params.grad_k_hr) list_slots(params, stream);
   const int capability = compute_capability();
   switch (choose_backward_path(params, capability).path) {
     case AttentionPath::kVolta:

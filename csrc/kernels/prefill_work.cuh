@@ -1,7 +1,6 @@
 // What a block of the tensor-core kernel has to do: its query rows, and which tiles of keys they see.
 #pragma once
 
-#include "attention_map.cuh"
 #include "attention_tiles.cuh"
 
 namespace flexattn::cuda {
@@ -16,7 +15,7 @@ struct BlockWork {
   int hr_from;                 // rows from here on see HR keys, unless rows are listed in hr_rows
   float alpha;                 // of the rows that see HR keys
   int sequence_tiles, tiles;   // tiles of the sequence; of sequence and HR keys
-  int hr_row[kTileRows];       // of each row: its index in hr_rows (0 for the last query if none are listed), or -1
+  int hr_row[kTileRows];       // of each row: its index in hr_rows, or -1
 
   // Behind the struct, with hr_row_bits: a bit per HR tile, whether some row sees a key of it.
   __device__ int32_t* seen_tiles() { return reinterpret_cast<int32_t*>(this + 1); }
@@ -78,8 +77,7 @@ __device__ inline void assign_rows(const AttentionInputs& in, BlockWork& work) {
 
 // Which rows are listed in hr_rows. The whole block.
 __device__ inline void find_listed_rows(const AttentionInputs& in, BlockWork& work) {
-  for (int row = threadIdx.x; row < kTileRows; row += kTileThreads)
-    work.hr_row[row] = !in.hr_rows && work.first_row + row == in.queries - 1 ? 0 : -1;
+  for (int row = threadIdx.x; row < kTileRows; row += kTileThreads) work.hr_row[row] = -1;
   __syncthreads();
   for (int r = threadIdx.x; in.hr_rows && r < in.rows; r += kTileThreads) {
     const int row = static_cast<int>(query_at(in, work.sample, r)) - work.first_row;
@@ -122,11 +120,6 @@ __device__ inline void describe_work(const AttentionInputs& in, BlockWork& work)
   if (!in.hr_row_bits) return;
   find_seen_tiles(in, work);
   __syncthreads();
-}
-
-// Check the ranges of the sample's images. Called by the whole block.
-__device__ inline void check_images(const AttentionForwardParams& p, int sample) {
-  for (int64_t image = threadIdx.x; image < p.images; image += kTileThreads) image_keys(p, sample, image);
 }
 
 }  // namespace flexattn::cuda

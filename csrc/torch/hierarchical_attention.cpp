@@ -31,9 +31,13 @@ struct BackwardArguments {
   ArgumentReader next;
   Tensor grad_out = next.tensor();
   AttentionArguments attention{next};
+  OptionalTensor out = next.optional_tensor();
   Tensor lse = next.tensor();
   Tensor lse_seq = next.tensor();
   double scale = next.number();
+  bool query_gradient = next.boolean();
+  bool key_gradients = next.boolean();
+  bool hr_gradients = next.boolean();
 };
 
 void check_map(Reasons& reasons, const OptionalTensor& map_ranges, int64_t map_size, const AttentionArguments& a) {
@@ -97,14 +101,18 @@ struct Gradients {
   Tensor q, k, v, k_hr, v_hr;
 };
 
-// Gradients of a pool that no row can see are zero; those of no pool are empty.
-Gradients allocate(const AttentionArguments& a, const AttentionInputs& in) {
+// Gradients of a pool that no row can see are zero; those that are not asked for, and those of no pool, are empty.
+Gradients allocate(const BackwardArguments& arguments, const AttentionInputs& in) {
+  const AttentionArguments& a = arguments.attention;
   const auto options = a.q.options();
+  const auto like = [&](bool asked, const Tensor& x) {
+    return at::empty(asked ? x.sizes() : at::IntArrayRef{0}, options);
+  };
   const auto like_pool = [&](const OptionalTensor& pool) {
-    if (!pool) return at::empty({0}, options);
+    if (!arguments.hr_gradients || !pool) return at::empty({0}, options);
     return in.k_hr ? at::empty(pool->sizes(), options) : at::zeros(pool->sizes(), options);
   };
-  return {at::empty(a.q.sizes(), options), at::empty(a.k.sizes(), options), at::empty(a.v.sizes(), options),
+  return {like(arguments.query_gradient, a.q), like(arguments.key_gradients, a.k), like(arguments.key_gradients, a.v),
           like_pool(a.k_hr), like_pool(a.v_hr)};
 }
 
@@ -112,6 +120,9 @@ void check_saved(Reasons& reasons, const BackwardArguments& arguments, const Att
   const Tensor& q = arguments.attention.q;
   const at::ScalarType dtype[] = {q.scalar_type()}, statistics[] = {statistics_dtype(q.scalar_type())};
   reasons.tensor("grad_out", arguments.grad_out, {in.batch, in.queries, in.heads, in.head_dim}, dtype, q.device());
+  reasons.tensor("out", arguments.out, {in.batch, in.queries, in.heads, in.head_dim}, dtype, q.device());
+  reasons.unless(!(arguments.out && arguments.attention.alpha),
+                 "out and alpha are both given, expected no out with alpha, since it mixes two softmaxes");
   reasons.tensor("lse", arguments.lse, {in.batch, in.heads, in.queries}, statistics, q.device());
   reasons.tensor("lse_seq", arguments.lse_seq, {in.batch, in.heads, in.queries}, statistics, q.device());
 }
@@ -127,24 +138,31 @@ Gradients backward(BackwardArguments& arguments) {
   check_saved(reasons, arguments, in);
   reasons.raise_if_any();
 
+  const Tensor out = arguments.out ? arguments.out->contiguous() : Tensor();
   const Tensor lse = arguments.lse.contiguous(), lse_seq = arguments.lse_seq.contiguous();
   const Tensor& grad_out = arguments.grad_out;
-  Gradients gradients = allocate(a, in);
-  const bool pool = in.k_hr != nullptr;
+  Gradients gradients = allocate(arguments, in);
+  const bool pool = arguments.hr_gradients && in.k_hr;
   const Tensor row_states = at::empty({in.batch, in.heads, in.queries, 4}, lse.options());
   const Tensor slot_to_key = at::empty({pool ? in.batch : 0, in.pool}, a.q.options().dtype(at::kInt));
+  const auto pointer = [](bool wanted, const Tensor& x) { return wanted ? x.mutable_data_ptr() : nullptr; };
   params.grad_out = grad_out.const_data_ptr();
   params.grad_out_strides = {grad_out.stride(0), grad_out.stride(2), grad_out.stride(1)};
+  params.out = out.defined() ? out.const_data_ptr() : nullptr;
   params.lse = lse.const_data_ptr();
   params.lse_seq = lse_seq.const_data_ptr();
-  params.grad_q = gradients.q.mutable_data_ptr();
-  params.grad_k = gradients.k.mutable_data_ptr();
-  params.grad_v = gradients.v.mutable_data_ptr();
-  params.grad_k_hr = pool ? gradients.k_hr.mutable_data_ptr() : nullptr;
-  params.grad_v_hr = pool ? gradients.v_hr.mutable_data_ptr() : nullptr;
+  params.grad_q = pointer(arguments.query_gradient, gradients.q);
+  params.grad_k = pointer(arguments.key_gradients, gradients.k);
+  params.grad_v = pointer(arguments.key_gradients, gradients.v);
+  params.grad_k_hr = pointer(pool, gradients.k_hr);
+  params.grad_v_hr = pointer(pool, gradients.v_hr);
   params.row_states = row_states.mutable_data_ptr();
   params.slot_to_key = pool ? mutable_ints(slot_to_key) : nullptr;
-  if (gradients.q.numel()) FLEXATTN_LAUNCH(hierarchical_attention_backward, params, a.q);
+  if (a.q.numel()) {
+    FLEXATTN_LAUNCH(hierarchical_attention_backward, params, a.q);
+  } else {
+    for (const Tensor& x : {gradients.k, gradients.v, gradients.k_hr, gradients.v_hr}) x.zero_();
+  }
   return gradients;
 }
 
@@ -178,7 +196,8 @@ TORCH_LIBRARY_FRAGMENT(flexattn_cuda, library) {
                               ", Tensor? map_ranges, SymInt map_size, bool map_over_all, float scale) -> "
                               "(Tensor out, Tensor lse, Tensor lse_seq, Tensor map)";
   const std::string backward = "hierarchical_attention_backward(Tensor grad_out, " + shared +
-                               ", Tensor lse, Tensor lse_seq, float scale) -> "
+                               ", Tensor? out, Tensor lse, Tensor lse_seq, float scale, bool query_gradient, "
+                               "bool key_gradients, bool hr_gradients) -> "
                                "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_k_hr, Tensor grad_v_hr)";
   library.def(forward.c_str());
   library.def(backward.c_str());

@@ -5,8 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from operator_arguments import attention_arguments, write_arguments
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexattn_cuda import ops
+
+
+class BackwardCalls(TorchDispatchMode):
+    """Keeps the results of each call of the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[tuple[torch.Tensor, ...]] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        if operator is torch.ops.flexattn_cuda.hierarchical_attention_backward.default:
+            self.results.append(result)
+        return result
 
 
 def small_attention(**changes):
@@ -92,3 +107,21 @@ def test_gradients_that_nobody_needs_are_absent():
     out.sum().backward()
     assert q.grad is not None and k.grad is None
     assert [node is not None for node, _ in out.grad_fn.next_functions].count(True) == 1
+
+
+@pytest.mark.parametrize("alpha", [None, torch.tensor([0.3, 1.0])], ids=["plain", "alpha"])
+@pytest.mark.parametrize("asked", [("q",), ("k", "v"), ("k_hr", "v_hr"), ("q", "k_hr"), ("v",)], ids="-".join)
+def test_only_the_gradients_that_are_asked_for_are_computed(asked, alpha):
+    """By the operator itself; those of a key and of its value come together."""
+    tensors = attention_arguments(alpha=alpha)
+    floats = {name: tensors[name].requires_grad_() for name in ("q", "k", "v", "k_hr", "v_hr")}
+    every = torch.autograd.grad(small_attention(**tensors).square().sum(), list(floats.values()))
+    out = small_attention(**tensors | {name: x.detach() for name, x in floats.items() if name not in asked})
+    with BackwardCalls() as calls:
+        found = torch.autograd.grad(out.square().sum(), [floats[name] for name in asked])
+    (results,) = calls.results
+    groups = [("q",), ("k", "v"), ("k_hr", "v_hr")]
+    wanted = {name for group in groups if set(group) & set(asked) for name in group}
+    assert {name for name, x in zip(floats, results) if x.numel()} == wanted
+    for name, x in zip(asked, found):
+        assert torch.equal(x, every[list(floats).index(name)]), name

@@ -372,6 +372,7 @@ def attention_calls(values: Values) -> dict[str, tuple]:
         out, lse, lse_seq, _ = torch.ops.flexattn_cuda.hierarchical_attention(*call(**released, **no_map))
     saved = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in released.items()}
     saved |= dict(grad_out=normal(*out.shape, grad=False), lse=lse, lse_seq=lse_seq)
+    saved |= dict(query_gradient=True, key_gradients=True, hr_gradients=True)
     paper = sequence | pool | one_map | dict(hr_from=integers([0, 2]), key_mask=key_mask)
     return {
         "hierarchical_attention": call(**released, **one_map),

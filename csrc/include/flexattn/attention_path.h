@@ -94,6 +94,7 @@ inline PathChoice choose_backward_path(const AttentionBackwardParams& p, int cap
   reasons.check_tensor_cores(p.in, capability);
   reasons.check_sizes(p.in);
   reasons.check_alignment("grad_out", p.grad_out, p.grad_out_strides, p.in.batch, p.in.dtype);
+  reasons.check_alignment("out", p.out, {}, p.in.batch, p.in.dtype);
   reasons.check_alignment("q", p.in.q, p.in.q_strides, p.in.batch, p.in.dtype);
   reasons.check_alignment_of_keys(p.in);
   return reasons.choose(tensor_cores_of(capability));

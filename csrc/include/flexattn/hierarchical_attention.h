@@ -72,18 +72,20 @@ struct AttentionBackwardParams {
   AttentionInputs in;
   const void* grad_out;  // [B, N, H, d]: strides as in Strides{batch, head, row}
   Strides grad_out_strides;
-  const void* lse;  // [B, H, N] dense, as written by the forward pass
+  const void* out;  // [B, N, H, d] dense, as written by the forward pass; null with alpha, whose two softmaxes it mixes
+  const void* lse;  // [B, H, N] dense, likewise
   const void* lse_seq;
 
+  // Null: not wanted.
   void* grad_q;  // [B, H, N, d] dense
-  void* grad_k;  // [B, Hkv, Nk, d] dense
+  void* grad_k;  // [B, Hkv, Nk, d] dense; both or neither
   void* grad_v;
-  void* grad_k_hr;  // [P, Hkv, d] dense; null if there is no pool
+  void* grad_k_hr;  // [P, Hkv, d] dense; both or neither, and only with a pool
   void* grad_v_hr;
 
   // Scratch, allocated by the caller.
   void* row_states;      // [B, H, N, 4], statistics dtype: what the kernels of a path keep about each query
-  int32_t* slot_to_key;  // [B, P]: index of a slot in the sample's hr_slots, or -1; null if there is no pool
+  int32_t* slot_to_key;  // [B, P]: index of a slot in the sample's hr_slots, or -1; null without grad_k_hr
 };
 
 namespace cpu {
