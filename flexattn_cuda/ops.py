@@ -212,6 +212,9 @@ def hierarchical_attention(  # noqa: PLR0913 (an operator)
     kv_start: Tensor | None = None,
     kv_len: Tensor | None = None,
     key_mask: Tensor | None = None,
+    window: int = 0,
+    bidirectional_ranges: Tensor | None = None,
+    softcap: float = 0.0,
     k_hr: Tensor | None = None,
     v_hr: Tensor | None = None,
     hr_slots: Tensor | None = None,
@@ -229,7 +232,8 @@ def hierarchical_attention(  # noqa: PLR0913 (an operator)
 
     Query n of sample b stands at position `kv_len[b] - N + n` and sees the sequence keys from `kv_start[b]` up to that
     position. This one rule covers left padding, prefill, chunked prompts, decoding, and static caches with an unfilled
-    tail. No N x (N+M) matrix is held in memory. Differentiable once in `q`, `k`, `v`, `k_hr` and `v_hr`, in reverse
+    tail. `window` limits it to the latest keys; inside one of `bidirectional_ranges`, a query also sees all keys of that
+    range, later ones and those beyond the window included. No N x (N+M) matrix is held in memory. Differentiable once in `q`, `k`, `v`, `k_hr` and `v_hr`, in reverse
     mode.
 
     HR keys are optional: `k_hr`, `v_hr`, `hr_slots` and `hr_count` are given together, and with them one of `hr_from`
@@ -242,6 +246,13 @@ def hierarchical_attention(  # noqa: PLR0913 (an operator)
         kv_start: [B] int32 first visible key, 0 to Nk; 0 if absent.
         kv_len: [B] int32 number of written keys, N to Nk; Nk if absent.
         key_mask: [B, Nk] bool, False for hidden keys; or the same packed by `pack_bits`, [B, ceil(Nk / 32)] int32.
+        window: Number of latest sequence keys that a query sees, its own included (j with p - window < j <= p at
+            position p); 0 for no limit. HR keys are not affected.
+        bidirectional_ranges: [B, G, 2] int32; positions begin to end - 1 of the sequence, such as the tokens of an
+            image, whose queries see all keys of the range that `kv_start` and `key_mask` leave. Ascending and disjoint
+            within a sample, 0 <= begin <= end <= `kv_len`; an empty range stands for none and may be anywhere. A range
+            that a chunk of the prompt cuts off must end with the chunk: its later keys do not exist yet.
+        softcap: Logits become softcap * tanh(logit / softcap), those of HR keys too; 0 for none.
         k_hr: [P, Hkv, d] pool of rotated HR keys in the dtype of `q`, with a dense last dimension.
         v_hr: [P, Hkv, d] pool of HR values, likewise.
         hr_slots: [B, M] int32 slots of the pool that belong to each sample, read up to `hr_count`, none repeated.
@@ -277,8 +288,8 @@ def hierarchical_attention(  # noqa: PLR0913 (an operator)
         scale = q.shape[-1] ** -0.5
     return Attention(
         *registration.call(  # in the order of the schema (csrc/torch/attention_arguments.h)
-            registration.ATTENTION, q, k, v, kv_start, kv_len, key_mask, k_hr, v_hr, hr_slots, hr_count, hr_from,
-            hr_rows, hr_row_bits, alpha, map_ranges, map_size, map_over_all, scale,
+            registration.ATTENTION, q, k, v, kv_start, kv_len, key_mask, window, bidirectional_ranges, softcap,
+            k_hr, v_hr, hr_slots, hr_count, hr_from, hr_rows, hr_row_bits, alpha, map_ranges, map_size, map_over_all, scale,
         )
     )  # fmt: skip
 

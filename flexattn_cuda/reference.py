@@ -121,6 +121,8 @@ def visible_keys(
     kv_start: torch.Tensor | None,
     kv_len: torch.Tensor | None,
     key_mask: torch.Tensor | None,
+    window: int = 0,
+    bidirectional_ranges: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return which sequence keys each query sees, [B, N, Nk] bool."""
     B, N, Nk = q.shape[0], q.shape[2], k.shape[2]
@@ -128,11 +130,23 @@ def visible_keys(
     end = kv_len.long() if kv_len is not None else torch.full((B,), Nk, device=q.device)
     position = end[:, None] - N + torch.arange(N, device=q.device)  # [B, N]
     visible = key <= position[..., None]
+    if window:
+        visible = visible & (key > position[..., None] - window)
+    if bidirectional_ranges is not None:
+        begin, end = bidirectional_ranges.long()[:, :, None].unbind(-1)  # [B, G, 1] each
+        holds_query = (begin <= position[:, None]) & (position[:, None] < end)  # [B, G, N]
+        holds_key = (begin <= key) & (key < end)  # [B, G, Nk]
+        visible = visible | (holds_query[..., None] & holds_key[:, :, None]).any(1)
     if kv_start is not None:
         visible = visible & (key >= kv_start.long()[:, None, None])
     if key_mask is not None:
         visible = visible & (key_mask if key_mask.dtype == torch.bool else unpack_bits(key_mask, Nk))[:, None]
     return visible
+
+
+def cap(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Return softcap * tanh(logits / softcap), or the logits themselves if `softcap` is 0."""
+    return softcap * (logits / softcap).tanh() if softcap else logits
 
 
 def visible_hr_keys(
@@ -183,6 +197,9 @@ def hierarchical_attention(  # noqa: PLR0913 (as the operator)
     kv_start: torch.Tensor | None = None,
     kv_len: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
+    window: int = 0,
+    bidirectional_ranges: torch.Tensor | None = None,
+    softcap: float = 0.0,
     k_hr: torch.Tensor | None = None,
     v_hr: torch.Tensor | None = None,
     hr_slots: torch.Tensor | None = None,
@@ -200,8 +217,8 @@ def hierarchical_attention(  # noqa: PLR0913 (as the operator)
     B, H, N, d = q.shape
     Nk, group, scale = k.shape[2], H // k.shape[1], d**-0.5 if scale is None else scale
     keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    visible = visible_keys(q, k, kv_start, kv_len, key_mask)
-    logits = (q @ keys.transpose(-1, -2) * scale).masked_fill(~visible[:, None], -torch.inf)
+    visible = visible_keys(q, k, kv_start, kv_len, key_mask, window, bidirectional_ranges)
+    logits = cap(q @ keys.transpose(-1, -2) * scale, softcap).masked_fill(~visible[:, None], -torch.inf)
 
     M = 0 if k_hr is None else hr_slots.shape[1]
     sees = torch.zeros(B, N, M, dtype=torch.bool, device=q.device)
@@ -211,7 +228,7 @@ def hierarchical_attention(  # noqa: PLR0913 (as the operator)
         slots = hr_slots.long().clamp(0, k_hr.shape[0] - 1)
         hr_keys = k_hr[slots].transpose(1, 2).repeat_interleave(group, 1)  # [B, H, M, d]
         hr_values = v_hr[slots].transpose(1, 2).repeat_interleave(group, 1)
-        hr_logits = (q @ hr_keys.transpose(-1, -2) * scale).masked_fill(~sees[:, None], -torch.inf)
+        hr_logits = cap(q @ hr_keys.transpose(-1, -2) * scale, softcap).masked_fill(~sees[:, None], -torch.inf)
 
     all_logits = torch.cat([logits, hr_logits], -1)
     plain, full = softmax(logits), softmax(all_logits)

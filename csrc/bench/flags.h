@@ -13,11 +13,12 @@ namespace flexattn::bench {
 struct Flags {
   std::string op;  // of kOperators
   int64_t batch = 1, heads = 32, kv_heads = 0, queries = 640, keys = 0, selected = 576, head_dim = 128;
+  int64_t window = 0, bidirectional = 0;
   int64_t lr_side = 24, hr_side = 72, pool = 9;
   int64_t iterations = 50, warmup = 5;
   std::string dtype = "fp16", path = "auto", hr_rows = "last";
   bool cold_l2 = false, profile = false, help = false;
-  double peak_gbs = 0, peak_tflops = 0;
+  double softcap = 0, peak_gbs = 0, peak_tflops = 0;
 };
 
 inline const std::vector<std::string> kOperators{"attention", "select", "gather", "assign", "write"};
@@ -33,6 +34,9 @@ inline const char* kHelp =
   --selected 576      selected high-resolution tokens of every sample
   --head-dim 128      channels of a head; gather moves rows of heads x head-dim, write of kv-heads x head-dim
   --hr-rows last      which query rows see the selected tokens: last or all
+  --window 0          latest keys that a query of attention sees, 0 for all
+  --bidirectional 0   first keys of the sequence that see each other, as those of an image; 0 for none
+  --softcap 0         cap of the logits of attention, 0 for none
   --lr-side 24        side of the low-resolution grid, for the map of attention (0: none) and the input of select
   --hr-side 72        side of the high-resolution grid
   --pool 9            side of the max-pool of select, 0 for none
@@ -62,6 +66,9 @@ inline std::map<std::string, Target> flags_with_a_value(Flags& f) {
       {"--keys", &f.keys},
       {"--selected", &f.selected},
       {"--head-dim", &f.head_dim},
+      {"--window", &f.window},
+      {"--bidirectional", &f.bidirectional},
+      {"--softcap", &f.softcap},
       {"--lr-side", &f.lr_side},
       {"--hr-side", &f.hr_side},
       {"--pool", &f.pool},
@@ -113,16 +120,20 @@ inline void check_values(const Flags& f) {
   check_min("--keys", f.keys, f.queries);
   check_min("--selected", f.selected, 0);
   check_min("--head-dim", f.head_dim, 1);
+  check_min("--window", f.window, 0);
+  check_min("--bidirectional", f.bidirectional, 0);
   check_min("--hr-side", f.hr_side, 1);
   check_min("--pool", f.pool, 0);
   check_min("--lr-side", f.lr_side, f.op == "select" ? 1 : 0);
   check_min("--iterations", f.iterations, 1);
   check_min("--warmup", f.warmup, 0);
   if (f.peak_gbs < 0 || f.peak_tflops < 0) refuse("peaks must not be negative.");
+  if (f.softcap < 0) refuse("--softcap must not be negative.");
 }
 
 inline void check_combinations(const Flags& f) {
   if (f.heads % f.kv_heads) refuse("--heads must be a multiple of --kv-heads.");
+  if (f.bidirectional > f.keys) refuse("--bidirectional must not be more than --keys.");
   const bool moves_tokens = f.op == "gather" || f.op == "assign" || f.op == "write";
   if (moves_tokens && f.selected > f.hr_side * f.hr_side)
     refuse("--selected is more than the hr-side x hr-side tokens.");

@@ -43,17 +43,19 @@ Buffer ascending(int64_t count) {
 class AttentionCase {
  public:
   explicit AttentionCase(const Flags& f)
-      : q_(random(f.batch * f.heads * f.queries * f.head_dim, dtype_of(f), 1)),
+      : bidirectional_(f.bidirectional),
+        q_(random(f.batch * f.heads * f.queries * f.head_dim, dtype_of(f), 1)),
         k_(random(f.batch * f.kv_heads * f.keys * f.head_dim, dtype_of(f), 2)),
         v_(random(f.batch * f.kv_heads * f.keys * f.head_dim, dtype_of(f), 3)),
         k_hr_(random(f.batch * f.selected * f.kv_heads * f.head_dim, dtype_of(f), 4)),
         v_hr_(random(f.batch * f.selected * f.kv_heads * f.head_dim, dtype_of(f), 5)),
         kv_start_(for_all(f, 0)),
         kv_len_(for_all(f, f.keys)),
+        ranges_(first_keys(f, f.bidirectional)),
         hr_slots_(ascending(f.batch * f.selected)),
         hr_count_(for_all(f, f.selected)),
         hr_from_(for_all(f, f.hr_rows == "all" ? 0 : f.queries - 1)),
-        map_ranges_(first_keys(f)),
+        map_ranges_(first_keys(f, f.lr_side * f.lr_side)),
         out_(q_.bytes()),
         lse_(f.batch * f.heads * f.queries * 4),
         lse_seq_(lse_.bytes()),
@@ -76,19 +78,22 @@ class AttentionCase {
 
   double bytes() const {
     double total = 0;
-    for (const Buffer* buffer : {&q_, &k_, &v_, &k_hr_, &v_hr_, &out_, &lse_, &lse_seq_, &map_})
-      total += buffer->bytes();
-    return total;
+    for (const Buffer* buffer : {&q_, &k_hr_, &v_hr_, &out_, &lse_, &lse_seq_, &map_}) total += buffer->bytes();
+    const AttentionInputs& in = params_.in;
+    const int64_t first = in.keys - in.queries;  // position of the first query, which reaches back furthest
+    const bool far = !in.window || first < bidirectional_;
+    const int64_t seen = far ? in.keys : std::min(in.keys, in.queries - 1 + in.window);
+    return total + (k_.bytes() + v_.bytes()) * static_cast<double>(seen) / static_cast<double>(in.keys);
   }
 
  private:
   static Buffer for_all(const Flags& f, int64_t value) {
     return on_device(std::vector<int32_t>(f.batch, static_cast<int32_t>(value)));
   }
-  // The map is of the first keys of every sample.
-  static Buffer first_keys(const Flags& f) {
+  // The range of the first keys of every sample.
+  static Buffer first_keys(const Flags& f, int64_t count) {
     std::vector<int32_t> ranges(2 * f.batch);
-    for (int64_t b = 0; b < f.batch; ++b) ranges[2 * b + 1] = static_cast<int32_t>(f.lr_side * f.lr_side);
+    for (int64_t b = 0; b < f.batch; ++b) ranges[2 * b + 1] = static_cast<int32_t>(count);
     return on_device(ranges);
   }
 
@@ -105,6 +110,7 @@ class AttentionCase {
             .keys = f.keys,
             .head_dim = d,
             .scale = 1 / std::sqrt(static_cast<double>(d)),
+            .softcap = f.softcap,
             .q = q_.as(),
             .k = k_.as(),
             .v = v_.as(),
@@ -114,6 +120,9 @@ class AttentionCase {
             .kv_start = kv_start_.as<int32_t>(),
             .kv_len = kv_len_.as<int32_t>(),
             .key_mask = nullptr,
+            .window = f.window,
+            .ranges = f.bidirectional > 0,
+            .bidirectional_ranges = f.bidirectional > 0 ? ranges_.as<int32_t>() : nullptr,
             .pool = f.batch * f.selected,
             .selected = f.selected,
             .k_hr = any_hr ? k_hr_.as() : nullptr,
@@ -129,16 +138,28 @@ class AttentionCase {
             .alpha = nullptr};
   }
 
-  Buffer q_, k_, v_, k_hr_, v_hr_, kv_start_, kv_len_, hr_slots_, hr_count_, hr_from_, map_ranges_;
+  int64_t bidirectional_;
+  Buffer q_, k_, v_, k_hr_, v_hr_, kv_start_, kv_len_, ranges_, hr_slots_, hr_count_, hr_from_, map_ranges_;
   Buffer out_, lse_, lse_seq_, map_;
   AttentionForwardParams params_;
   Buffer workspace_;
 };
 
+// Pairs of a query and a key of the sequence that it sees, in one head of one sample.
+double sequence_pairs(const Flags& f) {
+  double pairs = 0;
+  for (int64_t position = f.keys - f.queries; position < f.keys; ++position) {
+    const bool in_range = position < f.bidirectional;
+    const int64_t begin = in_range || !f.window ? 0 : std::max<int64_t>(0, position + 1 - f.window);
+    pairs += static_cast<double>((in_range ? f.bidirectional : position + 1) - begin);
+  }
+  return pairs;
+}
+
 Result attention(const Flags& f) {
   const AttentionCase attention(f);
-  const double N = f.queries, hr_rows = f.hr_rows == "all" ? N : 1;
-  const double pairs = f.batch * f.heads * (N * (f.keys - N) + N * (N + 1) / 2 + hr_rows * f.selected);
+  const int64_t hr_rows = f.hr_rows == "all" ? f.queries : 1;
+  const double pairs = f.batch * f.heads * (sequence_pairs(f) + static_cast<double>(hr_rows * f.selected));
   return {attention.bytes(), 4.0 * f.head_dim * pairs, timed(f, [&] { attention.run(); })};
 }
 
@@ -280,19 +301,19 @@ void report(const Flags& f, const Result& r, const Peaks& peaks) {
     std::printf("no roofline: give --peak-gbs and --peak-tflops for this GPU\n");
   std::printf("peaks: %s\n", peaks.how.c_str());
   std::printf(
-      "op,device,dtype,path,batch,heads,kv_heads,queries,keys,selected,head_dim,hr_rows,lr_side,hr_side,pool,l2,"
-      "iterations,median_us,"
-      "min_us,max_us,gbs,tflops,roofline_fraction\n");
+      "op,device,dtype,path,batch,heads,kv_heads,queries,keys,selected,head_dim,hr_rows,window,bidirectional,"
+      "softcap,lr_side,hr_side,pool,l2,iterations,median_us,min_us,max_us,gbs,tflops,roofline_fraction\n");
   std::printf(
-      "%s,%s,%s,%s,%lld,%lld,%lld,%lld,%lld,%lld,%lld,%s,%lld,%lld,%lld,%s,%lld,%.3f,%.3f,%.3f,%.2f,%.3f,%.4f\n",
+      "%s,%s,%s,%s,%lld,%lld,%lld,%lld,%lld,%lld,%lld,%s,%lld,%lld,%g,%lld,%lld,%lld,%s,%lld,%.3f,%.3f,%.3f,%.2f,%.3f,%"
+      ".4f\n",
       f.op.c_str(), peaks.device.c_str(),
       f.op == "select"   ? "fp32"
       : f.op == "assign" ? "int32"
                          : f.dtype.c_str(),
       f.path.c_str(), (long long)f.batch, (long long)f.heads, (long long)f.kv_heads, (long long)f.queries,
-      (long long)f.keys, (long long)f.selected, (long long)f.head_dim, f.hr_rows.c_str(), (long long)f.lr_side,
-      (long long)f.hr_side, (long long)f.pool, l2, (long long)f.iterations, median, r.microseconds.front(),
-      r.microseconds.back(), gbs, tflops, roofline);
+      (long long)f.keys, (long long)f.selected, (long long)f.head_dim, f.hr_rows.c_str(), (long long)f.window,
+      (long long)f.bidirectional, f.softcap, (long long)f.lr_side, (long long)f.hr_side, (long long)f.pool, l2,
+      (long long)f.iterations, median, r.microseconds.front(), r.microseconds.back(), gbs, tflops, roofline);
 }
 
 int run(const Flags& f) {

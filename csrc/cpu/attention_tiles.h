@@ -89,15 +89,32 @@ struct HrTileRow {
   int64_t hr_row;
 };
 
+// Keys begin .. end - 1 of the sequence.
+struct KeyInterval {
+  int64_t begin, end;
+};
+
 // Which query of one sample sees which key.
 struct Sample {
   const AttentionInputs& in;
   int64_t b;
 
   int64_t position(int64_t query) const { return in.kv_len[b] - in.queries + query; }
-  int64_t first_key() const { return std::max<int64_t>(in.kv_start[b], 0); }
-  // One past the last sequence key that this query and those before it see.
-  int64_t end_of_keys(int64_t query) const { return std::min<int64_t>(in.keys, position(query) + 1); }
+  // The bidirectional range that holds a position, or the position alone.
+  KeyInterval range_around(int64_t p) const {
+    for (int64_t g = 0; g < in.ranges; ++g) {
+      const int32_t* range = in.bidirectional_ranges + (b * in.ranges + g) * 2;
+      if (range[0] <= p && p < range[1]) return {range[0], range[1]};
+    }
+    return {p, p + 1};
+  }
+  // The sequence keys that a query sees, but for those that key_mask hides. Neither bound decreases with the query.
+  KeyInterval keys_of(int64_t query) const {
+    const int64_t p = position(query);
+    const KeyInterval range = range_around(p);
+    const int64_t first = in.window ? std::min(range.begin, p + 1 - in.window) : 0;
+    return {std::max<int64_t>({first, in.kv_start[b], 0}), std::min(range.end, in.keys)};
+  }
   int64_t hr_keys() const { return in.k_hr ? in.hr_count[b] : 0; }
   const int32_t* slots() const { return in.hr_slots + b * in.selected; }
   double alpha() const { return in.alpha ? in.alpha[b] : 1.0; }
@@ -110,9 +127,12 @@ struct Sample {
   // Hide those of the keys j0 .. j0 + n - 1 that a query does not see. query(row) must ascend.
   template <class Logits, typename Query>
   void hide_sequence_keys(Logits& logits, int64_t rows, const Query& query, int64_t j0, int64_t n) const {
-    if (end_of_keys(query(0)) < j0 + n)
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = std::max<int64_t>(0, end_of_keys(query(i)) - j0); j < n; ++j) logits.hide(i, j);
+    if (keys_of(query(rows - 1)).begin > j0 || keys_of(query(0)).end < j0 + n)
+      for (int64_t i = 0; i < rows; ++i) {
+        const KeyInterval seen = keys_of(query(i));
+        for (int64_t j = 0; j < std::min(n, seen.begin - j0); ++j) logits.hide(i, j);
+        for (int64_t j = std::max<int64_t>(0, seen.end - j0); j < n; ++j) logits.hide(i, j);
+      }
     if (const int32_t* bits = key_bits())
       for (int64_t j = 0; j < n; ++j)
         if (!bit(bits, j0 + j))

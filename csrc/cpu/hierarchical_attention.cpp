@@ -38,6 +38,12 @@ class TileSoftmax {
     else
       for (int64_t i = 0; i < count_; ++i) dot_rows(&query(i, 0), keys.data, keys.ld, n, d_, logits_of(i));
   }
+  void cap(int64_t n, A softcap) {
+    if constexpr (layout == Layout::kLanes)
+      cap_logits<A>(logits_.data(), n * count_, softcap, nullptr);
+    else
+      for (int64_t i = 0; i < count_; ++i) cap_logits<A>(logits_of(i), n, softcap, nullptr);
+  }
   void update(Matrix<A> values, int64_t n) {
     if constexpr (layout == Layout::kLanes) {
       softmax_step(logits_.data(), n, count_, row_max_.data(), row_sum_.data(), out_.data(), d_);
@@ -100,6 +106,12 @@ class Forward {
     return static_cast<const T*>(data) + b * s.batch + kv_head * s.head;
   }
 
+  template <class State>
+  void multiply_keys(State& state, Matrix<A> keys, int64_t n) const {
+    state.multiply_keys(keys, n);
+    if (in_.softcap > 0) state.cap(n, static_cast<A>(in_.softcap));
+  }
+
   // One tile of queries: first the sequence, then, for those that see them, the HR keys.
   template <class State>
   void attend(const QueryRows& queries, int64_t first, int64_t rows) {
@@ -113,10 +125,10 @@ class Forward {
     Scratch scratch;
     const T* k = of_head(in_.k, in_.k_strides, queries.b, queries.kv_head);
     const T* v = of_head(in_.v, in_.v_strides, queries.b, queries.kv_head);
-    const int64_t end = sample.end_of_keys(query_of(rows - 1));
-    for (int64_t j = sample.first_key(); j < end; j += kTileKeys) {
+    const int64_t end = sample.keys_of(query_of(rows - 1)).end;
+    for (int64_t j = sample.keys_of(query_of(0)).begin; j < end; j += kTileKeys) {
       const int64_t n = std::min(kTileKeys, end - j), ks = in_.k_strides.row, vs = in_.v_strides.row;
-      plain.multiply_keys(read_rows(k + j * ks, ks, nullptr, n, d_, scratch.keys), n);
+      multiply_keys(plain, read_rows(k + j * ks, ks, nullptr, n, d_, scratch.keys), n);
       sample.hide_sequence_keys(plain, rows, query_of, j, n);
       if (params_.images > 0) keep_logits(queries, first, rows, plain, j, n);
       plain.update(read_rows(v + j * vs, vs, nullptr, n, d_, scratch.values), n);
@@ -151,7 +163,7 @@ class Forward {
     const T* v = of_head(in_.v_hr, in_.v_hr_strides, 0, queries.kv_head);
     for (int64_t j = 0; j < sample.hr_keys(); j += kTileKeys) {
       const int64_t n = std::min(kTileKeys, sample.hr_keys() - j);
-      full.multiply_keys(read_rows(k, in_.k_hr_strides.row, sample.slots() + j, n, d_, scratch.keys), n);
+      multiply_keys(full, read_rows(k, in_.k_hr_strides.row, sample.slots() + j, n, d_, scratch.keys), n);
       sample.hide_hr_keys(full, hr_rows, j, n);
       full.update(read_rows(v, in_.v_hr_strides.row, sample.slots() + j, n, d_, scratch.values), n);
     }
@@ -207,9 +219,8 @@ class Forward {
   };
   Range range_of(int64_t b, int64_t image, int64_t n) const {
     const int32_t* range = params_.map_ranges + (b * params_.images + image) * 2;
-    const Sample sample{in_, b};
-    return {range[0], std::max<int64_t>(range[0], sample.first_key()),
-            std::min<int64_t>(range[1], sample.end_of_keys(n))};
+    const KeyInterval seen = Sample{in_, b}.keys_of(n);
+    return {range[0], std::max<int64_t>(range[0], seen.begin), std::min<int64_t>(range[1], seen.end)};
   }
 
   template <class State>

@@ -7,6 +7,8 @@
 //
 // Without alpha, E is dout_i . out_i. With it, out mixes two softmaxes, and a first pass over the tiles finds both E.
 //
+// With a softcap, ds_ij is multiplied by the derivative of the capped logit, 1 - tanh^2(logit / softcap).
+//
 // On the sequence keys P_full = share P_seq with share_i = exp(lse_seq_i - lse_i), so that both terms are one product
 // with P_seq; on the HR keys there is only the second term.
 //
@@ -23,9 +25,10 @@ namespace {
 // Queries handled together, in lanes: what their probabilities depend on, and the gradients.
 template <typename A>
 struct Tile {
-  Tile(int64_t rows, int64_t d)
+  Tile(int64_t rows, int64_t d, A softcap)
       : rows(rows),
         d(d),
+        softcap(softcap),
         lanes(padded(rows)),
         columns(padded(d)),
         queries(d * lanes),
@@ -35,6 +38,7 @@ struct Tile {
         grad_rows(rows * columns),
         logits(kTileKeys * lanes),
         dp(kTileKeys * lanes),
+        slopes(softcap > 0 ? kTileKeys * lanes : 0),
         lse(lanes, kInfinity<A>),
         weight(lanes),
         expectation(lanes) {}
@@ -47,10 +51,11 @@ struct Tile {
   void set_lse(int64_t i, A value) { lse[i] = value == -kInfinity<A> ? kInfinity<A> : value; }
   void hide(int64_t i, int64_t j) { logits[j * lanes + i] = -kInfinity<A>; }
 
-  // logits = q k^T and dp = dout v^T, both [n, lanes]
+  // logits = q k^T, capped, and dp = dout v^T, both [n, lanes]
   void multiply_keys(Matrix<A> keys, Matrix<A> values, int64_t n) {
     multiply<A>(keys.data, keys.ld, 1, queries.data(), lanes, logits.data(), lanes, n, lanes, d, false);
     multiply<A>(values.data, values.ld, 1, grads.data(), lanes, dp.data(), lanes, n, lanes, d, false);
+    if (softcap > 0) cap_logits(logits.data(), n * lanes, softcap, slopes.data());
   }
   void add_to_expectation(int64_t n) {
     add_expectation(logits.data(), dp.data(), n, lanes, lse.data(), expectation.data());
@@ -58,6 +63,7 @@ struct Tile {
   // Replace logits by weights and dp by ds.
   void differentiate(int64_t n) {
     logit_gradients(logits.data(), dp.data(), n, lanes, lse.data(), weight.data(), expectation.data());
+    for (int64_t i = 0; softcap > 0 && i < n * lanes; ++i) dp[i] *= slopes[i];
   }
   // dv += w^T dout, dk += ds^T q; both are [n, columns].
   void add_key_gradients(int64_t n, A* grad_k, A* grad_v) const {
@@ -69,10 +75,12 @@ struct Tile {
     multiply<A>(keys.data, 1, keys.ld, dp.data(), lanes, grad_queries.data(), lanes, d, lanes, n, true);
   }
 
-  int64_t rows, d, lanes, columns;
+  int64_t rows, d;
+  A softcap;
+  int64_t lanes, columns;
   std::vector<A> queries, grads, grad_queries;  // [d, lanes]; queries are multiplied by the scale
   std::vector<A> query_rows, grad_rows;         // [rows, columns]: the same, transposed
-  std::vector<A> logits, dp;                    // [keys, lanes]
+  std::vector<A> logits, dp, slopes;            // [keys, lanes]; slopes: derivatives of the capped logits
   std::vector<A> lse, weight, expectation;      // [lanes]
 };
 
@@ -187,7 +195,7 @@ class Backward {
   }
 
   Tile<A> read_tile(const QueryRows& queries, int64_t first, int64_t rows) const {
-    Tile<A> tile(rows, d_);
+    Tile<A> tile(rows, d_, static_cast<A>(in_.softcap));
     const Strides &qs = in_.q_strides, &gs = params_.grad_out_strides;
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t head = queries.head(first + i), n = queries.query(first + i);
@@ -203,7 +211,7 @@ class Backward {
   // The rows of a tile that see HR keys, with the log-sum-exp over all their keys.
   Tile<A> rows_seeing_hr(const Tile<A>& tile, const QueryRows& queries, int64_t first,
                          const std::vector<HrTileRow>& hr_rows) const {
-    Tile<A> result(hr_rows.size(), d_);
+    Tile<A> result(hr_rows.size(), d_, static_cast<A>(in_.softcap));
     for (size_t i = 0; i < hr_rows.size(); ++i) {
       const int64_t row = hr_rows[i].row;
       for (int64_t c = 0; c < d_; ++c)
@@ -220,8 +228,8 @@ class Backward {
     const Strides &ks = in_.k_strides, &vs = in_.v_strides;
     const T* k = static_cast<const T*>(in_.k) + sample.b * ks.batch + queries.kv_head * ks.head;
     const T* v = static_cast<const T*>(in_.v) + sample.b * vs.batch + queries.kv_head * vs.head;
-    const int64_t end = sample.end_of_keys(query_of(tile.rows - 1));
-    for (int64_t j = sample.first_key(); j < end; j += kTileKeys) {
+    const int64_t end = sample.keys_of(query_of(tile.rows - 1)).end;
+    for (int64_t j = sample.keys_of(query_of(0)).begin; j < end; j += kTileKeys) {
       const int64_t n = std::min(kTileKeys, end - j);
       const Matrix<A> keys = read_rows(k + j * ks.row, ks.row, nullptr, n, d_, scratch.keys);
       tile.multiply_keys(keys, read_rows(v + j * vs.row, vs.row, nullptr, n, d_, scratch.values), n);

@@ -41,6 +41,26 @@ FLEXATTN_INLINE Vector<double, M> exp_of_nonpositive(Vector<double, M> x) {
   return y;
 }
 
+// tanh(x), relative error below 3e-7: an odd polynomial (Cephes) near 0, where 1 - e^-2x would cancel.
+template <class M>
+FLEXATTN_INLINE Vector<float, M> tanh_of(Vector<float, M> x) {
+  using V = Vector<float, M>;
+  const V size = x < 0 ? -x : x, e = exp_of_nonpositive<M>(-2.0f * size), far = (1.0f - e) / (1.0f + e), z = x * x;
+  V p = V{} - 5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  return size < 0.625f ? p * z * x + x : x < 0 ? -far : far;
+}
+
+template <class M>
+FLEXATTN_INLINE Vector<double, M> tanh_of(Vector<double, M> x) {
+  Vector<double, M> y;
+  for (int i = 0; i < VectorOf<double, M>::lanes; ++i) y[i] = std::tanh(x[i]);
+  return y;
+}
+
 template <class V>
 FLEXATTN_INLINE V max_of(V x, V y) {
   return x > y ? x : y;
@@ -140,6 +160,27 @@ struct DotRows {
 };
 
 // --------------------------------------------------------------------------------------------------------- softmax
+
+struct CapLogits {
+  template <class M, typename A>
+  static FLEXATTN_INLINE void some(A* logits, A softcap, A* slopes) {
+    const Vector<A, M> t = tanh_of<M>(load<M>(logits) / softcap);
+    store<M>(logits, softcap * t);
+    if (slopes) store<M>(slopes, A(1) - t * t);
+  }
+  template <class M, typename A>
+  static FLEXATTN_INLINE void run(A* logits, int64_t n, A softcap, A* slopes) {
+    constexpr int64_t lanes = VectorOf<A, M>::lanes;
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) some<M>(logits + i, softcap, slopes ? slopes + i : nullptr);
+    if (i == n) return;
+    A rest[lanes] = {}, rest_slopes[lanes];
+    std::memcpy(rest, logits + i, (n - i) * sizeof(A));
+    some<M>(rest, softcap, rest_slopes);
+    std::memcpy(logits + i, rest, (n - i) * sizeof(A));
+    if (slopes) std::memcpy(slopes + i, rest_slopes, (n - i) * sizeof(A));
+  }
+};
 
 struct SoftmaxStep {
   template <class M, typename A>
@@ -303,6 +344,10 @@ void multiply(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t l
   run_best<Multiply>(a, a_row, a_column, b, ldb, c, ldc, m, n, k, accumulate);
 }
 template <typename A>
+void cap_logits(A* logits, int64_t n, A softcap, A* slopes) {
+  run_best<CapLogits>(logits, n, softcap, slopes);
+}
+template <typename A>
 void softmax_step(A* logits, int64_t keys, int64_t lanes, A* row_max, A* row_sum, A* out, int64_t d) {
   run_best<SoftmaxStep>(logits, keys, lanes, row_max, row_sum, out, d);
 }
@@ -335,6 +380,7 @@ void widen_rows(const T* from, int64_t stride, const int32_t* index, int64_t row
 
 #define FLEXATTN_INSTANTIATE(A)                                                                                        \
   template void multiply(const A*, int64_t, int64_t, const A*, int64_t, A*, int64_t, int64_t, int64_t, int64_t, bool); \
+  template void cap_logits(A*, int64_t, A, A*);                                                                        \
   template void softmax_step(A*, int64_t, int64_t, A*, A*, A*, int64_t);                                               \
   template void add_expectation(const A*, const A*, int64_t, int64_t, const A*, A*);                                   \
   template void logit_gradients(A*, A*, int64_t, int64_t, const A*, const A*, const A*);                               \

@@ -21,6 +21,10 @@ template <typename A>
 void multiply(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t ldb, A* c, int64_t ldc, int64_t m,
               int64_t n, int64_t k, bool accumulate);
 
+// logits[i] = softcap * tanh(logits[i] / softcap) for n logits; slopes[i], if wanted, is the derivative of that.
+template <typename A>
+void cap_logits(A* logits, int64_t n, A softcap, A* slopes);
+
 // One step of the online softmax of `lanes` queries: turn their logits [keys, lanes] into exp(logit - row_max), and
 // update each lane's row_max, row_sum and output [d, lanes]. A lane without a finite logit gives zeros.
 template <typename A>

@@ -9,10 +9,13 @@
 //   dk_j  += scale ds_ij q_i          ds_ij = (1 - alpha) P_seq (dp_ij - D_seq) + alpha P_full (dp_ij - D_full)
 //   dq_i  += scale ds_ij k_j          D     = sum_j P_ij dp_ij, which is dout_i . out_i without alpha
 //
+// With a softcap, ds_ij is multiplied by the derivative of the capped logit.
+//
 // The forward pass writes lse == lse_seq for a row that sees no HR key, so that P_full == P_seq there and mixing
 // changes nothing: no kernel has to ask which rows see HR keys for the weight of a sequence key.
 
 #include "attention_backward.h"
+#include "softmax.cuh"
 #include "visibility.cuh"
 
 namespace flexattn::cuda {
@@ -21,16 +24,20 @@ namespace {
 // What the probabilities of one query row are made of.
 template <typename A>
 struct RowState {
-  A lse, lse_seq, d_full, d_seq, alpha;
+  A lse, lse_seq, d_full, d_seq, alpha, softcap;
 
+  __device__ A logit(A scaled_product) const { return cap(scaled_product, softcap); }
   __device__ A full(A logit) const { return exp(logit - lse); }
   __device__ A seq(A logit) const { return exp(logit - lse_seq); }
   __device__ A seq_weight(A logit) const { return (A(1) - alpha) * seq(logit) + alpha * full(logit); }
   __device__ A seq_gradient(A logit, A dp) const {
-    return (A(1) - alpha) * seq(logit) * (dp - d_seq) + alpha * full(logit) * (dp - d_full);
+    return slope_of_cap(logit, softcap) *
+           ((A(1) - alpha) * seq(logit) * (dp - d_seq) + alpha * full(logit) * (dp - d_full));
   }
   __device__ A hr_weight(A logit) const { return alpha * full(logit); }
-  __device__ A hr_gradient(A logit, A dp) const { return alpha * full(logit) * (dp - d_full); }
+  __device__ A hr_gradient(A logit, A dp) const {
+    return slope_of_cap(logit, softcap) * alpha * full(logit) * (dp - d_full);
+  }
 };
 
 // D comes from row_states, where grad_query_rows has written it: of the softmax over all keys, then of the sequence's.
@@ -38,8 +45,9 @@ template <typename A>
 __device__ RowState<A> row_state(const AttentionBackwardParams& p, int64_t b, int64_t head, int64_t n) {
   const int64_t at = (b * p.in.heads + head) * p.in.queries + n;
   const A* delta = static_cast<const A*>(p.row_states) + at * 2;
-  return {static_cast<const A*>(p.lse)[at], static_cast<const A*>(p.lse_seq)[at], delta[0], delta[1],
-          mixing<A>(p.in, b)};
+  return {
+      static_cast<const A*>(p.lse)[at], static_cast<const A*>(p.lse_seq)[at], delta[0], delta[1], mixing<A>(p.in, b),
+      static_cast<A>(p.in.softcap)};
 }
 
 template <typename T>
@@ -74,7 +82,9 @@ __global__ void grad_query_rows(AttentionBackwardParams p) {
   }
   __syncwarp();
 
-  const int64_t start = first_key(in, b), end = end_of_keys(in, b, n), r = hr_row_of_query(in, b, n);
+  check_ranges(in, b);
+  const KeyInterval seen = keys_of_query(in, b, n);
+  const int64_t start = seen.begin, end = seen.end, r = hr_row_of_query(in, b, n);
   const int64_t count = r >= 0 ? hr_keys(in, b) : 0;
   const int32_t* bits = r >= 0 ? row_bits(in, b, r) : nullptr;
   const auto sees = [&](int64_t j) { return j < end && unmasked(in, b, j); };
@@ -84,7 +94,11 @@ __global__ void grad_query_rows(AttentionBackwardParams p) {
   const auto k_hr = [&](int64_t m) { return row_of<T>(in.k_hr, in.k_hr_strides, 0, kv_head, slot(in, b, m)); };
   const auto v_hr = [&](int64_t m) { return row_of<T>(in.v_hr, in.v_hr_strides, 0, kv_head, slot(in, b, m)); };
 
-  RowState<A> state{static_cast<const A*>(p.lse)[row], static_cast<const A*>(p.lse_seq)[row], 0, 0, mixing<A>(in, b)};
+  RowState<A> state{static_cast<const A*>(p.lse)[row], static_cast<const A*>(p.lse_seq)[row], 0, 0, mixing<A>(in, b),
+                    static_cast<A>(in.softcap)};
+  // Of keys of the sequence, and of HR keys.
+  const auto logit = [&](int64_t j) { return state.logit(scale * dot(query, k(j), d)); };
+  const auto logit_hr = [&](int64_t m) { return state.logit(scale * dot(query, k_hr(m), d)); };
   if (p.out) {
     const T* out = static_cast<const T*>(p.out) + ((b * in.queries + n) * in.heads + head) * d;
     for (int64_t c = lane(); c < d; c += kWarp) state.d_full += grad[c] * widen(out[c]);
@@ -92,12 +106,12 @@ __global__ void grad_query_rows(AttentionBackwardParams p) {
   }
   for (int64_t j = start + lane(); !p.out && j < end; j += kWarp) {
     if (!sees(j)) continue;
-    const A logit = scale * dot(query, k(j), d), dp = dot(grad, v(j), d);
-    state.d_seq += state.seq(logit) * dp;
-    state.d_full += state.full(logit) * dp;
+    const A of_key = logit(j), dp = dot(grad, v(j), d);
+    state.d_seq += state.seq(of_key) * dp;
+    state.d_full += state.full(of_key) * dp;
   }
   for (int64_t m = lane(); !p.out && m < count; m += kWarp)
-    if (sees_hr(m)) state.d_full += state.full(scale * dot(query, k_hr(m), d)) * dot(grad, v_hr(m), d);
+    if (sees_hr(m)) state.d_full += state.full(logit_hr(m)) * dot(grad, v_hr(m), d);
   state.d_seq = warp_sum(state.d_seq);
   state.d_full = warp_sum(state.d_full);
   if (lane() == 0) {
@@ -109,12 +123,12 @@ __global__ void grad_query_rows(AttentionBackwardParams p) {
 
   for (int64_t j0 = start; j0 < end; j0 += kWarp) {
     const int64_t j = j0 + lane();
-    const A ds = sees(j) ? scale * state.seq_gradient(scale * dot(query, k(j), d), dot(grad, v(j), d)) : A(0);
+    const A ds = sees(j) ? scale * state.seq_gradient(logit(j), dot(grad, v(j), d)) : A(0);
     add_rows(grad_q, A(1), ds, factors, lanes_used(j0, end), d, [&](int i) { return k(j0 + i); });
   }
   for (int64_t m0 = 0; m0 < count; m0 += kWarp) {
     const int64_t m = m0 + lane();
-    const A ds = sees_hr(m) ? scale * state.hr_gradient(scale * dot(query, k_hr(m), d), dot(grad, v_hr(m), d)) : A(0);
+    const A ds = sees_hr(m) ? scale * state.hr_gradient(logit_hr(m), dot(grad, v_hr(m), d)) : A(0);
     add_rows(grad_q, A(1), ds, factors, lanes_used(m0, count), d, [&](int i) { return k_hr(m0 + i); });
   }
   T* result = static_cast<T*>(p.grad_q) + row * d;
@@ -158,20 +172,24 @@ __global__ void grad_sequence_keys(AttentionBackwardParams p) {
   const int64_t heads = in.heads / in.kv_heads;
   const A scale = static_cast<A>(in.scale);
   KeyGradient<T> key(row_of<T>(in.k, in.k_strides, b, kv_head, j), row_of<T>(in.v, in.v_strides, b, kv_head, j), d);
-  // The rows that see the key are those at its position or later.
-  const int64_t start = j - first_position(in, b), first = start > 0 ? start : 0;
-  const int64_t end = j >= first_key(in, b) && unmasked(in, b, j) ? in.queries : 0;
+  QueryInterval queries = queries_of_keys(in, b, static_cast<int>(j), static_cast<int>(j));
+  if (!unmasked(in, b, j)) queries.end = 0;
+  const auto sees = [&](int64_t n) {
+    if (n >= queries.end) return false;
+    const KeyInterval keys = keys_of_query(in, b, n);
+    return keys.begin <= j && j < keys.end;
+  };
   for (int64_t head = kv_head * heads; head < (kv_head + 1) * heads; ++head)
-    for (int64_t n0 = first; n0 < end; n0 += kWarp) {
+    for (int64_t n0 = queries.begin; n0 < queries.end; n0 += kWarp) {
       const int64_t n = n0 + lane();
       A weight = 0, ds = 0;
-      if (n < end) {
+      if (sees(n)) {
         const RowState<A> state = row_state<A>(p, b, head, n);
-        const A logit = scale * dot(key.key, query_row<T>(p, b, head, n), d);
+        const A logit = state.logit(scale * dot(key.key, query_row<T>(p, b, head, n), d));
         weight = state.seq_weight(logit);
         ds = scale * state.seq_gradient(logit, dot(key.value, grad_row<T>(p, b, head, n), d));
       }
-      const int rows = lanes_used(n0, end);
+      const int rows = lanes_used(n0, queries.end);
       add_rows(key.grad_k, A(1), ds, key.factors, rows, d, [&](int i) { return query_row<T>(p, b, head, n0 + i); });
       add_rows(key.grad_v, A(1), weight, key.factors, rows, d, [&](int i) { return grad_row<T>(p, b, head, n0 + i); });
     }
@@ -206,7 +224,7 @@ __global__ void grad_pool_slots(AttentionBackwardParams p) {
         if (sees(i)) {
           const int64_t n = query(i);
           const RowState<A> state = row_state<A>(p, b, head, n);
-          const A logit = scale * dot(key.key, query_row<T>(p, b, head, n), d);
+          const A logit = state.logit(scale * dot(key.key, query_row<T>(p, b, head, n), d));
           weight = state.hr_weight(logit);
           ds = scale * state.hr_gradient(logit, dot(key.value, grad_row<T>(p, b, head, n), d));
         }

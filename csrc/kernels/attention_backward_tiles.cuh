@@ -318,9 +318,9 @@ template <typename T, int kWarps>
 struct SequenceKeys {
   static constexpr int kKeys = kWarpRows * kWarps;
   int sample, kv_head, first_key;
-  int first_query;  // of the tiles that may see a key
+  int first_query, end_of_queries;  // those that may see a key; the first is that of a tile
   int first_head, end_of_heads;
-  int begin, first_end;  // the keys that query 0 sees
+  int start_of_keys, position;  // the first key that may be seen; where query 0 stands
 
   static int64_t blocks(const AttentionInputs& in) { return blocks_for(in.keys, kKeys) * in.kv_heads * in.batch; }
 
@@ -331,9 +331,12 @@ struct SequenceKeys {
     kv_head = block % heads;
     sample = block / heads % samples;
     first_key = block / heads / samples * kKeys;
-    begin = static_cast<int>(cuda::first_key(in, sample));
-    first_end = static_cast<int>(first_position(in, sample)) + 1;
-    first_query = max(0, first_key - first_end + 1) / kPassingRows * kPassingRows;
+    check_ranges(in, sample);
+    start_of_keys = static_cast<int>(cuda::first_key(in, sample));
+    position = static_cast<int>(first_position(in, sample));
+    const QueryInterval queries = queries_of_keys(in, sample, first_key, first_key + kKeys - 1);
+    first_query = queries.begin / kPassingRows * kPassingRows;
+    end_of_queries = queries.end;
     first_head = kv_head * group;
     end_of_heads = first_head + group;
   }
@@ -347,9 +350,9 @@ struct SequenceKeys {
 
   // Go on to the first tile from this one on; false if there is none.
   __device__ bool find(const AttentionBackwardParams& p, QueryTile& tile) const {
-    if (tile.first < p.in.queries) return true;
+    if (tile.first < end_of_queries) return true;
     tile.first = first_query;
-    return ++tile.head < end_of_heads && tile.first < p.in.queries;
+    return ++tile.head < end_of_heads && tile.first < end_of_queries;
   }
   __device__ TileRows<T> queries(const AttentionInputs& in, const QueryTile& tile, const void* data,
                                  const Strides& strides) const {
@@ -360,8 +363,9 @@ struct SequenceKeys {
   __device__ PassingQuery query(const AttentionBackwardParams& p, const QueryTile& tile) const {
     const AttentionInputs& in = p.in;
     const int n = tile.first + lane(), last = static_cast<int>(in.queries) - 1;
+    const KeyInterval seen = keys_of_position(in, tile.sample, start_of_keys, position + n);
     return {states_of(p)[state_index(in, tile.sample, tile.head, min(n, last))].sequence,
-            {begin, n <= last ? first_end + n : 0}};
+            {seen.begin, n <= last ? seen.end : 0}};
   }
 
   // What a lane knows of its two keys.

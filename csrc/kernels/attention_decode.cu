@@ -25,7 +25,8 @@ constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_fr
 
 using Softmax = SoftmaxState<float>;
 
-// How the keys are cut, from upper bounds that the host knows, and where the parts are in the workspace.
+// How the keys that the queries may see are cut, from upper bounds that the host knows, and where the parts are in the
+// workspace.
 struct Splits {
   int chunk;          // keys in a split
   int sequence, all;  // splits of the sequence; of sequence and HR keys
@@ -36,8 +37,11 @@ struct Splits {
 
   explicit Splits(const AttentionForwardParams& p) {
     const AttentionInputs& in = p.in;
+    // A range that reaches back beyond the window may have any length.
+    const bool short_window = in.window && !in.ranges && in.window + in.queries <= in.keys;
+    const int64_t keys = short_window ? in.window + in.queries - 1 : in.keys;
     for (chunk = kMaxChunk;; chunk /= 2) {
-      sequence = static_cast<int>(blocks_for(in.keys, chunk));
+      sequence = static_cast<int>(blocks_for(keys, chunk));
       all = sequence + static_cast<int>(in.k_hr ? blocks_for(in.selected, chunk) : 0);
       if (chunk == kMinChunk || in.batch * in.kv_heads * all >= kWantedBlocks) break;
     }
@@ -79,7 +83,7 @@ struct Chunk {
 // What a block knows of a query row.
 struct Row {
   int64_t index;        // in [B, H, N]
-  int end;              // one past the last key of the chunk's kind that the row may see
+  KeyInterval keys;     // of the chunk's kind that the row may see
   const int32_t* bits;  // which HR keys it sees; null = all
   float* logits;        // [Nk], to keep for the map, or null
 };
@@ -111,10 +115,14 @@ __device__ Chunk chunk_of_block(const AttentionInputs& in, const Splits& s) {
   chunk.kv_head = blockIdx.x / s.all % in.kv_heads;
   chunk.b = blockIdx.x / s.all / in.kv_heads;
   chunk.hr = chunk.split >= s.sequence;
-  const int64_t first = (chunk.hr ? chunk.split - s.sequence : chunk.split) * s.chunk;
-  const int64_t end = chunk.hr ? hr_keys(in, chunk.b) : end_of_keys(in, chunk.b, in.queries - 1);
-  chunk.begin = static_cast<int>(chunk.hr ? first : max(first, first_key(in, chunk.b)));
-  chunk.end = static_cast<int>(min(first + s.chunk, end));
+  if (chunk.hr) {
+    chunk.begin = static_cast<int>((chunk.split - s.sequence) * s.chunk);
+    chunk.end = min(chunk.begin + s.chunk, static_cast<int>(hr_keys(in, chunk.b)));
+  } else {
+    check_ranges(in, chunk.b);
+    chunk.begin = keys_of_query(in, chunk.b, 0).begin + static_cast<int>(chunk.split) * s.chunk;
+    chunk.end = min(chunk.begin + s.chunk, keys_of_query(in, chunk.b, in.queries - 1).end);
+  }
   return chunk;
 }
 
@@ -126,14 +134,14 @@ __device__ void list_key_rows(const AttentionInputs& in, const Chunk& chunk, int
 // Called by a whole warp.
 __device__ Row describe_row(const AttentionInputs& in, const Splits& s, const Chunk& chunk, int64_t head, int64_t n) {
   const int64_t b = chunk.b;
-  Row row{(b * in.heads + head) * in.queries + n, 0, nullptr, nullptr};
+  Row row{(b * in.heads + head) * in.queries + n, {0, 0}, nullptr, nullptr};
   if (chunk.hr) {
     const int64_t r = hr_row_of_query(in, b, n);
     if (r < 0) return row;
-    row.end = static_cast<int>(hr_keys(in, b));
+    row.keys.end = static_cast<int>(hr_keys(in, b));
     row.bits = row_bits(in, b, r);
   } else {
-    row.end = static_cast<int>(end_of_keys(in, b, n));
+    row.keys = keys_of_query(in, b, n);
     const int64_t r = s.logits ? map_row_of_query(in, b, n) : -1;
     if (r >= 0) row.logits = s.logits_of(in, b, r, head);
   }
@@ -159,7 +167,7 @@ __device__ void load_rows(const AttentionInputs& in, const Splits& s, const Chun
 template <typename T, int kDim, int kRows>
 __device__ int end_of_chunk(const Chunk& chunk, const Shared<T, kDim, kRows>& shared, int count) {
   int end = 0;
-  for (int r = 0; r < count; ++r) end = max(end, shared.rows[r].end);
+  for (int r = 0; r < count; ++r) end = max(end, shared.rows[r].keys.end);
   return min(end, chunk.end);
 }
 
@@ -197,9 +205,9 @@ __device__ __forceinline__ void load_batch(const Chunk& chunk, const int* key_ro
     batch.v[i] = load<G::kChannels>(values.data + max(batch.key_row[i], 0) * values.stride);
 }
 
-// Every lane of a group ends with the logits of the group's keys.
+// Every lane of a group ends with the logits of the group's keys. softcap: in base 2.
 template <typename T, int kDim>
-__device__ __forceinline__ void multiply_keys(const Batch<T, kDim>& batch, const float* query,
+__device__ __forceinline__ void multiply_keys(const Batch<T, kDim>& batch, const float* query, float softcap,
                                               float (&logit)[Groups<T, kDim>::kBatch]) {
   using G = Groups<T, kDim>;
 #pragma unroll
@@ -213,6 +221,9 @@ __device__ __forceinline__ void multiply_keys(const Batch<T, kDim>& batch, const
   for (int step = G::kLanes / 2; step > 0; step /= 2)
 #pragma unroll
     for (int i = 0; i < G::kBatch; ++i) logit[i] += __shfl_xor_sync(kAllLanes, logit[i], step);
+  if (softcap == 0.f) return;
+#pragma unroll
+  for (int i = 0; i < G::kBatch; ++i) logit[i] = cap(logit[i], softcap);
 }
 
 // Hide what the row does not see, and keep the other logits if the row has a map: lane i of a group keeps key i.
@@ -223,7 +234,8 @@ __device__ __forceinline__ void mask_and_keep_logits(const Batch<T, kDim>& batch
 #pragma unroll
   for (int i = 0; i < G::kBatch; ++i) {
     const int j = G::key(batch.first, i);
-    const bool seen = batch.key_row[i] >= 0 && j < row.end && (!row.bits || bit(row.bits, j));
+    const bool seen =
+        batch.key_row[i] >= 0 && row.keys.begin <= j && j < row.keys.end && (!row.bits || bit(row.bits, j));
     if (!seen) logit[i] = minus_infinity<float>();
     if (seen && row.logits && G::lane_in_group() == i) row.logits[j] = logit[i];
   }
@@ -297,6 +309,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2) attention_splits
   const auto values =
       chunk.hr ? lane_rows<T, kDim>(chunk, in.v_hr, in.v_hr_strides) : lane_rows<T, kDim>(chunk, in.v, in.v_strides);
 
+  const float softcap = static_cast<float>(in.softcap * kLog2e);
   // With more than kRows rows the chunk is read again, now from the cache.
   const int64_t rows = in.heads / in.kv_heads * in.queries;
   for (int64_t row0 = 0; row0 < rows; row0 += kRows) {
@@ -312,10 +325,10 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2) attention_splits
       load_batch(chunk, shared.key_rows, end, keys, values, batch);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        if (r >= count || shared.rows[r].end <= batch.first) continue;
+        if (r >= count || shared.rows[r].keys.end <= batch.first) continue;
         const Row row = shared.rows[r];
         float logit[G::kBatch];
-        multiply_keys(batch, shared.query[r], logit);
+        multiply_keys(batch, shared.query[r], softcap, logit);
         mask_and_keep_logits(batch, row, logit);
         softmax_step(batch, logit, softmax[r], output[r]);
       }

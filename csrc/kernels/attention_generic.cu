@@ -31,12 +31,16 @@ FLEXATTN_HOST_DEVICE constexpr int64_t scratch_size(int64_t d) { return 3 * d + 
 template <typename T, typename A>
 __device__ void attend_sequence(const AttentionInputs& in, int64_t b, int64_t kv_head, int64_t n, const A* query,
                                 WarpSoftmax<A>& softmax) {
-  const int64_t end = end_of_keys(in, b, n), d = in.head_dim;
-  for (int64_t j0 = first_key(in, b); j0 < end; j0 += kWarp) {
+  check_ranges(in, b);
+  const KeyInterval keys = keys_of_query(in, b, n);
+  const int64_t d = in.head_dim;
+  const A softcap = static_cast<A>(in.softcap * kLog2e);
+  for (int64_t j0 = keys.begin; j0 < keys.end; j0 += kWarp) {
     const int64_t j = j0 + lane();
-    const bool seen = j < end && unmasked(in, b, j);
-    const A logit = seen ? dot(query, row_of<T>(in.k, in.k_strides, b, kv_head, j), d) : minus_infinity<A>();
-    softmax.step(logit, lanes_used(j0, end), d,
+    const bool seen = j < keys.end && unmasked(in, b, j);
+    const A logit =
+        seen ? cap(dot(query, row_of<T>(in.k, in.k_strides, b, kv_head, j), d), softcap) : minus_infinity<A>();
+    softmax.step(logit, lanes_used(j0, keys.end), d,
                  [&](int i) { return row_of<T>(in.v, in.v_strides, b, kv_head, j0 + i); });
   }
 }
@@ -45,11 +49,12 @@ template <typename T, typename A>
 __device__ void attend_hr(const AttentionInputs& in, int64_t b, int64_t kv_head, const int32_t* bits, const A* query,
                           WarpSoftmax<A>& softmax) {
   const int64_t count = hr_keys(in, b), d = in.head_dim;
+  const A softcap = static_cast<A>(in.softcap * kLog2e);
   for (int64_t m0 = 0; m0 < count; m0 += kWarp) {
     const int64_t m = m0 + lane();
     const bool seen = m < count && (!bits || bit(bits, m));
-    const A logit =
-        seen ? dot(query, row_of<T>(in.k_hr, in.k_hr_strides, 0, kv_head, slot(in, b, m)), d) : minus_infinity<A>();
+    const A logit = seen ? cap(dot(query, row_of<T>(in.k_hr, in.k_hr_strides, 0, kv_head, slot(in, b, m)), d), softcap)
+                         : minus_infinity<A>();
     softmax.step(logit, lanes_used(m0, count), d,
                  [&](int i) { return row_of<T>(in.v_hr, in.v_hr_strides, 0, kv_head, slot(in, b, m0 + i)); });
   }
@@ -106,7 +111,7 @@ __global__ void attention_map(AttentionForwardParams p) {
     const T* k = row_of<T>(in.k, in.k_strides, cell.b, head / (in.heads / in.kv_heads), cell.key);
     A product = 0;
     for (int64_t c = 0; c < in.head_dim; ++c) product += widen(q[c]) * widen(k[c]);
-    return static_cast<A>(in.scale * kLog2e) * product;
+    return cap(static_cast<A>(in.scale * kLog2e) * product, static_cast<A>(in.softcap * kLog2e));
   };
   write_map_cell<A, 1>(p, cell, logit, [&](int64_t head) { return lse_of_map<A>(p, cell, head); });
 }

@@ -18,11 +18,8 @@ __device__ inline int64_t map_row_of_query(const AttentionInputs& in, int64_t b,
   return n == in.queries - 1 ? 0 : -1;
 }
 
-// Keys begin .. end - 1 of the sequence are the cells of an image.
-struct KeyRange {
-  int begin, end;
-};
-__device__ inline KeyRange image_keys(const AttentionForwardParams& p, int64_t b, int64_t image) {
+// The keys that are the cells of an image.
+__device__ inline KeyInterval image_keys(const AttentionForwardParams& p, int64_t b, int64_t image) {
   const int32_t* range = p.map_ranges + (b * p.images + image) * 2;
   require("hierarchical_attention: map_ranges", range[0], 0, p.in.keys);
   require("hierarchical_attention: map_ranges", range[1], range[0], min(p.in.keys, range[0] + p.map_size));
@@ -47,11 +44,14 @@ __device__ inline MapCell map_cell(const AttentionForwardParams& p, int64_t inde
   cell.image = index / p.map_size % p.images;
   cell.r = index / p.map_size / p.images % in.rows;
   cell.b = index / p.map_size / p.images / in.rows;
-  const KeyRange keys = image_keys(p, cell.b, cell.image);
+  const KeyInterval keys = image_keys(p, cell.b, cell.image);
   cell.query = query_of_map_row(in, cell.b, cell.r);
   cell.key = keys.begin + cell.cell;
-  cell.visible = cell.query >= 0 && cell.key < keys.end && cell.key >= first_key(in, cell.b) &&
-                 cell.key < end_of_keys(in, cell.b, cell.query) && unmasked(in, cell.b, cell.key);
+  cell.visible = false;
+  if (cell.query >= 0 && cell.key < keys.end) {
+    const KeyInterval seen = keys_of_query(in, cell.b, cell.query);
+    cell.visible = seen.begin <= cell.key && cell.key < seen.end && unmasked(in, cell.b, cell.key);
+  }
   return cell;
 }
 

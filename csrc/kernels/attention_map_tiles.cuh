@@ -22,7 +22,7 @@ constexpr size_t kMapTileElements = 2 * kPassingBuffers<Mma> * kPassingElements<
 struct MapWork {
   int sample, image;
   int first_row, first_cell;
-  KeyRange keys;         // of the image
+  KeyInterval keys;      // of the image
   int query[kTileRows];  // of each row, or -1
 };
 
@@ -55,9 +55,8 @@ __device__ inline void describe_map(const AttentionForwardParams& p, MapWork& wo
 __device__ inline uint64_t visible_cells(const AttentionForwardParams& p, const MapWork& work, int n) {
   if (n < 0) return 0;
   const int first = work.keys.begin + work.first_cell;
-  const int begin = static_cast<int>(first_key(p.in, work.sample)),
-            end = min(work.keys.end, static_cast<int>(end_of_keys(p.in, work.sample, n)));
-  const uint64_t cells = low_bits(end - first) & ~low_bits(begin - first);
+  const KeyInterval seen = keys_of_query(p.in, work.sample, n);
+  const uint64_t cells = low_bits(min(work.keys.end, seen.end) - first) & ~low_bits(seen.begin - first);
   if (!p.in.key_mask || cells == 0) return cells;
   return cells & bits_from(p.in.key_mask + work.sample * words_for_bits(p.in.keys), first, p.in.keys);
 }
@@ -98,6 +97,7 @@ struct MapTile {
   __device__ __forceinline__ void add(const T* keys, float scale, const float (&lse)[2]) {
     float s[kPassingScores] = {};
     unrolled<Mma::kParts>([&](auto part) { mma.template multiply_keys<part.value>(s, keys); });
+    if (p.in.softcap > 0) cap_scores(s, static_cast<float>(p.in.softcap / p.in.scale));
 #pragma unroll
     for (int i = 0; i < kPassingScores; ++i) {
       const int which = Mma::row_of(i);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ptx.cuh"
+#include "softmax.cuh"
 #include "unroll.cuh"
 #include "visibility.cuh"
 
@@ -118,6 +119,15 @@ struct TileCopy {
     }
   }
 };
+
+// softcap: in the units of scores, that is, divided by the scale. 1 - 2 / (1 + e^2x) is tanh(x), with an absolute error
+// that float16 hides.
+template <int n>
+__device__ __forceinline__ void cap_scores(float (&s)[n], float softcap) {
+  const float factor = static_cast<float>(2 * kLog2e) / softcap;
+#pragma unroll
+  for (int i = 0; i < n; ++i) s[i] = softcap - __fdividef(2.f * softcap, 1.f + exp2_approx(factor * s[i]));
+}
 
 // A lane holds parts of two rows. Which row of the block is its row `which` (0 or 1).
 template <typename Mma>

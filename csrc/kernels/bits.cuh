@@ -23,6 +23,6 @@ __device__ inline uint64_t bits_from(const int32_t* words, int first, int64_t le
 }
 
 // The lowest n bits: all 64 for n >= 64, none for n <= 0.
-__device__ inline uint64_t low_bits(int64_t n) { return n >= 64 ? ~uint64_t{0} : n <= 0 ? 0 : (uint64_t{1} << n) - 1; }
+__device__ inline uint64_t low_bits(int n) { return n >= 64 ? ~uint64_t{0} : n <= 0 ? 0 : (uint64_t{1} << n) - 1; }
 
 }  // namespace flexattn::cuda

@@ -8,14 +8,15 @@ namespace flexattn::cuda {
 // Lives in shared memory: registers are scarcest in this kernel.
 struct BlockWork {
   int sample, head, kv_head;
-  int first_row, rows;         // queries first_row .. first_row + rows - 1
-  int first_position;          // of first_row
-  int first_key, end_of_keys;  // sequence keys that the last row sees
-  int hr_count;                // HR keys; 0 if no row of the block sees them
-  int hr_from;                 // rows from here on see HR keys, unless rows are listed in hr_rows
-  float alpha;                 // of the rows that see HR keys
-  int sequence_tiles, tiles;   // tiles of the sequence; of sequence and HR keys
-  int hr_row[kTileRows];       // of each row: its index in hr_rows, or -1
+  int first_row, rows;                 // queries first_row .. first_row + rows - 1
+  int first_key, end_of_keys;          // sequence keys that some row sees
+  int common_key, common_end;          // sequence keys that every row sees, if common_key < common_end
+  int hr_count;                        // HR keys; 0 if no row of the block sees them
+  int hr_from;                         // rows from here on see HR keys, unless rows are listed in hr_rows
+  float alpha;                         // of the rows that see HR keys
+  int sequence_tiles, tiles;           // tiles of the sequence; of sequence and HR keys
+  int hr_row[kTileRows];               // of each row: its index in hr_rows, or -1
+  KeyInterval keys_of_row[kTileRows];  // the sequence keys that each row sees, but for those that key_mask hides
 
   // Behind the struct, with hr_row_bits: a bit per HR tile, whether some row sees a key of it.
   __device__ int32_t* seen_tiles() { return reinterpret_cast<int32_t*>(this + 1); }
@@ -40,7 +41,7 @@ struct BlockWork {
   // Whether every row sees every key of the tile.
   __device__ bool sees_all(const AttentionInputs& in, const KeyTile& tile) const {
     if (tile.hr) return in.hr_from && !in.hr_row_bits && first_row >= hr_from && tile.first + kTileKeys <= tile.end;
-    return !in.key_mask && tile.first + kTileKeys <= first_position + 1;
+    return !in.key_mask && common_key <= tile.first && tile.first + kTileKeys <= common_end;
   }
 
   // The keys of the tile that a row sees, as bits.
@@ -50,7 +51,8 @@ struct BlockWork {
       const uint64_t keys = low_bits(tile.end - tile.first);
       return in.hr_row_bits ? keys & bits_from(row_bits(in, sample, hr_row[row]), tile.first, in.selected) : keys;
     }
-    const uint64_t keys = low_bits(min(first_position + row + 1, tile.end) - tile.first);
+    const KeyInterval seen = keys_of_row[row];
+    const uint64_t keys = low_bits(seen.end - tile.first) & ~low_bits(seen.begin - tile.first);
     return in.key_mask ? keys & bits_from(in.key_mask + sample * words_for_bits(in.keys), tile.first, in.keys) : keys;
   }
 };
@@ -69,10 +71,20 @@ __device__ inline void assign_rows(const AttentionInputs& in, BlockWork& work) {
   work.kv_head = work.head / static_cast<int>(in.heads / in.kv_heads);
   work.first_row = block / (heads * samples) * kTileRows;
   work.rows = min(kTileRows, static_cast<int>(in.queries) - work.first_row);
-  work.first_position = static_cast<int>(first_position(in, sample)) + work.first_row;
-  work.first_key = static_cast<int>(first_key(in, sample));
-  work.end_of_keys = work.first_position + work.rows;
+  check_ranges(in, sample);
+  const KeyInterval first = keys_of_query(in, sample, work.first_row),
+                    last = keys_of_query(in, sample, work.first_row + work.rows - 1);
+  work.first_key = first.begin;
+  work.end_of_keys = last.end;
+  work.common_key = last.begin;
+  work.common_end = first.end;
   work.sequence_tiles = static_cast<int>(blocks_for(max(0, work.end_of_keys - work.first_key), kTileKeys));
+}
+
+// The sequence keys that each row sees; a row that does not exist sees those of the last. The whole block.
+__device__ inline void find_keys_of_rows(const AttentionInputs& in, BlockWork& work) {
+  for (int row = threadIdx.x; row < kTileRows; row += kTileThreads)
+    work.keys_of_row[row] = keys_of_query(in, work.sample, work.first_row + min(row, work.rows - 1));
 }
 
 // Which rows are listed in hr_rows. The whole block.
@@ -114,6 +126,7 @@ __device__ inline void find_seen_tiles(const AttentionInputs& in, BlockWork& wor
 __device__ inline void describe_work(const AttentionInputs& in, BlockWork& work) {
   if (threadIdx.x == 0) assign_rows(in, work);
   __syncthreads();
+  find_keys_of_rows(in, work);
   find_listed_rows(in, work);
   if (threadIdx.x == 0) assign_hr_keys(in, work);
   __syncthreads();

@@ -8,6 +8,19 @@ namespace flexattn::cuda {
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
+// softcap * tanh(logit / softcap), both in the same base; a softcap of 0 leaves the logit as it is.
+template <typename A>
+__device__ A cap(A logit, A softcap) {
+  return softcap == A(0) ? logit : softcap * tanh(logit / softcap);
+}
+// The derivative of that, given its result.
+template <typename A>
+__device__ A slope_of_cap(A capped, A softcap) {
+  if (softcap == A(0)) return A(1);
+  const A t = capped / softcap;
+  return A(1) - t * t;
+}
+
 // The softmax over the keys of a row seen so far. Weights, and every sum of values under them, are relative to row_max:
 // whoever keeps such a sum multiplies it by what raise_max returns.
 template <typename A>

@@ -10,6 +10,11 @@ namespace flexattn::cuda {
 
 // ------------------------------------------------------------------------------------------------- the sequence
 
+// Keys begin .. end - 1 of the sequence, or the positions of that number.
+struct KeyInterval {
+  int begin, end;
+};
+
 __device__ inline int64_t first_key(const AttentionInputs& in, int64_t b) {
   require("hierarchical_attention: kv_start", in.kv_start[b], 0, in.keys);
   return in.kv_start[b];
@@ -21,13 +26,53 @@ __device__ inline int64_t first_position(const AttentionInputs& in, int64_t b) {
   return in.kv_len[b] - in.queries;
 }
 
-// One past the last key that query n may see.
-__device__ inline int64_t end_of_keys(const AttentionInputs& in, int64_t b, int64_t n) {
-  return first_position(in, b) + n + 1;
+// Refuse bidirectional ranges that do not ascend: the bounds of keys_of_query would not ascend either. Called
+// by each kernel that may be the first of a pass; those after it rely on that.
+__device__ inline void check_ranges(const AttentionInputs& in, int64_t b) {
+  const int32_t* range = in.bidirectional_ranges + b * in.ranges * 2;
+  int last_end = 0;
+  for (int64_t g = 0; g < in.ranges; ++g, range += 2) {
+    if (range[0] == range[1]) continue;
+    require("hierarchical_attention: bidirectional_ranges", range[0], last_end, range[1]);
+    require("hierarchical_attention: bidirectional_ranges", range[1], range[0], in.kv_len[b]);
+    last_end = range[1];
+  }
+}
+
+// The bidirectional range that holds a position, or the position alone.
+__device__ inline KeyInterval range_around(const AttentionInputs& in, int64_t b, int position) {
+  const int32_t* range = in.bidirectional_ranges + b * in.ranges * 2;
+  for (int64_t g = 0; g < in.ranges; ++g, range += 2)
+    if (range[0] <= position && position < range[1]) return {range[0], range[1]};
+  return {position, position + 1};
+}
+
+// The keys from `first` on that a query at `position` sees, but for those that key_mask hides.
+__device__ inline KeyInterval keys_of_position(const AttentionInputs& in, int64_t b, int first, int position) {
+  const KeyInterval range = range_around(in, b, position);
+  if (!in.window) return {first, range.end};
+  return {max(first, min(range.begin, position + 1 - static_cast<int>(in.window))), range.end};
+}
+// The keys that query n sees. Neither bound decreases from one query to the next.
+__device__ inline KeyInterval keys_of_query(const AttentionInputs& in, int64_t b, int64_t n) {
+  return keys_of_position(in, b, static_cast<int>(first_key(in, b)), static_cast<int>(first_position(in, b) + n));
 }
 
 __device__ inline bool unmasked(const AttentionInputs& in, int64_t b, int64_t j) {
   return !in.key_mask || bit(in.key_mask + b * words_for_bits(in.keys), j);
+}
+
+// Queries begin .. end - 1: those that may see one of the keys first .. last.
+struct QueryInterval {
+  int begin, end;
+};
+__device__ inline QueryInterval queries_of_keys(const AttentionInputs& in, int64_t b, int first, int last) {
+  const int start = static_cast<int>(first_position(in, b)), queries = static_cast<int>(in.queries);
+  const int begin = max(0, range_around(in, b, first).begin - start);
+  if (!in.window) return {begin, queries};
+  // Widened: last may be far past the sequence.
+  const int64_t end = max(last + in.window, static_cast<int64_t>(range_around(in, b, last).end));
+  return {begin, static_cast<int>(min(static_cast<int64_t>(queries), end - start))};
 }
 
 // ------------------------------------------------------------------------------------ the high-resolution keys

@@ -72,6 +72,7 @@ inline unsigned __ballot_sync(unsigned, bool flag) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __fdiv_rn(float x, float y) { return x / y; }
+inline float __fdividef(float x, float y) { return x / y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 [[noreturn]] inline void __trap() { flexattn::simt::fail("__trap"); }
 
@@ -83,3 +84,4 @@ using std::log;
 using std::log2;
 using std::max;
 using std::min;
+using std::tanh;

@@ -1,5 +1,7 @@
 #include "attention_arguments.h"
 
+#include <cmath>
+
 namespace flexattn::torch_binding {
 namespace {
 
@@ -33,6 +35,35 @@ void check_visible_keys(Reasons& reasons, const AttentionArguments& a) {
     reasons.values_within("kv_start", a.kv_start, 0, Nk);
   if (reasons.tensor("kv_len", a.kv_len, {B}, kInt, a.q.device())) reasons.values_within("kv_len", a.kv_len, N, Nk);
   reasons.tensor("key_mask", a.key_mask, {B, words_for_bits(Nk)}, kInt, a.q.device());
+}
+
+// Each sample's ranges ascend, do not overlap, and end at kv_len, at the latest; those that are empty may be anywhere.
+void check_range_values(Reasons& reasons, const AttentionArguments& a) {
+  const at::Tensor& ranges = *a.bidirectional_ranges;
+  if (!readable(ranges) || !readable(a.kv_len)) return;
+  for (int64_t b = 0; b < ranges.size(0); ++b) {
+    int32_t last_end = 0;
+    for (int64_t g = 0; g < ranges.size(1); ++g) {
+      const int32_t *range = ints(ranges) + (b * ranges.size(1) + g) * 2, begin = range[0], end = range[1];
+      reasons.unless(0 <= begin && begin <= end && end <= ints(a.kv_len)[b], "bidirectional_ranges has the range [",
+                     begin, ", ", end, ") in sample ", b, ", expected 0 <= begin <= end <= kv_len, which is ",
+                     ints(a.kv_len)[b]);
+      if (begin == end) continue;
+      reasons.unless(last_end <= begin, "bidirectional_ranges has a range that begins at ", begin,
+                     " after one that ends at ", last_end, " in sample ", b,
+                     ", expected ascending ranges that do not overlap");
+      last_end = end;
+    }
+  }
+}
+
+void check_ranges_and_caps(Reasons& reasons, const AttentionArguments& a) {
+  reasons.unless(a.window >= 0, "window is ", a.window, ", expected a number of keys, or 0 for no limit");
+  reasons.unless(a.softcap >= 0 && std::isfinite(a.softcap), "softcap is ", a.softcap,
+                 ", expected a positive number, or 0 for none");
+  if (reasons.tensor("bidirectional_ranges", a.bidirectional_ranges, {a.q.size(0), -1, 2}, kInt, a.q.device()) &&
+      reasons.ok())
+    check_range_values(reasons, a);
 }
 
 // The first hr_count slots of each sample lie in the pool, no slot twice.
@@ -81,13 +112,15 @@ void check_hr_rows(Reasons& reasons, const AttentionArguments& a) {
 void make_small_tensors_dense(AttentionArguments& a) {
   a.kv_start = a.kv_start.contiguous();
   a.kv_len = a.kv_len.contiguous();
-  for (OptionalTensor* t : {&a.key_mask, &a.hr_slots, &a.hr_count, &a.hr_from, &a.hr_rows, &a.hr_row_bits, &a.alpha})
+  for (OptionalTensor* t : {&a.key_mask, &a.bidirectional_ranges, &a.hr_slots, &a.hr_count, &a.hr_from, &a.hr_rows,
+                            &a.hr_row_bits, &a.alpha})
     if (*t) *t = (*t)->contiguous();
 }
 
 AttentionInputs checked_inputs(Reasons& reasons, const AttentionArguments& a, double scale) {
   check_queries_and_keys(reasons, a);
   check_visible_keys(reasons, a);
+  check_ranges_and_caps(reasons, a);
   check_pool(reasons, a);
   check_hr_rows(reasons, a);
   reasons.raise_if_any();
@@ -96,6 +129,10 @@ AttentionInputs checked_inputs(Reasons& reasons, const AttentionArguments& a, do
   in.kv_start = ints(a.kv_start);
   in.kv_len = ints(a.kv_len);
   in.key_mask = ints(a.key_mask);
+  in.window = a.window < in.keys ? a.window : 0;
+  in.ranges = a.bidirectional_ranges ? a.bidirectional_ranges->size(1) : 0;
+  in.bidirectional_ranges = in.ranges ? ints(a.bidirectional_ranges) : nullptr;
+  in.softcap = a.softcap;
   in.selected = selected(a);
   if (in.pool == 0 || in.selected == 0) in.k_hr = in.v_hr = nullptr;
   in.hr_slots = ints(a.hr_slots);

@@ -27,8 +27,9 @@ class ArgumentReader {
 
 // This part of both schemas. A new argument of both passes is added here and to AttentionArguments, in the same order.
 inline constexpr char kAttentionSchema[] =
-    "Tensor q, Tensor k, Tensor v, Tensor kv_start, Tensor kv_len, Tensor? key_mask, Tensor? k_hr, Tensor? v_hr, "
-    "Tensor? hr_slots, Tensor? hr_count, Tensor? hr_from, Tensor? hr_rows, Tensor? hr_row_bits, Tensor? alpha";
+    "Tensor q, Tensor k, Tensor v, Tensor kv_start, Tensor kv_len, Tensor? key_mask, SymInt window, "
+    "Tensor? bidirectional_ranges, float softcap, Tensor? k_hr, Tensor? v_hr, Tensor? hr_slots, Tensor? hr_count, "
+    "Tensor? hr_from, Tensor? hr_rows, Tensor? hr_row_bits, Tensor? alpha";
 
 // Members are initialised from top to bottom, so each reads the argument that the schema has in its position.
 // csrc/include/flexattn/hierarchical_attention.h gives shapes and meaning.
@@ -40,6 +41,9 @@ struct AttentionArguments {
   at::Tensor kv_start = next.tensor();
   at::Tensor kv_len = next.tensor();
   OptionalTensor key_mask = next.optional_tensor();
+  int64_t window = next.integer();
+  OptionalTensor bidirectional_ranges = next.optional_tensor();
+  double softcap = next.number();
   OptionalTensor k_hr = next.optional_tensor();
   OptionalTensor v_hr = next.optional_tensor();
   OptionalTensor hr_slots = next.optional_tensor();

@@ -29,7 +29,7 @@ def choose_sizes(rng: random.Random, queries: list[int]) -> AttentionSizes:
 
 
 class CaseMaker(RandomTensors):
-    """Makes the tensors of one call; what no query may see is NaN: the tail of the keys, unused slots."""
+    """Makes the tensors of one call; what no query may see is NaN: keys outside the window or the tail, unused slots."""
 
     def __init__(self, rng: random.Random, dtype: torch.dtype, sizes: AttentionSizes):
         super().__init__(sizes, seed=rng.randrange(2**31))
@@ -52,12 +52,16 @@ class CaseMaker(RandomTensors):
             "kv_len": self.per_sample(lambda: rng.randint(x.N, x.Nk)),
             "kv_start": self.per_sample(lambda: rng.randint(0, x.Nk // 2)),
         }
-        for b in range(x.B):
-            for name in "kv":
-                tensors[name][b, :, others["kv_len"][b] :] = torch.nan
+        if rng.random() < 0.5:
+            others["window"] = rng.choice([1, 5, 40, 64, x.Nk // 2, x.Nk])
+        if count := rng.choice([0, 0, 1, 3]):
+            others["bidirectional_ranges"] = self.ranges(others["kv_len"].tolist(), count)
+        seen = reference.visible_keys(tensors["q"], tensors["k"], key_mask=None, **others).any(1)  # [B, Nk]
+        for name in "kv":
+            tensors[name].transpose(1, 2)[~seen] = torch.nan
         if rng.random() < 0.3:
             others["key_mask"] = self.chances(x.B, x.Nk) < 0.7
-        return tensors, others
+        return tensors, others | {"softcap": rng.choice([0.0, 0.0, 2.0, 30.0])}
 
     def pool(self) -> tuple[dict, dict]:
         rng, x = self.rng, self.sizes

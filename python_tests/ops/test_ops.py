@@ -357,7 +357,7 @@ def calls(device: str) -> dict[str, tuple]:
 def attention_calls(values: Values) -> dict[str, tuple]:
     normal, integers = values.normal, values.integers
     sequence = dict(q=normal(2, 4, 5, 8), k=normal(2, 2, 11, 8), v=normal(2, 2, 11, 8), scale=0.35)
-    sequence |= dict(kv_start=integers([0, 2]), kv_len=integers([11, 9]))
+    sequence |= dict(kv_start=integers([0, 2]), kv_len=integers([11, 9]), window=0, softcap=0.0)
     pool = dict(k_hr=normal(9, 2, 8), v_hr=normal(9, 2, 8))
     pool |= dict(hr_slots=integers([[0, 1, 2, 3], [8, 6, 5, 7]]), hr_count=integers([4, 2]))
     listed_rows = dict(hr_rows=integers([[4, 1], [3, -1]]), hr_row_bits=integers([[[5], [15]], [[2], [0]]]))
@@ -374,10 +374,12 @@ def attention_calls(values: Values) -> dict[str, tuple]:
     saved |= dict(grad_out=normal(*out.shape, grad=False), lse=lse, lse_seq=lse_seq)
     saved |= dict(query_gradient=True, key_gradients=True, hr_gradients=True)
     paper = sequence | pool | one_map | dict(hr_from=integers([0, 2]), key_mask=key_mask)
+    windowed = sequence | dict(window=4, bidirectional_ranges=integers([[[2, 8]], [[0, 0]]]), softcap=5.0)
     return {
         "hierarchical_attention": call(**released, **one_map),
         "hierarchical_attention:plain": call(**sequence, **no_map),
         "hierarchical_attention:paper": call(**paper, map_over_all=True),
+        "hierarchical_attention:windowed": call(**windowed, **no_map),
         "hierarchical_attention_backward": in_schema_order("hierarchical_attention_backward", **saved),
     }
 
@@ -456,6 +458,22 @@ def test_compiles_without_graph_breaks(device):
         ({"hr_rows": torch.tensor([[4, 4], [4, 3]], dtype=torch.int32)}, "hr_rows holds 4 twice in row 0"),
         ({"kv_len": torch.tensor([11, 4], dtype=torch.int32)}, "kv_len has values from 4 to 11, expected 5 to 11"),
         ({"kv_len": torch.tensor([11, 11])}, "kv_len has dtype Long, expected Int"),
+        ({"window": -1}, "window is -1, expected a number of keys, or 0 for no limit"),
+        ({"softcap": -1.0}, "softcap is -1, expected a positive number, or 0 for none"),
+        ({"softcap": math.inf}, "softcap is inf, expected a positive number, or 0 for none"),
+        ({"bidirectional_ranges": ints([[0, 1], [0, 1]])}, r"has shape \[2, 2\], expected \[2, \*, 2\]"),
+        (
+            {"bidirectional_ranges": ints([[[2, 5]], [[5, 4]]])},
+            r"bidirectional_ranges has the range \[5, 4\) in sample 1, expected 0 <= begin <= end <= kv_len, which is 11",
+        ),
+        (
+            {"bidirectional_ranges": ints([[[0, 5]], [[0, 9]]]), "kv_len": ints([11, 8])},
+            r"bidirectional_ranges has the range \[0, 9\) in sample 1, expected 0 <= begin <= end <= kv_len, which is 8",
+        ),
+        (
+            {"bidirectional_ranges": ints([[[4, 7], [0, 0], [6, 9]], [[0, 1], [1, 2], [0, 0]]])},
+            "a range that begins at 6 after one that ends at 7 in sample 0, expected ascending ranges that do not overlap",
+        ),
         ({"alpha": torch.ones(3)}, r"alpha has shape \[3\], expected \[2\]"),
         ({"map_ranges": torch.tensor([[[0, 4]], [[0, 9]]], dtype=torch.int32), "map_size": 9}, "a range of 4 keys"),
         ({"q": torch.randn(2, 4, 8, 5).transpose(2, 3)}, "q has stride 5 in its last dimension, expected 1"),

@@ -80,12 +80,19 @@ def test_a_read_out_of_bounds_is_caught(fault):
 
 @pytest.mark.parametrize("capability", [60, 70, 90])
 @pytest.mark.parametrize("queries", ["one query", "many queries"])
-def test_a_map_range_longer_than_the_map_is_refused_on_the_device(queries, capability, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    "ranges, said",
+    [
+        ("map range", "map_ranges is 8, it must lie in 0 to 4"),  # longer than the map
+        ("bidirectional ranges", "bidirectional_ranges is 7, it must lie in 9 to 12"),  # overlapping
+    ],
+)
+def test_ranges_that_only_the_device_can_read_are_refused_there(ranges, said, queries, capability, monkeypatch, capfd):
     monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
     with pytest.raises(RuntimeError, match="hierarchical_attention.*: __trap"):
-        run(f"map range, {queries}")
+        run(f"{ranges}, {queries}")
     ctypes.CDLL(None).fflush(None)  # what the kernel printed
-    assert "hierarchical_attention: map_ranges is 8, it must lie in 0 to 4" in capfd.readouterr().out
+    assert f"hierarchical_attention: {said}" in capfd.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------- counted accesses

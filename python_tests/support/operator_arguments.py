@@ -104,3 +104,11 @@ class RandomTensors:
         """[B, count] int32 in [0, values), each row without repetition."""
         rows = [torch.randperm(values, generator=self.generator)[:count] for _ in range(self.sizes.B)]
         return torch.stack(rows).int()
+
+    def ranges(self, ends: list[int], count: int) -> torch.Tensor:
+        """[B, count, 2] int32 ranges of positions below `ends`, ascending and disjoint; some touch, some are empty."""
+        bounds = [torch.randint(0, end + 1, (2 * count,), generator=self.generator).sort().values for end in ends]
+        ranges = torch.stack(bounds).int().view(-1, count, 2)
+        if count > 1:
+            ranges[-1, -1] = 0  # that sample has one image fewer
+        return ranges

@@ -74,7 +74,7 @@ class AttentionTensors(RandomTensors):
         shapes = {"q": (x.B, x.H, x.N, x.d), "k": (x.B, x.Hkv, x.Nk, x.d), "v": (x.B, x.Hkv, x.Nk, x.d)}
         return {name: strided(self.normal(*shape), how) for name, shape in shapes.items()}
 
-    def visible_keys(self) -> dict[str, torch.Tensor]:
+    def visible_keys(self) -> dict[str, Any]:
         x, others = self.sizes, {}
         if self.draw(st.booleans()):
             others["kv_len"] = self.integers(x.N, x.Nk)  # an unfilled tail
@@ -82,6 +82,11 @@ class AttentionTensors(RandomTensors):
             others["kv_start"] = self.integers(0, x.Nk // 2)  # left padding; early rows may see nothing
         if self.draw(st.booleans()):
             others["key_mask"] = self.chances(x.B, x.Nk) < 0.7
+        if self.draw(st.booleans()):
+            others["window"] = self.draw(st.sampled_from([1, 2, x.Nk // 3 + 1, x.Nk]))
+        if count := self.draw(st.sampled_from([0, 0, 1, 3])):
+            ends = others["kv_len"].tolist() if "kv_len" in others else [x.Nk] * x.B
+            others["bidirectional_ranges"] = self.ranges(ends, count)
         return others
 
     def hr_rows(self) -> dict[str, torch.Tensor]:
@@ -127,7 +132,7 @@ def attention_cases(draw, gradients: bool = False, small: bool = False, most_wor
     tensors = AttentionTensors(draw, draw(attention_sizes(small).filter(lambda sizes: sizes.work <= most_work)))
     floats = tensors.sequence()
     others: dict[str, Any] = {"scale": tensors.sizes.d**-0.5 * draw(st.sampled_from([1.0, 3.0]))}
-    others |= tensors.visible_keys() | tensors.hr_rows()
+    others |= tensors.visible_keys() | tensors.hr_rows() | {"softcap": draw(st.sampled_from([0.0, 0.0, 2.0, 30.0]))}
     if tensors.sizes.M:
         floats |= tensors.pool()
         others |= tensors.hr_slots()

@@ -92,6 +92,7 @@ inline PathChoice choose_attention_path(const AttentionInputs& in, int capabilit
 inline PathChoice choose_backward_path(const AttentionBackwardParams& p, int capability) {
   PathReasons reasons;
   reasons.check_tensor_cores(p.in, capability);
+  reasons.against(p.in.softcap > 0, "the logits have a softcap, whose derivative only the generic kernels compute");
   reasons.check_sizes(p.in);
   reasons.check_alignment("grad_out", p.grad_out, p.grad_out_strides, p.in.batch, p.in.dtype);
   reasons.check_alignment("out", p.out, {}, p.in.batch, p.in.dtype);

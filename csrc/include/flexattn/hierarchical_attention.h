@@ -16,17 +16,24 @@ struct AttentionInputs {
   int64_t keys;      // Nk
   int64_t head_dim;  // d
   double scale;      // of the logits, usually 1 / sqrt(d)
+  double softcap;  // logits become softcap * tanh(logit / softcap), those of high-resolution keys too; 0 = as they are
 
   const void* q;  // [B, H, N, d]
   const void* k;  // [B, Hkv, Nk, d]
   const void* v;  // [B, Hkv, Nk, d]
   Strides q_strides, k_strides, v_strides;
 
-  // Query n of sample b stands at position kv_len[b] - N + n and sees the sequence keys j with
-  // kv_start[b] <= j <= that position and, where key_mask is given, bit j of its row set.
-  const int32_t* kv_start;  // [B]
-  const int32_t* kv_len;    // [B]
-  const int32_t* key_mask;  // [B, ceil(Nk / 32)] or null
+  // Query n of sample b stands at position p = kv_len[b] - N + n. It sees the sequence keys j with p - window < j <= p
+  // and, if p lies in one of the sample's bidirectional ranges, all keys j of that range; of these, those with
+  // kv_start[b] <= j and, where key_mask is given, bit j of its row set. Both sets contain p: together they are one
+  // interval, and neither of its bounds decreases from one query to the next.
+  const int32_t* kv_start;              // [B]
+  const int32_t* kv_len;                // [B]
+  const int32_t* key_mask;              // [B, ceil(Nk / 32)] or null
+  int64_t window;                       // 0 = unlimited
+  int64_t ranges;                       // G; 0 = none
+  const int32_t* bidirectional_ranges;  // [B, G, 2]: first position and one past the last; ascending and disjoint,
+                                        // those that are empty aside, and at most kv_len; null if G is 0
 
   // High-resolution keys: a pool of slots, of which sample b owns hr_slots[b, 0 .. hr_count[b]). Null if there are
   // none.
