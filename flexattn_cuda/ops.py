@@ -232,9 +232,9 @@ def hierarchical_attention(  # noqa: PLR0913 (an operator)
 
     Query n of sample b stands at position `kv_len[b] - N + n` and sees the sequence keys from `kv_start[b]` up to that
     position. This one rule covers left padding, prefill, chunked prompts, decoding, and static caches with an unfilled
-    tail. `window` limits it to the latest keys; inside one of `bidirectional_ranges`, a query also sees all keys of that
-    range, later ones and those beyond the window included. No N x (N+M) matrix is held in memory. Differentiable once in `q`, `k`, `v`, `k_hr` and `v_hr`, in reverse
-    mode.
+    tail. `window` limits it to the latest keys; inside one of `bidirectional_ranges`, a query also sees all keys of
+    that range, later ones and those beyond the window included. No N x (N+M) matrix is held in memory. Differentiable
+    once in `q`, `k`, `v`, `k_hr` and `v_hr`, in reverse mode.
 
     HR keys are optional: `k_hr`, `v_hr`, `hr_slots` and `hr_count` are given together, and with them one of `hr_from`
     and `hr_rows`, which say which rows see HR keys.
@@ -288,8 +288,8 @@ def hierarchical_attention(  # noqa: PLR0913 (an operator)
         scale = q.shape[-1] ** -0.5
     return Attention(
         *registration.call(  # in the order of the schema (csrc/torch/attention_arguments.h)
-            registration.ATTENTION, q, k, v, kv_start, kv_len, key_mask, window, bidirectional_ranges, softcap,
-            k_hr, v_hr, hr_slots, hr_count, hr_from, hr_rows, hr_row_bits, alpha, map_ranges, map_size, map_over_all, scale,
+            registration.ATTENTION, q, k, v, kv_start, kv_len, key_mask, window, bidirectional_ranges, softcap, k_hr,
+            v_hr, hr_slots, hr_count, hr_from, hr_rows, hr_row_bits, alpha, map_ranges, map_size, map_over_all, scale,
         )
     )  # fmt: skip
 

@@ -299,8 +299,8 @@ for _operator in _WRITTEN:
 def attention_flops(*shapes: Any, **_: Any) -> int:
     """Return the FLOPs of attention for torch's FlopCounterMode: 2 for each multiply-add of scores and outputs.
 
-    As in torch's count of its own attention, causality saves nothing, nor does a window: N x Nk for the sequence. HR keys count for the
-    rows that see them: R x M with `hr_rows`, N x M with `hr_from`.
+    As in torch's count of its own attention, causality saves nothing, nor does a window: N x Nk for the sequence. HR
+    keys count for the rows that see them: R x M with `hr_rows`, N x M with `hr_from`.
     """
     given = _by_name(ATTENTION, shapes)
     B, H, N, d = given.q

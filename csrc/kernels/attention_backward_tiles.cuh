@@ -161,8 +161,7 @@ struct RowTile {
     if (work.sees_all(p.in, tile)) return bits;
 #pragma unroll
     for (int which = 0; which < 2; ++which)
-      bits.keys[which] =
-          static_cast<uint32_t>(work.visible_keys(p.in, tile, block_row<Mma>(which))) >> Mma::key_of_lane();
+      bits.keys[which] = work.visible_keys<uint32_t>(p.in, tile, block_row<Mma>(which)) >> Mma::key_of_lane();
     return bits;
   }
 

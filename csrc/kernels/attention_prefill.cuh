@@ -70,7 +70,7 @@ __device__ __forceinline__ void mask_scores(const AttentionInputs& in, const Blo
   uint64_t visible[2];
 #pragma unroll
   for (int which = 0; which < 2; ++which)
-    visible[which] = work.visible_keys(in, tile, block_row<Mma>(which)) >> Mma::key_of_lane();
+    visible[which] = work.visible_keys<uint64_t>(in, tile, block_row<Mma>(which)) >> Mma::key_of_lane();
 #pragma unroll
   for (int i = 0; i < Mma::kScores; ++i)
     if (!(visible[Mma::row_of(i)] >> Mma::key_of_score(i) & 1)) s[i] = -INFINITY;

@@ -72,7 +72,10 @@ struct TileCopy {
   uint4 held[Mma::kAsync ? 1 : kPerPart];
 
   // The chunks are numbered row by row.
-  static __device__ int number(int part, int i) { return threadIdx.x + (part * kPerPart + i) * kThreads; }
+  static __device__ int number(int part, int i) {
+    const int thread = kParts == 1 ? opaque(threadIdx.x) : threadIdx.x;
+    return thread + (part * kPerPart + i) * kThreads;
+  }
   static __device__ bool exists(int part, int i) { return kFull || number(part, i) < kRows * kChunks; }
   // Shared memory serves 8 lanes at a time. If these hold chunks of two rows, the rows differ in their low four bits,
   // so that Mma's permutations of chunks send the end of one row and the start of the other to different banks.

@@ -22,7 +22,10 @@ __device__ inline uint64_t bits_from(const int32_t* words, int first, int64_t le
   return shift ? both >> shift | at(word + 2) << (2 * kBitsPerWord - shift) : both;
 }
 
-// The lowest n bits: all 64 for n >= 64, none for n <= 0.
-__device__ inline uint64_t low_bits(int n) { return n >= 64 ? ~uint64_t{0} : n <= 0 ? 0 : (uint64_t{1} << n) - 1; }
+// The lowest n bits of a word: all of them if it has no more, none for n <= 0.
+template <typename Word = uint64_t>
+__device__ Word low_bits(int n) {
+  return n >= static_cast<int>(8 * sizeof(Word)) ? ~Word{0} : n <= 0 ? 0 : (Word{1} << n) - 1;
+}
 
 }  // namespace flexattn::cuda

@@ -10,7 +10,7 @@ struct BlockWork {
   int sample, head, kv_head;
   int first_row, rows;                 // queries first_row .. first_row + rows - 1
   int first_key, end_of_keys;          // sequence keys that some row sees
-  int common_key, common_end;          // sequence keys that every row sees, if common_key < common_end
+  KeyInterval common;                  // sequence keys that every row sees, if there are any
   int hr_count;                        // HR keys; 0 if no row of the block sees them
   int hr_from;                         // rows from here on see HR keys, unless rows are listed in hr_rows
   float alpha;                         // of the rows that see HR keys
@@ -41,18 +41,19 @@ struct BlockWork {
   // Whether every row sees every key of the tile.
   __device__ bool sees_all(const AttentionInputs& in, const KeyTile& tile) const {
     if (tile.hr) return in.hr_from && !in.hr_row_bits && first_row >= hr_from && tile.first + kTileKeys <= tile.end;
-    return !in.key_mask && common_key <= tile.first && tile.first + kTileKeys <= common_end;
+    return !in.key_mask && common.begin <= tile.first && tile.first + kTileKeys <= common.end;
   }
 
-  // The keys of the tile that a row sees, as bits.
-  __device__ uint64_t visible_keys(const AttentionInputs& in, const KeyTile& tile, int row) const {
+  // The keys of the tile, or the first 32 of them, that a row sees, as bits.
+  template <typename Word>
+  __device__ Word visible_keys(const AttentionInputs& in, const KeyTile& tile, int row) const {
     if (tile.hr) {
       if (!sees_hr(in, row)) return 0;
-      const uint64_t keys = low_bits(tile.end - tile.first);
+      const Word keys = low_bits<Word>(tile.end - tile.first);
       return in.hr_row_bits ? keys & bits_from(row_bits(in, sample, hr_row[row]), tile.first, in.selected) : keys;
     }
     const KeyInterval seen = keys_of_row[row];
-    const uint64_t keys = low_bits(seen.end - tile.first) & ~low_bits(seen.begin - tile.first);
+    const Word keys = low_bits<Word>(seen.end - tile.first) & ~low_bits<Word>(seen.begin - tile.first);
     return in.key_mask ? keys & bits_from(in.key_mask + sample * words_for_bits(in.keys), tile.first, in.keys) : keys;
   }
 };
@@ -76,8 +77,7 @@ __device__ inline void assign_rows(const AttentionInputs& in, BlockWork& work) {
                     last = keys_of_query(in, sample, work.first_row + work.rows - 1);
   work.first_key = first.begin;
   work.end_of_keys = last.end;
-  work.common_key = last.begin;
-  work.common_end = first.end;
+  work.common = {last.begin, first.end};
   work.sequence_tiles = static_cast<int>(blocks_for(max(0, work.end_of_keys - work.first_key), kTileKeys));
 }
 

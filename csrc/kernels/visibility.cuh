@@ -11,7 +11,7 @@ namespace flexattn::cuda {
 // ------------------------------------------------------------------------------------------------- the sequence
 
 // Keys begin .. end - 1 of the sequence, or the positions of that number.
-struct KeyInterval {
+struct alignas(8) KeyInterval {
   int begin, end;
 };
 

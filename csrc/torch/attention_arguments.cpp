@@ -1,6 +1,8 @@
 #include "attention_arguments.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
 
 namespace flexattn::torch_binding {
 namespace {
@@ -129,7 +131,8 @@ AttentionInputs checked_inputs(Reasons& reasons, const AttentionArguments& a, do
   in.kv_start = ints(a.kv_start);
   in.kv_len = ints(a.kv_len);
   in.key_mask = ints(a.key_mask);
-  in.window = a.window < in.keys ? a.window : 0;
+  // Positions fit into 32 bits: no query reaches back further than that.
+  in.window = a.window < std::min<int64_t>(in.keys, INT32_MAX) ? a.window : 0;
   in.ranges = a.bidirectional_ranges ? a.bidirectional_ranges->size(1) : 0;
   in.bidirectional_ranges = in.ranges ? ints(a.bidirectional_ranges) : nullptr;
   in.softcap = a.softcap;

@@ -29,7 +29,7 @@ def choose_sizes(rng: random.Random, queries: list[int]) -> AttentionSizes:
 
 
 class CaseMaker(RandomTensors):
-    """Makes the tensors of one call; what no query may see is NaN: keys outside the window or the tail, unused slots."""
+    """Makes the tensors of one call; what no query may see is NaN: keys out of reach, unused slots."""
 
     def __init__(self, rng: random.Random, dtype: torch.dtype, sizes: AttentionSizes):
         super().__init__(sizes, seed=rng.randrange(2**31))

@@ -464,15 +464,15 @@ def test_compiles_without_graph_breaks(device):
         ({"bidirectional_ranges": ints([[0, 1], [0, 1]])}, r"has shape \[2, 2\], expected \[2, \*, 2\]"),
         (
             {"bidirectional_ranges": ints([[[2, 5]], [[5, 4]]])},
-            r"bidirectional_ranges has the range \[5, 4\) in sample 1, expected 0 <= begin <= end <= kv_len, which is 11",
+            r"has the range \[5, 4\) in sample 1, expected 0 <= begin <= end <= kv_len, which is 11",
         ),
         (
             {"bidirectional_ranges": ints([[[0, 5]], [[0, 9]]]), "kv_len": ints([11, 8])},
-            r"bidirectional_ranges has the range \[0, 9\) in sample 1, expected 0 <= begin <= end <= kv_len, which is 8",
+            r"has the range \[0, 9\) in sample 1, expected 0 <= begin <= end <= kv_len, which is 8",
         ),
         (
             {"bidirectional_ranges": ints([[[4, 7], [0, 0], [6, 9]], [[0, 1], [1, 2], [0, 0]]])},
-            "a range that begins at 6 after one that ends at 7 in sample 0, expected ascending ranges that do not overlap",
+            "begins at 6 after one that ends at 7 in sample 0, expected ascending ranges that do not overlap",
         ),
         ({"alpha": torch.ones(3)}, r"alpha has shape \[3\], expected \[2\]"),
         ({"map_ranges": torch.tensor([[[0, 4]], [[0, 9]]], dtype=torch.int32), "map_size": 9}, "a range of 4 keys"),
@@ -483,6 +483,20 @@ def test_bad_attention_arguments(changes, message):
     arguments = attention_arguments(**changes)
     with pytest.raises(ValueError, match=message):
         ops.hierarchical_attention(**arguments)
+
+
+@device_cases
+@pytest.mark.parametrize("queries", [3, 20])
+def test_a_window_over_everything_and_empty_ranges_change_nothing(device, queries):
+    shapes = {"q": (2, 2, queries, 64), "k": (2, 2, 40, 64), "v": (2, 2, 40, 64)}
+    tensors = {name: torch.randn(*shape, device=device) for name, shape in shapes.items()}
+    expected = ops.hierarchical_attention(**tensors)
+    empty = ints([[[0, 0], [40, 40]], [[7, 7], [3, 3]]]).to(device)
+    found = ops.hierarchical_attention(**tensors, window=40, bidirectional_ranges=empty, softcap=0.0)
+    narrow = ops.hierarchical_attention(**tensors, window=39)
+    assert torch.equal(found.out, expected.out) and torch.equal(found.lse, expected.lse)
+    assert not torch.equal(narrow.lse[:, :, -1], expected.lse[:, :, -1])  # the last query no longer sees key 0
+    torch.testing.assert_close(narrow.lse[:, :, :-1], expected.lse[:, :, :-1])
 
 
 def test_an_error_lists_every_reason():
