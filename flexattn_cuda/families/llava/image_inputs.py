@@ -8,6 +8,7 @@ import torch
 
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.mechanism.call import NewImages, Span
+from flexattn_cuda.mechanism.grid import ImageGrids
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,11 @@ class ImageInputs:
         """Return the same images with their tokens."""
         return replace(self, image_features=image_features, hr_features=hr_features)
 
-    def new_images(self, spans: list[list[Span]]) -> NewImages:
-        """Return what the mechanism needs to know of the images."""
-        return NewImages(spans, self.pixel_values_hr, self.hr_features, self.valid_rect, self.rows_per_prompt)
+    def new_images(self, spans: list[list[Span]], grids: ImageGrids) -> NewImages:
+        """Return what the mechanism needs to know of the images, which all have the same grids."""
+        return NewImages(
+            spans, [grids] * self.count, self.pixel_values_hr, self.hr_features, self.valid_rect, self.rows_per_prompt
+        )
 
     def _first(self) -> torch.Tensor | None:
         alternatives = (self.pixel_values, self.pixel_values_hr, self.image_features)
