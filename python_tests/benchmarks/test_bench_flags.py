@@ -71,6 +71,7 @@ def test_flags_are_read_and_defaults_follow_them(parse, line, read):
         ("attention --queries 5", "--lr-side 24 takes 576 of the keys and there are 5; --lr-side 0 asks for no map."),
         ("assign --selected 0", "--selected must be at least 1 for assign."),
         ("write --head-dim 5", "--head-dim must be even for write."),
+        ("select --hr-side 46341", "--hr-side is 46341, it must be at most 46340."),
         ("gather --selected 5185", "--selected is more than the hr-side x hr-side tokens."),
     ],
 )

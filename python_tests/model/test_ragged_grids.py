@@ -19,7 +19,9 @@ from flexattn_cuda.mechanism.attach import Attachment
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 from flexattn_cuda.mechanism.call import HRRequest, NewImages, Span
-from flexattn_cuda.mechanism.grid import Grid, ImageGrids
+from flexattn_cuda.mechanism.grid import ABSENT, Grid, ImageGrids
+from flexattn_cuda.mechanism.layout import ImageLayout
+from flexattn_cuda.mechanism.selection import select
 
 WIDTH, LENGTH, LAYERS = 32, 30, 4
 SETTINGS = FlexAttnConfig(first_layer=1, pool=3, threshold=200.0)
@@ -201,6 +203,55 @@ def test_every_image_of_a_batch_is_seen_in_its_own_grids(batch):
             assert torch.equal(torch.cat([part.flatten() for part in ours]), mask)
     tiles = sum(picture.grids.tiles.cells for prompt in batch for picture in prompt)
     assert 0 < family.tiles_encoded < tiles  # those alone that a selection reached
+
+
+def layout_of(batch: list[list[Picture]]) -> ImageLayout:
+    slots = max(map(len, batch))
+    of_slots = [prompt + [None] * (slots - len(prompt)) for prompt in batch]
+    return ImageLayout(
+        [[picture.grids if picture else ABSENT for picture in prompt] for prompt in of_slots],
+        torch.tensor([[picture.span if picture else (0, 0) for picture in prompt] for prompt in of_slots]).int(),
+        torch.tensor([[picture.rect if picture else [0] * 4 for picture in prompt] for prompt in of_slots]).int(),
+        last_end=max(picture.span.end for prompt in batch for picture in prompt),
+    )
+
+
+@pytest.mark.parametrize("pool", [0, 2])
+@pytest.mark.parametrize("strategy", ["center", "random"])
+def test_the_ablations_choose_the_same_share_of_every_grid(strategy, pool):
+    settings = dataclasses.replace(SETTINGS, strategy=strategy, pool=pool, ratio=0.3)
+    layout = layout_of(BATCH).on(torch.device("cpu"), 1)
+    mask = select(settings, torch.rand(3, 2, 2, WIDE.lr.cells), layout, WIDE.hr.cells).mask(2)
+    for row, prompt in enumerate(BATCH):
+        for image in range(2):
+            tokens = mask[row, :, image]
+            if image >= len(prompt):
+                assert not tokens.any()
+                continue
+            grids = prompt[image].grids
+            of_image = tokens[:, : grids.hr.cells].view(2, *grids.hr)
+            assert not tokens[:, grids.hr.cells :].any()
+            pooled = Grid(*(min(side, pool or side) for side in grids.lr))
+            # A cell of the grid is seen at the first token of its rows and columns, rounded up.
+            first = [[-(-i * hr // side) for i in range(side)] for side, hr in zip(pooled, grids.hr)]
+            cells = of_image[:, first[0]][:, :, first[1]]
+            assert cells.flatten(1).sum(-1).tolist() == [max(1, round(0.3 * pooled.cells))] * 2
+            if strategy == "center" and min(pooled) > 2:
+                assert cells[:, pooled.rows // 2, pooled.cols // 2].all()
+
+
+def test_a_crop_leaves_the_ranges_of_what_remains_inside_the_sequence():
+    """Without the widest image, the others' ranges are as long as the next one's."""
+    layout = layout_of(BATCH)
+    rows = layout.on(torch.device("cpu"), 1)
+    assert rows.map_ranges.tolist() == [[[2, 17], [0, 0]], [[1, 16], [15, 30]], [[0, 0], [0, 0]]]
+    assert rows.skipped.tolist() == [[0, 0], [0, 7], [0, 0]]
+    layout.crop(16)
+    rows = layout.on(torch.device("cpu"), 2)
+    assert layout.grids == [[ABSENT, ABSENT], [SMALL, ABSENT], [ABSENT, ABSENT]]
+    assert rows.map_ranges[2].tolist() == [[1, 5], [0, 0]] and rows.lr_grid.sum() == 2 * 4 and rows.skipped is None
+    layout.crop(0)
+    assert layout.cells == 0 and not layout.on(torch.device("cpu"), 1).map_ranges.any()
 
 
 @torch.no_grad()
