@@ -48,10 +48,14 @@ def attention(*sizes, **options) -> Operation:
 def selection() -> Operation:
     """Map to HR tokens, as released: min-max, threshold, 9 x 9 pool, 72 x 72 tokens."""
     maps = torch.rand(1, 1, 1, SIDE**2, generator=torch.Generator().manual_seed(0)) ** 8
-    valid_rect = torch.tensor([[[0, 0, SIDE, SIDE]]], dtype=torch.int32)
+    lr_grid, hr_grid, pool_grid = (
+        torch.full((1, 1, 2), side, dtype=torch.int32) for side in (SIDE, HR_SIDE, POOL_SIDE)
+    )
 
     def ours() -> ops.SelectedTokens:
-        return ops.select_tokens(maps, valid_rect, hr_side=HR_SIDE, scale=255.0, threshold=48.0, pool_side=POOL_SIDE)
+        return ops.select_tokens(
+            maps, lr_grid, hr_grid, hr_tokens=HR_SIDE**2, scale=255.0, threshold=48.0, pool_grid=pool_grid
+        )
 
     def eager() -> tuple[torch.Tensor, torch.Tensor]:
         grid = maps.view(1, 1, SIDE, SIDE)

@@ -126,10 +126,15 @@ def gradients(inputs: Inputs) -> None:
 
 def selection_and_pool(inputs: Inputs) -> None:
     """Select tokens, gather them, assign their slots and write their keys, in every dtype, in whole vectors and not."""
+    tokens, capacity = 72 * 72, 600
     for dtype in (torch.float32, torch.float64):
         attention_map = inputs.uniform(1, 1, 1, 576, dtype=dtype)
-        chosen = ops.select_tokens(attention_map, int32([[0, 0, 24, 24]]), hr_side=72, scale=1, threshold=0.6)
-    tokens, capacity = 72 * 72, 600
+        for margin in (None, int32([[0, 3, 24, 21]])):  # without pooling and margin, and with both
+            pool_grid = None if margin is None else int32([[9, 9]])
+            chosen = ops.select_tokens(
+                attention_map, int32([[24, 24]]), int32([[72, 72]]), hr_tokens=tokens, scale=1, threshold=0.6,
+                pool_grid=pool_grid, valid_rect=margin,
+            )  # fmt: skip
     index = chosen.index[:, :capacity]
     for dtype, channels in ((torch.float16, 1024), (torch.float16, 129), (torch.float32, 129), (torch.float64, 129)):
         features = inputs.normal(1, tokens, channels, dtype=dtype).requires_grad_()

@@ -10,15 +10,18 @@ Sizes in the shapes below:
 | B     | samples in the batch                                         |
 | R     | query rows with a map of their own                           |
 | I     | images per sample                                            |
-| S, h  | side of the low-resolution (LR) and high-resolution (HR) grid |
+| C, T  | low-resolution (LR) cells, high-resolution (HR) tokens that an image has room for |
 | N, Nk | query rows, sequence keys                                    |
 | M, P  | selected HR tokens per sample, slots of the HR pool          |
 | H, Hkv | query heads, key heads                                      |
 | d     | head dimension                                               |
 
-Grids are row-major from the top left. Every index tensor is int32. "Dense last dimension" means stride 1 there and any
-strides elsewhere; such tensors are read in place. Results never share memory with arguments. Every operator is
-deterministic.
+Grids are row-major from the top left. Each image has its own, given as rows and columns in [B, I, 2] tensors. Its cells
+are the first rows x columns of C, its HR tokens the first rows x columns of T, and HR token t of image i of a sample
+has the number `i*T + t`. An image of 0 x 0 is absent.
+
+Every index tensor is int32. "Dense last dimension" means stride 1 there and any strides elsewhere; such tensors are
+read in place. Results never share memory with arguments. Every operator is deterministic.
 
 Bad arguments raise one ValueError that lists every reason. The values of index tensors are checked on the CPU only,
 because reading them from a GPU would wait for it.
@@ -38,23 +41,38 @@ _WORD = 32
 
 
 class SelectedTokens(NamedTuple):
-    """Result of `select_tokens`.
+    """Result of `select_tokens`; all int32.
 
     Attributes:
-        mask: [B, R, I, h*h] bool; the HR tokens that each row selects.
-        index: [B, I*h*h] int32; `image * h*h + token` of the tokens that any row selects, ascending, then -1.
-        count: [B] int32; the number of those tokens.
-        row_bits: [B, R, ceil(I*h*h / 32)] int32; bit m of row r is set if row r selects `index[m]`.
+        index: [B, I*T]; the numbers of the HR tokens that any row selects, ascending, then -1.
+        count: [B]; the number of those tokens.
+        row_bits: [B, R, ceil(I*T / 32)]; bit m of row r is set if row r selects `index[m]`.
     """
 
-    mask: Tensor
     index: Tensor  # type: ignore[assignment]  # a field, not the method of tuples
     count: Tensor  # type: ignore[assignment]
     row_bits: Tensor
 
+    def mask(self, images: int) -> Tensor:
+        """Return [B, R, I, T] bool, the HR tokens that each row selects. I = `images`. Nothing is read back."""
+        tokens = self.index.shape[1]
+        bits = unpack_bits(self.row_bits, tokens)
+        # The entries of -1 go to an extra token, which is cut off.
+        number = torch.where(self.index >= 0, self.index, tokens).long()[:, None].expand_as(bits)
+        mask = bits.new_zeros(*bits.shape[:2], tokens + 1).scatter(-1, number, bits)[..., :tokens]
+        return mask.reshape(*bits.shape[:2], images, tokens // max(images, 1))
+
 
 def select_tokens(
-    attention_map: Tensor, valid_rect: Tensor, *, hr_side: int, scale: float, threshold: float, pool_side: int = 0
+    attention_map: Tensor,
+    lr_grid: Tensor,
+    hr_grid: Tensor,
+    *,
+    hr_tokens: int,
+    scale: float,
+    threshold: float,
+    pool_grid: Tensor | None = None,
+    valid_rect: Tensor | None = None,
 ) -> SelectedTokens:
     """Return the HR tokens to attend to, given the attention map of the layer before (section 4.2).
 
@@ -63,30 +81,35 @@ def select_tokens(
     1. set the cells outside `valid_rect` to zero (as in the released code);
     2. min-max normalise the grid to a;
     3. choose the cells with `a * scale > threshold`;
-    4. max-pool the choice adaptively to `pool_side` x `pool_side`, unless that is 0 (as in the released code);
-    5. resize it to h x h by nearest neighbour.
+    4. max-pool the choice adaptively to `pool_grid`, if there is one (as in the released code);
+    5. resize it to `hr_grid` by nearest neighbour.
 
-    A constant grid selects nothing, and neither does one with a NaN.
+    A constant grid selects nothing, and neither does one with a NaN, nor an absent image.
 
     Args:
-        attention_map: [B, R, I, S*S] float32 or float64, not negative.
-        valid_rect: [B, I, 4] int32; top, left, bottom and right of the image inside its padding, in LR cells,
-            half-open.
-        hr_side: h, at least 1.
+        attention_map: [B, R, I, C] float32 or float64, not negative. What follows an image's cells is not read.
+        lr_grid: [B, I, 2] int32; rows and columns of the LR grid, at most C cells.
+        hr_grid: [B, I, 2] int32; rows and columns of the HR grid, at most T tokens.
+        hr_tokens: T; I*T is below 2^31.
         scale: Factor on the normalised map. A second number beside the threshold makes both `a * 255 > 48` (released)
             and `a * 1 > 0.1875` (paper) exact.
         threshold: Value that `a * scale` must exceed.
-        pool_side: Side of the pooled grid, at most S; 0 for no pooling.
+        pool_grid: [B, I, 2] int32; rows and columns of the pooled grid, from 1 x 1 to the LR grid; no pooling if
+            absent.
+        valid_rect: [B, I, 4] int32; top, left, bottom and right of the image inside its padding, in LR cells,
+            half-open; the whole grid if absent.
 
     Returns:
         The selection, on the device of the map. Counts are not read back from a GPU.
 
     Raises:
-        ValueError: If a shape, dtype or device is wrong, S*S is not a square, or `valid_rect` leaves the grid (CPU
-            only).
+        ValueError: If a shape, dtype or device is wrong, `hr_tokens` is out of range, or a grid or rectangle is too
+            large (CPU only).
         NotImplementedError: If the tensors are on a GPU and this build cannot run there.
     """
-    return SelectedTokens(*registration.SELECT_TOKENS(attention_map, valid_rect, hr_side, scale, threshold, pool_side))
+    return SelectedTokens(
+        *registration.SELECT_TOKENS(attention_map, lr_grid, hr_grid, hr_tokens, scale, threshold, pool_grid, valid_rect)
+    )
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
@@ -192,8 +215,8 @@ class Attention(NamedTuple):
         out: [B, N, H, d] in the dtype of `q`; zero in rows that see no key.
         lse: [B, H, N]; log-sum-exp of the logits of all keys that a row sees, -inf if it sees none.
         lse_seq: [B, H, N]; the same over its sequence keys only.
-        map: [B, R, I, S*S]; probabilities of each image's LR keys, summed over heads. The rows are those of `hr_rows`;
-            without it, R = 1 and the row is the last query.
+        map: [B, R, I, map_size]; probabilities of each image's LR keys, summed over heads. The rows are those of
+            `hr_rows`; without it, R = 1 and the row is the last query.
 
     All but `out` are float32, or float64 for float64 inputs.
     """
@@ -265,7 +288,7 @@ def hierarchical_attention(  # noqa: PLR0913 (an operator)
         alpha: [B] float32; a row that sees HR keys returns (1 - alpha) * plain + alpha * with_hr; 1 if absent.
         map_ranges: [B, I, 2] int32; first LR key of each image and one past its last. An empty range gives a map of
             zeros.
-        map_size: S*S, the length of every range that is not empty.
+        map_size: C, the length of every range that is not empty.
         map_over_all: If True, the softmax behind the map covers all N+M keys (equation 7); if False, the N sequence
             keys (released code).
         scale: Factor on the logits; 1 / sqrt(d) if absent.
@@ -307,6 +330,20 @@ def pack_bits(mask: Tensor) -> Tensor:
     bits: Tensor = padded.unflatten(-1, (-1, _WORD))  # type: ignore[no-untyped-call]
     # Summed in int64, which holds all 32 bits; the conversion keeps the low ones.
     return (bits.to(torch.int64) << torch.arange(_WORD, device=mask.device)).sum(-1).to(torch.int32)
+
+
+def unpack_bits(words: Tensor, n: int) -> Tensor:
+    """Unpack the first n bits of words; the inverse of `pack_bits`.
+
+    Args:
+        words: [..., ceil(n / 32)] int32.
+        n: Bits to unpack.
+
+    Returns:
+        [..., n] bool.
+    """
+    bits = words.long()[..., None] >> torch.arange(_WORD, device=words.device) & 1
+    return bits.flatten(-2)[..., :n].bool()
 
 
 class AttentionPath(NamedTuple):

@@ -10,46 +10,52 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from flexattn_cuda.ops import AssignedSlots, Attention, SelectedTokens, pack_bits
+from flexattn_cuda.ops import AssignedSlots, Attention, SelectedTokens, pack_bits, unpack_bits
 
 
 def select_tokens(
     attention_map: torch.Tensor,
-    valid_rect: torch.Tensor,
+    lr_grid: torch.Tensor,
+    hr_grid: torch.Tensor,
     *,
-    hr_side: int,
+    hr_tokens: int,
     scale: float,
     threshold: float,
-    pool_side: int = 0,
+    pool_grid: torch.Tensor | None = None,
+    valid_rect: torch.Tensor | None = None,
 ) -> SelectedTokens:
     """Select tokens as in section 4.2: zero the margin, min-max normalise, binarise, pool, resize; then list them."""
-    B, R, images, cells = attention_map.shape
-    S = int(cells**0.5)
-    line = torch.arange(S, device=attention_map.device)
-    top, left, bottom, right = valid_rect.long()[:, None, :, :, None].unbind(3)  # [B, 1, I, 1] each
-    inside_rows = (line >= top) & (line < bottom)
-    inside_columns = (line >= left) & (line < right)
-    inside = inside_rows[..., :, None] & inside_columns[..., None, :]
-    grid = torch.where(
-        inside,
-        attention_map.view(B, R, images, S, S),
-        torch.zeros((), dtype=attention_map.dtype, device=attention_map.device),
-    )
-    low, high = grid.amin((-1, -2), keepdim=True), grid.amax((-1, -2), keepdim=True)
-    chosen = ((grid - low) / (high - low) * scale > threshold).float().flatten(0, 2)[:, None]
-    if pool_side:
-        chosen = functional.adaptive_max_pool2d(chosen, pool_side)
-    mask = functional.interpolate(chosen, size=hr_side, mode="nearest").bool().view(B, R, images, -1)
-
-    tokens = mask.flatten(2)  # [B, R, I*h*h]
-    index = torch.full((B, tokens.shape[2]), -1, dtype=torch.int32, device=attention_map.device)
-    bits = torch.zeros_like(tokens)
+    B, R, images, _ = attention_map.shape
+    mask = torch.zeros(B, R, images, hr_tokens, dtype=torch.bool, device=attention_map.device)
     for b in range(B):
-        selected = tokens[b].any(0).nonzero().flatten()
+        for i in range(images):
+            (rows, cols), hr = lr_grid[b, i].tolist(), hr_grid[b, i].tolist()
+            if rows * cols == 0 or hr[0] * hr[1] == 0:
+                continue
+            grids = attention_map[b, :, i, : rows * cols].view(R, rows, cols)
+            if valid_rect is not None:
+                top, left, bottom, right = valid_rect[b, i].tolist()
+                inside = torch.zeros_like(grids, dtype=torch.bool)
+                inside[:, top:bottom, left:right] = True
+                grids = torch.where(inside, grids, 0)
+            low, high = grids.amin((-1, -2), keepdim=True), grids.amax((-1, -2), keepdim=True)
+            chosen = ((grids - low) / (high - low) * scale > threshold).float()[:, None]
+            if pool_grid is not None:
+                chosen = functional.adaptive_max_pool2d(chosen, pool_grid[b, i].tolist())
+            mask[b, :, i, : hr[0] * hr[1]] = functional.interpolate(chosen, size=hr, mode="nearest").flatten(1) > 0
+    return list_tokens(mask)
+
+
+def list_tokens(mask: torch.Tensor) -> SelectedTokens:
+    """List what a mask [B, R, I, T] selects; the inverse of `SelectedTokens.mask`."""
+    tokens = mask.flatten(2)  # [B, R, I*T]
+    index = torch.full((len(tokens), tokens.shape[2]), -1, dtype=torch.int32, device=mask.device)
+    bits = torch.zeros_like(tokens)
+    for b, rows in enumerate(tokens):
+        selected = rows.any(0).nonzero().flatten()
         index[b, : len(selected)] = selected.int()
-        bits[b, :, : len(selected)] = tokens[b][:, selected]
-    count = tokens.any(1).sum(-1, dtype=torch.int32)
-    return SelectedTokens(mask, index, count, pack_bits(bits))
+        bits[b, :, : len(selected)] = rows[:, selected]
+    return SelectedTokens(index, tokens.any(1).sum(-1, dtype=torch.int32), pack_bits(bits))
 
 
 def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -95,12 +101,6 @@ def write_hr_kv(
     at = slots[written].long()
     k_pool[at] = rotate(k, cos[:, None], sin[:, None])[written].to(k_pool.dtype)
     v_pool[at] = v[written]
-
-
-def unpack_bits(words: torch.Tensor, n: int) -> torch.Tensor:
-    """Unpack n bits of [..., ceil(n / 32)] int32 to [..., n] bool; the inverse of `pack_bits`."""
-    bits = words.long()[..., None] >> torch.arange(32, device=words.device) & 1
-    return bits.flatten(-2)[..., :n].bool()
 
 
 def softmax(logits: torch.Tensor) -> torch.Tensor:

@@ -85,16 +85,13 @@ def _shapes_of(operator: OpOverload) -> Callable[[_Function], _Function]:
 
 
 @_shapes_of(SELECT_TOKENS)
-def _select_tokens(
-    attention_map: Tensor, valid_rect: Tensor, hr_side: int, scale: float, threshold: float, pool_side: int = 0
-) -> tuple[Tensor, ...]:
-    B, R, images, _ = attention_map.shape
-    tokens = images * hr_side * hr_side
-    return (
-        attention_map.new_empty(B, R, images, hr_side * hr_side, dtype=torch.bool),
-        attention_map.new_empty(B, tokens, **_INT32),
-        attention_map.new_empty(B, **_INT32),
-        attention_map.new_empty(B, R, (tokens + _WORD - 1) // _WORD, **_INT32),
+def _select_tokens(*arguments: Any) -> tuple[Tensor, ...]:
+    given = _by_name(SELECT_TOKENS, arguments)
+    B, R, images, _ = given.attention_map.shape
+    tokens = images * given.hr_tokens
+    return tuple(
+        given.attention_map.new_empty(size, **_INT32)
+        for size in ((B, tokens), (B,), (B, R, (tokens + _WORD - 1) // _WORD))
     )
 
 

@@ -66,17 +66,19 @@ def random_selection(plan: Plan, sizes: OperatorSizes) -> torch.Tensor:
 
 
 def select(name: str, plan: Plan, sizes: OperatorSizes) -> Comparison:
-    side, device = plan.sizes.side, plan.device
+    side, hr_side, device = plan.sizes.side, plan.sizes.hr_side, plan.device
     maps = torch.rand(sizes.batch, 1, 1, side**2, generator=plan.generator, device=device) ** 27  # few cells stand out
-    whole = torch.tensor([0, 0, side, side], dtype=torch.int32, device=device)
-    valid_rect = whole.expand(sizes.batch, 1, 4).contiguous()
-    options = dict(hr_side=plan.sizes.hr_side, scale=255.0, threshold=48.0, pool_side=plan.sizes.pool)
+    lr_grid, hr_grid, pool_grid = (
+        torch.full((sizes.batch, 1, 2), of, dtype=torch.int32) for of in (side, hr_side, plan.sizes.pool)
+    )
+    options = dict(hr_tokens=hr_side**2, scale=255.0, threshold=48.0)
+    grids = [grid.to(device) for grid in (lr_grid, hr_grid, pool_grid)]
 
     def call() -> ops.SelectedTokens:
-        return ops.select_tokens(maps, valid_rect, **options)
+        return ops.select_tokens(maps, *grids[:2], pool_grid=grids[2], **options)
 
-    check = equals(lambda: reference.select_tokens(maps.cpu(), valid_rect.cpu(), **options))
-    return compare(name, sizes, call, check, bytes_of(maps, valid_rect, *call()))
+    check = equals(lambda: reference.select_tokens(maps.cpu(), lr_grid, hr_grid, pool_grid=pool_grid, **options))
+    return compare(name, sizes, call, check, bytes_of(maps, *grids, *call()))
 
 
 def gather(name: str, plan: Plan, sizes: OperatorSizes) -> Comparison:

@@ -37,13 +37,11 @@ def forced(stand_in: ForcedSelection | None) -> Iterator[None]:
 
 def selected(tokens: torch.Tensor, total: int, device: str) -> ops.SelectedTokens:
     """Return what the operator gives for these of `total` tokens."""
-    mask = torch.zeros(1, 1, 1, total, dtype=torch.bool)
-    mask[..., tokens] = True
     index = torch.full((1, total), -1, dtype=torch.int32)
     index[0, : len(tokens)] = tokens.sort().values.int()
     bits = ops.pack_bits(torch.arange(total)[None, None] < len(tokens))
     count = torch.tensor([len(tokens)], dtype=torch.int32)
-    return ops.SelectedTokens(*(part.to(device) for part in (mask, index, count, bits)))
+    return ops.SelectedTokens(*(part.to(device) for part in (index, count, bits)))
 
 
 def random_selections(share: float, churn: float, total: int, steps: int, device: str) -> list[ops.SelectedTokens]:

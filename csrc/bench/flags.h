@@ -108,6 +108,15 @@ inline void check_min(const char* name, int64_t value, int64_t min) {
     refuse(std::string(name) + " is " + std::to_string(value) + ", it must be at least " + std::to_string(min) + ".");
 }
 
+// Sides of grids, whose cells are counted in int32.
+inline void check_side(const char* name, int64_t side, int64_t min) {
+  constexpr int64_t kMaxSide = 46340;
+  check_min(name, side, min);
+  if (side > kMaxSide)
+    refuse(std::string(name) + " is " + std::to_string(side) + ", it must be at most " + std::to_string(kMaxSide) +
+           ".");
+}
+
 inline void check_values(const Flags& f) {
   check_choice("the operator", f.op, kOperators);
   check_choice("--dtype", f.dtype, {"fp16", "bf16", "fp32"});
@@ -122,9 +131,9 @@ inline void check_values(const Flags& f) {
   check_min("--head-dim", f.head_dim, 1);
   check_min("--window", f.window, 0);
   check_min("--bidirectional", f.bidirectional, 0);
-  check_min("--hr-side", f.hr_side, 1);
+  check_side("--hr-side", f.hr_side, 1);
   check_min("--pool", f.pool, 0);
-  check_min("--lr-side", f.lr_side, f.op == "select" ? 1 : 0);
+  check_side("--lr-side", f.lr_side, f.op == "select" ? 1 : 0);
   check_min("--iterations", f.iterations, 1);
   check_min("--warmup", f.warmup, 0);
   if (f.peak_gbs < 0 || f.peak_tflops < 0) refuse("peaks must not be negative.");

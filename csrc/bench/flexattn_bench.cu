@@ -169,29 +169,32 @@ Result select(const Flags& f) {
   std::mt19937 generator(1);
   for (float& x : values)
     x = std::pow(std::uniform_real_distribution<float>()(generator), 27.f);  // selects 6 % of the cells, pooled 40 %
-  std::vector<int32_t> rectangles;
-  for (int64_t b = 0; b < f.batch; ++b)
-    for (int64_t side : {int64_t{0}, int64_t{0}, f.lr_side, f.lr_side})
-      rectangles.push_back(static_cast<int32_t>(side));
-  const Buffer map = on_device(values), valid_rect = on_device(rectangles);
-  const Buffer mask(f.batch * tokens), index(f.batch * tokens * 4), count(f.batch * 4),
-      bits(f.batch * words_for_bits(tokens) * 4);
+  const auto squares = [&](int64_t side) {
+    return on_device(std::vector<int32_t>(2 * f.batch, static_cast<int32_t>(side)));
+  };
+  const Buffer map = on_device(values), lr_grid = squares(f.lr_side), hr_grid = squares(f.hr_side);
+  const Buffer pool_grid = squares(f.pool), chosen(2 * f.batch * words_for_bits(cells) * 4);
+  const Buffer index(f.batch * tokens * 4), count(f.batch * 4), bits(f.batch * words_for_bits(tokens) * 4);
   const SelectTokensParams p{.dtype = DType::kFloat32,
                              .map = map.as(),
-                             .valid_rect = valid_rect.as<int32_t>(),
+                             .lr_grid = lr_grid.as<int32_t>(),
+                             .pool_grid = f.pool ? pool_grid.as<int32_t>() : nullptr,
+                             .hr_grid = hr_grid.as<int32_t>(),
+                             .valid_rect = nullptr,
                              .batch = f.batch,
                              .rows = 1,
                              .images = 1,
-                             .lr_side = f.lr_side,
-                             .hr_side = f.hr_side,
-                             .pool_side = f.pool,
+                             .cells = cells,
+                             .hr_tokens = tokens,
                              .scale = 255.0,
                              .threshold = 48.0,
-                             .mask = mask.as<bool>(),
+                             .chosen = chosen.as<int32_t>(),
+                             .any_chosen = chosen.as<int32_t>() + f.batch * words_for_bits(cells),
                              .index = index.as<int32_t>(),
                              .count = count.as<int32_t>(),
                              .row_bits = bits.as<int32_t>()};
-  const double bytes = map.bytes() + valid_rect.bytes() + mask.bytes() + index.bytes() + count.bytes() + bits.bytes();
+  const double bytes = map.bytes() + lr_grid.bytes() + hr_grid.bytes() + (f.pool ? pool_grid.bytes() : 0) +
+                       index.bytes() + count.bytes() + bits.bytes();
   return {static_cast<double>(bytes), 0, timed(f, [&] { cuda::select_tokens(p, nullptr); })};
 }
 

@@ -2,7 +2,7 @@
 
 #include <torch/library.h>
 
-#include <cmath>
+#include <algorithm>
 #include <tuple>
 
 #include "checks.h"
@@ -15,76 +15,102 @@ namespace {
 using at::Tensor;
 
 constexpr at::ScalarType kMapDtypes[] = {at::kFloat, at::kDouble};
+constexpr int64_t kMaxTokens = (int64_t{1} << 31) - 1;  // of a sample: they are numbered in int32
 
-// The side of a square grid with so many cells; 0 if there is none.
-int64_t side_of_square(int64_t cells) {
-  const int64_t side = std::llround(std::sqrt(static_cast<double>(cells)));
-  return side * side == cells ? side : 0;
-}
-
-struct Options {
-  int64_t hr_side, pool_side;
-  double scale, threshold;
+struct Grids {
+  Tensor lr, hr;
+  OptionalTensor pool, valid_rect;
 };
 
-void check(const Tensor& attention_map, const Tensor& valid_rect, const Options& options) {
+// The values of one image, a number in [B, I].
+void check_image(Reasons& reasons, const Grids& grids, int64_t image, int64_t cells, int64_t hr_tokens) {
+  const auto check_size = [&](const char* name, const int32_t* size, int64_t max_cells, const char* of) {
+    reasons.unless(size[0] >= 0 && size[1] >= 0 && int64_t{size[0]} * size[1] <= max_cells, name, " holds ", size[0],
+                   " x ", size[1], ", expected at most ", of, ", which is ", max_cells);
+  };
+  const int32_t* lr = ints(grids.lr) + 2 * image;
+  check_size("lr_grid", lr, cells, "the cells of attention_map");
+  check_size("hr_grid", ints(grids.hr) + 2 * image, hr_tokens, "hr_tokens");
+  if (grids.pool) {
+    const int32_t* pool = ints(grids.pool) + 2 * image;
+    const auto fits = [&](int i) { return (lr[i] > 0 ? 1 : 0) <= pool[i] && pool[i] <= lr[i]; };
+    reasons.unless(fits(0) && fits(1), "pool_grid holds ", pool[0], " x ", pool[1], ", expected 1 x 1 to lr_grid's ",
+                   lr[0], " x ", lr[1]);
+  }
+  if (grids.valid_rect) {
+    const int32_t* rect = ints(grids.valid_rect) + 4 * image;
+    const auto inside = [&](int i) { return 0 <= rect[i] && rect[i] <= lr[i % 2]; };
+    reasons.unless(inside(0) && inside(1) && inside(2) && inside(3), "valid_rect holds ", rect[0], ", ", rect[1], ", ",
+                   rect[2], ", ", rect[3], ", expected to lie in lr_grid's ", lr[0], " x ", lr[1]);
+  }
+}
+
+void check(const Tensor& attention_map, const Grids& grids, int64_t hr_tokens) {
   Reasons reasons("select_tokens");
   const at::Device device = attention_map.device();
   reasons.tensor("attention_map", attention_map, {-1, -1, -1, -1}, kMapDtypes, device);
   reasons.raise_if_any();
   const int64_t B = attention_map.size(0), I = attention_map.size(2), cells = attention_map.size(3);
-  const int64_t S = side_of_square(cells), h = options.hr_side;
-  reasons.unless(S > 0, "attention_map has ", cells, " cells per image, expected a square number");
-  reasons.tensor("valid_rect", valid_rect, {B, I, 4}, kInt, device);
-  reasons.unless(h > 0, "hr_side is ", h, ", expected at least 1");
-  reasons.unless(options.pool_side >= 0 && options.pool_side <= S, "pool_side is ", options.pool_side,
-                 ", expected 0 (no pooling) to ", S);
-  reasons.unless(I * h * h < (int64_t{1} << 31), "the HR grids of ", I, " images have ", I * h * h,
-                 " tokens, expected fewer than 2^31");
-  if (reasons.ok()) reasons.values_within("valid_rect", valid_rect, 0, S);
+  reasons.unless(cells <= kMaxTokens, "attention_map has ", cells, " cells per image, expected fewer than 2^31");
+  reasons.tensor("lr_grid", grids.lr, {B, I, 2}, kInt, device);
+  reasons.tensor("hr_grid", grids.hr, {B, I, 2}, kInt, device);
+  reasons.tensor("pool_grid", grids.pool, {B, I, 2}, kInt, device);
+  reasons.tensor("valid_rect", grids.valid_rect, {B, I, 4}, kInt, device);
+  reasons.unless(hr_tokens >= 0 && hr_tokens <= kMaxTokens / std::max<int64_t>(I, 1), "hr_tokens is ", hr_tokens,
+                 ", expected 0 to ", kMaxTokens / std::max<int64_t>(I, 1), ", or the tokens of ", I,
+                 " images could not be numbered");
+  for (int64_t image = 0; readable(grids.lr) && reasons.ok() && image < B * I; ++image)
+    check_image(reasons, grids, image, cells, hr_tokens);
   reasons.raise_if_any();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> select_tokens(const Tensor& attention_map, const Tensor& valid_rect,
-                                                         int64_t hr_side, double scale, double threshold,
-                                                         int64_t pool_side) {
+OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : std::nullopt; }
+
+std::tuple<Tensor, Tensor, Tensor> select_tokens(const Tensor& attention_map, const Tensor& lr_grid,
+                                                 const Tensor& hr_grid, int64_t hr_tokens, double scale,
+                                                 double threshold, const OptionalTensor& pool_grid,
+                                                 const OptionalTensor& valid_rect) {
   const NvtxRange range("select_tokens");
-  check(attention_map, valid_rect, {hr_side, pool_side, scale, threshold});
+  const Grids grids{lr_grid.contiguous(), hr_grid.contiguous(), dense(pool_grid), dense(valid_rect)};
+  check(attention_map, grids, hr_tokens);
   const int64_t B = attention_map.size(0), R = attention_map.size(1), I = attention_map.size(2);
-  const int64_t tokens = I * hr_side * hr_side;
-  const auto options = attention_map.options();
-  const Tensor mask = at::empty({B, R, I, hr_side * hr_side}, options.dtype(at::kBool));
-  const Tensor index = at::empty({B, tokens}, options.dtype(at::kInt));
-  const Tensor count = at::empty({B}, options.dtype(at::kInt));
-  const Tensor row_bits = at::empty({B, R, words_for_bits(tokens)}, options.dtype(at::kInt));
-  const Tensor dense_map = attention_map.contiguous(), dense_rect = valid_rect.contiguous();
+  const int64_t words = words_for_bits(attention_map.size(3)), tokens = I * hr_tokens;
+  const auto options = attention_map.options().dtype(at::kInt);
+  const Tensor dense_map = attention_map.contiguous();
+  const Tensor chosen = at::empty({B, R, I, words}, options), any_chosen = at::empty({B, I, words}, options);
+  const Tensor index = at::empty({B, tokens}, options), count = at::empty({B}, options);
+  const Tensor row_bits = at::empty({B, R, words_for_bits(tokens)}, options);
 
   SelectTokensParams params{};
   params.dtype = dtype_of(attention_map);
   params.map = dense_map.const_data_ptr();
-  params.valid_rect = ints(dense_rect);
+  params.lr_grid = ints(grids.lr);
+  params.pool_grid = ints(grids.pool);
+  params.hr_grid = ints(grids.hr);
+  params.valid_rect = ints(grids.valid_rect);
   params.batch = B;
   params.rows = R;
   params.images = I;
-  params.lr_side = side_of_square(attention_map.size(3));
-  params.hr_side = hr_side;
-  params.pool_side = pool_side;
+  params.cells = attention_map.size(3);
+  params.hr_tokens = hr_tokens;
   params.scale = scale;
   params.threshold = threshold;
-  params.mask = mask.mutable_data_ptr<bool>();
+  params.chosen = mutable_ints(chosen);
+  params.any_chosen = mutable_ints(any_chosen);
   params.index = mutable_ints(index);
   params.count = mutable_ints(count);
   params.row_bits = mutable_ints(row_bits);
   FLEXATTN_LAUNCH(select_tokens, params, attention_map);
-  return {mask, index, count, row_bits};
+  return {index, count, row_bits};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(flexattn_cuda, library) {
   library.def(
-      "select_tokens(Tensor attention_map, Tensor valid_rect, SymInt hr_side, float scale, float threshold, "
-      "SymInt pool_side=0) -> (Tensor mask, Tensor index, Tensor count, Tensor row_bits)");
+      "select_tokens(Tensor attention_map, Tensor lr_grid, Tensor hr_grid, SymInt hr_tokens, float scale, "
+      "float threshold, Tensor? pool_grid=None, Tensor? valid_rect=None) -> "
+      "(Tensor index, Tensor count, Tensor row_bits)");
 }
 TORCH_LIBRARY_IMPL(flexattn_cuda, CPU, library) { library.impl("select_tokens", &select_tokens); }
 TORCH_LIBRARY_IMPL(flexattn_cuda, CUDA, library) { library.impl("select_tokens", &select_tokens); }

@@ -90,14 +90,15 @@ class CrossContext:
 
     @property
     def present(self) -> torch.Tensor | None:
-        """[G, I*h*h] bool, False where a prompt lacks an image that others have; None if all are there."""
+        """[G, I*T] bool, False where a prompt lacks a token that others have; None if all are there."""
         layout = self.images.layout
         if (layout.prompts, layout.images) == (1, 1) and layout.last_end:
             return None  # the only image, and it has not been cropped out of the cache
-        return layout.present().repeat_interleave(layout.hr_grid.cells, dim=1)
+        tokens = torch.arange(self.images.tokens.room, device=layout.hr_grid.device)
+        return (tokens < layout.hr_grid.prod(-1)[..., None]).flatten(1)
 
     def keys_and_values(self, module: CrossAttention) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values [G, H, I*h*h, d] for one layer; each token is projected once in a conversation."""
+        """Return keys and values [G, H, I*T, d] for one layer; each token is projected once in a conversation."""
         kept = self.images.crossed.get(module.layer) if self.cached else None
         features = self.images.tokens.features
         if kept is not None and kept[0].shape[2] == features.shape[1]:
@@ -126,6 +127,6 @@ class CrossAttachment(Attachment):
     def rotary_tables(
         self, new: NewImages, layout: ImageLayout, past: int, sequence: torch.Tensor, position_ids: torch.Tensor | None
     ) -> RotaryTables:
-        """Return empty tables [G, 0, 0]: cross-attention has no positions."""
-        empty = sequence.new_zeros(layout.prompts, 0, 0)
+        """Return tables [G, I*T, 0]: cross-attention has no positions."""
+        empty = sequence.new_zeros(layout.prompts, layout.images * layout.hr_tokens, 0)
         return RotaryTables(empty, empty)

@@ -22,7 +22,7 @@ from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, rename_cache
 from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.context import ContextOptions, HRContext
-from flexattn_cuda.mechanism.grid import Grid
+from flexattn_cuda.mechanism.grid import ABSENT, Grid
 from flexattn_cuda.mechanism.layout import ImageLayout
 from flexattn_cuda.mechanism.probe import check_keys
 from flexattn_cuda.mechanism.rotary import RotaryTables, hr_rotary_tables
@@ -47,23 +47,11 @@ class Family(Protocol):
     def hr_layers(self) -> range:
         """Layers that attend to HR tokens."""
 
-    @property
-    def lr_grid(self) -> Grid:
-        """Grid of the LR tokens of an image, which stand in the sequence."""
-
-    @property
-    def hr_grid(self) -> Grid:
-        """Grid of the HR tokens of an image."""
-
-    @property
-    def tile_grid(self) -> Grid:
-        """Grid of the tiles of an image."""
-
-    def cut_into_tiles(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """Cut an image [3, height, width] into its tiles, row-major."""
+    def cut_into_tiles(self, image: torch.Tensor, tiles: Grid) -> list[torch.Tensor]:
+        """Cut an image [3, height, width] into a grid of equal tiles, row-major."""
 
     def encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Encode tiles [n, 3, s, s] into their tokens [n, tokens of a tile, D], without gradients."""
+        """Encode tiles [n, 3, height, width] into their tokens [n, tokens of a tile, D], without gradients."""
 
 
 @dataclass(frozen=True)
@@ -163,67 +151,44 @@ class Attachment:
         new = request.images
         if new is None:
             return None
-        slots = max([1, *map(len, new.spans)])
-        layout = self._layout(new, slots, past, sequence.device)
+        layout = _layout(new, past, sequence.device)
+        room = layout.hr_tokens
         tokens = HRTokens(
-            grid=layout.hr_grid,
-            tile_grid=self.family.tile_grid,
-            features=sequence.new_zeros(layout.prompts, slots * layout.hr_grid.cells, sequence.shape[-1]),
+            grids=layout.grids,
+            features=sequence.new_zeros(layout.prompts, layout.images * room, sequence.shape[-1]),
             tables=self.rotary_tables(new, layout, past, sequence, position_ids),
         )
-        number = 0
-        for prompt, spans in enumerate(new.spans):
-            for image in range(len(spans)):
-                if new.features is not None:
-                    first = image * layout.hr_grid.cells
-                    features = new.features[number].detach()
-                    tokens.features[prompt, first : first + layout.hr_grid.cells] = features.to(tokens.features)
-                elif new.pixels is not None:
-                    tiles = self.family.cut_into_tiles(new.pixels[number].clone())  # the caller may reuse the tensor
-                    tokens.waiting |= {Tile(prompt, image, tile): pixels for tile, pixels in enumerate(tiles)}
-                number += 1
+        for number, (prompt, image, _) in enumerate(new.placed()):
+            grids = layout.grids[prompt][image]
+            if new.features is not None:
+                features, first = new.features[number].detach(), image * room
+                tokens.features[prompt, first : first + grids.hr.cells] = features.to(tokens.features)
+            elif new.pixels is not None:
+                pixels = new.pixels[number].clone()  # the caller may reuse the tensor
+                tiles = self.family.cut_into_tiles(pixels, grids.tiles)
+                tokens.waiting |= {Tile(prompt, image, tile): pixels for tile, pixels in enumerate(tiles)}
         return HRCache(self.family.settings, layout, tokens, request.capacity)
-
-    def _layout(self, new: NewImages, slots: int, past: int, device: torch.device) -> ImageLayout:
-        grid = self.family.lr_grid
-        layout = ImageLayout(
-            lr_grid=grid,
-            hr_grid=self.family.hr_grid,
-            ranges=torch.zeros(len(new.spans), slots, 2, dtype=torch.int32),
-            valid_rect=torch.zeros(len(new.spans), slots, 4, dtype=torch.int32),
-        )
-        number = 0
-        for prompt, spans in enumerate(new.spans):
-            for image, span in enumerate(spans):
-                layout.ranges[prompt, image] = torch.tensor([past + span.start, past + span.end])
-                whole = torch.tensor([0, 0, *grid])
-                layout.valid_rect[prompt, image] = whole if new.valid_rect is None else new.valid_rect[number]
-                layout.last_end = max(layout.last_end, past + span.end)
-                number += 1
-        layout.ranges, layout.valid_rect = layout.ranges.to(device), layout.valid_rect.to(device)
-        return layout
 
     def rotary_tables(
         self, new: NewImages, layout: ImageLayout, past: int, sequence: torch.Tensor, position_ids: torch.Tensor | None
     ) -> RotaryTables:
-        """Return the rotary tables of the HR keys, [G, I*h*h, d] each."""
-        text, cells = self.family.text_model, layout.hr_grid.cells
-        head_dim = text.layers[0].self_attn.head_dim
-        shape = (layout.prompts, layout.images * cells, head_dim)
+        """Return the rotary tables of the HR keys, [G, I*T, d] each."""
+        text, room = self.family.text_model, layout.hr_tokens
+        shape = (layout.prompts, layout.images * room, text.layers[0].self_attn.head_dim)
         tables = RotaryTables(sequence.new_zeros(shape), sequence.new_zeros(shape))
-        for prompt, spans in enumerate(new.spans):
-            for image, (start, end) in enumerate(spans):
-                if position_ids is None:
-                    positions = torch.arange(past + start, past + end, device=sequence.device)
-                else:
-                    row = prompt * new.rows_per_prompt if len(position_ids) > 1 else 0
-                    positions = position_ids[row, start:end]
-                cos, sin = text.rotary_emb(sequence, position_ids=positions[None])
-                of_image = hr_rotary_tables(
-                    RotaryTables(cos[0], sin[0]), layout.lr_grid, layout.hr_grid, self.family.settings.hr_position
-                )
-                for table, part in zip(tables, of_image):
-                    table[prompt, image * cells : (image + 1) * cells] = part
+        for prompt, image, (start, end) in new.placed():
+            if position_ids is None:
+                positions = torch.arange(past + start, past + end, device=sequence.device)
+            else:
+                row = prompt * new.rows_per_prompt if len(position_ids) > 1 else 0
+                positions = position_ids[row, start:end]
+            cos, sin = text.rotary_emb(sequence, position_ids=positions[None])
+            grids, first = layout.grids[prompt][image], image * room
+            of_image = hr_rotary_tables(
+                RotaryTables(cos[0], sin[0]), grids.lr, grids.hr, self.family.settings.hr_position
+            )
+            for table, part in zip(tables, of_image):
+                table[prompt, first : first + grids.hr.cells] = part
         return tables
 
     def _check_attention(self) -> None:
@@ -233,6 +198,21 @@ class Attachment:
                 f"high-resolution tokens need attention implementation {attention.NAME!r} on the language model, but "
                 f"it is {used!r}; call set_attn_implementation({attention.NAME!r}) on it"
             )
+
+
+def _layout(new: NewImages, past: int, device: torch.device) -> ImageLayout:
+    """Return where new images stand in the sequence, `past` positions of which lie before the call."""
+    shape = (len(new.spans), max([1, *map(len, new.spans)]))
+    grids = [[ABSENT] * shape[1] for _ in new.spans]
+    ranges, valid_rect = (torch.zeros(*shape, values, dtype=torch.int32) for values in (2, 4))
+    last_end = 0
+    for number, (prompt, image, span) in enumerate(new.placed()):
+        grids[prompt][image] = new.grids[number]
+        ranges[prompt, image] = torch.tensor([past + span.start, past + span.end])
+        whole = torch.tensor([0, 0, *new.grids[number].lr])
+        valid_rect[prompt, image] = whole if new.valid_rect is None else new.valid_rect[number]
+        last_end = max(last_end, past + span.end)
+    return ImageLayout(grids, ranges.to(device), valid_rect.to(device), last_end)
 
 
 def _prompt_length(request: HRRequest, shape: CallShape, images: HRCache) -> int:

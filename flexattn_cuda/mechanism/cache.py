@@ -41,7 +41,7 @@ class HRCache:
         tokens: Their HR tokens.
         capacity: Slots of every pool if these are fixed, None if they grow.
         pools: By layer, the keys and values that were ever needed there.
-        crossed: By layer, the keys and values of LLaVA-XAttn, [G, H, I*h*h, d] each.
+        crossed: By layer, the keys and values of LLaVA-XAttn, [G, H, I*T, d] each.
         rows: B.
         prompt_length: Positions up to the end of the latest prompt; the rows from its last one on see HR tokens.
         length: Positions after the latest call, as far as the host knows.
@@ -94,6 +94,11 @@ class HRCache:
 
     def append(self, later: HRCache) -> None:
         """Add the images of the same prompts' next turn."""
+        room = max(self.tokens.room, later.tokens.room)
+        if self.tokens.room < room:
+            self._make_room(room)
+        if later.tokens.room < room:
+            later.tokens.make_room(room)
         for pool in self.pools.values():
             pool.add_tokens(later.tokens.count)
         self.layout.append(later.layout)
@@ -150,6 +155,13 @@ class HRCache:
                 f"{not_projected} selected tokens did not fit into one step, in which a layer takes {NEW_AT_ONCE} new "
                 "ones for each row of the batch; decode without hr_capacity"
             )
+
+    def _make_room(self, room: int) -> None:
+        """Give every image room for so many HR tokens. Their numbers change; keys and values stay where they are."""
+        for pool in self.pools.values():
+            pool.make_room(self.tokens.images, room)
+        self.tokens.make_room(room)
+        self.crossed = {}  # to be projected again
 
     def _select_prompts(self, prompts: torch.Tensor) -> None:
         self.layout.select_prompts(prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from transformers import Cache
 
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.counts import CountReader, read_counts
+from flexattn_cuda.mechanism.grid import ImageGrids
 from flexattn_cuda.mechanism.trace import Trace
 
 
@@ -84,17 +86,26 @@ class NewImages:
 
     Attributes:
         spans: Of each prompt, where its images' LR tokens stand in the call.
-        pixels: [n, 3, s, s] images at high resolution, whose tiles are encoded when a selection reaches them; or
-        features: [n, h*h, D] their HR tokens.
+        grids: Of the images, n.
+        pixels: n images [3, height, width] at high resolution, whose tiles are encoded when a selection reaches them;
+            or
+        features: n times [tokens, D], their HR tokens.
         valid_rect: [n, 4] int, the images inside their padding in LR cells; the whole grid if None.
         rows_per_prompt: Rows of the batch that follow each other and share a prompt's images.
     """
 
     spans: list[list[Span]]
-    pixels: torch.Tensor | None = None
-    features: torch.Tensor | None = None
+    grids: Sequence[ImageGrids]
+    pixels: Sequence[torch.Tensor] | torch.Tensor | None = None
+    features: Sequence[torch.Tensor] | torch.Tensor | None = None
     valid_rect: torch.Tensor | None = None
     rows_per_prompt: int = 1
+
+    def placed(self) -> Iterator[tuple[int, int, Span]]:
+        """Return the number of the prompt, that of the image in it, and its positions, for every image."""
+        for prompt, spans in enumerate(self.spans):
+            for image, span in enumerate(spans):
+                yield prompt, image, span
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from flexattn_cuda.errors import PoolOverflow
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.counts import CountReader, Counts, read_counts
-from flexattn_cuda.mechanism.layout import ImageLayout
+from flexattn_cuda.mechanism.layout import RowLayout
 from flexattn_cuda.mechanism.pool import NEW_AT_ONCE, HRPool
 from flexattn_cuda.mechanism.rotary import RotaryTables, rotate
 from flexattn_cuda.mechanism.rows import Rows
@@ -114,7 +114,7 @@ class HRContext:
         self.options = options or ContextOptions()
         self.selected: dict[int, ops.SelectedTokens] = {}
         self._encode = encode
-        self._layout_on: dict[torch.device, ImageLayout] = {}
+        self._layout_on: dict[torch.device, RowLayout] = {}
         self._last_map_layer = layers - 2 if self.options.trace is None else layers - 1
         self._traced: dict[int, LayerTrace] | None = None
         if self.options.trace is not None:
@@ -129,29 +129,30 @@ class HRContext:
         """Return what the attention of a layer needs for its HR keys and for its map."""
         layer, arguments = module.layer_idx, HRArguments()
         if self._emits_map(layer):
-            arguments.map_ranges = self._layout(device).ranges
-            arguments.map_size = self.images.layout.lr_grid.cells
+            arguments.map_ranges = self._layout(device).map_ranges
+            arguments.map_size = self.images.layout.cells
             arguments.map_over_all = self.config.map_softmax == "all"
         if layer >= self.config.first_layer:
             self._add_hr_keys(arguments, module, device)
-        if (arguments.map_size or arguments.k_hr is not None) and self.rows.listed is not None:
+        if (arguments.map_ranges is not None or arguments.k_hr is not None) and self.rows.listed is not None:
             arguments.hr_rows = self.rows.listed.to(device)
         return arguments
 
     def after_attention(self, module: AttentionModule, attention_map: torch.Tensor) -> None:
-        """Turn the layer's map [B, R, I, S*S] into the selection that the next layer reads."""
+        """Turn the layer's map [B, R, I, C] into the selection that the next layer reads."""
         layer = module.layer_idx
         if not self._emits_map(layer):
             return
-        attention_map = attention_map.detach()
+        layout = self._layout(attention_map.device)
+        attention_map = layout.cells_first(attention_map.detach())
         if self.rows.owner is not None:
             owner = self.rows.owner.to(attention_map.device)[:, :, None, None].expand_as(attention_map)
             attention_map = attention_map.gather(1, owner)
-        layout = self._layout(attention_map.device)
-        selected = select(self.config, attention_map, layout.valid_rect, layout.lr_grid, layout.hr_grid)
+        selected = select(self.config, attention_map, layout, self.images.tokens.room)
         self.selected[layer] = selected
         if self._traced is not None:
-            self._traced[layer] = LayerTrace(attention_map, selected.mask)
+            mask = selected.mask(self.images.layout.images)
+            self._traced[layer] = LayerTrace(attention_map, mask, self.images.layout.grids)
 
     @profiling.in_phase("project_hr_keys")
     def _add_hr_keys(self, arguments: HRArguments, module: AttentionModule, device: torch.device) -> None:
@@ -261,13 +262,9 @@ class HRContext:
     def _emits_map(self, layer: int) -> bool:
         return self.config.first_layer - 1 <= layer <= self._last_map_layer
 
-    def _layout(self, device: torch.device) -> ImageLayout:
+    def _layout(self, device: torch.device) -> RowLayout:
         """Return where the images stand for every row of the batch, on a layer's device."""
         if device not in self._layout_on:
             layout = self.images.layout
-            ranges, valid_rect = layout.ranges.to(device), layout.valid_rect.to(device)
-            repeats = self.rows.batch // layout.prompts
-            if repeats > 1:
-                ranges, valid_rect = ranges.repeat_interleave(repeats, 0), valid_rect.repeat_interleave(repeats, 0)
-            self._layout_on[device] = ImageLayout(layout.lr_grid, layout.hr_grid, ranges, valid_rect)
+            self._layout_on[device] = layout.on(device, self.rows.batch // layout.prompts)
         return self._layout_on[device]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
+
+import torch
 
 
 class Grid(NamedTuple):
-    """Rows and columns of a grid of image tokens, which is stored row-major, top-left first."""
+    """Rows and columns of a grid, which is stored row-major, top-left first."""
 
     rows: int
     cols: int
@@ -15,18 +19,56 @@ class Grid(NamedTuple):
     def cells(self) -> int:
         return self.rows * self.cols
 
-    def side(self, what: str) -> int:
-        """Return the side of a square grid.
-
-        Args:
-            what: The grid's name in the error message.
-
-        Raises:
-            ValueError: If the grid is not square.
-        """
-        if self.rows != self.cols:
-            raise ValueError(f"{what} is {self}; the operators take square grids only")
-        return self.rows
-
     def __str__(self) -> str:
         return f"{self.rows} x {self.cols}"
+
+
+@dataclass(frozen=True)
+class ImageGrids:
+    """The grids of one image.
+
+    Attributes:
+        lr: Of its low-resolution tokens, which stand in the sequence.
+        hr: Of its high-resolution tokens, which do not.
+        tiles: Of the tiles that the HR tokens are encoded in, all of one size.
+
+    Raises:
+        ValueError: If the HR tokens cannot be cut into these tiles.
+    """
+
+    lr: Grid
+    hr: Grid
+    tiles: Grid
+
+    def __post_init__(self) -> None:
+        if (self.tiles.rows * self.tile.rows, self.tiles.cols * self.tile.cols) != self.hr:
+            raise ValueError(
+                f"an HR grid of {self.hr} tokens cannot be cut into {self.tiles} equal tiles; choose a grid that can"
+            )
+
+    @property
+    def tile(self) -> Grid:
+        """Grid of the tokens of one tile."""
+        return Grid(self.hr.rows // max(self.tiles.rows, 1), self.hr.cols // max(self.tiles.cols, 1))
+
+
+ABSENT = ImageGrids(Grid(0, 0), Grid(0, 0), Grid(0, 0))
+"""The grids of an empty slot."""
+
+BatchGrids = list[list[ImageGrids]]
+"""The grids of G prompts with I image slots each, ABSENT in empty slots."""
+
+
+def max_cells(grids: Iterable[Grid]) -> int:
+    """Return the number of cells of the largest grid, 0 if there is none."""
+    return max((grid.cells for grid in grids), default=0)
+
+
+def flat(grids: BatchGrids) -> list[ImageGrids]:
+    """Return the grids of all slots, prompt by prompt."""
+    return [image for prompt in grids for image in prompt]
+
+
+def sizes_tensor(grids: Sequence[Sequence[Grid]], device: torch.device) -> torch.Tensor:
+    """Return [G, I, 2] int32, rows and columns."""
+    return torch.tensor(grids, dtype=torch.int32).view(len(grids), -1, 2).to(device)

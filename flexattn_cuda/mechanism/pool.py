@@ -6,6 +6,7 @@ import torch
 
 from flexattn_cuda import ops
 from flexattn_cuda.mechanism.rotary import RotaryTables
+from flexattn_cuda.mechanism.tokens import with_room
 
 SPARE = 0.25  # of the slots in use, so that a selection that drifts does not copy the pool at every step
 NEW_AT_ONCE = 256  # tokens of a row that a layer may newly select in a step that does not read their number back
@@ -83,6 +84,13 @@ class HRPool:
         with torch.inference_mode(False):
             self.table = torch.nn.functional.pad(self.table, (0, tokens), value=-1)
         self.max_slots += self.table.shape[0] * tokens
+        if self.fixed:
+            self._keep_addresses()
+
+    def make_room(self, images: int, room: int) -> None:
+        """Renumber the tokens: every one of `images` has room for `room` of them from now on."""
+        with torch.inference_mode(False):
+            self.table = with_room(self.table, images, room, fill=-1)
         if self.fixed:
             self._keep_addresses()
 

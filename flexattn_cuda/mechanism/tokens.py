@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 
 from flexattn_cuda import ops, profiling
-from flexattn_cuda.mechanism.grid import Grid
+from flexattn_cuda.mechanism.grid import BatchGrids, flat, max_cells
 from flexattn_cuda.mechanism.rotary import RotaryTables
 
-EncodeTiles = Callable[[torch.Tensor], torch.Tensor]  # [n, 3, s, s] -> [n, tokens of a tile, D]
+EncodeTiles = Callable[[torch.Tensor], torch.Tensor]  # [n, 3, height, width] -> [n, tokens of a tile, D]
 
 
 class Tile(NamedTuple):
@@ -32,48 +32,49 @@ class TokenRows(NamedTuple):
 
 @dataclass
 class HRTokens:
-    """The HR tokens of G prompts with I image slots each.
+    """The HR tokens of G prompts with I image slots each, T for every slot; an image with fewer leaves the rest unused.
 
     Attributes:
-        grid: h x h, of the tokens of an image.
-        tile_grid: zoom x zoom, of the tiles of an image.
-        features: [G, I*h*h, D] output of the projector, zero for tiles that have not been encoded yet.
-        tables: [G, I*h*h, d] rotary tables of the keys.
-        waiting: Pixels [3, s, s] of the tiles that have not been encoded yet.
+        grids: Of the images; ABSENT for a slot that never held one.
+        features: [G, I*T, D] output of the projector, zero for tiles that have not been encoded yet.
+        tables: [G, I*T, d] rotary tables of the keys.
+        waiting: Pixels [3, height, width] of the tiles that have not been encoded yet.
     """
 
-    grid: Grid
-    tile_grid: Grid
+    grids: BatchGrids
     features: torch.Tensor
     tables: RotaryTables
     waiting: dict[Tile, torch.Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._number_tiles()
+
     @property
     def count(self) -> int:
-        """HR tokens of a prompt, I*h*h."""
+        """HR tokens that a prompt has room for, I*T."""
         return self.features.shape[1]
 
     @property
     def images(self) -> int:
         """I."""
-        return self.count // self.grid.cells
+        return len(self.grids[0])
+
+    @property
+    def room(self) -> int:
+        """T, HR tokens that an image has room for."""
+        return self.count // self.images
 
     @property
     def tile_count(self) -> int:
-        """Tiles of all prompts and images."""
-        return self.features.shape[0] * self.images * self.tile_grid.cells
-
-    @property
-    def tile_tokens(self) -> Grid:
-        """Grid of the tokens of one tile."""
-        return Grid(self.grid.rows // self.tile_grid.rows, self.grid.cols // self.tile_grid.cols)
+        """Tile numbers of all prompts and images."""
+        return len(self.grids) * self.images * self._tile_room
 
     def tile_numbers(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return [n] int64, the tile that each token lies in; tokens and tiles are counted over prompts and images."""
-        image, token = tokens.long() // self.grid.cells, tokens.long() % self.grid.cells
-        row = token // self.grid.cols // self.tile_tokens.rows
-        col = token % self.grid.cols // self.tile_tokens.cols
-        return (image * self.tile_grid.rows + row) * self.tile_grid.cols + col
+        image, token = tokens.long() // self.room, tokens.long() % self.room
+        cols, tile_rows, tile_cols, tiles_across = self._tilings.to(tokens.device)[image].unbind(-1)
+        row, col = token // cols // tile_rows, token % cols // tile_cols
+        return image * self._tile_room + row * tiles_across + col
 
     def gather(self, tokens: torch.Tensor, device: torch.device) -> TokenRows:
         """Return the rows of the tokens [n], counted over prompts, on a device; zeros where the token is -1."""
@@ -89,23 +90,35 @@ class HRTokens:
         Returns:
             How many tiles were encoded.
         """
-        each = self.tile_grid.cells
+        each = self._tile_room
         tiles = [Tile(*divmod(number // each, self.images), number % each) for number in numbers]
         tiles = [tile for tile in tiles if tile in self.waiting]
         if tiles and self.features.is_inference() and not torch.is_inference_mode_enabled():
             self.features = self.features.clone()  # tensors made in inference mode may not be written outside it
-        for start in range(0, len(tiles), each):  # as many at once as an image has
-            self._encode_batch(tiles[start : start + each], encode)
+        alike: dict[torch.Size, list[Tile]] = {}  # by size in pixels
+        for tile in tiles:
+            alike.setdefault(self.waiting[tile].shape, []).append(tile)
+        for batch in alike.values():
+            for start in range(0, len(batch), each):  # as many at once as an image has
+                self._encode_batch(batch[start : start + each], encode)
         return len(tiles)
 
     def append(self, later: HRTokens) -> None:
-        """Add the tokens of the same prompts' next turn."""
+        """Add the tokens of the same prompts' next turn. Both have the same room T."""
         device, images = self.features.device, self.images
         self.features = torch.cat([self.features, later.features.to(device)], dim=1)
         self.tables = RotaryTables(
             *(torch.cat([mine, theirs.to(device)], dim=1) for mine, theirs in zip(self.tables, later.tables))
         )
         self.waiting |= {tile._replace(image=images + tile.image): pixels for tile, pixels in later.waiting.items()}
+        self.grids = [mine + theirs for mine, theirs in zip(self.grids, later.grids)]
+        self._number_tiles()
+
+    def make_room(self, room: int) -> None:
+        """Give every image room for so many tokens, which changes the tokens' numbers."""
+        images = self.images
+        self.features = with_room(self.features, images, room)
+        self.tables = RotaryTables(*(with_room(table, images, room) for table in self.tables))
 
     def select_prompts(self, prompts: torch.Tensor) -> None:
         """Keep the prompts of these numbers, in this order."""
@@ -118,14 +131,31 @@ class HRTokens:
             for tile, pixels in self.waiting.items()
             if tile.prompt == old
         }
+        self.grids = [self.grids[prompt] for prompt in prompts.tolist()]
+        self._number_tiles()
 
     def _encode_batch(self, tiles: list[Tile], encode: EncodeTiles) -> None:
-        rows, cols = self.tile_tokens
-        shape = (-1, self.images, self.tile_grid.rows, rows, self.tile_grid.cols, cols, self.features.shape[-1])
         with profiling.phase("encode_tiles"):
             encoded = encode(torch.stack([self.waiting[tile] for tile in tiles])).to(self.features)
-        grid = self.features.view(shape)
+        of_images = self.features.unflatten(1, (self.images, self.room))  # a view
         for tile, tokens in zip(tiles, encoded):
-            tile_row, tile_col = divmod(tile.number, self.tile_grid.cols)
-            grid[tile.prompt, tile.image, tile_row, :, tile_col] = tokens.view(rows, cols, -1)
+            image = self.grids[tile.prompt][tile.image]
+            (rows, cols), (tile_row, tile_col) = image.tile, divmod(tile.number, image.tiles.cols)
+            grid = of_images[tile.prompt, tile.image, : image.hr.cells].view(*image.hr, -1)
+            at_row, at_col = tile_row * rows, tile_col * cols
+            grid[at_row : at_row + rows, at_col : at_col + cols] = tokens.view(rows, cols, -1)
             del self.waiting[tile]
+
+    def _number_tiles(self) -> None:
+        """Number the tiles for `tile_numbers`: every image has room for as many as the one with the most."""
+        images = flat(self.grids)
+        self._tile_room = max_cells(image.tiles for image in images)
+        tilings = [(image.hr.cols, *image.tile, image.tiles.cols) for image in images]
+        self._tilings = torch.tensor(tilings, device=self.features.device).clamp(min=1)  # no division by 0
+
+
+def with_room(rows: torch.Tensor, images: int, room: int, fill: int = 0) -> torch.Tensor:
+    """Return rows [G, I*T, ...] of HR tokens as they are with room for `room` >= T tokens of an image."""
+    of_images = rows.unflatten(1, (images, rows.shape[1] // images))
+    added = of_images.new_full((*of_images.shape[:2], room - of_images.shape[2], *of_images.shape[3:]), fill)
+    return torch.cat([of_images, added], dim=2).flatten(1, 2)

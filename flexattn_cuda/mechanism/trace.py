@@ -7,17 +7,28 @@ from typing import NamedTuple
 
 import torch
 
+from flexattn_cuda.mechanism.grid import BatchGrids
+
 
 class LayerTrace(NamedTuple):
     """What one layer's attention map selected for the layer after it.
 
     Attributes:
-        map: [B, R, I, S*S] float: head-summed probabilities of R query rows over the LR tokens of I images.
-        mask: [B, R, I, h*h] bool: the HR tokens that this map selects.
+        map: [B, R, I, C] float: head-summed probabilities of R query rows over the LR tokens of I images. Of an image
+            with fewer than C, what follows them says nothing.
+        mask: [B, R, I, T] bool: the HR tokens that this map selects.
+        grids: [G][I], the grids of the images of G prompts; B / G rows of the batch share a prompt's.
     """
 
     map: torch.Tensor
     mask: torch.Tensor
+    grids: BatchGrids
+
+    def of_image(self, row: int, query: int, image: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return map and mask of one image in their grids, [rows, cols] each, for a row of the batch and its query."""
+        grids = self.grids[row // (len(self.map) // len(self.grids))][image]
+        attention_map, mask = self.map[row, query, image], self.mask[row, query, image]
+        return attention_map[: grids.lr.cells].view(grids.lr), mask[: grids.hr.cells].view(grids.hr)
 
 
 @dataclass

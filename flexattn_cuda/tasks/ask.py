@@ -86,14 +86,12 @@ class Answer:
 
     def _panel(self, step: int, layer: int) -> viz.Panel:
         traced = self.trace.steps[step][layer]
-        # One row of the batch, its last query row, one image.
-        attention_map, mask = (part[0, -1, 0].cpu() for part in traced)
-        side, hr_side = round(attention_map.numel() ** 0.5), round(mask.numel() ** 0.5)
+        attention_map, mask = (part.cpu() for part in traced.of_image(row=0, query=-1, image=0))
         piece = f" \u201c{self.pieces[step].strip()}\u201d" if step < len(self.pieces) else " (the end)"
         share = mask.float().mean().item()
         return viz.Panel(
-            attention_map.float().view(side, side).numpy(),
-            mask.view(hr_side, hr_side).numpy(),
+            attention_map.float().numpy(),
+            mask.numpy(),
             f"token {step}{piece}, layer {layer}, {share:.0%} of the high-resolution tokens",
         )
 

@@ -74,6 +74,7 @@ def test_flags_are_read_and_defaults_follow_them(parse, line, read):
         ("attention --window -1", "--window is -1, it must be at least 0."),
         ("attention --softcap -1", "--softcap must not be negative."),
         ("attention --bidirectional 641", "--bidirectional must not be more than --keys."),
+        ("select --hr-side 46341", "--hr-side is 46341, it must be at most 46340."),
         ("gather --selected 5185", "--selected is more than the hr-side x hr-side tokens."),
     ],
 )

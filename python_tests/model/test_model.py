@@ -266,6 +266,8 @@ def test_gradient_checkpointing_changes_nothing(model):
             {"valid_rect": torch.tensor([[2, 0, 1, 2]])},
             r"valid_rect is \[\[2, 0, 1, 2\]\]; every image needs top < bottom",
         ),
+        ({"valid_rect": torch.tensor([[0, 0, 6, 7]])}, "left < right, inside its 6 x 6 LR cells"),
+        ({"valid_rect": torch.tensor([[-1, 0, 6, 6]])}, "left < right, inside its 6 x 6 LR cells"),
         ({"hr_alpha": float("nan")}, "hr_alpha is nan; it must be a weight from 0 to 1"),
         ({"hr_alpha": -0.5}, "hr_alpha is -0.5"),
         ({"hr_alpha": 1.5}, "hr_alpha is 1.5"),

@@ -19,12 +19,12 @@ from PIL import Image
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaForConditionalGeneration, Trace, ops
+from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaForConditionalGeneration, Trace, ops, reference
 from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 from flexattn_cuda.mechanism.context import ContextOptions, HRContext
-from flexattn_cuda.mechanism.grid import Grid
+from flexattn_cuda.mechanism.grid import Grid, ImageGrids
 from flexattn_cuda.mechanism.layout import ImageLayout
 from flexattn_cuda.mechanism.rotary import RotaryTables, hr_rotary_tables
 from flexattn_cuda.mechanism.rows import Rows
@@ -75,11 +75,17 @@ def test_selection(case):
     side, hr_side = case["lr_side"], case["hr_side"]
     heads = tensor("selection", f"attn_{case['index']:02d}")
     expected = tensor("selection", f"mask_{case['index']:02d}")
-    live = torch.tensor([[valid_rect_of(*case["ori_size_wh"], side)]], dtype=torch.int32)
     selected = ops.select_tokens(
-        heads.sum(0)[None, None, None], live, hr_side=hr_side, scale=255.0, threshold=case["threshold"], pool_side=9
+        heads.sum(0)[None, None, None],
+        torch.full((1, 1, 2), side, dtype=torch.int32),
+        torch.full((1, 1, 2), hr_side, dtype=torch.int32),
+        hr_tokens=hr_side**2,
+        scale=255.0,
+        threshold=case["threshold"],
+        pool_grid=torch.full((1, 1, 2), 9, dtype=torch.int32),
+        valid_rect=torch.tensor([[valid_rect_of(*case["ori_size_wh"], side)]], dtype=torch.int32),
     )
-    assert torch.equal(selected.mask[0, 0, 0].view(hr_side, hr_side), expected)
+    assert torch.equal(selected.mask(1)[0, 0, 0].view(hr_side, hr_side), expected)
     assert selected.count.item() == case["selected"] == int(expected.sum())
     assert torch.equal(selected.index[0, : selected.count.item()].long(), expected.flatten().nonzero().flatten())
 
@@ -118,12 +124,12 @@ class Layer:
         self.tables = hr_rotary_tables(RotaryTables(cos[0], sin[0]), lr_grid, hr_grid)
         valid_rect = torch.tensor([[valid_rect_of(*case["ori_size_wh"], lr_grid.rows)]], dtype=torch.int32)
         ranges = torch.tensor([[[begin, end]]], dtype=torch.int32)
+        grids = [[ImageGrids(lr_grid, hr_grid, Grid(self.config.zoom, self.config.zoom))]]
         self.images = HRCache(
             settings=self.config,
-            layout=ImageLayout(lr_grid, hr_grid, ranges, valid_rect),
+            layout=ImageLayout(grids, ranges, valid_rect, last_end=end),
             tokens=HRTokens(
-                grid=hr_grid,
-                tile_grid=Grid(self.config.zoom, self.config.zoom),
+                grids=grids,
                 features=tensor("layer", f"shared.hd_features_{hr_grid.rows}")[None],
                 tables=RotaryTables(*(table[None] for table in self.tables)),
             ),
@@ -139,25 +145,13 @@ class Layer:
         self.images.settings = dataclasses.replace(self.config, first_layer=first_layer)
         context = HRContext(self.images, rows, 2, options=ContextOptions(alpha, trace))
         if masks is not None:
-            context.selected[0] = selection_of(masks)
+            context.selected[0] = reference.list_tokens(masks[None, :, None])
         positions = torch.arange(first, first + hidden.shape[0])[None]
         out, _ = self.attention(
             hidden[None], self.rotary(hidden, positions), None, flexattn=context, **{CACHE_ARGUMENT: cache}
         )
         traced = trace.steps[0][1]
         return out[0], traced.map[0, :, 0], traced.mask[0, :, 0]
-
-
-def selection_of(masks: torch.Tensor) -> ops.SelectedTokens:
-    """Masks [R, h*h] as the operator gives them."""
-    index = masks.any(0).nonzero().flatten()
-    padded = torch.full((1, masks.shape[1]), -1, dtype=torch.int32)
-    padded[0, : len(index)] = index.int()
-    bits = torch.zeros(masks.shape[0], (masks.shape[1] + 31) // 32 * 32, dtype=torch.int64)
-    bits[:, : len(index)] = masks[:, index].long()
-    words = (bits.view(masks.shape[0], -1, 32) << torch.arange(32)).sum(-1)
-    words = torch.where(words >= 2**31, words - 2**32, words).int()[None]
-    return ops.SelectedTokens(masks[None, :, None], padded, torch.tensor([len(index)], dtype=torch.int32), words)
 
 
 @torch.no_grad()

@@ -17,8 +17,7 @@ from flexattn_cuda import FlexAttnLlavaConfig, FlexAttnLlavaForConditionalGenera
 from flexattn_cuda.mechanism import probe
 from flexattn_cuda.mechanism.attention import flexattn_attention
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, check_cache_argument
-from flexattn_cuda.mechanism.grid import Grid
-from flexattn_cuda.mechanism.selection import select
+from flexattn_cuda.mechanism.grid import Grid, ImageGrids
 
 
 def image_question() -> dict:
@@ -213,12 +212,11 @@ def test_stop_strings_need_a_tokenizer_that_spells(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- grids
 
 
-def test_grids_that_are_not_square_are_refused_by_the_selection():
-    settings, rect = tiny.settings(), torch.tensor([[[0, 0, 2, 3]]], dtype=torch.int32)
-    with pytest.raises(ValueError, match="the low-resolution grid is 2 x 3; the operators take square grids only"):
-        select(settings, torch.rand(1, 1, 1, 6), rect, Grid(2, 3), Grid(6, 9))
-    with pytest.raises(ValueError, match="the high-resolution grid is 6 x 9"):
-        select(settings, torch.rand(1, 1, 1, 9), rect, Grid(3, 3), Grid(6, 9))
+def test_hr_tokens_that_do_not_make_equal_tiles_are_refused():
+    assert ImageGrids(Grid(2, 3), Grid(6, 9), Grid(2, 3)).tile == Grid(3, 3)
+    for tiles in (Grid(2, 2), Grid(4, 3), Grid(0, 3)):
+        with pytest.raises(ValueError, match=f"an HR grid of 6 x 9 tokens cannot be cut into {tiles} equal tiles"):
+            ImageGrids(Grid(2, 3), Grid(6, 9), tiles)
 
 
 def test_a_language_model_whose_cache_has_another_name_is_refused():

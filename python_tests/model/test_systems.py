@@ -24,7 +24,7 @@ from flexattn_cuda.baselines import cross_attention
 from flexattn_cuda.families.llava.config import as_system
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.config import SYSTEMS, settings_of
-from flexattn_cuda.mechanism.grid import Grid
+from flexattn_cuda.mechanism.grid import ABSENT, Grid, ImageGrids
 from flexattn_cuda.mechanism.layout import ImageLayout
 from flexattn_cuda.mechanism.rotary import RotaryTables
 from flexattn_cuda.mechanism.tokens import HRTokens
@@ -205,12 +205,13 @@ def test_cross_attention_on_another_device_than_the_images():
 def images_of(prompts: int) -> HRCache:
     """Return images of this many prompts, the last of which has none."""
     lr_grid, hr_grid = Grid(tiny.SIDE, tiny.SIDE), Grid(*2 * [tiny.SIDE * tiny.ZOOM])
+    grids = [[ImageGrids(lr_grid, hr_grid, Grid(tiny.ZOOM, tiny.ZOOM))] for _ in range(prompts - 1)] + [[ABSENT]]
     ranges = torch.tensor([[[1, 37]]] * (prompts - 1) + [[[0, 0]]], dtype=torch.int32)
-    empty = torch.zeros(prompts, 0, 0)
+    empty = torch.zeros(prompts, hr_grid.cells, 0)
     return HRCache(
         XATTN,
-        ImageLayout(lr_grid, hr_grid, ranges, torch.zeros(prompts, 1, 4), last_end=37),
-        HRTokens(hr_grid, Grid(3, 3), torch.zeros(prompts, hr_grid.cells, 32), RotaryTables(empty, empty)),
+        ImageLayout(grids, ranges, torch.zeros(prompts, 1, 4), last_end=37),
+        HRTokens(grids, torch.zeros(prompts, hr_grid.cells, 32), RotaryTables(empty, empty)),
     )
 
 

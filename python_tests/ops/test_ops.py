@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -144,12 +145,41 @@ def test_selection_of_several_images_is_exact(device):
     generator = torch.Generator().manual_seed(0)
     case = dict(
         attention_map=torch.rand(B, R, images, GRID**2, generator=generator) ** 8,
-        valid_rect=torch.tensor([0, 3, GRID, GRID - 2], dtype=torch.int32).expand(B, images, 4).clone(),
-        hr_side=HR_GRID,
+        lr_grid=ints([GRID, GRID]).expand(B, images, 2),
+        hr_grid=ints([HR_GRID, HR_GRID]).expand(B, images, 2),
+        hr_tokens=HR_GRID**2,
         scale=255.0,
+        valid_rect=ints([0, 3, GRID, GRID - 2]).expand(B, images, 4),
     )
-    check_selection(device, case | dict(threshold=48.0, pool_side=0))
-    check_selection(device, case | dict(threshold=128.0, pool_side=9))
+    check_selection(device, case | dict(threshold=48.0))
+    check_selection(device, case | dict(threshold=128.0, pool_grid=ints([9, 9]).expand(B, images, 2)))
+
+
+@device_cases
+def test_every_image_is_selected_from_in_its_own_grids(device):
+    """3 x 5 and 4 x 2 cells, 7 x 9 and 8 x 6 tokens, and an absent image; chosen by hand."""
+    attention_map = torch.zeros(1, 2, 3, 15)
+    attention_map[0, 0, 0, 1 * 5 + 4] = 1.0  # row 0: cell (1, 4) of 3 x 5
+    attention_map[0, 1, 1, 3 * 2 + 0] = 1.0  # row 1: cell (3, 0) of 4 x 2
+    selected = ops.select_tokens(
+        attention_map.to(device),
+        ints([[[3, 5], [4, 2], [0, 0]]]).to(device),
+        ints([[[7, 9], [8, 6], [0, 0]]]).to(device),
+        hr_tokens=63,
+        scale=1.0,
+        threshold=0.5,
+    )
+    # Token row y of 7 lies in cell row floor(3 y / 7): 1 for y = 3, 4; column x of 9 in floor(5 x / 9): 4 for x = 8.
+    first = [3 * 9 + 8, 4 * 9 + 8]
+    # Row y of 8 lies in y // 2: 3 for y = 6, 7; column x of 6 in x // 3: 0 for x = 0, 1, 2.
+    second = [63 + y * 6 + x for y in (6, 7) for x in (0, 1, 2)]
+    assert selected.count.tolist() == [8]
+    assert selected.index[0].tolist() == first + second + [-1] * (3 * 63 - 8)
+    assert selected.row_bits[0, :, 0].tolist() == [0b11, 0b11111100]
+    mask = selected.mask(3).cpu()
+    assert mask.shape == (1, 2, 3, 63)
+    assert mask[0, 0].flatten().nonzero().flatten().tolist() == first
+    assert mask[0, 1].flatten().nonzero().flatten().tolist() == second
 
 
 def check_selection(device, case):
@@ -158,6 +188,8 @@ def check_selection(device, case):
     expected = reference.select_tokens(**case)
     for name in expected._fields:
         assert torch.equal(getattr(ours, name).cpu(), getattr(expected, name)), name
+    again = reference.list_tokens(ours.mask(case["attention_map"].shape[2]).cpu())
+    assert torch.equal(again.row_bits, expected.row_bits) and torch.equal(again.index, expected.index)
 
 
 @device_cases
@@ -341,7 +373,8 @@ def calls(device: str) -> dict[str, tuple]:
     table, index = normal(2, 7, 4), integers([[3, 0, -1], [6, -1, 1]])
     attention_map = torch.rand(2, 3, 1, 81, generator=values.generator).to(device)
     return attention_calls(values) | {
-        "select_tokens": (attention_map, integers([[[0, 0, 9, 9]], [[2, 0, 7, 9]]]), 18, 255.0, 128.0, 3),
+        "select_tokens": selection_call(attention_map, integers),
+        "select_tokens:plain": selection_call(attention_map, integers)[:-2],
         "gather_tokens": (table, index),
         "gather_tokens_backward": (normal(2, 3, 4, grad=False), index, 7),
         "assign_slots": (index, integers([2, 3]), integers([[-1] * 7, [-1, 2, 0] + [-1] * 4]), integers([3]), 6),
@@ -352,6 +385,21 @@ def calls(device: str) -> dict[str, tuple]:
             *(normal(6, 2, 8, grad=False) for _ in "kv"),
         ),
     }
+
+
+def selection_call(attention_map: torch.Tensor, integers: Callable[..., torch.Tensor]) -> tuple:
+    """Two samples with a map of 9 x 9 and one of 7 x 3 cells."""
+    return in_schema_order(
+        "select_tokens",
+        attention_map=attention_map,
+        lr_grid=integers([[[9, 9]], [[7, 3]]]),
+        hr_grid=integers([[[18, 18]], [[14, 10]]]),
+        hr_tokens=18**2,
+        scale=255.0,
+        threshold=128.0,
+        pool_grid=integers([[[3, 3]], [[4, 2]]]),
+        valid_rect=integers([[[0, 0, 9, 9]], [[2, 0, 7, 3]]]),
+    )
 
 
 def attention_calls(values: Values) -> dict[str, tuple]:
@@ -425,8 +473,8 @@ def test_compiles_without_graph_breaks(device):
             given[position] = leaf
         out, _, _, attention_map = torch.ops.flexattn_cuda.hierarchical_attention(*given)
         q = leaves[0]
-        valid_rect = torch.tensor([[[0, 0, SIDE, SIDE]]], dtype=torch.int32, device=q.device).expand(2, 1, 4)
-        selected = ops.select_tokens(attention_map, valid_rect, hr_side=6, scale=255.0, threshold=48.0)
+        lr_grid = torch.tensor([SIDE, SIDE], dtype=torch.int32, device=q.device).expand(2, 1, 2)
+        selected = ops.select_tokens(attention_map, lr_grid, 2 * lr_grid, hr_tokens=36, scale=255.0, threshold=48.0)
         rows = ops.gather_tokens(q.flatten(0, 1).repeat(1, 8, 1)[:2], selected.index[:, :36])
         return out.square().sum() + rows.sum()
 
@@ -552,13 +600,24 @@ def bad_selection(message, **changes):
         bad_write("v_pool has dtype Double, expected Float", v_pool=torch.ones(6, 3, 4).double()),
         bad_write("slots has values from 0 to 6, expected -1 to 5", slots=index_of(6, 0)),
         bad_write("slots holds 1 twice", slots=index_of(1, 1)),
-        bad_selection("8 cells per image, expected a square number", attention_map=torch.rand(1, 1, 1, 8)),
         bad_selection(
             "attention_map has dtype Half, expected Float or Double", attention_map=torch.rand(1, 1, 1, 9).half()
         ),
-        bad_selection("valid_rect has values from 0 to 4", valid_rect=index_of([[0, 0, 4, 3]])),
-        bad_selection("hr_side is 0", hr_side=0),
-        bad_selection(r"pool_side is 4, expected 0 \(no pooling\) to 3", pool_side=4),
+        bad_selection(
+            "lr_grid holds 3 x 3, expected at most the cells of attention_map, which is 8",
+            attention_map=torch.rand(1, 1, 1, 8),
+        ),
+        bad_selection("lr_grid holds -1 x 3", lr_grid=index_of([[-1, 3]])),
+        bad_selection(r"lr_grid has shape \[1, 1, 3\], expected \[1, 1, 2\]", lr_grid=index_of([[3, 3, 3]])),
+        bad_selection("hr_grid holds 65536 x 65536", hr_grid=index_of([[65536, 65536]])),
+        bad_selection("hr_grid holds 7 x 6, expected at most hr_tokens, which is 36", hr_grid=index_of([[7, 6]])),
+        bad_selection("hr_tokens is -1, expected 0 to 2147483647", hr_tokens=-1),
+        bad_selection("hr_tokens is 2147483648, expected 0 to 2147483647", hr_tokens=2**31),
+        bad_selection("hr_tokens is 4611686018427387904, expected", hr_tokens=2**62),
+        bad_selection("pool_grid holds 3 x 4, expected 1 x 1 to lr_grid's 3 x 3", pool_grid=index_of([[3, 4]])),
+        bad_selection("pool_grid holds 0 x 1, expected 1 x 1", pool_grid=index_of([[0, 1]])),
+        bad_selection("valid_rect holds 0, 0, 4, 3, expected to lie", valid_rect=index_of([[0, 0, 4, 3]])),
+        bad_selection("valid_rect holds 0, 0, 3, 4, expected to lie", valid_rect=index_of([[0, 0, 3, 4]])),
     ],
 )
 def test_bad_arguments(operator, arguments, message):
@@ -570,7 +629,7 @@ def test_bad_arguments(operator, arguments, message):
 @given(n=st.integers(1, 70), seed=st.integers(0, 99))
 def test_bits_round_trip(n, seed):
     mask = torch.rand(3, n, generator=torch.Generator().manual_seed(seed)) < 0.5
-    assert torch.equal(reference.unpack_bits(ops.pack_bits(mask), n), mask)
+    assert torch.equal(ops.unpack_bits(ops.pack_bits(mask), n), mask)
 
 
 def test_attention_path_tells_the_kernel_and_every_reason_against_tensor_cores():

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "flexattn/hierarchical_attention.h"
+#include "flexattn/select_tokens.h"
 #include "launch.cuh"
 #include "warp.cuh"
 
@@ -118,6 +119,24 @@ void attend_with_a_bad_range(BadRange bad, int64_t queries) {
   hierarchical_attention_forward(p, nullptr);
 }
 
+// Grids of 3 x 3 for one image, one of whose values is out of range.
+void select_with_a_bad_value(const std::string& argument) {
+  const std::vector<float> map(9);
+  std::vector<int32_t> lr_grid{3, 3}, hr_grid{3, 3}, pool_grid{3, 3}, valid_rect{0, 0, 3, 3};
+  std::vector<int32_t> chosen(1), any_chosen(1), index(9), count(1), row_bits(1);
+  if (argument == "lr_grid") lr_grid[1] = 4;
+  if (argument == "hr_grid") hr_grid[0] = -1;
+  if (argument == "pool_grid") pool_grid[1] = 0;
+  if (argument == "valid_rect") valid_rect[3] = 4;
+  SelectTokensParams p{};
+  p.dtype = DType::kFloat32, p.map = map.data(), p.batch = p.rows = p.images = 1, p.cells = p.hr_tokens = 9;
+  p.lr_grid = lr_grid.data(), p.hr_grid = hr_grid.data();
+  p.pool_grid = pool_grid.data(), p.valid_rect = valid_rect.data();
+  p.chosen = chosen.data(), p.any_chosen = any_chosen.data();
+  p.index = index.data(), p.count = count.data(), p.row_bits = row_bits.data();
+  select_tokens(p, nullptr);
+}
+
 }  // namespace
 
 void run_fault(const std::string& fault, int32_t* data) {
@@ -143,6 +162,7 @@ void run_fault(const std::string& fault, int32_t* data) {
   if (fault == "map range, many queries") attend_with_a_bad_range(BadRange::kMap, 32);
   if (fault == "bidirectional ranges, one query") attend_with_a_bad_range(BadRange::kBidirectional, 1);
   if (fault == "bidirectional ranges, many queries") attend_with_a_bad_range(BadRange::kBidirectional, 32);
+  if (fault.rfind("select ", 0) == 0) select_with_a_bad_value(fault.substr(7));
   if (fault == "unwritten") launch("unwritten", read_unwritten, 1, kThreads, bytes, nullptr, data);
 }
 

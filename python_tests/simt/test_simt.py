@@ -95,6 +95,22 @@ def test_ranges_that_only_the_device_can_read_are_refused_there(ranges, said, qu
     assert f"hierarchical_attention: {said}" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("lr_grid", "lr_grid is 4, it must lie in 0 to 3"),
+        ("hr_grid", "hr_grid is -1, it must lie in 0 to 9"),
+        ("pool_grid", "pool_grid is 0, it must lie in 1 to 3"),
+        ("valid_rect", "valid_rect is 4, it must lie in 0 to 3"),
+    ],
+)
+def test_a_grid_that_does_not_fit_is_refused_on_the_device(argument, message, capfd):
+    with pytest.raises(RuntimeError, match="select_tokens.*: __trap"):
+        run(f"select {argument}")
+    ctypes.CDLL(None).fflush(None)  # what the kernel printed
+    assert f"select_tokens: {message}" in capfd.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------------- counted accesses
 
 counts_accesses = pytest.mark.skipif(BACKEND != "races", reason="accesses are counted in the build `races`")

@@ -41,7 +41,12 @@ def attention_arguments(**changes: Any) -> dict[str, Any]:
 
 def selection_arguments(**changes: Any) -> dict[str, Any]:
     base = dict(
-        attention_map=torch.rand(1, 1, 1, 9), valid_rect=ints([[[0, 0, 3, 3]]]), hr_side=6, scale=1.0, threshold=0.5
+        attention_map=torch.rand(1, 1, 1, 9),
+        lr_grid=ints([[[3, 3]]]),
+        hr_grid=ints([[[6, 6]]]),
+        hr_tokens=36,
+        scale=1.0,
+        threshold=0.5,
     )
     return base | changes
 

@@ -142,34 +142,61 @@ def attention_cases(draw, gradients: bool = False, small: bool = False, most_wor
 
 
 @st.composite
+def grids(draw) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """The LR grid of an image, and a pooled and an HR grid for it; often squares, sometimes 0 x 0."""
+    if draw(st.integers(0, 7)) == 0:
+        return (0, 0), (0, 0), (0, 0)
+    sides = st.sampled_from([1, 2, 3, 5, 9, 12, 24])
+    rows = draw(sides)
+    cols = draw(sides) if draw(st.booleans()) else rows
+
+    def hr(side: int) -> int:
+        return draw(st.sampled_from([1, side, 2 * side, 3 * side, 3 * side + 1]))
+
+    def pooled(side: int) -> int:
+        return draw(st.sampled_from([1, min(side, 3), min(side, 9)]))
+
+    if rows == cols and draw(st.booleans()):
+        return (rows, rows), (pooled(rows),) * 2, (hr(rows),) * 2
+    return (rows, cols), (pooled(rows), pooled(cols)), (hr(rows), hr(cols))
+
+
+@st.composite
 def selection_cases(draw) -> dict[str, Any]:
+    """A call with grids of their own for all images, in a map and HR numbers with or without room to spare."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     B, R, images = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    S = draw(st.sampled_from([1, 2, 5, 9, 12, 24]))
+    of_images = [draw(grids()) for _ in range(B * images)]
+    lr_grid, pool_grid, hr_grid = torch.tensor(of_images, dtype=torch.int32).view(B, images, 3, 2).unbind(2)
+    spare = draw(st.sampled_from([0, 3]))
+    C = int(lr_grid.prod(-1).max()) + spare
     kind = draw(st.sampled_from(["uniform", "peaks", "constant", "one", "nan"]))
-    attention_map = torch.rand(B, R, images, S * S, generator=generator)
+    attention_map = torch.rand(B, R, images, C, generator=generator)
     if kind == "peaks":
         attention_map = attention_map**12
     elif kind == "constant":
         attention_map[:] = 0.25
     elif kind == "one":
-        attention_map = (torch.arange(S * S) == S * S // 2).float().expand(B, R, images, -1).clone()
+        peak = lr_grid.prod(-1)[:, None, :, None] // 2
+        attention_map = (torch.arange(C) == peak).float().expand(B, R, images, C).clone()
     elif kind == "nan":
-        attention_map[0, 0, 0, 0] = torch.nan
-    corners = torch.randint(0, S + 1, (B, images, 2, 2), generator=generator).sort(2).values
-    whole = torch.tensor([0, 0, S, S]).expand(B, images, 4)
-    valid_rect = (corners.flatten(2) if draw(st.booleans()) else whole).int().clone()
+        attention_map[0, 0, 0, :1] = torch.nan
+    of_cells = torch.arange(C) < lr_grid.prod(-1)[:, None, :, None]
+    attention_map = torch.where(of_cells, attention_map, torch.nan)  # what follows an image's cells is not read
+    corners = (torch.rand(B, images, 2, 2, generator=generator) * (lr_grid[:, :, None] + 1)).int()
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     scale, threshold = draw(
         st.sampled_from([(255.0, 48.0), (255.0, 64.0), (1.0, 0.1875), (255.0, 0.0), (255.0, 254.0)])
     )
     return dict(
         attention_map=attention_map.to(dtype),
-        valid_rect=valid_rect,
-        hr_side=draw(st.sampled_from([1, S, 2 * S, 3 * S, 4 * S + 1])),
+        lr_grid=lr_grid.contiguous(),
+        hr_grid=hr_grid.contiguous(),
+        hr_tokens=int(hr_grid.prod(-1).max()) + spare,
         scale=scale,
         threshold=threshold,
-        pool_side=draw(st.sampled_from([0, 1, min(S, 3), min(S, 9)])),
+        pool_grid=pool_grid.contiguous() if draw(st.booleans()) else None,
+        valid_rect=corners.sort(2).values.flatten(2) if draw(st.booleans()) else None,
     )
 
 

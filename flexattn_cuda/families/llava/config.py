@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig, LlavaConfig
 
 from flexattn_cuda.mechanism.config import FlexAttnConfig, settings_of
-from flexattn_cuda.mechanism.grid import Grid
+from flexattn_cuda.mechanism.grid import Grid, ImageGrids
 
 
 class FlexAttnLlavaConfig(LlavaConfig):
@@ -45,6 +45,12 @@ class FlexAttnLlavaConfig(LlavaConfig):
         if self.flexattn is None:
             return _square(0)
         return _square(self.flexattn.tile_size // self.vision_config.patch_size * self.flexattn.zoom)
+
+    @property
+    def image_grids(self) -> ImageGrids:
+        """The grids of every image of a model with HR tokens: LR tokens, HR tokens and tiles."""
+        assert self.flexattn is not None
+        return ImageGrids(self.lr_grid, self.hr_grid, _square(self.flexattn.zoom))
 
     @property
     def lr_side(self) -> int:

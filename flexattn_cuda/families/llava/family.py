@@ -37,20 +37,8 @@ class LlavaFamily:
     def hr_layers(self) -> range:
         return self.model.config.hr_layers
 
-    @property
-    def lr_grid(self) -> Grid:
-        return self.model.config.lr_grid
-
-    @property
-    def hr_grid(self) -> Grid:
-        return self.model.config.hr_grid
-
-    @property
-    def tile_grid(self) -> Grid:
-        return Grid(self.settings.zoom, self.settings.zoom)
-
-    def cut_into_tiles(self, image: torch.Tensor) -> list[torch.Tensor]:
-        return cut_into_tiles(image, self.settings.zoom)
+    def cut_into_tiles(self, image: torch.Tensor, tiles: Grid) -> list[torch.Tensor]:
+        return cut_into_tiles(image, tiles)
 
     @torch.no_grad()
     def encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:

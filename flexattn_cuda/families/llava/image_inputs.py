@@ -8,6 +8,7 @@ import torch
 
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.mechanism.call import NewImages, Span
+from flexattn_cuda.mechanism.grid import Grid, ImageGrids
 
 
 @dataclass(frozen=True)
@@ -60,27 +61,33 @@ class ImageInputs:
         if self.pixel_values_hr is not None and len(self.pixel_values_hr) != count:
             raise ValueError(f"pixel_values_hr holds {len(self.pixel_values_hr)} images; these prompts have {count}")
         if self.valid_rect is not None:
-            _check_valid_rect(self.valid_rect, count)
+            _check_valid_rect(self.valid_rect, count, config.lr_grid)
 
     def with_features(self, image_features: torch.Tensor, hr_features: torch.Tensor | None) -> ImageInputs:
         """Return the same images with their tokens."""
         return replace(self, image_features=image_features, hr_features=hr_features)
 
-    def new_images(self, spans: list[list[Span]]) -> NewImages:
-        """Return what the mechanism needs to know of the images."""
-        return NewImages(spans, self.pixel_values_hr, self.hr_features, self.valid_rect, self.rows_per_prompt)
+    def new_images(self, spans: list[list[Span]], grids: ImageGrids) -> NewImages:
+        """Return what the mechanism needs to know of the images, which all have the same grids."""
+        return NewImages(
+            spans, [grids] * self.count, self.pixel_values_hr, self.hr_features, self.valid_rect, self.rows_per_prompt
+        )
 
     def _first(self) -> torch.Tensor | None:
         alternatives = (self.pixel_values, self.pixel_values_hr, self.image_features)
         return next((images for images in alternatives if images is not None), None)
 
 
-def _check_valid_rect(valid_rect: torch.Tensor, count: int) -> None:
+def _check_valid_rect(valid_rect: torch.Tensor, count: int, lr_grid: Grid) -> None:
     if tuple(valid_rect.shape) != (count, 4):
         raise ValueError(f"valid_rect has shape {list(valid_rect.shape)}; it must be {[count, 4]}")
     if valid_rect.is_floating_point() or valid_rect.is_complex():
         raise ValueError(f"valid_rect is {valid_rect.dtype}; it must hold whole numbers of cells")
-    if not valid_rect.is_meta and bool((valid_rect[:, :2] >= valid_rect[:, 2:]).any()):
+    if valid_rect.is_meta:
+        return
+    corner, end = valid_rect[:, :2], valid_rect[:, 2:]
+    if bool(((corner < 0) | (corner >= end) | (end > valid_rect.new_tensor(lr_grid))).any()):
         raise ValueError(
-            f"valid_rect is {valid_rect.tolist()}; every image needs top < bottom and left < right, in LR cells"
+            f"valid_rect is {valid_rect.tolist()}; every image needs top < bottom and left < right, inside its "
+            f"{lr_grid} LR cells"
         )

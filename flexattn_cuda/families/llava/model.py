@@ -282,7 +282,9 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if images.rows_per_prompt > 1:
             rows = _for_each_row(rows, spans, images.rows_per_prompt)
         inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), rows.to(inputs_embeds))
-        return inputs_embeds, images.new_images(spans) if images.have_hr and self._attachment else None
+        if not images.have_hr or self._attachment is None:
+            return inputs_embeds, None
+        return inputs_embeds, images.new_images(spans, self.config.image_grids)
 
     # --------------------------------------------------------------------------------------------------- generate
 

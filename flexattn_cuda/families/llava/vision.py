@@ -10,6 +10,7 @@ import torch
 from transformers import LlavaModel
 
 from flexattn_cuda import profiling
+from flexattn_cuda.mechanism.grid import Grid
 
 # The tower's image size is set for the duration of a call, and older transformers replace its forward functions while
 # they record its hidden states.
@@ -37,9 +38,9 @@ def encode_images(model: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
     return torch.stack(list(features.pooler_output))
 
 
-def cut_into_tiles(image: torch.Tensor, zoom: int) -> list[torch.Tensor]:
-    """Cut an image [3, zoom*s, zoom*s] into zoom*zoom views [3, s, s], row-major."""
-    return [tile for row in image.chunk(zoom, dim=1) for tile in row.chunk(zoom, dim=2)]
+def cut_into_tiles(image: torch.Tensor, tiles: Grid) -> list[torch.Tensor]:
+    """Cut an image [3, height, width] into a grid of equal views, row-major."""
+    return [tile for row in image.chunk(tiles.rows, dim=1) for tile in row.chunk(tiles.cols, dim=2)]
 
 
 @profiling.in_phase("encode_tiles")
@@ -54,7 +55,7 @@ def encode_tiles(model: LlavaModel, image: torch.Tensor, zoom: int) -> torch.Ten
     Returns:
         [h * h, D] with h = zoom * (s / patch), row-major over the whole image.
     """
-    tokens = encode_images(model, torch.stack(cut_into_tiles(image, zoom)))
+    tokens = encode_images(model, torch.stack(cut_into_tiles(image, Grid(zoom, zoom))))
     side = int(tokens.shape[1] ** 0.5)
     # [tile row, tile column, row, column, D] -> [tile row, row, tile column, column, D]
     return tokens.reshape(zoom, zoom, side, side, -1).transpose(1, 2).reshape(zoom * zoom * side * side, -1)
