@@ -1,9 +1,7 @@
 // Kernels with planted faults, which the executor must catch, and one without.
 
 #include <string>
-#include <vector>
 
-#include "flexattn/hierarchical_attention.h"
 #include "launch.cuh"
 #include "warp.cuh"
 
@@ -90,27 +88,6 @@ __global__ void read_past_global(int32_t* out) { out[threadIdx.x] = out[kThreads
 // out must show NaN: nothing was written to shared memory.
 __global__ void read_unwritten(int32_t* out) { out[threadIdx.x] = shared_memory<int32_t>()[threadIdx.x]; }
 
-// A map of an image whose range has more keys than map_size. The host cannot see that in a tensor on a GPU.
-void attend_with_a_long_map_range(int64_t queries) {
-  constexpr int64_t kKeys = 32, kDim = 64, kMapSize = 4;
-  const std::vector<uint16_t> zeros(kKeys * kDim);  // float16
-  std::vector<uint16_t> out(queries * kDim);
-  std::vector<float> lse(queries), lse_seq(queries), map(kMapSize);
-  const int32_t start = 0, length = kKeys, range[2] = {0, 2 * kMapSize};
-  AttentionForwardParams p{};
-  p.in.dtype = DType::kFloat16;
-  p.in.batch = p.in.heads = p.in.kv_heads = p.in.rows = 1;
-  p.in.queries = queries, p.in.keys = kKeys, p.in.head_dim = kDim, p.in.scale = 1;
-  p.in.q = p.in.k = p.in.v = zeros.data();
-  p.in.q_strides = p.in.k_strides = p.in.v_strides = {kKeys * kDim, kKeys * kDim, kDim};
-  p.in.kv_start = &start, p.in.kv_len = &length;
-  p.images = 1, p.map_size = kMapSize, p.map_ranges = range;
-  p.out = out.data(), p.lse = lse.data(), p.lse_seq = lse_seq.data(), p.map = map.data();
-  std::vector<float> workspace(hierarchical_attention_workspace(p, nullptr) / sizeof(float));
-  p.workspace = workspace.data();
-  hierarchical_attention_forward(p, nullptr);
-}
-
 }  // namespace
 
 void run_fault(const std::string& fault, int32_t* data) {
@@ -132,8 +109,6 @@ void run_fault(const std::string& fault, int32_t* data) {
   }
   if (fault == "shared") launch("shared", read_past_shared, 1, kThreads, bytes, nullptr, data);
   if (fault == "global") launch("global", read_past_global, 1, kThreads, 0, nullptr, data);
-  if (fault == "map range, one query") attend_with_a_long_map_range(1);
-  if (fault == "map range, many queries") attend_with_a_long_map_range(32);
   if (fault == "unwritten") launch("unwritten", read_unwritten, 1, kThreads, bytes, nullptr, data);
 }
 

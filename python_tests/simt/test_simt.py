@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -78,14 +79,60 @@ def test_a_read_out_of_bounds_is_caught(fault):
     assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr
 
 
+QUERIES, KEYS, POOL, SELECTED, MAP_SIZE = 32, 96, 10, 6, 4  # as in bad_values.cu
+PASSES = {
+    "one query": {"queries": 1, "backward": False},
+    "many queries": {"queries": QUERIES, "backward": False},
+    "gradients": {"queries": QUERIES, "backward": True},
+}
+
+
+def call_with(argument: str, index: int, value: int, listed: bool, queries: int, backward: bool) -> None:
+    torch.ops.flexattn_faults.bad_value(argument, index, value, queries, listed, backward)
+
+
 @pytest.mark.parametrize("capability", [60, 70, 90])
-@pytest.mark.parametrize("queries", ["one query", "many queries"])
-def test_a_map_range_longer_than_the_map_is_refused_on_the_device(queries, capability, monkeypatch, capfd):
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("listed", [False, True])
+def test_index_values_at_their_limits_pass_on_the_device(which, capability, listed, monkeypatch):
     monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
-    with pytest.raises(RuntimeError, match="hierarchical_attention.*: __trap"):
-        run(f"map range, {queries}")
-    ctypes.CDLL(None).fflush(None)  # what the kernel printed
-    assert "hierarchical_attention: map_ranges is 8, it must lie in 0 to 4" in capfd.readouterr().out
+    call_with("", 0, 0, listed, **PASSES[which])
+
+
+@pytest.mark.parametrize("capability", [60, 70, 90])
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize(
+    "argument, index, value, says",
+    [
+        ("kv_start", 1, -1, f"kv_start is -1, it must lie in 0 to {KEYS}"),
+        ("kv_start", 1, KEYS + 1, f"kv_start is {KEYS + 1}, it must lie in 0 to {KEYS}"),
+        ("kv_len", 0, 0, f"kv_len is 0, it must lie in [0-9]+ to {KEYS}"),
+        ("kv_len", 1, KEYS + 1, f"kv_len is {KEYS + 1}, it must lie in [0-9]+ to {KEYS}"),
+        ("hr_count", 1, -1, f"hr_count is -1, it must lie in 0 to {SELECTED}"),
+        ("hr_count", 1, SELECTED + 1, f"hr_count is {SELECTED + 1}, it must lie in 0 to {SELECTED}"),
+        ("hr_slots", 2 * SELECTED - 1, -1, f"hr_slots is -1, it must lie in 0 to {POOL - 1}"),
+        ("hr_slots", 2 * SELECTED - 1, 10**9, f"hr_slots is {10**9}, it must lie in 0 to {POOL - 1}"),
+        ("hr_from", 1, -1, "hr_from is -1, it must lie in 0 to [0-9]+"),
+        ("hr_from", 1, QUERIES + 1, f"hr_from is {QUERIES + 1}, it must lie in 0 to [0-9]+"),
+        ("hr_rows", 5, -2, "hr_rows is -2, it must lie in -1 to [0-9]+"),
+        ("hr_rows", 5, QUERIES, f"hr_rows is {QUERIES}, it must lie in -1 to [0-9]+"),
+        ("map_ranges", 0, -1, f"map_ranges is -1, it must lie in 0 to {KEYS}"),
+        ("map_ranges", 7, KEYS + 1, f"map_ranges is {KEYS + 1}, it must lie in {KEYS - MAP_SIZE} to {KEYS}"),
+        ("map_ranges", 1, 2 * MAP_SIZE, f"map_ranges is {2 * MAP_SIZE}, it must lie in 0 to {MAP_SIZE}"),
+        ("map_ranges", 1, MAP_SIZE - 1, f"a length in map_ranges is {MAP_SIZE - 1}, it must lie in {MAP_SIZE} to"),
+    ],
+)
+def test_a_bad_index_value_is_refused_on_the_device(
+    argument, index, value, says, which, capability, monkeypatch, capfd
+):
+    if argument == "map_ranges" and which == "gradients":
+        pytest.skip("the map has no gradient")
+    monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
+    for listed in {"hr_from": [False], "hr_rows": [True]}.get(argument, [False, True]):
+        with pytest.raises(RuntimeError, match="hierarchical_attention.*: __trap"):
+            call_with(argument, index, value, listed, **PASSES[which])
+        ctypes.CDLL(None).fflush(None)  # what the kernel printed
+        assert re.search(f"flexattn_cuda::hierarchical_attention: {says}", capfd.readouterr().out)
 
 
 # ---------------------------------------------------------------------------------------------------- counted accesses
