@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "launch_limits.h"
 #include "memory_checks.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -218,20 +219,26 @@ void arrive(std::vector<Copy>& copies) {
 
 }  // namespace
 
-void launch(const char* name, const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes,
+void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
             const std::function<void()>& body) {
+  const std::string why = refused_launch(kernel, grid, block, shared_bytes);
+  if (!why.empty()) throw std::runtime_error(std::string(name) + " cannot be launched: " + why);
+  const unsigned threads = block.x;
+  if (block.y != 1 || block.z != 1 || threads % kLanes)
+    throw std::runtime_error(std::string(name) + ": the executor runs whole warps in a row, not a block of " +
+                             std::to_string(threads) + " threads");
   kernel_name = name;
   kernel_body = &body;
-  grid_size = {blocks, 1, 1};
-  block_size = {threads, 1, 1};
+  grid_size = grid;
+  block_size = block;
   error = nullptr;
-  if (threads == 0 || threads > 1024 || threads % kLanes)
-    throw std::runtime_error(std::string(name) + ": a block of " + std::to_string(threads) + " threads");
   while (fibers.size() < threads) fibers.emplace_back();
   warps = std::vector<Warp>(threads / kLanes);
   begin_launch(name, kernel);
-  for (unsigned block = 0; block < blocks && !error; ++block) {
-    block_index = {block, 0, 0};
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks && !error; ++i) {
+    block_index = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                   static_cast<unsigned>(i / grid.x / grid.y)};
     // New for each block, so that AddressSanitizer sees accesses past its end.
     shared = std::vector<unsigned char>(shared_bytes);
     run_block(threads);

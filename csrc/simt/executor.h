@@ -22,8 +22,9 @@ constexpr int kLanes = 32;
 // Of the running thread.
 extern dim3 thread_index, block_index, block_size, grid_size;
 
-// Run body, which calls `kernel` with its arguments, in every thread. Accesses are counted by kernel.
-void launch(const char* name, const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes,
+// Run body, which calls `kernel` with its arguments, in every thread. Accesses are counted by kernel. Blocks are a
+// multiple of 32 threads in a row.
+void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
             const std::function<void()>& body);
 
 unsigned char* shared_memory();  // of the running block, 16-byte aligned

@@ -83,10 +83,20 @@ __global__ void read_past_shared(int32_t* out) {
   out[threadIdx.x] = numbers[kThreads + threadIdx.x];
 }
 
+// Two kernels: a launch lets one of them have more shared memory.
+template <bool opts_in>
+__global__ void do_nothing() {}
+
 __global__ void read_past_global(int32_t* out) { out[threadIdx.x] = out[kThreads + threadIdx.x]; }
 
 // out must show NaN: nothing was written to shared memory.
 __global__ void read_unwritten(int32_t* out) { out[threadIdx.x] = shared_memory<int32_t>()[threadIdx.x]; }
+
+// A launch past flexattn::cuda::launch, which opts in to what it needs.
+void launch_as_is(const std::string& name, dim3 grid, dim3 block, size_t shared_bytes) {
+  simt::launch(name.c_str(), reinterpret_cast<const void*>(do_nothing<false>), grid, block, shared_bytes,
+               do_nothing<false>);
+}
 
 }  // namespace
 
@@ -109,6 +119,14 @@ void run_fault(const std::string& fault, int32_t* data) {
   }
   if (fault == "shared") launch("shared", read_past_shared, 1, kThreads, bytes, nullptr, data);
   if (fault == "global") launch("global", read_past_global, 1, kThreads, 0, nullptr, data);
+  if (fault == "shared bytes") launch("shared bytes", do_nothing<true>, 1, kThreads, data[0], nullptr);
+  if (fault == "no opt-in") launch_as_is(fault, dim3{1}, dim3{kThreads}, kSharedBytes + 16);
+  if (fault == "threads") launch_as_is(fault, dim3{1}, dim3{1024 + 32}, 0);
+  if (fault == "grid x") launch_as_is(fault, dim3{1u << 31}, dim3{kThreads}, 0);
+  if (fault == "grid y") launch_as_is(fault, dim3{1, 1 << 16}, dim3{kThreads}, 0);
+  if (fault == "grid z") launch_as_is(fault, dim3{1, 1, 1 << 16}, dim3{kThreads}, 0);
+  if (fault == "blocks beyond 32 bits")
+    launch(fault.c_str(), do_nothing<false>, (int64_t{1} << 32) + 1, kThreads, 0, nullptr);
   if (fault == "unwritten") launch("unwritten", read_unwritten, 1, kThreads, bytes, nullptr, data);
 }
 

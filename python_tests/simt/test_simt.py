@@ -20,8 +20,12 @@ TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(BACKEND == "cpu", reason="make simt")
 
 
-def run(fault: str) -> torch.Tensor:
+watches_memory = pytest.mark.skipif(BACKEND != "races", reason="memory is watched in the build `races`")
+
+
+def run(fault: str, size: int = 0) -> torch.Tensor:
     out = torch.zeros(64, dtype=torch.int32)
+    out[0] = size
     torch.ops.flexattn_faults.run(fault, out)
     return out
 
@@ -38,7 +42,7 @@ def test_shared_memory_begins_as_nan():
     assert values.view(torch.bfloat16).isnan().all()
 
 
-@pytest.mark.skipif(BACKEND != "races", reason="memory is watched in the build `races`")
+@watches_memory
 @pytest.mark.parametrize(
     "fault, says",
     [
@@ -77,6 +81,32 @@ def test_a_read_out_of_bounds_is_caught(fault):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "capability, kilobytes", [(60, 48), (70, 96), (75, 64), (80, 163), (86, 99), (89, 99), (90, 227)]
+)
+def test_shared_memory_ends_where_it_does_on_the_device(capability, kilobytes, monkeypatch):
+    monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
+    run("shared bytes", kilobytes * 1024)
+    with pytest.raises(RuntimeError, match="shared bytes: invalid argument"):
+        run("shared bytes", kilobytes * 1024 + 16)
+
+
+@pytest.mark.parametrize(
+    "fault, says",
+    [
+        ("no opt-in", "no opt-in cannot be launched: 49168 bytes of dynamic shared memory, of which it may have 49152"),
+        ("threads", "threads cannot be launched: a block of 1056 x 1 x 1 threads"),
+        ("grid x", "grid x cannot be launched: a grid of 2147483648 x 1 x 1 blocks"),
+        ("grid y", "grid y cannot be launched: a grid of 1 x 65536 x 1 blocks"),
+        ("grid z", "grid z cannot be launched: a grid of 1 x 1 x 65536 blocks"),
+        ("blocks beyond 32 bits", "needs 4294967297 blocks, a launch has at most 2147483647: use smaller tensors"),
+    ],
+)
+def test_a_launch_beyond_the_limits_is_refused(fault, says):
+    with pytest.raises(RuntimeError, match=says):
+        run(fault)
 
 
 QUERIES, KEYS, POOL, SELECTED, MAP_SIZE = 32, 96, 10, 6, 4  # as in bad_values.cu
