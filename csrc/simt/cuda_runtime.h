@@ -53,7 +53,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 
 inline void __syncthreads() { flexattn::simt::block_barrier(); }
-inline void __syncwarp(unsigned = ~0u) { flexattn::simt::exchange("__syncwarp", "", 0); }
+inline void __syncwarp(unsigned = ~0u) { flexattn::simt::warp_barrier(); }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return flexattn::simt::from_lane("__shfl_xor_sync", value, flexattn::simt::lane() ^ mask);

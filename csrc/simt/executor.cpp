@@ -34,7 +34,7 @@ using Resumption = void* [5];
 
 struct Copy {
   unsigned char* to;
-  const unsigned char* from;
+  const unsigned char* from;  // null: zeros
 };
 
 // Runs one thread of a block after the other, on the same stack.
@@ -211,7 +211,7 @@ void run_block(unsigned threads) {
 void arrive(std::vector<Copy>& copies) {
   for (const Copy& copy : copies) {
     if (copy.from) record_access(copy.from, kCopyBytes, Access::kRead);
-    record_access(copy.to, kCopyBytes, Access::kWrite);
+    end_copy(copy.to, kCopyBytes);
     copy.from ? static_cast<void>(std::memcpy(copy.to, copy.from, kCopyBytes))
               : static_cast<void>(std::memset(copy.to, 0, kCopyBytes));
   }
@@ -264,13 +264,23 @@ const WarpBytes& exchange(const char* operation, const void* bytes, size_t size)
   const int64_t round = warp.round;
   std::memcpy(warp.bytes[round % 2][current % kLanes], bytes, size);
   meet(warp, kLanes, operation);
-  pass_warp(current);
+  pass_collective(current);
   return warp.bytes[round % 2];
 }
 
-void start_copy(void* to, const void* from) {
+void warp_barrier() {
+  exchange("__syncwarp", "", 0);
+  pass_warp_barrier(current);
+}
+
+void start_copy(void* to, const void* from, bool valid) {
+  require_alignment("cp.async to", to, kCopyBytes);
+  require_alignment("cp.async from", from, kCopyBytes);
+  if (valid) check_access(from, kCopyBytes, Access::kRead);
+  begin_copy(to, kCopyBytes);
   std::memset(to, 0xff, kCopyBytes);  // NaN until it has arrived
-  fibers[current].open.push_back({static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from)});
+  fibers[current].open.push_back(
+      {static_cast<unsigned char*>(to), valid ? static_cast<const unsigned char*>(from) : nullptr});
 }
 void commit_copies() {
   fibers[current].groups.push_back(std::move(fibers[current].open));
@@ -293,6 +303,13 @@ bool belongs_to_executor(const void* address) {
   for (const dim3* variable : {&thread_index, &block_index, &block_size, &grid_size})
     if (within(variable, sizeof *variable)) return true;
   return false;
+}
+
+void require_alignment(const char* operation, const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  fail((std::string("misaligned: ") + operation + " an address that is not a multiple of " + std::to_string(bytes) +
+        " bytes")
+           .c_str());
 }
 
 // Nothing is thrown through a kernel, which the compiler may assume not to throw: its fiber is abandoned where it is.

@@ -59,6 +59,56 @@ def test_a_race_is_caught(fault, says):
         run(fault)
 
 
+@watches_memory
+@pytest.mark.parametrize("fault", ["after a shuffle", "after a vote", "after an mma", "after an ldmatrix"])
+def test_no_collective_but_syncwarp_orders_memory(fault):
+    assert run("after __syncwarp")[:32].tolist() == [*range(1, 32), 0]
+    with pytest.raises(RuntimeError, match=f"{fault}, .* race: .* shared memory .* nothing between that orders them"):
+        run(fault)
+
+
+@watches_memory
+@pytest.mark.parametrize("first, then", [("written", "read by ldmatrix"), ("read by ldmatrix", "written")])
+def test_rows_of_ldmatrix_belong_to_other_lanes_too(first, then):
+    run(f"{first}, ordered, {then}")
+    with pytest.raises(RuntimeError, match=f"{first}, {then}, block 0, .* race: .* nothing between that orders them"):
+        run(f"{first}, {then}")
+
+
+@watches_memory
+@pytest.mark.parametrize(
+    "fault, says",
+    [
+        ("read in flight", "reads byte .* copies to by a cp.async that it has not waited for"),
+        ("write in flight", "writes byte .* copies to by a cp.async that it has not waited for"),
+        ("no barrier", "reads byte .* (wrote|copies to by a cp.async)"),
+        ("too early", "(writes byte .* read|reads byte .* (wrote|copies to by a cp.async))"),
+    ],
+)
+def test_what_cp_async_writes_is_nobodys_until_it_was_waited_for_and_passed_on(fault, says):
+    assert run("copy").tolist() == [4] * 64
+    with pytest.raises(RuntimeError, match=f"copy, {fault}, block 0, .* race: {says}"):
+        run(f"copy, {fault}")
+
+
+@watches_memory
+@pytest.mark.parametrize(
+    "fault, bytes_", [("read 16", 16), ("read 8", 8), ("read 4", 4), ("write 16", 16), ("write 8", 8), ("write 2", 2)]
+)
+def test_a_vector_at_an_address_that_is_not_aligned_to_its_size_is_caught(fault, bytes_):
+    with pytest.raises(RuntimeError, match=f"misaligned: {fault.split()[0]}s .* not a multiple of {bytes_} bytes"):
+        run(fault)
+
+
+@pytest.mark.parametrize(
+    "fault, says", [("copy to", "cp.async to"), ("copy from", "cp.async from"), ("ldmatrix", "ldmatrix of")]
+)
+def test_copies_and_matrices_must_be_aligned_to_16_bytes(fault, says):
+    run("copy, aligned")
+    with pytest.raises(RuntimeError, match=f"misaligned: {says} an address that is not a multiple of 16 bytes"):
+        run(fault)
+
+
 def test_a_barrier_that_some_threads_miss_is_caught():
     with pytest.raises(
         RuntimeError, match="barrier, block 0, .* waits forever at __syncthreads: not all threads reach it"
