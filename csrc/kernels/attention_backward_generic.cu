@@ -210,7 +210,7 @@ __global__ void grad_pool_slots(AttentionBackwardParams p) {
     const int64_t m = p.slot_to_key[b * in.pool + at];
     if (m < 0 || !(in.hr_rows || in.hr_from)) continue;
     // The rows that may see it: those listed, some of which are -1, or all from hr_from on.
-    const int64_t first = in.hr_rows || in.hr_from[b] < 0 ? 0 : in.hr_from[b], end = in.hr_rows ? in.rows : in.queries;
+    const int64_t first = in.hr_rows ? 0 : first_hr_query(in, b), end = in.hr_rows ? in.rows : in.queries;
     const auto query = [&](int64_t i) { return in.hr_rows ? query_at(in, b, i) : i; };
     const auto sees = [&](int64_t i) {
       if (i >= end || query(i) < 0) return false;

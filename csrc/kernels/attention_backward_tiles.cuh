@@ -433,7 +433,7 @@ struct PoolKeys {
     return votes(any);
   }
   static __device__ int first_query(const AttentionInputs& in, int sample) {
-    return in.hr_from ? max(0, in.hr_from[sample]) / kPassingRows * kPassingRows : 0;
+    return in.hr_from ? in.hr_from[sample] / kPassingRows * kPassingRows : 0;  // checked by grad_row_tiles
   }
   __device__ bool find(const AttentionBackwardParams& p, QueryTile& tile) const {
     if (tile.first < listed) return true;

@@ -23,6 +23,8 @@ __device__ inline KeyInterval image_keys(const AttentionForwardParams& p, int64_
   const int32_t* range = p.map_ranges + (b * p.images + image) * 2;
   require("hierarchical_attention: map_ranges", range[0], 0, p.in.keys);
   require("hierarchical_attention: map_ranges", range[1], range[0], min(p.in.keys, range[0] + p.map_size));
+  if (range[1] != range[0])
+    require("hierarchical_attention: a length in map_ranges", range[1] - range[0], p.map_size, p.map_size);
   return {range[0], range[1]};
 }
 

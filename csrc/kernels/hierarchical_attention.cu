@@ -1,4 +1,4 @@
-// The forward pass of hierarchical_attention: choice of the kernel.
+// The forward pass of hierarchical_attention: choice of the kernel, and a check of the slots that it reads.
 
 #include "flexattn/hierarchical_attention.h"
 
@@ -7,11 +7,21 @@
 #include "attention_prefill.h"
 #include "device.cuh"
 #include "flexattn/attention_path.h"
+#include "visibility.cuh"
 
 namespace flexattn::cuda {
 namespace {
 
 AttentionPath path_of(const AttentionInputs& in) { return choose_attention_path(in, compute_capability()).path; }
+
+constexpr int kThreads = 128;
+
+// A thread per slot.
+__global__ void check_slots(AttentionInputs in) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, b = i / in.selected,
+                m = i % in.selected;
+  if (b < in.batch && m < hr_keys(in, b)) slot(in, b, m);
+}
 
 }  // namespace
 
@@ -20,7 +30,13 @@ int64_t hierarchical_attention_workspace(const AttentionForwardParams& params, S
 }
 
 void hierarchical_attention_forward(const AttentionForwardParams& params, Stream stream) {
-  switch (path_of(params.in)) {
+  const AttentionInputs& in = params.in;
+  const AttentionPath path = path_of(in);
+  // The decode kernel reads each slot once and checks it there; tensor-core loops have no registers left for that.
+  if (in.k_hr && path != AttentionPath::kDecode)
+    launch("hierarchical_attention (slots)", check_slots, blocks_for(in.batch * in.selected, kThreads), kThreads, 0,
+           stream, in);
+  switch (path) {
     case AttentionPath::kGeneric:
       return attention_generic(params, stream);
     case AttentionPath::kDecode:

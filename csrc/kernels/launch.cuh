@@ -13,6 +13,7 @@ namespace flexattn::cuda {
 
 constexpr int kWarp = 32;
 constexpr size_t kSharedBytes = 48 * 1024;  // available to a block on every GPU without opting in
+constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a launch
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess)
@@ -23,12 +24,15 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
             Stream stream, Arguments... arguments) {
   if (blocks == 0) return;
+  if (blocks > kMaxBlocks)
+    throw std::runtime_error(std::string("flexattn_cuda: ") + name + " needs " + std::to_string(blocks) +
+                             " blocks, a launch has at most " + std::to_string(kMaxBlocks) + ": use smaller tensors");
   if (shared_bytes > kSharedBytes)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
           name);
 #ifdef FLEXATTN_SIMT
-  simt::launch(name, reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks), threads, shared_bytes,
-               [&]() __attribute__((no_sanitize_thread)) {
+  simt::launch(name, reinterpret_cast<const void*>(kernel), dim3{static_cast<unsigned>(blocks)},
+               dim3{static_cast<unsigned>(threads)}, shared_bytes, [&]() __attribute__((no_sanitize_thread)) {
                  kernel(arguments...);
                });  // arguments are constant memory on a GPU: no race to watch
 #else

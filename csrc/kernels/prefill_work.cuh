@@ -100,10 +100,11 @@ __device__ inline void find_listed_rows(const AttentionInputs& in, BlockWork& wo
 
 // HR keys, if any row of the block sees them. One thread.
 __device__ inline void assign_hr_keys(const AttentionInputs& in, BlockWork& work) {
-  work.hr_from = in.hr_from ? in.hr_from[work.sample] : static_cast<int>(in.queries);
+  work.hr_from = static_cast<int>(in.hr_from ? first_hr_query(in, work.sample) : in.queries);
   bool any = !in.hr_rows && work.first_row + work.rows > work.hr_from;
   for (int row = 0; in.hr_rows && row < kTileRows; ++row) any |= work.hr_row[row] >= 0;
-  work.hr_count = any ? static_cast<int>(hr_keys(in, work.sample)) : 0;
+  const int hr_count = static_cast<int>(hr_keys(in, work.sample));
+  work.hr_count = any ? hr_count : 0;
   work.alpha = work.hr_count > 0 ? mixing<float>(in, work.sample) : 1.f;
   work.tiles = work.sequence_tiles + static_cast<int>(blocks_for(work.hr_count, kTileKeys));
 }

@@ -89,6 +89,12 @@ __device__ inline int64_t slot(const AttentionInputs& in, int64_t b, int64_t m) 
   return at;
 }
 
+// First query that sees HR keys, where hr_from is given.
+__device__ inline int64_t first_hr_query(const AttentionInputs& in, int64_t b) {
+  require("hierarchical_attention: hr_from", in.hr_from[b], 0, in.queries);
+  return in.hr_from[b];
+}
+
 // Query at index r of hr_rows, or -1.
 __device__ inline int64_t query_at(const AttentionInputs& in, int64_t b, int64_t r) {
   const int64_t n = in.hr_rows[b * in.rows + r];
@@ -107,11 +113,10 @@ __device__ inline int64_t find_hr_row(const AttentionInputs& in, int64_t b, int6
 }
 
 // Row of the selection by which query n sees HR keys: its index in hr_rows, 0 where rows are not listed, -1 if it sees
-// none. Called by a whole warp.
+// none. Called by a whole warp. Values are checked even where no key or row needs them, as on the host.
 __device__ inline int64_t hr_row_of_query(const AttentionInputs& in, int64_t b, int64_t n) {
-  if (hr_keys(in, b) == 0) return -1;
-  if (in.hr_from) return n >= in.hr_from[b] ? 0 : -1;
-  return find_hr_row(in, b, n);
+  const int64_t r = in.hr_from && n >= first_hr_query(in, b) ? 0 : find_hr_row(in, b, n);
+  return hr_keys(in, b) > 0 ? r : -1;
 }
 
 // Which HR keys row r of the selection sees, as bits; null = all.

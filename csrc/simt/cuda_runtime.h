@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "executor.h"
+#include "launch_limits.h"
 
 #define __global__
 #define __device__
@@ -33,23 +34,26 @@ struct alignas(16) uint4 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
-  return cudaSuccess;
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int shared_bytes) {
+  const bool allowed = flexattn::simt::opt_in_to_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
+  return allowed ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid argument";
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-// The newest GPU that the kernels know; FLEXATTN_CAPABILITY makes it older.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  return *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0, cudaSuccess;
+  const int capability = flexattn::simt::device_capability();
+  return *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10 : capability % 10, cudaSuccess;
 }
 
 inline void __syncthreads() { flexattn::simt::block_barrier(); }
-inline void __syncwarp(unsigned = ~0u) { flexattn::simt::exchange("__syncwarp", "", 0); }
+inline void __syncwarp(unsigned = ~0u) { flexattn::simt::warp_barrier(); }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return flexattn::simt::from_lane("__shfl_xor_sync", value, flexattn::simt::lane() ^ mask);

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "launch_limits.h"
 #include "memory_checks.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -33,7 +34,7 @@ using Resumption = void* [5];
 
 struct Copy {
   unsigned char* to;
-  const unsigned char* from;
+  const unsigned char* from;  // null: zeros
 };
 
 // Runs one thread of a block after the other, on the same stack.
@@ -210,7 +211,7 @@ void run_block(unsigned threads) {
 void arrive(std::vector<Copy>& copies) {
   for (const Copy& copy : copies) {
     if (copy.from) record_access(copy.from, kCopyBytes, Access::kRead);
-    record_access(copy.to, kCopyBytes, Access::kWrite);
+    end_copy(copy.to, kCopyBytes);
     copy.from ? static_cast<void>(std::memcpy(copy.to, copy.from, kCopyBytes))
               : static_cast<void>(std::memset(copy.to, 0, kCopyBytes));
   }
@@ -218,20 +219,26 @@ void arrive(std::vector<Copy>& copies) {
 
 }  // namespace
 
-void launch(const char* name, const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes,
+void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
             const std::function<void()>& body) {
+  const std::string why = refused_launch(kernel, grid, block, shared_bytes);
+  if (!why.empty()) throw std::runtime_error(std::string(name) + " cannot be launched: " + why);
+  const unsigned threads = block.x;
+  if (block.y != 1 || block.z != 1 || threads % kLanes)
+    throw std::runtime_error(std::string(name) + ": the executor runs whole warps in a row, not a block of " +
+                             std::to_string(threads) + " threads");
   kernel_name = name;
   kernel_body = &body;
-  grid_size = {blocks, 1, 1};
-  block_size = {threads, 1, 1};
+  grid_size = grid;
+  block_size = block;
   error = nullptr;
-  if (threads == 0 || threads > 1024 || threads % kLanes)
-    throw std::runtime_error(std::string(name) + ": a block of " + std::to_string(threads) + " threads");
   while (fibers.size() < threads) fibers.emplace_back();
   warps = std::vector<Warp>(threads / kLanes);
   begin_launch(name, kernel);
-  for (unsigned block = 0; block < blocks && !error; ++block) {
-    block_index = {block, 0, 0};
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks && !error; ++i) {
+    block_index = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                   static_cast<unsigned>(i / grid.x / grid.y)};
     // New for each block, so that AddressSanitizer sees accesses past its end.
     shared = std::vector<unsigned char>(shared_bytes);
     run_block(threads);
@@ -257,13 +264,23 @@ const WarpBytes& exchange(const char* operation, const void* bytes, size_t size)
   const int64_t round = warp.round;
   std::memcpy(warp.bytes[round % 2][current % kLanes], bytes, size);
   meet(warp, kLanes, operation);
-  pass_warp(current);
+  pass_collective(current);
   return warp.bytes[round % 2];
 }
 
-void start_copy(void* to, const void* from) {
+void warp_barrier() {
+  exchange("__syncwarp", "", 0);
+  pass_warp_barrier(current);
+}
+
+void start_copy(void* to, const void* from, bool valid) {
+  require_alignment("cp.async to", to, kCopyBytes);
+  require_alignment("cp.async from", from, kCopyBytes);
+  if (valid) check_access(from, kCopyBytes, Access::kRead);
+  begin_copy(to, kCopyBytes);
   std::memset(to, 0xff, kCopyBytes);  // NaN until it has arrived
-  fibers[current].open.push_back({static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from)});
+  fibers[current].open.push_back(
+      {static_cast<unsigned char*>(to), valid ? static_cast<const unsigned char*>(from) : nullptr});
 }
 void commit_copies() {
   fibers[current].groups.push_back(std::move(fibers[current].open));
@@ -286,6 +303,13 @@ bool belongs_to_executor(const void* address) {
   for (const dim3* variable : {&thread_index, &block_index, &block_size, &grid_size})
     if (within(variable, sizeof *variable)) return true;
   return false;
+}
+
+void require_alignment(const char* operation, const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  fail((std::string("misaligned: ") + operation + " an address that is not a multiple of " + std::to_string(bytes) +
+        " bytes")
+           .c_str());
 }
 
 // Nothing is thrown through a kernel, which the compiler may assume not to throw: its fiber is abandoned where it is.

@@ -22,8 +22,9 @@ constexpr int kLanes = 32;
 // Of the running thread.
 extern dim3 thread_index, block_index, block_size, grid_size;
 
-// Run body, which calls `kernel` with its arguments, in every thread. Accesses are counted by kernel.
-void launch(const char* name, const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes,
+// Run body, which calls `kernel` with its arguments, in every thread. Accesses are counted by kernel. Blocks are a
+// multiple of 32 threads in a row.
+void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
             const std::function<void()>& body);
 
 unsigned char* shared_memory();  // of the running block, 16-byte aligned
@@ -35,8 +36,10 @@ constexpr size_t kLaneBytes = 64;
 using WarpBytes = unsigned char[kLanes][kLaneBytes];
 
 // Wait until every lane of the warp has arrived with its bytes, and return those of all lanes. `operation` is named in
-// error messages.
+// error messages. Memory is not ordered by it, as by no collective of CUDA but __syncwarp.
 const WarpBytes& exchange(const char* operation, const void* bytes, size_t size);
+
+void warp_barrier();
 
 template <typename T>
 T from_lane(const char* operation, T mine, int source) {
@@ -45,8 +48,8 @@ T from_lane(const char* operation, T mine, int source) {
   return result;
 }
 
-// Copy 16 bytes to shared memory, zeros if `from` is null. They arrive with wait_copies(groups still in flight).
-void start_copy(void* shared, const void* from);
+// Copy 16 bytes to shared memory, zeros if not valid. They arrive with wait_copies(groups still in flight).
+void start_copy(void* shared, const void* from, bool valid);
 void commit_copies();
 void wait_copies(int groups_left);
 
@@ -57,6 +60,9 @@ inline bool on_stack(const void* address) { return reinterpret_cast<uintptr_t>(a
 bool belongs_to_executor(const void* address);
 // Whether the address would not be memory on a GPU.
 inline bool is_own(const void* address) { return on_stack(address) || belongs_to_executor(address); }
+
+// Fail unless the address is a multiple of `bytes`.
+void require_alignment(const char* operation, const void* address, size_t bytes);
 
 [[noreturn]] void fail(const char* what);  // adds kernel, block and thread to the message
 

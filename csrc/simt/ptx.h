@@ -42,7 +42,8 @@ void mma_m8n8k4(const char* name, float (&d)[8], const uint32_t (&a)[2], const u
 
 template <bool transposed>
 void ldmatrix_x4(const char* name, uint32_t (&r)[4], const void* row) {
-  simt::record_access(row, 16, simt::Access::kRead);
+  simt::require_alignment("ldmatrix of", row, 16);
+  simt::record_access(row, 16, simt::Access::kReadByOthers);
   const simt::WarpBytes& lanes = simt::exchange(name, &row, sizeof row);
   const int lane = simt::lane();
   for (int matrix = 0; matrix < 4; ++matrix)
@@ -84,9 +85,7 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   simt_ptx::ldmatrix_x4<true>("ldmatrix.trans", r, row);
 }
 
-inline void cp_async_16(void* shared, const void* global, bool valid) {
-  simt::start_copy(shared, valid ? global : nullptr);
-}
+inline void cp_async_16(void* shared, const void* global, bool valid) { simt::start_copy(shared, global, valid); }
 inline void cp_async_commit() { simt::commit_copies(); }
 template <int n>
 void cp_async_wait() {

@@ -3,9 +3,9 @@
 #include <string>
 #include <vector>
 
-#include "flexattn/hierarchical_attention.h"
 #include "flexattn/select_tokens.h"
 #include "launch.cuh"
+#include "ptx.cuh"
 #include "warp.cuh"
 
 namespace flexattn::cuda {
@@ -86,37 +86,167 @@ __global__ void read_past_shared(int32_t* out) {
   out[threadIdx.x] = numbers[kThreads + threadIdx.x];
 }
 
+// ------------------------------------------------------------------------------------------------- alignment
+
+// A vector half its size past an address that is aligned for it.
+template <typename T, typename Bytes>
+__device__ T* askew(Bytes* bytes) {
+  return reinterpret_cast<T*>(bytes + sizeof(T) / 2);
+}
+template <typename T>
+__global__ void read_askew(unsigned char* data) {
+  if (threadIdx.x == 0) *reinterpret_cast<T*>(data) = *askew<T>(shared_memory<unsigned char>());
+}
+template <typename T>
+__global__ void write_askew(unsigned char* data) {
+  if (threadIdx.x == 0) *askew<T>(data) = T{};
+}
+
+// Thread 0 copies 16 bytes from data + from to shared memory + to.
+__global__ void copy_askew(const unsigned char* data, int to, int from) {
+  if (threadIdx.x == 0) cp_async_16(shared_memory<unsigned char>() + to, data + from, true);
+  cp_async_commit();
+  cp_async_wait<0>();
+}
+
+__global__ void load_matrix_askew(int32_t* out) {
+  uint32_t r[4];
+  ldmatrix_x4(r, shared_memory<unsigned char>() + 8 * lane());
+  out[threadIdx.x] = static_cast<int32_t>(r[0]);
+}
+
+// ------------------------------------------------------------------------------------- what orders memory in a warp
+
+enum class By { kSyncWarp, kShuffle, kVote, kMma, kLdmatrix };
+
+__device__ void meet(By by) {
+  float d[8] = {};
+  uint32_t a[4] = {}, b[2] = {};
+  switch (by) {
+    case By::kSyncWarp:
+      __syncwarp();
+      break;
+    case By::kShuffle:
+      warp_sum(1);
+      break;
+    case By::kVote:
+      votes(true);
+      break;
+    case By::kMma:
+      mma_m8n8k4(d, b, b);
+      break;
+    case By::kLdmatrix:
+      ldmatrix_x4(a, shared_memory<unsigned char>() + 1024);
+      break;
+  }
+}
+
+// Each lane hands its number to the next one of its warp.
+__global__ void pass_on_in_warp(int32_t* out, By by) {
+  int32_t* numbers = shared_memory<int32_t>();
+  numbers[lane()] = lane();
+  meet(by);
+  out[lane()] = numbers[(lane() + 1) % kWarp];
+}
+
+// Lanes write rows that ldmatrix hands to other lanes, or read them by it before they are overwritten.
+__global__ void share_matrices(int32_t* out, bool write_first, bool order) {
+  uint4* rows = shared_memory<uint4>();
+  uint32_t r[4] = {};
+  if (write_first) rows[lane()] = uint4{};
+  if (write_first && order) __syncwarp();
+  ldmatrix_x4(r, rows + lane());
+  if (!write_first && order) __syncwarp();
+  if (!write_first) rows[lane()] = uint4{};
+  out[lane()] = static_cast<int32_t>(r[0]);
+}
+
+// --------------------------------------------------------------------------------------------- copies in flight
+
+enum class Copy {
+  kSound,
+  kReadInFlight,   // before the wait
+  kWriteInFlight,  // the same
+  kNoBarrier,      // after the wait, but of another thread
+  kTooEarly,       // starts while others may read what it overwrites
+};
+
+// Each thread copies 16 bytes and reads those of the next thread.
+__global__ void copy_and_read(const int32_t* data, int32_t* out, Copy copy) {
+  uint4* rows = shared_memory<uint4>();
+  uint4* mine = rows + threadIdx.x;
+  if (copy == Copy::kTooEarly) {
+    *mine = uint4{};
+    __syncthreads();
+    out[threadIdx.x] = static_cast<int32_t>(rows[(threadIdx.x + 1) % kThreads].x);
+  }
+  cp_async_16(mine, data, true);
+  cp_async_commit();
+  if (copy == Copy::kReadInFlight) out[threadIdx.x] = static_cast<int32_t>(mine->x);
+  if (copy == Copy::kWriteInFlight) *mine = uint4{};
+  cp_async_wait<0>();
+  if (copy != Copy::kNoBarrier) __syncthreads();
+  out[threadIdx.x] = static_cast<int32_t>(rows[(threadIdx.x + 1) % kThreads].x);
+}
+
+// -------------------------------------------------------------------------------------------- limits of a launch
+
+// Two kernels: a launch lets one of them have more shared memory.
+template <bool opts_in>
+__global__ void do_nothing() {}
+
 __global__ void read_past_global(int32_t* out) { out[threadIdx.x] = out[kThreads + threadIdx.x]; }
 
 // out must show NaN: nothing was written to shared memory.
 __global__ void read_unwritten(int32_t* out) { out[threadIdx.x] = shared_memory<int32_t>()[threadIdx.x]; }
 
-// What the host cannot see in a tensor on a GPU.
-enum class BadRange {
-  kMap,            // a map of an image whose range has more keys than map_size
-  kBidirectional,  // bidirectional ranges that overlap
-};
+// A launch past flexattn::cuda::launch, which opts in to what it needs.
+void launch_as_is(const std::string& name, dim3 grid, dim3 block, size_t shared_bytes) {
+  simt::launch(name.c_str(), reinterpret_cast<const void*>(do_nothing<false>), grid, block, shared_bytes,
+               do_nothing<false>);
+}
 
-void attend_with_a_bad_range(BadRange bad, int64_t queries) {
-  constexpr int64_t kKeys = 32, kDim = 64, kMapSize = 4;
-  const std::vector<uint16_t> zeros(kKeys * kDim);  // float16
-  std::vector<uint16_t> out(queries * kDim);
-  std::vector<float> lse(queries), lse_seq(queries), map(kMapSize);
-  const int32_t start = 0, length = kKeys, range[2] = {0, bad == BadRange::kMap ? 2 * kMapSize : kMapSize};
-  const int32_t bidirectional[4] = {2, 9, 7, 12};
-  AttentionForwardParams p{};
-  p.in.dtype = DType::kFloat16;
-  p.in.batch = p.in.heads = p.in.kv_heads = p.in.rows = 1;
-  p.in.queries = queries, p.in.keys = kKeys, p.in.head_dim = kDim, p.in.scale = 1;
-  p.in.q = p.in.k = p.in.v = zeros.data();
-  p.in.q_strides = p.in.k_strides = p.in.v_strides = {kKeys * kDim, kKeys * kDim, kDim};
-  p.in.kv_start = &start, p.in.kv_len = &length;
-  if (bad == BadRange::kBidirectional) p.in.ranges = 2, p.in.bidirectional_ranges = bidirectional;
-  p.images = 1, p.map_size = kMapSize, p.map_ranges = range;
-  p.out = out.data(), p.lse = lse.data(), p.lse_seq = lse_seq.data(), p.map = map.data();
-  std::vector<float> workspace(hierarchical_attention_workspace(p, nullptr) / sizeof(float));
-  p.workspace = workspace.data();
-  hierarchical_attention_forward(p, nullptr);
+void run_misalignment(const std::string& fault, int32_t* data) {
+  unsigned char* bytes = reinterpret_cast<unsigned char*>(data);
+  const auto run = [&](const char* name, auto kernel, auto... arguments) {
+    if (fault == name) launch(name, kernel, 1, kWarp, 1024, nullptr, arguments...);
+  };
+  run("read 16", read_askew<uint4>, bytes);
+  run("read 8", read_askew<uint2>, bytes);
+  run("read 4", read_askew<uint32_t>, bytes);
+  run("write 16", write_askew<uint4>, bytes);
+  run("write 8", write_askew<uint2>, bytes);
+  run("write 2", write_askew<uint16_t>, bytes);
+  run("copy, aligned", copy_askew, bytes, 32, 16);
+  run("copy to", copy_askew, bytes, 8, 0);
+  run("copy from", copy_askew, bytes, 0, 4);
+  run("ldmatrix", load_matrix_askew, data);
+}
+
+void run_order(const std::string& fault, int32_t* data) {
+  const auto run = [&](const char* name, auto kernel, auto... arguments) {
+    if (fault == name) launch(name, kernel, 1, kWarp, 2048, nullptr, data, arguments...);
+  };
+  run("after __syncwarp", pass_on_in_warp, By::kSyncWarp);
+  run("after a shuffle", pass_on_in_warp, By::kShuffle);
+  run("after a vote", pass_on_in_warp, By::kVote);
+  run("after an mma", pass_on_in_warp, By::kMma);
+  run("after an ldmatrix", pass_on_in_warp, By::kLdmatrix);
+  run("written, ordered, read by ldmatrix", share_matrices, true, true);
+  run("written, read by ldmatrix", share_matrices, true, false);
+  run("read by ldmatrix, ordered, written", share_matrices, false, true);
+  run("read by ldmatrix, written", share_matrices, false, false);
+}
+
+void run_copy(const std::string& fault, const int32_t* data, int32_t* out) {
+  const auto run = [&](const char* name, Copy copy) {
+    if (fault == name) launch(name, copy_and_read, 1, kThreads, kThreads * sizeof(uint4), nullptr, data, out, copy);
+  };
+  run("copy", Copy::kSound);
+  run("copy, read in flight", Copy::kReadInFlight);
+  run("copy, write in flight", Copy::kWriteInFlight);
+  run("copy, no barrier", Copy::kNoBarrier);
+  run("copy, too early", Copy::kTooEarly);
 }
 
 // Grids of 3 x 3 for one image, one of whose values is out of range.
@@ -158,11 +288,19 @@ void run_fault(const std::string& fault, int32_t* data) {
   }
   if (fault == "shared") launch("shared", read_past_shared, 1, kThreads, bytes, nullptr, data);
   if (fault == "global") launch("global", read_past_global, 1, kThreads, 0, nullptr, data);
-  if (fault == "map range, one query") attend_with_a_bad_range(BadRange::kMap, 1);
-  if (fault == "map range, many queries") attend_with_a_bad_range(BadRange::kMap, 32);
-  if (fault == "bidirectional ranges, one query") attend_with_a_bad_range(BadRange::kBidirectional, 1);
-  if (fault == "bidirectional ranges, many queries") attend_with_a_bad_range(BadRange::kBidirectional, 32);
   if (fault.rfind("select ", 0) == 0) select_with_a_bad_value(fault.substr(7));
+  if (fault == "shared bytes") launch("shared bytes", do_nothing<true>, 1, kThreads, data[0], nullptr);
+  if (fault == "no opt-in") launch_as_is(fault, dim3{1}, dim3{kThreads}, kSharedBytes + 16);
+  if (fault == "threads") launch_as_is(fault, dim3{1}, dim3{1024 + 32}, 0);
+  if (fault == "grid x") launch_as_is(fault, dim3{1u << 31}, dim3{kThreads}, 0);
+  if (fault == "grid y") launch_as_is(fault, dim3{1, 1 << 16}, dim3{kThreads}, 0);
+  if (fault == "grid z") launch_as_is(fault, dim3{1, 1, 1 << 16}, dim3{kThreads}, 0);
+  if (fault == "blocks beyond 32 bits")
+    launch(fault.c_str(), do_nothing<false>, (int64_t{1} << 32) + 1, kThreads, 0, nullptr);
+  run_misalignment(fault, data);
+  run_order(fault, data);
+  const std::vector<int32_t> four(4, 4);
+  run_copy(fault, four.data(), data);
   if (fault == "unwritten") launch("unwritten", read_unwritten, 1, kThreads, bytes, nullptr, data);
 }
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -19,8 +20,12 @@ TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(BACKEND == "cpu", reason="make simt")
 
 
-def run(fault: str) -> torch.Tensor:
+watches_memory = pytest.mark.skipif(BACKEND != "races", reason="memory is watched in the build `races`")
+
+
+def run(fault: str, size: int = 0) -> torch.Tensor:
     out = torch.zeros(64, dtype=torch.int32)
+    out[0] = size
     torch.ops.flexattn_faults.run(fault, out)
     return out
 
@@ -37,7 +42,7 @@ def test_shared_memory_begins_as_nan():
     assert values.view(torch.bfloat16).isnan().all()
 
 
-@pytest.mark.skipif(BACKEND != "races", reason="memory is watched in the build `races`")
+@watches_memory
 @pytest.mark.parametrize(
     "fault, says",
     [
@@ -51,6 +56,56 @@ def test_shared_memory_begins_as_nan():
 )
 def test_a_race_is_caught(fault, says):
     with pytest.raises(RuntimeError, match=f"{fault}, block [01], thread [0-9]+: {says}"):
+        run(fault)
+
+
+@watches_memory
+@pytest.mark.parametrize("fault", ["after a shuffle", "after a vote", "after an mma", "after an ldmatrix"])
+def test_no_collective_but_syncwarp_orders_memory(fault):
+    assert run("after __syncwarp")[:32].tolist() == [*range(1, 32), 0]
+    with pytest.raises(RuntimeError, match=f"{fault}, .* race: .* shared memory .* nothing between that orders them"):
+        run(fault)
+
+
+@watches_memory
+@pytest.mark.parametrize("first, then", [("written", "read by ldmatrix"), ("read by ldmatrix", "written")])
+def test_rows_of_ldmatrix_belong_to_other_lanes_too(first, then):
+    run(f"{first}, ordered, {then}")
+    with pytest.raises(RuntimeError, match=f"{first}, {then}, block 0, .* race: .* nothing between that orders them"):
+        run(f"{first}, {then}")
+
+
+@watches_memory
+@pytest.mark.parametrize(
+    "fault, says",
+    [
+        ("read in flight", "reads byte .* copies to by a cp.async that it has not waited for"),
+        ("write in flight", "writes byte .* copies to by a cp.async that it has not waited for"),
+        ("no barrier", "reads byte .* (wrote|copies to by a cp.async)"),
+        ("too early", "(writes byte .* read|reads byte .* (wrote|copies to by a cp.async))"),
+    ],
+)
+def test_what_cp_async_writes_is_nobodys_until_it_was_waited_for_and_passed_on(fault, says):
+    assert run("copy").tolist() == [4] * 64
+    with pytest.raises(RuntimeError, match=f"copy, {fault}, block 0, .* race: {says}"):
+        run(f"copy, {fault}")
+
+
+@watches_memory
+@pytest.mark.parametrize(
+    "fault, bytes_", [("read 16", 16), ("read 8", 8), ("read 4", 4), ("write 16", 16), ("write 8", 8), ("write 2", 2)]
+)
+def test_a_vector_at_an_address_that_is_not_aligned_to_its_size_is_caught(fault, bytes_):
+    with pytest.raises(RuntimeError, match=f"misaligned: {fault.split()[0]}s .* not a multiple of {bytes_} bytes"):
+        run(fault)
+
+
+@pytest.mark.parametrize(
+    "fault, says", [("copy to", "cp.async to"), ("copy from", "cp.async from"), ("ldmatrix", "ldmatrix of")]
+)
+def test_copies_and_matrices_must_be_aligned_to_16_bytes(fault, says):
+    run("copy, aligned")
+    with pytest.raises(RuntimeError, match=f"misaligned: {says} an address that is not a multiple of 16 bytes"):
         run(fault)
 
 
@@ -78,21 +133,88 @@ def test_a_read_out_of_bounds_is_caught(fault):
     assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr
 
 
-@pytest.mark.parametrize("capability", [60, 70, 90])
-@pytest.mark.parametrize("queries", ["one query", "many queries"])
 @pytest.mark.parametrize(
-    "ranges, said",
+    "capability, kilobytes", [(60, 48), (70, 96), (75, 64), (80, 163), (86, 99), (89, 99), (90, 227)]
+)
+def test_shared_memory_ends_where_it_does_on_the_device(capability, kilobytes, monkeypatch):
+    monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
+    run("shared bytes", kilobytes * 1024)
+    with pytest.raises(RuntimeError, match="shared bytes: invalid argument"):
+        run("shared bytes", kilobytes * 1024 + 16)
+
+
+@pytest.mark.parametrize(
+    "fault, says",
     [
-        ("map range", "map_ranges is 8, it must lie in 0 to 4"),  # longer than the map
-        ("bidirectional ranges", "bidirectional_ranges is 7, it must lie in 9 to 12"),  # overlapping
+        ("no opt-in", "no opt-in cannot be launched: 49168 bytes of dynamic shared memory, of which it may have 49152"),
+        ("threads", "threads cannot be launched: a block of 1056 x 1 x 1 threads"),
+        ("grid x", "grid x cannot be launched: a grid of 2147483648 x 1 x 1 blocks"),
+        ("grid y", "grid y cannot be launched: a grid of 1 x 65536 x 1 blocks"),
+        ("grid z", "grid z cannot be launched: a grid of 1 x 1 x 65536 blocks"),
+        ("blocks beyond 32 bits", "needs 4294967297 blocks, a launch has at most 2147483647: use smaller tensors"),
     ],
 )
-def test_ranges_that_only_the_device_can_read_are_refused_there(ranges, said, queries, capability, monkeypatch, capfd):
+def test_a_launch_beyond_the_limits_is_refused(fault, says):
+    with pytest.raises(RuntimeError, match=says):
+        run(fault)
+
+
+QUERIES, KEYS, POOL, SELECTED, MAP_SIZE = 32, 96, 10, 6, 4  # as in bad_values.cu
+PASSES = {
+    "one query": {"queries": 1, "backward": False},
+    "many queries": {"queries": QUERIES, "backward": False},
+    "gradients": {"queries": QUERIES, "backward": True},
+}
+
+
+def call_with(argument: str, index: int, value: int, listed: bool, queries: int, backward: bool) -> None:
+    torch.ops.flexattn_faults.bad_value(argument, index, value, queries, listed, backward)
+
+
+@pytest.mark.parametrize("capability", [60, 70, 90])
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("listed", [False, True])
+def test_index_values_at_their_limits_pass_on_the_device(which, capability, listed, monkeypatch):
     monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
-    with pytest.raises(RuntimeError, match="hierarchical_attention.*: __trap"):
-        run(f"{ranges}, {queries}")
-    ctypes.CDLL(None).fflush(None)  # what the kernel printed
-    assert f"hierarchical_attention: {said}" in capfd.readouterr().out
+    call_with("", 0, 0, listed, **PASSES[which])
+
+
+@pytest.mark.parametrize("capability", [60, 70, 90])
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize(
+    "argument, index, value, says",
+    [
+        ("kv_start", 1, -1, f"kv_start is -1, it must lie in 0 to {KEYS}"),
+        ("kv_start", 1, KEYS + 1, f"kv_start is {KEYS + 1}, it must lie in 0 to {KEYS}"),
+        ("kv_len", 0, 0, f"kv_len is 0, it must lie in [0-9]+ to {KEYS}"),
+        ("kv_len", 1, KEYS + 1, f"kv_len is {KEYS + 1}, it must lie in [0-9]+ to {KEYS}"),
+        ("hr_count", 1, -1, f"hr_count is -1, it must lie in 0 to {SELECTED}"),
+        ("hr_count", 1, SELECTED + 1, f"hr_count is {SELECTED + 1}, it must lie in 0 to {SELECTED}"),
+        ("hr_slots", 2 * SELECTED - 1, -1, f"hr_slots is -1, it must lie in 0 to {POOL - 1}"),
+        ("hr_slots", 2 * SELECTED - 1, 10**9, f"hr_slots is {10**9}, it must lie in 0 to {POOL - 1}"),
+        ("hr_from", 1, -1, "hr_from is -1, it must lie in 0 to [0-9]+"),
+        ("hr_from", 1, QUERIES + 1, f"hr_from is {QUERIES + 1}, it must lie in 0 to [0-9]+"),
+        ("hr_rows", 5, -2, "hr_rows is -2, it must lie in -1 to [0-9]+"),
+        ("hr_rows", 5, QUERIES, f"hr_rows is {QUERIES}, it must lie in -1 to [0-9]+"),
+        ("bidirectional_ranges", 2, 11, "bidirectional_ranges is 11, it must lie in 12 to 24"),  # overlaps the first
+        ("bidirectional_ranges", 7, KEYS + 1, f"bidirectional_ranges is {KEYS + 1}, it must lie in {KEYS - 8} to {KEYS}"),
+        ("map_ranges", 0, -1, f"map_ranges is -1, it must lie in 0 to {KEYS}"),
+        ("map_ranges", 7, KEYS + 1, f"map_ranges is {KEYS + 1}, it must lie in {KEYS - MAP_SIZE} to {KEYS}"),
+        ("map_ranges", 1, 2 * MAP_SIZE, f"map_ranges is {2 * MAP_SIZE}, it must lie in 0 to {MAP_SIZE}"),
+        ("map_ranges", 1, MAP_SIZE - 1, f"a length in map_ranges is {MAP_SIZE - 1}, it must lie in {MAP_SIZE} to"),
+    ],
+)
+def test_a_bad_index_value_is_refused_on_the_device(
+    argument, index, value, says, which, capability, monkeypatch, capfd
+):
+    if argument == "map_ranges" and which == "gradients":
+        pytest.skip("the map has no gradient")
+    monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
+    for listed in {"hr_from": [False], "hr_rows": [True]}.get(argument, [False, True]):
+        with pytest.raises(RuntimeError, match="hierarchical_attention.*: __trap"):
+            call_with(argument, index, value, listed, **PASSES[which])
+        ctypes.CDLL(None).fflush(None)  # what the kernel printed
+        assert re.search(f"flexattn_cuda::hierarchical_attention: {says}", capfd.readouterr().out)
 
 
 @pytest.mark.parametrize(

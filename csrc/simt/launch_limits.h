@@ -1,0 +1,21 @@
+// What a GPU refuses to launch.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "executor.h"
+
+namespace flexattn::simt {
+
+// 10 * major + minor of the GPU that the executor stands for: FLEXATTN_CAPABILITY, or 90, the newest that the kernels
+// know.
+int device_capability();
+
+// Let a kernel have more dynamic shared memory than kSharedBytes from now on. False if a block of the GPU has less.
+bool opt_in_to_shared_bytes(const void* kernel, int bytes);
+
+// Why a launch is refused; empty if it is not.
+std::string refused_launch(const void* kernel, const dim3& grid, const dim3& block, size_t shared_bytes);
+
+}  // namespace flexattn::simt
