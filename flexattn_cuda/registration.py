@@ -136,9 +136,7 @@ def _attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
     given = _by_name(ATTENTION_BACKWARD, arguments)
     asked = {name: flag for flag, names in _ASKED_BY.items() if getattr(given, flag) for name in names}
     inputs = {name: getattr(given, name) for names in _ASKED_BY.values() for name in names}
-    return tuple(
-        given.q.new_empty((0,) if x is None or name not in asked else x.shape) for name, x in inputs.items()
-    )
+    return tuple(given.q.new_empty((0,) if x is None or name not in asked else x.shape) for name, x in inputs.items())
 
 
 # ---------------------------------------------------------------------------------------------------------- Derivatives

@@ -86,6 +86,15 @@ __device__ inline QueryState* states_of(const AttentionBackwardParams& p) {
 
 // ---------------------------------------------------------------------------------------------------- all queries
 
+// Check what the kernels after this one rely on, in shares of a query each.
+__device__ inline void check_rows(const AttentionInputs& in, int64_t b, int64_t n) {
+  if (n == 0) {
+    check_ranges(in, b);
+    if (in.hr_from) first_hr_query(in, b);
+  }
+  for (int64_t r = n; in.hr_rows && r < in.rows; r += in.queries) query_at(in, b, r);
+}
+
 // How the queries weigh their keys, without alpha. kLanesOfState lanes per query, a vector of 8 channels each.
 constexpr int kLanesOfState = 16, kStateThreads = 128;
 template <typename T>
@@ -105,6 +114,7 @@ __global__ void grad_row_states(AttentionBackwardParams p) {
 #pragma unroll
   for (int step = kLanesOfState / 2; step > 0; step /= 2) d += __shfl_xor_sync(kAllLanes, d, step);
   if (channel != 0 || item != query) return;
+  if (head == 0) check_rows(in, b, n);
   const int64_t at = state_index(in, b, head, n);
   const Weighing weighing{static_cast<float>(kLog2e) * static_cast<const float*>(p.lse)[at], d};
   states_of(p)[at] = {weighing, weighing};
@@ -330,7 +340,6 @@ struct SequenceKeys {
     kv_head = block % heads;
     sample = block / heads % samples;
     first_key = block / heads / samples * kKeys;
-    check_ranges(in, sample);
     start_of_keys = static_cast<int>(cuda::first_key(in, sample));
     position = static_cast<int>(first_position(in, sample));
     const QueryInterval queries = queries_of_keys(in, sample, first_key, first_key + kKeys - 1);
@@ -433,7 +442,7 @@ struct PoolKeys {
     return votes(any);
   }
   static __device__ int first_query(const AttentionInputs& in, int sample) {
-    return in.hr_from ? in.hr_from[sample] / kPassingRows * kPassingRows : 0;  // checked by grad_row_tiles
+    return in.hr_from ? in.hr_from[sample] / kPassingRows * kPassingRows : 0;  // checked with the states
   }
   __device__ bool find(const AttentionBackwardParams& p, QueryTile& tile) const {
     if (tile.first < listed) return true;
@@ -457,7 +466,7 @@ struct PoolKeys {
   __device__ PassingQuery query(const AttentionBackwardParams& p, const QueryTile& tile) const {
     const AttentionInputs& in = p.in;
     const int r = min(tile.first + lane(), listed - 1);
-    const int n = in.hr_rows ? in.hr_rows[tile.sample * in.rows + r] : r;  // checked by grad_row_tiles
+    const int n = in.hr_rows ? in.hr_rows[tile.sample * in.rows + r] : r;  // checked with the states
     const bool sees = tile.first + lane() < listed && n >= 0 && (in.hr_rows || n >= in.hr_from[tile.sample]);
     return {states_of(p)[state_index(in, tile.sample, tile.head, max(n, 0))].hr, {r, sees}};
   }

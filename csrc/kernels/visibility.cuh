@@ -26,8 +26,8 @@ __device__ inline int64_t first_position(const AttentionInputs& in, int64_t b) {
   return in.kv_len[b] - in.queries;
 }
 
-// Refuse bidirectional ranges that do not ascend: the bounds of keys_of_query would not ascend either. Called
-// by each kernel that may be the first of a pass; those after it rely on that.
+// Refuse bidirectional ranges that do not ascend: the bounds of keys_of_query would not ascend either. The first kernel
+// of a pass calls it; those after it rely on that.
 __device__ inline void check_ranges(const AttentionInputs& in, int64_t b) {
   const int32_t* range = in.bidirectional_ranges + b * in.ranges * 2;
   int last_end = 0;

@@ -44,7 +44,7 @@ struct Call {
     throw std::runtime_error("no argument " + argument);
   }
 
-  void run(bool backward) const {
+  void run(const std::string& pass) const {
     const std::vector<uint16_t> q(kBatch * kHeads * queries * kDim), k(kBatch * kKeys * kDim), pool(kPool * kDim);
     AttentionInputs in{};
     in.dtype = DType::kFloat16;
@@ -59,7 +59,8 @@ struct Call {
     in.pool = kPool, in.selected = kSelected, in.hr_slots = hr_slots.data(), in.hr_count = hr_count.data();
     in.rows = listed ? kRows : 1;
     (listed ? in.hr_rows : in.hr_from) = (listed ? hr_rows : hr_from).data();
-    backward ? run_backward(in) : run_forward(in);
+    if (pass == "forward") return run_forward(in);
+    run_backward(in, pass == "gradients of keys");
   }
 
   void run_forward(const AttentionInputs& in) const {
@@ -73,7 +74,8 @@ struct Call {
     hierarchical_attention_forward(p, nullptr);
   }
 
-  void run_backward(const AttentionInputs& in) const {
+  // of_keys: those alone, with the output, from which most of what the other kernels find out is known.
+  void run_backward(const AttentionInputs& in, bool of_keys) const {
     const std::vector<uint16_t> grad_out(kBatch * queries * kHeads * kDim);
     const std::vector<float> lse(kBatch * kHeads * queries);
     std::vector<uint16_t> grad_q(grad_out), grad_k(kBatch * kKeys * kDim), grad_v(grad_k), grad_k_hr(kPool * kDim),
@@ -83,7 +85,11 @@ struct Call {
     AttentionBackwardParams p{in};
     p.grad_out = grad_out.data(), p.grad_out_strides = {queries * kHeads * kDim, kDim, kHeads * kDim};
     p.lse = p.lse_seq = lse.data();
-    p.grad_q = grad_q.data(), p.grad_k = grad_k.data(), p.grad_v = grad_v.data();
+    if (of_keys)
+      p.out = grad_out.data();
+    else
+      p.grad_q = grad_q.data();
+    p.grad_k = grad_k.data(), p.grad_v = grad_v.data();
     p.grad_k_hr = grad_k_hr.data(), p.grad_v_hr = grad_v_hr.data();
     p.row_states = row_states.data(), p.slot_to_key = slot_to_key.data();
     hierarchical_attention_backward(p, nullptr);
@@ -94,10 +100,10 @@ struct Call {
 
 // Run a call with one value replaced; "" replaces none. listed: hr_rows says which rows see HR keys, not hr_from.
 void run_bad_value(const std::string& argument, int64_t index, int64_t value, int64_t queries, bool listed,
-                   bool backward) {
+                   const std::string& pass) {
   Call call(queries, listed);
   if (!argument.empty()) call.set(argument, index, value);
-  call.run(backward);
+  call.run(pass);
 }
 
 }  // namespace flexattn::cuda
