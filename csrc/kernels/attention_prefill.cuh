@@ -74,7 +74,7 @@ __device__ __forceinline__ void multiply_values(float (&out)[Mma::kOutputs], con
 // that float16 hides.
 template <int n>
 __device__ __forceinline__ void cap_scores(float (&s)[n], float softcap) {
-  const float factor = static_cast<float>(2 * kLog2e) / softcap;
+  const float factor = __fdividef(static_cast<float>(2 * kLog2e), softcap);
 #pragma unroll
   for (int i = 0; i < n; ++i) s[i] = softcap - __fdividef(2.f * softcap, 1.f + exp2_approx(factor * s[i]));
 }
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
     const TileRows<T> next_rows = key_rows<T>(in, work.tile(next), work.sample, work.kv_head);
     if (more) copy.template issue<KeyLayout<Mma>, 0>(next_rows, d, keys);
 
-    if (in.softcap > 0) cap_scores(s, static_cast<float>(in.softcap / in.scale));
+    if (in.softcap > 0) cap_scores(s, __fdividef(static_cast<float>(in.softcap * kLog2e), scale));
     if (!work.sees_all(in, tile)) mask_scores<Mma>(in, work, tile, s);
     if (!tile.hr && p.workspace) keep_logits<Mma>(p, work, tile, s, scale);
     softmax_step<Mma>(s, scale, softmax, out);
