@@ -127,7 +127,7 @@ struct TileCopy {
 // that float16 hides.
 template <int n>
 __device__ __forceinline__ void cap_scores(float (&s)[n], float softcap) {
-  const float factor = static_cast<float>(2 * kLog2e) / softcap;
+  const float factor = __fdividef(static_cast<float>(2 * kLog2e), softcap);
 #pragma unroll
   for (int i = 0; i < n; ++i) s[i] = softcap - __fdividef(2.f * softcap, 1.f + exp2_approx(factor * s[i]));
 }

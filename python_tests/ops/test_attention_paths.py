@@ -178,6 +178,24 @@ def test_a_long_sequence_with_all_of_an_image(capability, queries, monkeypatch):
     check({name: value.half() for name, value in tensors.items()}, others, torch.float16, twice=False)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability, queries", [(70, 300), (90, 300), (70, 1)])
+def test_a_short_window_with_an_image_longer_than_it(capability, queries, monkeypatch):
+    """The queries begin inside the image: the first tiles reach back to its start, the last ones only to the window."""
+    monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
+    generator = torch.Generator().manual_seed(queries)
+    keys, image = 1300, (700, 1100)
+    shapes = {"q": (1, 1, queries, 64), "k": (1, 1, keys, 64), "v": (1, 1, keys, 64)}
+    tensors = {name: torch.randn(*shape, generator=generator).half() for name, shape in shapes.items()}
+    others = {"kv_len": ints([keys]), "window": 128, "bidirectional_ranges": ints([[image]])}
+    seen = reference.visible_keys(tensors["q"], tensors["k"], None, key_mask=None, **others).any(1)[0]
+    assert seen.sum() == (keys - image[0] if queries > 1 else 128)
+    tensors["k"][:, :, ~seen] = tensors["v"][:, :, ~seen] = torch.nan
+    check(tensors, others, torch.float16, twice=False)
+    if queries > 1:
+        check_gradients(tensors, others, torch.float16, some=("q", "v"))
+
+
 def gradients(
     operator, tensors: dict, others: dict, weight: torch.Tensor, asked: Collection[str]
 ) -> dict[str, torch.Tensor]:
