@@ -7,9 +7,10 @@ are left out. Of its paths the steady one counts (full tiles without a mask): th
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from sass.instructions import Instruction
@@ -37,7 +38,7 @@ class Flow:
 
     @classmethod
     def of(cls, instructions: list[Instruction]) -> Flow:
-        blocks = basic_blocks(instructions)
+        blocks = basic_blocks(end_at_traps(instructions))
         number = {block[0].address: n for n, block in enumerate(blocks)}
         follows = []
         for n, block in enumerate(blocks):
@@ -113,6 +114,18 @@ class Flow:
                         best[after] = total, [*best[n][1], after]
         _, path = max((best[n] for n in loop.latches if n in best), key=lambda entry: entry[0])
         return path
+
+
+def end_at_traps(instructions: list[Instruction]) -> list[Instruction]:
+    """Return the instructions with an EXIT for each call of a function that traps: what follows is not its return."""
+    index = {instruction.address: n for n, instruction in enumerate(instructions)}
+
+    def traps(call: Instruction) -> bool:
+        called = re.findall(r"0x[0-9a-f]+", call.operands) if call.base == "CALL" else []
+        body = instructions[index[int(called[-1], 16)] :] if called and int(called[-1], 16) in index else []
+        return next((i.base for i in body if i.base in ("BPT", "RET", "EXIT", "BRA")), "") == "BPT"
+
+    return [replace(i, opcode="EXIT", operands="") if traps(i) else i for i in instructions]
 
 
 def basic_blocks(instructions: list[Instruction]) -> list[list[Instruction]]:

@@ -160,6 +160,21 @@ def test_of_an_if_and_its_else_the_path_takes_one():
     assert opcodes(loop.steady).count("STS.128") == 1 and opcodes(loop.everything).count("STS.128") == 2
 
 
+def test_a_call_that_traps_does_not_lead_into_what_follows_it():
+    loop = flow(
+        "@P0 BRA 0x50",
+        "HMMA.884 R0, R1, R2, R0",  # 0x10: the loop, which nothing enters in its middle
+        "@P1 BRA 0x60",
+        "@P2 BRA 0x10",
+        "EXIT",
+        "CALL.REL.NOINC 0x70",  # 0x50: a refusal
+        "BRA 0x30",  # 0x60: a part of the loop behind its end
+        "BPT.TRAP 0x1",  # 0x70
+        "RET.REL.NODEC R2 0x0",
+    ).main_loop()
+    assert loop is not None and opcodes(loop.everything) == ["HMMA.884", "BRA", "BRA", "BRA"]
+
+
 def test_code_without_a_way_back_has_no_loop():
     assert flow("@P0 BRA 0x20", "FADD R1, R1, R2", "EXIT").main_loop() is None
     assert flow("EXIT", "BRA 0x10").main_loop() is None, "the trap after the end is not reached"
