@@ -26,12 +26,13 @@ class VisibleKeys(NamedTuple):
     Attributes:
         start: [B] int32, the first key.
         length: [B] int32, one past the last key written, where the queries end.
-        holes: [B, Nk] bool, False where a key between them is masked out; None if there is no such key.
+        bits: [B, ceil(Nk / 32)] int32, packed once for all layers: 0 where a key between them is masked out; None if
+            there is no such key.
     """
 
     start: torch.Tensor
     length: torch.Tensor
-    holes: torch.Tensor | None
+    bits: torch.Tensor | None
 
 
 def visible_keys(  # noqa: PLR0913 (transformers' mask interface)
@@ -84,7 +85,7 @@ def visible_keys(  # noqa: PLR0913 (transformers' mask interface)
         seen = nn.functional.pad(seen, (0, kv_length - seen.shape[1]), value=True)
     seen = seen[:, :kv_length]
     start = (seen.to(torch.int32).cumsum(-1) == 0).sum(-1, dtype=torch.int32)
-    return VisibleKeys(start, length, seen if _may_have_holes(seen) else None)
+    return VisibleKeys(start, length, ops.pack_bits(seen) if _may_have_holes(seen) else None)
 
 
 def _may_have_holes(seen: torch.Tensor) -> bool:
@@ -158,7 +159,7 @@ def flexattn_attention(
             "[batch, keys]"
         )
     _check_options(module, key.shape[-2], options)
-    start, length, holes = attention_mask if attention_mask is not None else (None, None, None)
+    start, length, bits = attention_mask if attention_mask is not None else (None, None, None)
     device = query.device
     hr = HRArguments() if flexattn is None else flexattn.before_attention(module, device)
     # torch casts for its own attention alone; a rotated query is float32 here.
@@ -172,7 +173,7 @@ def flexattn_attention(
         value,
         kv_start=None if start is None else start.to(device),
         kv_len=None if length is None else length.to(device),
-        key_mask=None if holes is None else holes.to(device),
+        key_mask=None if bits is None else bits.to(device),
         scale=scaling,
         **hr.as_keywords(),
     )
