@@ -231,13 +231,15 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
     float s[Mma::kScores] = {};
     multiply_keys(mma, s, keys, copy, value_rows<T>(in, tile, work.sample, work.kv_head), d, values);
     __syncthreads();  // V is loaded; K is no longer read
+    const bool masked = !work.sees_all(in, tile);
+    if (masked && clear_unseen_rows<Mma, kTileKeys>(in, work, tile, values)) __syncthreads();
 
     const int next = work.seen_tile_from(in, t + 1);
     const bool more = next < work.tiles;
     const TileRows<T> next_rows = key_rows<T>(in, work.tile(next), work.sample, work.kv_head);
     if (more) copy.template issue<KeyLayout<Mma>, 0>(next_rows, d, keys);
 
-    if (!work.sees_all(in, tile)) mask_scores<Mma>(in, work, tile, s);
+    if (masked) mask_scores<Mma>(in, work, tile, s);
     if (!tile.hr && p.workspace) keep_logits<Mma>(p, work, tile, s, scale);
     softmax_step<Mma>(s, scale, softmax, out);
     multiply_values(out, s, values, copy, more, next_rows, d, keys);

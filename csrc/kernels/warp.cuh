@@ -28,6 +28,11 @@ __device__ A warp_max(A x) {
   return x;
 }
 
+__device__ inline uint64_t warp_or(uint64_t bits) {
+  for (int step = kWarp / 2; step > 0; step /= 2) bits |= __shfl_xor_sync(kAllLanes, bits, step);
+  return bits;
+}
+
 // scratch: an element per warp.
 template <typename A>
 __device__ A block_max(A x, A* scratch) {
