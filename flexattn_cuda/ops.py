@@ -285,7 +285,8 @@ def hierarchical_attention(  # noqa: PLR0913 (an operator)
             form of the released code). A sample must not repeat a row.
         hr_row_bits: [B, R, ceil(M / 32)] int32; the HR keys of the sample that each row of `hr_rows` sees; all if
             absent.
-        alpha: [B] float32; a row that sees HR keys returns (1 - alpha) * plain + alpha * with_hr; 1 if absent.
+        alpha: [B] float32, 0 to 1 (checked on the CPU only); a row that sees HR keys returns
+            (1 - alpha) * plain + alpha * with_hr; 1 if absent.
         map_ranges: [B, I, 2] int32; first LR key of each image and one past its last. An empty range gives a map of
             zeros.
         map_size: C, the length of every range that is not empty.

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -51,6 +53,44 @@ Matrix<A> read_rows(const T* data, int64_t stride, const int32_t* slots, int64_t
   return {scratch.data(), d};
 }
 
+// The keys of a tile that its queries do not see, as the functions of Sample that hide keys tell it. All queries of the
+// tile see the same.
+class UnseenKeys {
+ public:
+  explicit UnseenKeys(int64_t keys) : unseen_(keys) {}
+  void hide(int64_t, int64_t j) { any_ = unseen_[j] = true; }
+
+  // The rows of the keys or values, with zeros for the unseen ones: a weight of 0 does not hide a NaN.
+  template <typename A>
+  Matrix<A> cleared(Matrix<A> rows, int64_t d, std::vector<A>& scratch) const {
+    if (!any_) return rows;
+    std::vector<A> clean(unseen_.size() * d);
+    for (size_t j = 0; j < unseen_.size(); ++j)
+      if (!unseen_[j]) std::copy_n(rows.data + j * rows.ld, d, clean.data() + j * d);
+    scratch.swap(clean);
+    return {scratch.data(), d};
+  }
+
+ private:
+  std::vector<char> unseen_;
+  bool any_ = false;
+};
+
+template <typename T>
+bool all_finite(const T* row, int64_t d) {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  const T infinity = std::numeric_limits<T>::infinity();
+  Bits exponent;
+  std::memcpy(&exponent, &infinity, sizeof exponent);
+  bool found = false;
+  for (int64_t c = 0; c < d; ++c) {
+    Bits bits;
+    std::memcpy(&bits, row + c, sizeof bits);
+    found |= (bits & exponent) == exponent;
+  }
+  return !found;
+}
+
 // Run tasks of unequal size, each on the next free thread. They must be independent: then the result does not depend on
 // which thread runs which.
 template <typename Function>
@@ -74,6 +114,11 @@ struct QueryRows {
   int64_t count() const { return in.queries * group(); }
   int64_t query(int64_t row) const { return row / group(); }
   int64_t head(int64_t row) const { return kv_head * group() + row % group(); }
+  // One past the last row of the tile from `first` on. If each query has a tile of its own, its rows see the same keys.
+  int64_t end_of_tile(int64_t first, bool tile_per_query) const {
+    const int64_t end = tile_per_query ? (query(first) + 1) * group() : first + kTileQueries;
+    return std::min(end, count());
+  }
   int64_t statistic(int64_t row) const { return (b * in.heads + head(row)) * in.queries + query(row); }  // in [B, H, N]
 };
 
@@ -145,6 +190,20 @@ struct Sample {
       if (const int32_t* bits = row_bits(hr_rows[i].hr_row))
         for (int64_t j = 0; j < n; ++j)
           if (!bit(bits, j0 + j)) logits.hide(i, j);
+  }
+
+  // Whether the keys and values that some query may see are finite.
+  template <typename T>
+  bool finite(int64_t kv_head) const {
+    const auto finite_row = [&](const void* data, const Strides& s, int64_t batch, int64_t row) {
+      return all_finite(static_cast<const T*>(data) + batch * s.batch + kv_head * s.head + row * s.row, in.head_dim);
+    };
+    for (int64_t j = keys_of(0).begin; j < keys_of(in.queries - 1).end; ++j)
+      if (!finite_row(in.k, in.k_strides, b, j) || !finite_row(in.v, in.v_strides, b, j)) return false;
+    for (int64_t m = 0; m < hr_keys(); ++m)
+      if (!finite_row(in.k_hr, in.k_hr_strides, 0, slots()[m]) || !finite_row(in.v_hr, in.v_hr_strides, 0, slots()[m]))
+        return false;
+    return true;
   }
 
   // The queries that see HR keys, in ascending order.

@@ -80,12 +80,21 @@ class Forward {
     for (int64_t b = 0; b < in_.batch; ++b) hr_rows_.push_back(Sample{in_, b}.hr_rows());
     if (params_.images > 0) list_map_rows();
     const int64_t pairs = in_.batch * in_.kv_heads, rows = QueryRows{in_, 0, 0}.count();
+    tile_per_query_.assign(pairs, true);  // a single query has a tile of its own anyway
+    if (in_.queries > 1)
+      for_each_task(pairs, [&](int64_t pair) {
+        tile_per_query_[pair] = !Sample{in_, pair / in_.kv_heads}.template finite<T>(pair % in_.kv_heads);
+      });
     const int64_t tiles = (rows + kTileQueries - 1) / kTileQueries;
     for_each_task(pairs * tiles, [&](int64_t task) {
       const int64_t tile = tiles - 1 - task / pairs;  // the last tiles see most keys, so they go first
       const QueryRows queries{in_, task % pairs / in_.kv_heads, task % pairs % in_.kv_heads};
-      const int64_t first = tile * kTileQueries, count = std::min(kTileQueries, rows - first);
-      count > kFewRows ? attend<ManyQueries<A>>(queries, first, count) : attend<FewQueries<A>>(queries, first, count);
+      const int64_t end = std::min((tile + 1) * kTileQueries, rows);
+      for (int64_t first = tile * kTileQueries, next; first < end; first = next) {
+        next = std::min(end, queries.end_of_tile(first, tile_per_query_[task % pairs]));
+        const int64_t count = next - first;
+        count > kFewRows ? attend<ManyQueries<A>>(queries, first, count) : attend<FewQueries<A>>(queries, first, count);
+      }
     });
     for_each_task(in_.batch * in_.rows * params_.images, [&](int64_t task) {
       const int64_t image = task % params_.images, row = task / params_.images;
@@ -95,8 +104,12 @@ class Forward {
 
  private:
   struct Scratch {
-    std::vector<A> keys, values;
+    std::vector<A> keys, values, clean;
   };
+
+  bool tile_per_query(const QueryRows& queries) const {
+    return tile_per_query_[queries.b * in_.kv_heads + queries.kv_head];
+  }
 
   const T* query(int64_t b, int64_t head, int64_t n) const {
     const Strides& s = in_.q_strides;
@@ -131,7 +144,13 @@ class Forward {
       multiply_keys(plain, read_rows(k + j * ks, ks, nullptr, n, d_, scratch.keys), n);
       sample.hide_sequence_keys(plain, rows, query_of, j, n);
       if (params_.images > 0) keep_logits(queries, first, rows, plain, j, n);
-      plain.update(read_rows(v + j * vs, vs, nullptr, n, d_, scratch.values), n);
+      Matrix<A> values = read_rows(v + j * vs, vs, nullptr, n, d_, scratch.values);
+      if (tile_per_query(queries)) {
+        UnseenKeys unseen(n);
+        sample.hide_sequence_keys(unseen, rows, query_of, j, n);
+        values = unseen.cleared(values, d_, scratch.clean);
+      }
+      plain.update(values, n);
     }
 
     for (int64_t i = 0; i < rows; ++i) write_row(queries, first + i, plain, i, log_sum_exp(plain, i));
@@ -165,7 +184,13 @@ class Forward {
       const int64_t n = std::min(kTileKeys, sample.hr_keys() - j);
       multiply_keys(full, read_rows(k, in_.k_hr_strides.row, sample.slots() + j, n, d_, scratch.keys), n);
       sample.hide_hr_keys(full, hr_rows, j, n);
-      full.update(read_rows(v, in_.v_hr_strides.row, sample.slots() + j, n, d_, scratch.values), n);
+      Matrix<A> values = read_rows(v, in_.v_hr_strides.row, sample.slots() + j, n, d_, scratch.values);
+      if (tile_per_query(queries)) {
+        UnseenKeys unseen(n);
+        sample.hide_hr_keys(unseen, hr_rows, j, n);
+        values = unseen.cleared(values, d_, scratch.clean);
+      }
+      full.update(values, n);
     }
 
     const A alpha = static_cast<A>(sample.alpha());
@@ -258,7 +283,8 @@ class Forward {
   const AttentionInputs& in_;
   const int64_t d_;
   std::vector<std::vector<HrRow>> hr_rows_;
-  std::vector<int64_t> map_rows_;  // [B, N]: row of the map that a query has, or -1
+  std::vector<int64_t> map_rows_;     // [B, N]: row of the map that a query has, or -1
+  std::vector<char> tile_per_query_;  // [B, Hkv]: whether some keys or values may be infinite or NaN
 };
 
 }  // namespace

@@ -99,7 +99,11 @@ class Backward {
 
  private:
   struct Scratch {
-    std::vector<A> keys, values;
+    bool tile_per_query;  // some keys or values are infinite or NaN
+    std::vector<A> keys, values, clean_keys, clean_values;
+  };
+  struct KeysAndValues {
+    Matrix<A> keys, values;
   };
   struct KeyGradients {
     bool wanted;
@@ -113,8 +117,11 @@ class Backward {
       const Sample sample{in_, b};
       const QueryRows queries{in_, b, kv_head};
       KeyGradients sequence(params_.grad_k, in_.keys * columns_), hr(pool.wanted, sample.hr_keys() * columns_);
-      for (int64_t first = 0; first < queries.count(); first += kTileQueries)
-        tile(sample, queries, first, std::min(kTileQueries, queries.count() - first), sequence, hr);
+      Scratch scratch{!sample.template finite<T>(kv_head)};
+      for (int64_t first = 0, next; first < queries.count(); first = next) {
+        next = queries.end_of_tile(first, scratch.tile_per_query);
+        tile(sample, queries, first, next - first, scratch, sequence, hr);
+      }
       for (int64_t m = 0; pool.wanted && m < sample.hr_keys(); ++m)
         for (int64_t c = 0; c < columns_; ++c) {
           pool.k[sample.slots()[m] * columns_ + c] += hr.k[m * columns_ + c];
@@ -137,14 +144,13 @@ class Backward {
     for (int64_t c = 0; c < d_; ++c) to[c] = static_cast<T>(from[c]);
   }
 
-  void tile(const Sample& sample, const QueryRows& queries, int64_t first, int64_t rows, KeyGradients& sequence,
-            KeyGradients& hr) {
+  void tile(const Sample& sample, const QueryRows& queries, int64_t first, int64_t rows, Scratch& scratch,
+            KeyGradients& sequence, KeyGradients& hr) {
     Tile<A> all = read_tile(queries, first, rows);
     const std::vector<HrTileRow> hr_rows =
         hr_rows_of_tile(hr_rows_[sample.b], rows, [&](int64_t i) { return queries.query(first + i); });
     Tile<A> seeing = rows_seeing_hr(all, queries, first, hr_rows);
 
-    Scratch scratch;
     std::fill_n(all.weight.begin(), rows, A(1));
     if (params_.out) {
       read_expectations(queries, first, all);
@@ -221,6 +227,20 @@ class Backward {
     return result;
   }
 
+  // Multiply n keys and values with the tile, and hide those that its queries do not see. Return the keys as they were
+  // multiplied: with zeros for those that may be NaN and are not seen.
+  template <typename Hide>
+  Matrix<A> multiply_keys(KeysAndValues read, int64_t n, Scratch& scratch, Tile<A>& tile, const Hide& hide) const {
+    if (scratch.tile_per_query) {
+      UnseenKeys unseen(n);
+      hide(unseen);
+      read = {unseen.cleared(read.keys, d_, scratch.clean_keys), unseen.cleared(read.values, d_, scratch.clean_values)};
+    }
+    tile.multiply_keys(read.keys, read.values, n);
+    hide(tile);
+    return read.keys;
+  }
+
   // Walk over the tiles of keys; sum the expectation or, if `grads` is given, the gradients.
   void walk_sequence(const Sample& sample, const QueryRows& queries, int64_t first, Tile<A>& tile, Scratch& scratch,
                      KeyGradients* grads) {
@@ -231,9 +251,10 @@ class Backward {
     const int64_t end = sample.keys_of(query_of(tile.rows - 1)).end;
     for (int64_t j = sample.keys_of(query_of(0)).begin; j < end; j += kTileKeys) {
       const int64_t n = std::min(kTileKeys, end - j);
-      const Matrix<A> keys = read_rows(k + j * ks.row, ks.row, nullptr, n, d_, scratch.keys);
-      tile.multiply_keys(keys, read_rows(v + j * vs.row, vs.row, nullptr, n, d_, scratch.values), n);
-      sample.hide_sequence_keys(tile, tile.rows, query_of, j, n);
+      const KeysAndValues read{read_rows(k + j * ks.row, ks.row, nullptr, n, d_, scratch.keys),
+                               read_rows(v + j * vs.row, vs.row, nullptr, n, d_, scratch.values)};
+      const Matrix<A> keys = multiply_keys(
+          read, n, scratch, tile, [&](auto& hidden) { sample.hide_sequence_keys(hidden, tile.rows, query_of, j, n); });
       add(tile, keys, j, n, grads);
     }
   }
@@ -246,9 +267,10 @@ class Backward {
     for (int64_t j = 0; j < sample.hr_keys(); j += kTileKeys) {
       const int64_t n = std::min(kTileKeys, sample.hr_keys() - j);
       const int32_t* slots = sample.slots() + j;
-      const Matrix<A> keys = read_rows(k, in_.k_hr_strides.row, slots, n, d_, scratch.keys);
-      tile.multiply_keys(keys, read_rows(v, in_.v_hr_strides.row, slots, n, d_, scratch.values), n);
-      sample.hide_hr_keys(tile, hr_rows, j, n);
+      const KeysAndValues read{read_rows(k, in_.k_hr_strides.row, slots, n, d_, scratch.keys),
+                               read_rows(v, in_.v_hr_strides.row, slots, n, d_, scratch.values)};
+      const Matrix<A> keys =
+          multiply_keys(read, n, scratch, tile, [&](auto& hidden) { sample.hide_hr_keys(hidden, hr_rows, j, n); });
       add(tile, keys, j, n, grads);
     }
   }

@@ -166,9 +166,9 @@ struct RowTile {
     uint32_t keys[2];
     __device__ bool operator()(int i) const { return keys[Mma::row_of(i)] >> Mma::key_of_score(i) & 1; }
   };
-  __device__ Visible visible(const KeyTile& tile) const {
+  __device__ Visible visible(const KeyTile& tile, bool masked) const {
     Visible bits{{~0u, ~0u}};
-    if (work.sees_all(p.in, tile)) return bits;
+    if (!masked) return bits;
 #pragma unroll
     for (int which = 0; which < 2; ++which)
       bits.keys[which] = work.visible_keys<uint32_t>(p.in, tile, block_row<Mma>(which)) >> Mma::key_of_lane();
@@ -213,19 +213,19 @@ struct RowTile {
   }
 
   // s, dp: scores and dP, which become weights and dS.
-  __device__ void weigh_keys(const KeyTile& tile, float (&s)[kPassingScores], float (&dp)[kPassingScores],
+  __device__ void weigh_keys(const KeyTile& tile, bool masked, float (&s)[kPassingScores], float (&dp)[kPassingScores],
                              float scale) const {
     const Weighing of_rows[2] = {tile.hr ? states[0].hr : states[0].sequence,
                                  tile.hr ? states[1].hr : states[1].sequence};
     const auto weighing = [&](int i) -> const Weighing& { return of_rows[Mma::row_of(i)]; };
-    weigh(s, scale, weighing, visible(tile));
+    weigh(s, scale, weighing, visible(tile, masked));
     differentiate(dp, s, weighing);
   }
 
   // Add to d of both softmaxes; states: those of the whole and of the sequence, not mixed.
-  __device__ void add_to_d(const KeyTile& tile, const float (&s)[kPassingScores], const float (&dp)[kPassingScores],
-                           float scale) {
-    const Visible seen = visible(tile);
+  __device__ void add_to_d(const KeyTile& tile, bool masked, const float (&s)[kPassingScores],
+                           const float (&dp)[kPassingScores], float scale) {
+    const Visible seen = visible(tile, masked);
 #pragma unroll
     for (int i = 0; i < kPassingScores; ++i) {
       QueryState& row = states[Mma::row_of(i)];
@@ -275,6 +275,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackw
 
   while (keys.exists()) {
     const KeyTile current = keys.tile();
+    const bool masked = !work.sees_all(in, current);
+    if (!kStates && masked && clear_unseen_rows<Mma, kPassingRows>(in, work, current, passing.rows(0))) __syncthreads();
     ++keys.half;
     keys.find();
     if (keys.exists()) issue(keys.tile());
@@ -282,9 +284,9 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackw
     tile.multiply_keys(s, passing.rows(0));
     tile.multiply_values(dp, passing.rows(1));
     if constexpr (kStates) {
-      tile.add_to_d(current, s, dp, scale);
+      tile.add_to_d(current, masked, s, dp, scale);
     } else {
-      tile.weigh_keys(current, s, dp, scale);
+      tile.weigh_keys(current, masked, s, dp, scale);
       Mma::multiply_weights(grad_q, dp, passing.rows(0));
     }
     if (keys.exists()) passing.commit();

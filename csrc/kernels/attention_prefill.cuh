@@ -203,6 +203,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
     float s[Mma::kScores] = {};
     multiply_keys(mma, s, keys, copy, value_rows<T>(in, tile, work.sample, work.kv_head), d, values);
     __syncthreads();  // V is loaded; K is no longer read
+    const bool masked = !work.sees_all(in, tile);
+    if (masked && clear_unseen_rows<Mma, kTileKeys>(in, work, tile, values)) __syncthreads();
 
     const int next = work.seen_tile_from(in, t + 1);
     const bool more = next < work.tiles;
@@ -210,7 +212,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
     if (more) copy.template issue<KeyLayout<Mma>, 0>(next_rows, d, keys);
 
     if (in.softcap > 0) cap_scores(s, __fdividef(static_cast<float>(in.softcap * kLog2e), scale));
-    if (!work.sees_all(in, tile)) mask_scores<Mma>(in, work, tile, s);
+    if (masked) mask_scores<Mma>(in, work, tile, s);
     softmax_step<Mma>(s, scale, softmax, out);
     multiply_values(out, s, values, copy, more, next_rows, d, keys);
     __syncthreads();  // the next K is loaded; V is no longer read

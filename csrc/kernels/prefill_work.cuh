@@ -136,4 +136,19 @@ __device__ inline void describe_work(const AttentionInputs& in, BlockWork& work)
   __syncthreads();
 }
 
+// Zero those of a tile's first kRows rows in shared memory that belong to keys which no row of the block sees: a weight
+// of 0 does not hide a NaN. Return whether there were any. Called by the whole block, before a barrier if there were.
+template <typename Mma, int kRows>
+__device__ __forceinline__ bool clear_unseen_rows(const AttentionInputs& in, const BlockWork& work, const KeyTile& tile,
+                                                  typename Mma::Element* rows) {
+  static_assert(kTileRows == 2 * kWarp, "a lane looks after two query rows");
+  const uint64_t seen =
+      warp_or(work.visible_keys(in, tile, lane()) | work.visible_keys(in, tile, lane() + kWarp)) | ~low_bits(kRows);
+  if (seen == ~uint64_t{0}) return false;
+  for (int row = warp_in_block(); row < kRows; row += warps_in_block())
+    if (!(seen >> row & 1) && lane() < Mma::kRowChunks)
+      reinterpret_cast<uint4*>(rows)[row * Mma::kRowChunks + lane()] = uint4{0, 0, 0, 0};
+  return true;
+}
+
 }  // namespace flexattn::cuda

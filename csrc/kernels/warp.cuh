@@ -28,7 +28,8 @@ __device__ A warp_max(A x) {
   return x;
 }
 
-__device__ inline unsigned warp_or(unsigned bits) {
+template <typename Bits>
+__device__ Bits warp_or(Bits bits) {
   for (int step = kWarp / 2; step > 0; step /= 2) bits |= __shfl_xor_sync(kAllLanes, bits, step);
   return bits;
 }

@@ -106,7 +106,7 @@ void check_hr_rows(Reasons& reasons, const AttentionArguments& a) {
   reasons.unless(!a.hr_row_bits || (a.hr_rows && has_pool(a)), "hr_row_bits is given without hr_rows and an HR pool");
   if (reasons.ok())
     reasons.tensor("hr_row_bits", a.hr_row_bits, {B, rows(a), words_for_bits(selected(a))}, kInt, a.q.device());
-  reasons.tensor("alpha", a.alpha, {B}, kFloat, a.q.device());
+  if (reasons.tensor("alpha", a.alpha, {B}, kFloat, a.q.device())) reasons.fractions("alpha", *a.alpha);
 }
 
 }  // namespace

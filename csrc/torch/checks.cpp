@@ -55,6 +55,13 @@ void Reasons::values_within(const char* name, const at::Tensor& index, int64_t m
          ", expected ", min, " to ", max);
 }
 
+void Reasons::fractions(const char* name, const at::Tensor& t) {
+  if (!readable(t)) return;
+  const at::Tensor dense = t.contiguous();
+  for (const float *x = dense.const_data_ptr<float>(), *end = x + dense.numel(); x != end; ++x)
+    if (!(*x >= 0 && *x <= 1)) return unless(false, name, " holds ", *x, ", expected values from 0 to 1");
+}
+
 void Reasons::distinct_in_rows(const char* name, const at::Tensor& index, int64_t count) {
   if (!readable(index)) return;
   const at::Tensor dense = index.contiguous();

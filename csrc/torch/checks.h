@@ -39,6 +39,7 @@ class Reasons {
 
   // The values of index tensors are checked on the CPU only: reading them from a GPU would wait for it.
   void values_within(const char* name, const at::Tensor& index, int64_t min, int64_t max);
+  void fractions(const char* name, const at::Tensor& t);  // 0 to 1, float32
   // A row of the [rows, columns] index may repeat -1 but no other value. Values must lie in -1 to `count` - 1.
   void distinct_in_rows(const char* name, const at::Tensor& index, int64_t count);
 

@@ -29,7 +29,7 @@ def choose_sizes(rng: random.Random, queries: list[int]) -> AttentionSizes:
 
 
 class CaseMaker(RandomTensors):
-    """Makes the tensors of one call; what no query may see is NaN: keys out of reach, unused slots."""
+    """Makes the tensors of one call; what no query may see is NaN or infinite: hidden keys, unused slots."""
 
     def __init__(self, rng: random.Random, dtype: torch.dtype, sizes: AttentionSizes):
         super().__init__(sizes, seed=rng.randrange(2**31))
@@ -56,11 +56,9 @@ class CaseMaker(RandomTensors):
             others["window"] = rng.choice([1, 5, 40, 64, x.Nk // 2, x.Nk])
         if count := rng.choice([0, 0, 1, 3]):
             others["bidirectional_ranges"] = self.ranges(others["kv_len"].tolist(), count)
-        seen = reference.visible_keys(tensors["q"], tensors["k"], key_mask=None, **others).any(1)  # [B, Nk]
-        for name in "kv":
-            tensors[name].transpose(1, 2)[~seen] = torch.nan
         if rng.random() < 0.3:
             others["key_mask"] = self.chances(x.B, x.Nk) < 0.7
+        fill_hidden_keys(tensors, others, rng.choice([torch.nan, torch.inf]))
         return tensors, others | {"softcap": rng.choice([0.0, 0.0, 2.0, 30.0])}
 
     def pool(self) -> tuple[dict, dict]:
@@ -100,6 +98,14 @@ class CaseMaker(RandomTensors):
         return {"map_ranges": ranges, "map_size": SIDE**2, "map_over_all": self.rng.random() < 0.5}
 
 
+def fill_hidden_keys(tensors: dict, others: dict, value: float) -> None:
+    """Write `value` to the keys and values of the sequence that no query sees."""
+    rules = {name: others.get(name) for name in ("kv_start", "kv_len", "key_mask", "bidirectional_ranges")}
+    seen = reference.visible_keys(tensors["q"], tensors["k"], window=others.get("window", 0), **rules).any(1)  # [B, Nk]
+    for name in "kv":
+        tensors[name].transpose(1, 2)[~seen] = value
+
+
 def make_case(rng: random.Random, dtype: torch.dtype, queries: list[int]) -> tuple[dict, dict]:
     """Return q, k, v and the pool; and everything else."""
     maker = CaseMaker(rng, dtype, choose_sizes(rng, queries))
@@ -111,22 +117,21 @@ def make_case(rng: random.Random, dtype: torch.dtype, queries: list[int]) -> tup
     return tensors, others | maker.rows_that_see_hr_keys() | maker.maps()
 
 
+def without_hidden(tensors: dict) -> dict:
+    """Return the tensors with zeros for NaN and infinity: the reference multiplies what it hides by 0."""
+    return {name: value.nan_to_num(0.0, 0.0, 0.0) for name, value in tensors.items()}
+
+
 def check(tensors: dict, others: dict, dtype: torch.dtype, twice: bool = True) -> None:
-    def call(operator, dtype=None, device="cpu", hidden=None):
-        values = {
-            name: (value.to(dtype) if dtype else value).nan_to_num(hidden).to(device)
-            if hidden is not None
-            else value.to(device)
-            for name, value in tensors.items()
-        }
+    def call(operator, tensors: dict, dtype: torch.dtype, device: str = "cpu"):
+        values = {name: value.to(device, dtype) for name, value in tensors.items()}
         keywords = {name: value.to(device) if torch.is_tensor(value) else value for name, value in others.items()}
         return operator(values.pop("q"), values.pop("k"), values.pop("v"), **values, **keywords)
 
-    # The reference multiplies what it hides by 0, which NaN would survive.
-    exact = call(reference.hierarchical_attention, torch.float64, hidden=0.0)
-    eager = call(reference.hierarchical_attention, dtype, hidden=0.0)
-    ours = call(ops.hierarchical_attention, device=DEVICE)
-    again = call(ops.hierarchical_attention, device=DEVICE) if twice else ours
+    exact = call(reference.hierarchical_attention, without_hidden(tensors), torch.float64)
+    eager = call(reference.hierarchical_attention, without_hidden(tensors), dtype)
+    ours = call(ops.hierarchical_attention, tensors, dtype, DEVICE)
+    again = call(ops.hierarchical_attention, tensors, dtype, DEVICE) if twice else ours
     for name in ("out", "lse", "lse_seq", "map"):
         assert_as_good_as_eager(getattr(ours, name).cpu(), getattr(eager, name), getattr(exact, name), dtype, name)
         assert torch.equal(getattr(ours, name), getattr(again, name)), f"{name} differs from run to run"
@@ -210,21 +215,17 @@ def gradients(
 def check_gradients(tensors: dict, others: dict, dtype: torch.dtype, some: Collection[str]) -> None:
     """Compare all gradients with the reference, and with those of a second run that asks for `some` of them."""
 
-    def call(operator, dtype, device="cpu", hidden=None, asked=tuple(tensors)):
-        # The reference multiplies what it hides by 0, which NaN would survive.
-        values = {
-            name: (value if hidden is None else value.nan_to_num(hidden)).to(device, dtype)
-            for name, value in tensors.items()
-        }
+    def call(operator, tensors: dict, dtype: torch.dtype, device: str = "cpu", asked=tuple(tensors)):
+        values = {name: value.to(device, dtype) for name, value in tensors.items()}
         keywords = {name: value.to(device) if torch.is_tensor(value) else value for name, value in others.items()}
         return gradients(operator, values, keywords, weight.to(device, dtype), asked)
 
     B, H, N, d = tensors["q"].shape
     weight = torch.randn(B, N, H, d, generator=torch.Generator().manual_seed(0)).to(dtype)
-    exact = call(reference.hierarchical_attention, torch.float64, hidden=0.0)
-    eager = call(reference.hierarchical_attention, dtype, hidden=0.0)
-    ours = call(ops.hierarchical_attention, dtype, DEVICE)
-    again = call(ops.hierarchical_attention, dtype, DEVICE, asked=some)
+    exact = call(reference.hierarchical_attention, without_hidden(tensors), torch.float64)
+    eager = call(reference.hierarchical_attention, without_hidden(tensors), dtype)
+    ours = call(ops.hierarchical_attention, tensors, dtype, DEVICE)
+    again = call(ops.hierarchical_attention, tensors, dtype, DEVICE, asked=some)
     for name in some:
         assert torch.equal(ours[name], again[name]), f"gradient of {name} differs from run to run"
     for name in exact:
@@ -248,3 +249,70 @@ def test_gradients_on_every_path_equal_the_reference(capability, dtype, monkeypa
         tensors, others = make_case(rng, dtype, [1, 2, 17, 63, 64, 65, 100, 140])
         some = rng.sample(sorted(tensors), rng.randint(1, len(tensors)))
         check_gradients(tensors, {name: x for name, x in others.items() if not name.startswith("map_")}, dtype, some)
+
+
+def make_hidden_case(queries: int, value: float) -> tuple[dict, dict]:
+    """Return a call in float16 whose hidden keys and values are `value`: some of each kind that can be hidden."""
+    x = AttentionSizes(B=2, H=2, Hkv=1, N=queries, Nk=queries + 70, d=64, M=70)
+    maker = CaseMaker(random.Random(queries), torch.float16, x)
+    tensors, _ = maker.sequence()
+    pool, _ = maker.pool()
+    tensors = {name: maker.floats(*tensor.shape) for name, tensor in (tensors | pool).items()}
+    others = {
+        "kv_start": ints([3, 0]),
+        "kv_len": ints([x.Nk, x.Nk - 5]),
+        "key_mask": maker.chances(x.B, x.Nk) < 0.7,
+        "hr_slots": torch.arange(x.B * x.M, dtype=torch.int32).view(x.B, x.M),
+        "hr_count": ints([x.M, x.M - 1]),
+        "hr_rows": ints([[queries - 1], [0]]),
+        "alpha": torch.tensor([0.5, 1.0]),
+    }
+    others["key_mask"][0, -1] = False  # the last of the keys is read in place of those past it
+    fill_hidden_keys(tensors, others, value)
+    bits = maker.chances(x.B, 1, x.M) < 0.5
+    others["hr_row_bits"] = ops.pack_bits(bits)
+    for name in ("k_hr", "v_hr"):
+        tensors[name][: x.B * x.M][~bits.flatten()] = value
+    return tensors, others
+
+
+paths = pytest.mark.parametrize(
+    "capability, queries", [(60, 1), (60, 40), (70, 40), (70, 100), (90, 40), (90, 100)]
+)  # decode, generic, Volta, Ampere; on the CPU one
+
+
+@paths
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_hidden_keys_and_values_may_hold_anything(capability, queries, value, monkeypatch):
+    monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
+    tensors, others = make_hidden_case(queries, value)
+    maps = {"map_ranges": ints([[[2, 2 + SIDE**2]], [[5, 5 + SIDE**2]]]), "map_size": SIDE**2}
+    check(tensors, others | maps, torch.float16, twice=False)
+    check_gradients(tensors, others, torch.float16, some=("q", "k_hr"))
+
+
+@pytest.mark.parametrize("queries", [4, 40])
+def test_a_nan_reaches_no_query_before_its_key(queries, monkeypatch):
+    """Except on tensor cores, where it reaches the 64 queries of a block."""
+    monkeypatch.setenv("FLEXATTN_CAPABILITY", "60")
+    tensors, others = make_hidden_case(queries, 0.0)
+    before = queries // 2
+    weight = torch.zeros(2, queries, 2, 64, dtype=torch.float16)
+    weight[:, :before] = 1
+
+    def outcome() -> tuple[torch.Tensor, torch.Tensor]:
+        values = {name: value.to(DEVICE) for name, value in tensors.items()}
+        keywords = {name: value.to(DEVICE) for name, value in others.items()}
+        out = ops.hierarchical_attention(
+            values["q"], values["k"], values["v"], k_hr=values["k_hr"], v_hr=values["v_hr"], **keywords
+        ).out
+        grad_q = gradients(ops.hierarchical_attention, values, keywords, weight.to(DEVICE), asked=("q",))["q"]
+        return out[:, :before].cpu(), grad_q[:, :, :before].cpu()
+
+    clean = outcome()
+    for b, length in enumerate(others["kv_len"].tolist()):
+        others["key_mask"][b, length - queries + before] = True
+        for name in "kv":
+            tensors[name][b, :, length - queries + before] = torch.nan
+    for ours, expected in zip(outcome(), clean):
+        torch.testing.assert_close(ours, expected)  # tiles may be smaller: sums in another order
