@@ -29,12 +29,13 @@ __device__ inline int64_t first_position(const AttentionInputs& in, int64_t b) {
 // Refuse bidirectional ranges that do not ascend: the bounds of keys_of_query would not ascend either. The first kernel
 // of a pass calls it; those after it rely on that.
 __device__ inline void check_ranges(const AttentionInputs& in, int64_t b) {
+  const int64_t keys = first_position(in, b) + in.queries;
   const int32_t* range = in.bidirectional_ranges + b * in.ranges * 2;
   int last_end = 0;
   for (int64_t g = 0; g < in.ranges; ++g, range += 2) {
     if (range[0] == range[1]) continue;
     require("hierarchical_attention: bidirectional_ranges", range[0], last_end, range[1]);
-    require("hierarchical_attention: bidirectional_ranges", range[1], range[0], in.kv_len[b]);
+    require("hierarchical_attention: bidirectional_ranges", range[1], range[0], keys);
     last_end = range[1];
   }
 }
