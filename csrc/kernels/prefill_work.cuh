@@ -1,6 +1,8 @@
 // What a block of the tensor-core kernel has to do: its query rows, and which tiles of keys they see.
 #pragma once
 
+#include <type_traits>
+
 #include "attention_tiles.cuh"
 
 namespace flexattn::cuda {
@@ -141,10 +143,11 @@ __device__ inline void describe_work(const AttentionInputs& in, BlockWork& work)
 template <typename Mma, int kRows>
 __device__ __forceinline__ bool clear_unseen_rows(const AttentionInputs& in, const BlockWork& work, const KeyTile& tile,
                                                   typename Mma::Element* rows) {
-  static_assert(kTileRows == 2 * kWarp, "a lane looks after two query rows");
-  const uint64_t seen =
-      warp_or(work.visible_keys(in, tile, lane()) | work.visible_keys(in, tile, lane() + kWarp)) | ~low_bits(kRows);
-  if (seen == ~uint64_t{0}) return false;
+  using Word = std::conditional_t<kRows == 32, uint32_t, uint64_t>;
+  static_assert(kRows == 8 * sizeof(Word) && kTileRows == 2 * kWarp, "a bit per row; a lane looks after two queries");
+  const Word seen =
+      warp_or(work.visible_keys<Word>(in, tile, lane()) | work.visible_keys<Word>(in, tile, lane() + kWarp));
+  if (seen == ~Word{0}) return false;
   for (int row = warp_in_block(); row < kRows; row += warps_in_block())
     if (!(seen >> row & 1) && lane() < Mma::kRowChunks)
       reinterpret_cast<uint4*>(rows)[row * Mma::kRowChunks + lane()] = uint4{0, 0, 0, 0};
