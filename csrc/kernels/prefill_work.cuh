@@ -150,7 +150,7 @@ __device__ __forceinline__ bool clear_unseen_rows(const AttentionInputs& in, con
   if (seen == ~Word{0}) return false;
   for (int row = warp_in_block(); row < kRows; row += warps_in_block())
     if (!(seen >> row & 1) && lane() < Mma::kRowChunks)
-      reinterpret_cast<uint4*>(rows)[row * Mma::kRowChunks + lane()] = uint4{0, 0, 0, 0};
+      reinterpret_cast<uint4*>(rows)[row * Mma::kRowChunks + lane()] = uint4{};
   return true;
 }
 
