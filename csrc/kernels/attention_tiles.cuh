@@ -73,7 +73,7 @@ struct TileCopy {
 
   // The chunks are numbered row by row.
   static __device__ int number(int part, int i) {
-    const int thread = kParts == 1 ? opaque(threadIdx.x) : threadIdx.x;
+    const int thread = !Mma::kAsync && kParts == 1 ? opaque(threadIdx.x) : threadIdx.x;
     return thread + (part * kPerPart + i) * kThreads;
   }
   static __device__ bool exists(int part, int i) { return kFull || number(part, i) < kRows * kChunks; }
