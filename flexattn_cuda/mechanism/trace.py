@@ -17,7 +17,7 @@ class LayerTrace(NamedTuple):
         map: [B, R, I, C] float: head-summed probabilities of R query rows over the LR tokens of I images. Of an image
             with fewer than C, what follows them says nothing.
         mask: [B, R, I, T] bool: the HR tokens that this map selects.
-        grids: [G][I], the grids of the images of G prompts; B / G rows of the batch share a prompt's.
+        grids: Of the I images of each of G prompts; B / G rows of the batch share a prompt's.
     """
 
     map: torch.Tensor
