@@ -28,8 +28,8 @@ WRITE_HR_KV: OpOverload = torch.ops.flexattn_cuda.write_hr_kv.default
 ATTENTION: OpOverload = torch.ops.flexattn_cuda.hierarchical_attention.default
 ATTENTION_BACKWARD: OpOverload = torch.ops.flexattn_cuda.hierarchical_attention_backward.default
 
-# Which flag of the backward pass asks for the gradients of which arguments, in the order of its results.
-_ASKED_BY = {"query_gradient": ("q",), "key_gradients": ("k", "v"), "hr_gradients": ("k_hr", "v_hr")}
+# The gradients that each flag of the backward pass asks for, in the order of its results.
+_GRADIENTS_BY_FLAG = {"query_gradient": ("q",), "key_gradients": ("k", "v"), "hr_gradients": ("k_hr", "v_hr")}
 
 _LIBRARY = torch.library.Library("flexattn_cuda", "FRAGMENT")
 _INT32: dict[str, Any] = {"dtype": torch.int32}
@@ -134,9 +134,12 @@ def _attention(*arguments: Any) -> tuple[Tensor, ...]:
 @_shapes_of(ATTENTION_BACKWARD)
 def _attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
     given = _by_name(ATTENTION_BACKWARD, arguments)
-    asked = {name: flag for flag, names in _ASKED_BY.items() if getattr(given, flag) for name in names}
-    inputs = {name: getattr(given, name) for names in _ASKED_BY.values() for name in names}
-    return tuple(given.q.new_empty((0,) if x is None or name not in asked else x.shape) for name, x in inputs.items())
+    shapes = (
+        (0,) if getattr(given, name) is None or not getattr(given, flag) else getattr(given, name).shape
+        for flag, names in _GRADIENTS_BY_FLAG.items()
+        for name in names
+    )
+    return tuple(map(given.q.new_empty, shapes))
 
 
 # ---------------------------------------------------------------------------------------------------------- Derivatives
@@ -178,7 +181,7 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     out, lse, lse_seq, attention_map = output
     known = dict(zip(_ATTENTION_NAMES, inputs))
     known |= {"out": out if known["alpha"] is None else None, "lse": lse, "lse_seq": lse_seq}
-    saved = [known[name] for name in _BACKWARD_NAMES if name != "grad_out" and name not in _ASKED_BY]
+    saved = [known[name] for name in _BACKWARD_NAMES if name != "grad_out" and name not in _GRADIENTS_BY_FLAG]
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in saved))
     ctx.saved_values = [None if isinstance(x, Tensor) else x for x in saved]
     ctx.mark_non_differentiable(lse, lse_seq, attention_map)
@@ -190,7 +193,7 @@ def _attention_gradient(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Te
         return (None,) * len(_ATTENTION_NAMES)
     saved = (value if tensor is None else tensor for tensor, value in zip(ctx.saved_tensors, ctx.saved_values))
     needed = dict(zip(_ATTENTION_NAMES, ctx.needs_input_grad))
-    asked = (any(needed[name] for name in names) for names in _ASKED_BY.values())
+    asked = (any(needed[name] for name in names) for names in _GRADIENTS_BY_FLAG.values())
     q, k, v, k_hr, v_hr = call(ATTENTION_BACKWARD, grad_out.contiguous(), *saved, *asked)
     gradients = {"q": q, "k": k, "v": v, "k_hr": k_hr, "v_hr": v_hr}
     return tuple(gradients[name] if needed[name] else None for name in _ATTENTION_NAMES)

@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "bits.h"
 #include "flexattn/hierarchical_attention.h"
 #include "storage.h"
 #include "vector_math.h"
@@ -99,10 +100,6 @@ void for_each_task(int64_t tasks, const Function& function) {
   at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
     for (int64_t task; (task = next++) < tasks;) function(task);
   });
-}
-
-inline bool bit(const int32_t* words, int64_t i) {
-  return (static_cast<uint32_t>(words[i / kBitsPerWord]) >> (i % kBitsPerWord)) & 1u;
 }
 
 // The queries of one sample that share a key/value head, ordered by position, then head; a tile is a range of them.

@@ -107,8 +107,14 @@ class Forward {
     std::vector<A> keys, values, clean;
   };
 
-  bool tile_per_query(const QueryRows& queries) const {
-    return tile_per_query_[queries.b * in_.kv_heads + queries.kv_head];
+  // The values of a tile, with zeros for those that may be NaN and that its queries do not see.
+  template <typename Hide>
+  Matrix<A> seen_values(const QueryRows& queries, Matrix<A> values, int64_t n, Scratch& scratch,
+                        const Hide& hide) const {
+    if (!tile_per_query_[queries.b * in_.kv_heads + queries.kv_head]) return values;
+    UnseenKeys unseen(n);
+    hide(unseen);
+    return unseen.cleared(values, d_, scratch.clean);
   }
 
   const T* query(int64_t b, int64_t head, int64_t n) const {
@@ -144,13 +150,9 @@ class Forward {
       multiply_keys(plain, read_rows(k + j * ks, ks, nullptr, n, d_, scratch.keys), n);
       sample.hide_sequence_keys(plain, rows, query_of, j, n);
       if (params_.images > 0) keep_logits(queries, first, rows, plain, j, n);
-      Matrix<A> values = read_rows(v + j * vs, vs, nullptr, n, d_, scratch.values);
-      if (tile_per_query(queries)) {
-        UnseenKeys unseen(n);
-        sample.hide_sequence_keys(unseen, rows, query_of, j, n);
-        values = unseen.cleared(values, d_, scratch.clean);
-      }
-      plain.update(values, n);
+      const Matrix<A> values = read_rows(v + j * vs, vs, nullptr, n, d_, scratch.values);
+      const auto hide = [&](UnseenKeys& unseen) { sample.hide_sequence_keys(unseen, rows, query_of, j, n); };
+      plain.update(seen_values(queries, values, n, scratch, hide), n);
     }
 
     for (int64_t i = 0; i < rows; ++i) write_row(queries, first + i, plain, i, log_sum_exp(plain, i));
@@ -184,13 +186,9 @@ class Forward {
       const int64_t n = std::min(kTileKeys, sample.hr_keys() - j);
       multiply_keys(full, read_rows(k, in_.k_hr_strides.row, sample.slots() + j, n, d_, scratch.keys), n);
       sample.hide_hr_keys(full, hr_rows, j, n);
-      Matrix<A> values = read_rows(v, in_.v_hr_strides.row, sample.slots() + j, n, d_, scratch.values);
-      if (tile_per_query(queries)) {
-        UnseenKeys unseen(n);
-        sample.hide_hr_keys(unseen, hr_rows, j, n);
-        values = unseen.cleared(values, d_, scratch.clean);
-      }
-      full.update(values, n);
+      const Matrix<A> values = read_rows(v, in_.v_hr_strides.row, sample.slots() + j, n, d_, scratch.values);
+      const auto hide = [&](UnseenKeys& unseen) { sample.hide_hr_keys(unseen, hr_rows, j, n); };
+      full.update(seen_values(queries, values, n, scratch, hide), n);
     }
 
     const A alpha = static_cast<A>(sample.alpha());

@@ -169,7 +169,7 @@ class Backward {
     write_grad_queries(queries, first, all);
   }
 
-  // The expectation over all the keys of a row, for want of alpha.
+  // Without alpha: the expectation over all the keys of each row.
   void read_expectations(const QueryRows& queries, int64_t first, Tile<A>& tile) const {
     for (int64_t i = 0; i < tile.rows; ++i) {
       const int64_t at = (queries.b * in_.queries + queries.query(first + i)) * in_.heads + queries.head(first + i);

@@ -9,17 +9,12 @@
 #include <limits>
 #include <vector>
 
+#include "bits.h"
+
 namespace flexattn::cpu {
 namespace {
 
 using Cells = std::vector<uint8_t>;
-
-bool bit(const int32_t* words, int64_t i) {
-  return static_cast<uint32_t>(words[i / kBitsPerWord]) >> (i % kBitsPerWord) & 1u;
-}
-void set_bit(int32_t* words, int64_t i) {
-  words[i / kBitsPerWord] |= static_cast<int32_t>(uint32_t{1} << (i % kBitsPerWord));
-}
 
 // The cells of the LR grid that one map chooses. valid_rect: null for the whole grid.
 template <typename A>

@@ -314,6 +314,8 @@ struct alignas(8) Sight {
   int begin, end;
 };
 
+static_assert(kPassingRows == kWarp, "a warp describes the queries that pass by, one per lane");
+
 // What is known of the queries of a tile. Arrays apart: lanes read entries 0, 2, 8 and 10 at once.
 struct PassingQueries {
   Weighing weighing[kPassingRows];

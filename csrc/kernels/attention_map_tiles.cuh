@@ -97,7 +97,7 @@ struct MapTile {
   __device__ __forceinline__ void add(const T* keys, float scale, const float (&lse)[2]) {
     float s[kPassingScores] = {};
     unrolled<Mma::kParts>([&](auto part) { mma.template multiply_keys<part.value>(s, keys); });
-    if (p.in.softcap > 0) cap_scores(s, __fdividef(static_cast<float>(p.in.softcap * kLog2e), scale));
+    cap_scores(p.in, s, scale);
 #pragma unroll
     for (int i = 0; i < kPassingScores; ++i) {
       const int which = Mma::row_of(i);

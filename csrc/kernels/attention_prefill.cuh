@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
     const TileRows<T> next_rows = key_rows<T>(in, work.tile(next), work.sample, work.kv_head);
     if (more) copy.template issue<KeyLayout<Mma>, 0>(next_rows, d, keys);
 
-    if (in.softcap > 0) cap_scores(s, __fdividef(static_cast<float>(in.softcap * kLog2e), scale));
+    cap_scores(in, s, scale);
     if (masked) mask_scores<Mma>(in, work, tile, s);
     softmax_step<Mma>(s, scale, softmax, out);
     multiply_values(out, s, values, copy, more, next_rows, d, keys);

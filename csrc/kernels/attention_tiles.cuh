@@ -123,10 +123,12 @@ struct TileCopy {
   }
 };
 
-// softcap: in the units of scores, that is, divided by the scale. 1 - 2 / (1 + e^2x) is tanh(x), with an absolute error
-// that float16 hides.
+// Cap scores, which `scale` turns into logits in base 2. 1 - 2 / (1 + e^2x) is tanh(x), with an absolute error that
+// float16 hides.
 template <int n>
-__device__ __forceinline__ void cap_scores(float (&s)[n], float softcap) {
+__device__ __forceinline__ void cap_scores(const AttentionInputs& in, float (&s)[n], float scale) {
+  if (!(in.softcap > 0)) return;
+  const float softcap = __fdividef(static_cast<float>(in.softcap * kLog2e), scale);
   const float factor = __fdividef(static_cast<float>(2 * kLog2e), softcap);
 #pragma unroll
   for (int i = 0; i < n; ++i) s[i] = softcap - __fdividef(2.f * softcap, 1.f + exp2_approx(factor * s[i]));
@@ -140,7 +142,6 @@ __device__ int block_row(int which) {
 
 constexpr int kPassingRows = 32;
 constexpr int kPassingScores = kPassingRows / 2;  // of a lane
-static_assert(kPassingRows == kWarp, "a warp describes the rows that pass by, one per lane");
 
 // Rows on their way through a buffer, or through one of two if cp.async fills it while the other is read.
 template <typename Mma>

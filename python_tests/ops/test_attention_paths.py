@@ -284,6 +284,8 @@ paths = pytest.mark.parametrize(
 @paths
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_hidden_keys_and_values_may_hold_anything(capability, queries, value, monkeypatch):
+    if DEVICE == "cpu" and BACKEND == "cpu" and capability == 90:
+        pytest.skip("the CPU has one path")
     monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
     tensors, others = make_hidden_case(queries, value)
     maps = {"map_ranges": ints([[[2, 2 + SIDE**2]], [[5, 5 + SIDE**2]]]), "map_size": SIDE**2}

@@ -421,6 +421,11 @@ def attention_calls(values: Values) -> dict[str, tuple]:
     saved = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in released.items()}
     saved |= dict(grad_out=normal(*out.shape, grad=False), lse=lse, lse_seq=lse_seq)
     saved |= dict(query_gradient=True, key_gradients=True, hr_gradients=True)
+    with torch.no_grad():
+        out, lse, lse_seq, _ = torch.ops.flexattn_cuda.hierarchical_attention(*call(**sequence, **no_map))
+    of_keys = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in sequence.items()}
+    of_keys |= dict(grad_out=normal(*out.shape, grad=False), out=out, lse=lse, lse_seq=lse_seq)
+    of_keys |= dict(query_gradient=False, key_gradients=True, hr_gradients=False)
     paper = sequence | pool | one_map | dict(hr_from=integers([0, 2]), key_mask=key_mask)
     windowed = sequence | dict(window=4, bidirectional_ranges=integers([[[2, 8]], [[0, 0]]]), softcap=5.0)
     return {
@@ -429,6 +434,7 @@ def attention_calls(values: Values) -> dict[str, tuple]:
         "hierarchical_attention:paper": call(**paper, map_over_all=True),
         "hierarchical_attention:windowed": call(**windowed, **no_map),
         "hierarchical_attention_backward": in_schema_order("hierarchical_attention_backward", **saved),
+        "hierarchical_attention_backward:keys": in_schema_order("hierarchical_attention_backward", **of_keys),
     }
 
 

@@ -74,7 +74,7 @@ struct Call {
     hierarchical_attention_forward(p, nullptr);
   }
 
-  // of_keys: those alone, with the output, from which most of what the other kernels find out is known.
+  // of_keys: no gradient of the queries, and with the output, so that the kernels of the keys come first.
   void run_backward(const AttentionInputs& in, bool of_keys) const {
     const std::vector<uint16_t> grad_out(kBatch * queries * kHeads * kDim);
     const std::vector<float> lse(kBatch * kHeads * queries);

@@ -12,7 +12,7 @@ TORCH_LIBRARY(flexattn_faults, library) {
   library.def("run(str fault, Tensor(a!) out) -> ()", [](std::string fault, const at::Tensor& out) {
     flexattn::cuda::run_fault(fault, out.mutable_data_ptr<int32_t>());
   });
-  library.def("bad_value(str argument, int index, int value, int queries, bool listed, str pass_) -> ()",
+  library.def("bad_value(str argument, int index, int value, int queries, bool listed, str of) -> ()",
               [](std::string argument, int64_t index, int64_t value, int64_t queries, bool listed, std::string pass) {
                 flexattn::cuda::run_bad_value(argument, index, value, queries, listed, pass);
               });
