@@ -133,6 +133,25 @@ struct ScoreSlices {
   }
 };
 
+// Weights on their way from the lanes that computed them to those of the whole row, [64 rows][64 keys] and padding that
+// sends the two rows which a warp reads at a time to different banks.
+constexpr int kWeightPitch = kTileKeys + 4, kWeightFloats = kTileRows * kWeightPitch;
+
+// Of the lane's first row; the others follow in steps of two rows.
+template <typename Rows>
+__device__ float* weights_of_lane(float* weights) {
+  return weights + block_row<Rows>(0) * kWeightPitch;
+}
+
+// Read by the lanes of the warp alone, after a barrier.
+template <typename Rows>
+__device__ __forceinline__ void store_weights(const float (&s)[Rows::kScores], float* weights) {
+  float* to = weights_of_lane<Rows>(weights) + Rows::key_of_lane();
+#pragma unroll
+  for (int i = 0; i < Rows::kLaneRows; ++i)
+    store(to + 2 * kWeightPitch * i, Floats{{s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]}});
+}
+
 // Slices of values: whole rows, one after the other.
 template <typename T, int kD>
 struct ValueSlices {
@@ -154,52 +173,29 @@ struct ValueSlices {
 
   // out += weights times values, over the keys of a slice. weights: those of the lane's first row for these keys.
   static __device__ __forceinline__ void multiply(float (&out)[FmaRows<T, kD>::kOutputs], const float* weights,
-                                                  const float* slice);
+                                                  const float* slice) {
+    using Rows = FmaRows<T, kD>;
+    const Floats* values = reinterpret_cast<const Floats*>(slice) + Rows::l();
+#pragma unroll
+    for (int four = 0; four < kKeys; four += 4) {
+      Floats weight[Rows::kLaneRows];
+#pragma unroll
+      for (int i = 0; i < Rows::kLaneRows; ++i) weight[i] = load<4>(weights + 2 * kWeightPitch * i + four);
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int g = 0; g < kD / 64; ++g) {
+          const Floats value = values[(four + k) * kRowVectors + 16 * g];
+#pragma unroll
+          for (int i = 0; i < Rows::kLaneRows; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) out[32 * g + 4 * i + j] += weight[i].element[k] * value.element[j];
+        }
+    }
+  }
 };
 
 // -------------------------------------------------------------------------------------------------- the products
-
-// Weights on their way from the lanes that computed them to those of the whole row, [64 rows][64 keys] and padding that
-// sends the two rows which a warp reads at a time to different banks.
-constexpr int kWeightPitch = kTileKeys + 4, kWeightFloats = kTileRows * kWeightPitch;
-
-// Of the lane's first row; the others follow in steps of two rows.
-template <typename Rows>
-__device__ float* weights_of_lane(float* weights) {
-  return weights + block_row<Rows>(0) * kWeightPitch;
-}
-
-// Read by the lanes of the warp alone, after a barrier.
-template <typename Rows>
-__device__ __forceinline__ void store_weights(const float (&s)[Rows::kScores], float* weights) {
-  float* to = weights_of_lane<Rows>(weights) + Rows::key_of_lane();
-#pragma unroll
-  for (int i = 0; i < Rows::kLaneRows; ++i)
-    store(to + 2 * kWeightPitch * i, Floats{{s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]}});
-}
-
-template <typename T, int kD>
-__device__ __forceinline__ void ValueSlices<T, kD>::multiply(float (&out)[FmaRows<T, kD>::kOutputs],
-                                                             const float* weights, const float* slice) {
-  using Rows = FmaRows<T, kD>;
-  const Floats* values = reinterpret_cast<const Floats*>(slice) + Rows::l();
-#pragma unroll
-  for (int four = 0; four < kKeys; four += 4) {
-    Floats weight[Rows::kLaneRows];
-#pragma unroll
-    for (int i = 0; i < Rows::kLaneRows; ++i) weight[i] = load<4>(weights + 2 * kWeightPitch * i + four);
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int g = 0; g < kD / 64; ++g) {
-        const Floats value = values[(four + k) * kRowVectors + 16 * g];
-#pragma unroll
-        for (int i = 0; i < Rows::kLaneRows; ++i)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) out[32 * g + 4 * i + j] += weight[i].element[k] * value.element[j];
-      }
-  }
-}
 
 // s += rows times keys. The first slice has been issued; issue_next starts what follows the last.
 template <typename T, int n, typename Next>

@@ -38,6 +38,7 @@ class PathReasons {
     return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
   }
 
+  // What tensor cores need, besides what all tiles do.
   void check_tensor_cores(const AttentionInputs& in, int capability) {
     const bool half = in.dtype == DType::kFloat16, bfloat = in.dtype == DType::kBFloat16;
     const std::string here = version(capability);
@@ -48,7 +49,7 @@ class PathReasons {
     against(d > 128 || d % 8, "head_dim is " + std::to_string(d) + ", tensor cores take multiples of 8 up to 128");
   }
 
-  // What the tiles without tensor cores need.
+  // What tiles without tensor cores need, likewise.
   void check_fma(const AttentionInputs& in, int capability) {
     const int64_t d = in.head_dim;
     against(in.dtype == DType::kFloat64, "the dtype is float64");
