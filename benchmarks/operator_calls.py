@@ -80,6 +80,7 @@ def call_every_operator() -> None:
     """Call every kernel of the operators but those for newer GPUs."""
     inputs = Inputs()
     prefill(inputs)
+    prefill_without_tensor_cores(inputs)
     decode(inputs)
     generic(inputs)
     gradients(inputs)
@@ -93,6 +94,13 @@ def prefill(inputs: Inputs) -> None:
     for head_dim in (64, 96, 128):
         case(head_dim).call(inputs, hr_from=int32(261))  # the paper's form: the text after the image sees HR keys
     case(128).call(inputs, hr_rows=int32([319]))  # the released form: the last row does
+
+
+def prefill_without_tensor_cores(inputs: Inputs) -> None:
+    for dtype in EVERY_DTYPE:
+        for head_dim in (256,) if dtype == torch.float16 else (64, 128, 256):
+            case = Attention(dtype, head_dim, queries=192, keys=192, heads=2, selected=130, side=12)
+            case.call(inputs, hr_from=int32(150))
 
 
 def decode(inputs: Inputs) -> None:

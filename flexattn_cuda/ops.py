@@ -351,9 +351,9 @@ class AttentionPath(NamedTuple):
     """Result of `attention_path`.
 
     Attributes:
-        path: "cpu"; "generic"; "decode", for up to 16 query rows; or a kernel on tensor cores: "volta" (mma.m8n8k4) or
-            "ampere" (mma.m16n8k16).
-        reasons: Why no kernel faster than the generic one takes the call; empty if one does.
+        path: "cpu"; "generic"; "decode", for up to 16 query rows; for more, "fma" or a kernel on tensor cores: "volta"
+            (mma.m8n8k4) or "ampere" (mma.m16n8k16).
+        reasons: Why no faster kernel takes the call; empty if this is the fastest.
     """
 
     path: str

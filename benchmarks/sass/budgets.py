@@ -28,6 +28,7 @@ class Budget:
     # At least:
     blocks_per_sm: int | None = None
     tensor_fraction: float | None = None
+    ffma_fraction: float | None = None  # of the instructions of the main loop
     # Of the main loop:
     needs_hmma: bool = False
     no_local_in_loop: bool = False

@@ -95,8 +95,9 @@ class Flow:
         return MainLoop(self.instructions(steady), self.instructions(sorted(loop.blocks)))
 
     def _weight(self, blocks: set[int]) -> tuple[int, int]:
-        kinds = Counter(i.kind for i in self.instructions(blocks))
-        return kinds["HMMA"], kinds["LDS"] + kinds["LDG"] + kinds["FP32"]
+        instructions = self.instructions(blocks)
+        kinds = Counter(i.kind for i in instructions)
+        return kinds["HMMA"], kinds["LDS"] + kinds["LDG"] + sum(i.base == "FFMA" for i in instructions)
 
     def _steady_path(self, loop: Loop, own: set[int]) -> list[int]:
         """Return the blocks of the path of highest value from the loop's header to a latch."""

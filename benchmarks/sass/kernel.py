@@ -61,6 +61,11 @@ class Kernel:
         slowest = bounding(pipes).cycles
         return pipes[0].cycles / slowest if slowest else 0.0
 
+    @property
+    def ffma_fraction(self) -> float:
+        """Share of FFMA among the instructions of the body."""
+        return sum(i.base == "FFMA" for i in self.body) / max(1, len(self.body))
+
 
 def exceeded(kernel: Kernel) -> list[str]:
     """Return one sentence for every limit that a kernel exceeds."""
@@ -78,6 +83,7 @@ def resource_complaints(kernel: Kernel) -> list[str]:
     at_least = (
         ("blocks per SM", kernel.blocks_per_sm, budget.blocks_per_sm),
         ("fraction of the tensor peak", kernel.tensor_fraction, budget.tensor_fraction),
+        ("fraction of FFMA in the main loop", kernel.ffma_fraction, budget.ffma_fraction),
     )
     return [
         *(over(what, value, limit) for what, value, limit in at_most if limit is not None and value > limit),

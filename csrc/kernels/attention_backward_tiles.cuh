@@ -70,9 +70,9 @@ __device__ __forceinline__ void store_rows(const float (&sum)[Mma::kOutputs], fl
     T* row = to(which);
     if (!row) continue;
 #pragma unroll
-    for (int i = 0; i < Mma::kOutputs; i += 2) {
+    for (int i = 0; i < Mma::kOutputs; i += Mma::kNeighbours) {
       const int channel = Mma::channel_of_output(i) + Mma::channel_of_lane();
-      if (Mma::row_of(i) == which && channel < d) store_pair(row + channel, factor * sum[i], factor * sum[i + 1]);
+      if (Mma::row_of(i) == which && channel < d) store_scaled<Mma::kNeighbours>(row + channel, factor, sum + i);
     }
   }
 }

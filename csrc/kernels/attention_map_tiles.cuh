@@ -61,72 +61,93 @@ __device__ inline uint64_t visible_cells(const AttentionForwardParams& p, const 
   return cells & bits_from(p.in.key_mask + work.sample * words_for_bits(p.in.keys), first, p.in.keys);
 }
 
-template <typename Mma, int kD>
-struct MapTile {
-  using T = typename Mma::Element;
+// The keys of a head from cell `first` of the block on.
+template <typename T>
+__device__ TileRows<T> keys_of_cells(const AttentionForwardParams& p, const MapWork& work, int head, int first) {
+  const int kv_head = head / static_cast<int>(p.in.heads / p.in.kv_heads);
+  return {row_of<T>(p.in.k, p.in.k_strides, work.sample, kv_head, 0), p.in.k_strides.row, nullptr,
+          work.keys.begin + work.first_cell + first, work.keys.end - 1};
+}
+
+// A lane's part of the map. kScores: how many scores of a lane are added at a time, kAddedCells cells of each row.
+template <typename Rows, int kScores, int kAddedCells>
+struct MapSums {
   const AttentionForwardParams& p;
   const MapWork& work;
-  int query[2];         // of the lane's rows, or -1
-  uint64_t visible[2];  // the cells that they see, from the lane's first on
-  float sum[2 * kPassingScores] = {};
-  Mma mma;
+  int query[Rows::kLaneRows];         // of the lane's rows, or -1
+  uint64_t visible[Rows::kLaneRows];  // the cells that they see, from the lane's first on
+  float sum[kMapCells / kAddedCells * kScores] = {};
 
-  __device__ MapTile(const AttentionForwardParams& p, const MapWork& work) : p(p), work(work) {
+  __device__ MapSums(const AttentionForwardParams& p, const MapWork& work) : p(p), work(work) {
 #pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      query[which] = work.query[block_row<Mma>(which)];
-      visible[which] = visible_cells(p, work, query[which]) >> Mma::key_of_lane();
+    for (int which = 0; which < Rows::kLaneRows; ++which) {
+      query[which] = work.query[block_row<Rows>(which)];
+      visible[which] = visible_cells(p, work, query[which]) >> Rows::key_of_lane();
     }
   }
 
-  __device__ int kv_head(int head) const { return head / static_cast<int>(p.in.heads / p.in.kv_heads); }
-  // The keys of half of the cells.
-  __device__ TileRows<T> keys(int head, int half) const {
-    return {row_of<T>(p.in.k, p.in.k_strides, work.sample, kv_head(head), 0), p.in.k_strides.row, nullptr,
-            work.keys.begin + work.first_cell + half * kPassingRows, work.keys.end - 1};
-  }
-
-  __device__ __forceinline__ void load_query(int head) {
-    const int* rows = work.query + warp_in_block() * kWarpRows;
-    mma.load_query([&](int row) { return row_of<T>(p.in.q, p.in.q_strides, work.sample, head, max(rows[row], 0)); },
-                   static_cast<int>(p.in.head_dim));
-  }
-
-  // Add the probabilities of half of the cells in a head. lse: in base 2.
-  template <int half>
-  __device__ __forceinline__ void add(const T* keys, float scale, const float (&lse)[2]) {
-    float s[kPassingScores] = {};
-    unrolled<Mma::kParts>([&](auto part) { mma.template multiply_keys<part.value>(s, keys); });
-    cap_scores(p.in, s, scale);
+  // Add the probabilities of the cells kAddedCells * part and so on in a head. lse: in base 2.
+  template <int part>
+  __device__ __forceinline__ void add(const float (&s)[kScores], float scale, const float (&lse)[Rows::kLaneRows]) {
 #pragma unroll
-    for (int i = 0; i < kPassingScores; ++i) {
-      const int which = Mma::row_of(i);
+    for (int i = 0; i < kScores; ++i) {
+      const int which = Rows::row_of(i);
       const float probability = exp2_approx(scale * s[i] - lse[which]);
-      const bool seen = visible[which] >> (half * kPassingRows + Mma::key_of_score(i)) & 1;
-      sum[half * kPassingScores + i] += seen ? probability : 0.f;
+      const bool seen = visible[which] >> (part * kAddedCells + Rows::key_of_score(i)) & 1;
+      sum[part * kScores + i] += seen ? probability : 0.f;
     }
   }
 
-  __device__ void read_lse(int head, float (&lse)[2]) const {
+  __device__ void read_lse(int head, float (&lse)[Rows::kLaneRows]) const {
     const float* of_head = static_cast<const float*>(p.map_over_all ? p.lse : p.lse_seq) +
                            (static_cast<int64_t>(work.sample) * p.in.heads + head) * p.in.queries;
 #pragma unroll
-    for (int which = 0; which < 2; ++which) lse[which] = static_cast<float>(kLog2e) * of_head[max(query[which], 0)];
+    for (int which = 0; which < Rows::kLaneRows; ++which)
+      lse[which] = static_cast<float>(kLog2e) * of_head[max(query[which], 0)];
   }
 
   __device__ void write() const {
 #pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      const int64_t r = work.first_row + block_row<Mma>(which);
+    for (int which = 0; which < Rows::kLaneRows; ++which) {
+      const int64_t r = work.first_row + block_row<Rows>(which);
       if (r >= p.in.rows) continue;
       float* to = static_cast<float*>(p.map) + ((work.sample * p.in.rows + r) * p.images + work.image) * p.map_size;
 #pragma unroll
-      for (int i = 0; i < 2 * kPassingScores; ++i) {
-        const int cell = work.first_cell + i / kPassingScores * kPassingRows + Mma::key_of_lane() +
-                         Mma::key_of_score(i % kPassingScores);
-        if (Mma::row_of(i) == which && cell < p.map_size) to[cell] = sum[i];
+      for (int i = 0; i < kMapCells / kAddedCells * kScores; ++i) {
+        const int cell =
+            work.first_cell + i / kScores * kAddedCells + Rows::key_of_lane() + Rows::key_of_score(i % kScores);
+        if (Rows::row_of(i) == which && cell < p.map_size) to[cell] = sum[i];
       }
     }
+  }
+};
+
+template <typename Mma, int kD>
+struct MapTile : MapSums<Mma, kPassingScores, kPassingRows> {
+  using T = typename Mma::Element;
+  using MapSums<Mma, kPassingScores, kPassingRows>::MapSums;
+  Mma mma;
+
+  __device__ int kv_head(int head) const { return head / static_cast<int>(this->p.in.heads / this->p.in.kv_heads); }
+  // The keys of half of the cells.
+  __device__ TileRows<T> keys(int head, int half) const {
+    return keys_of_cells<T>(this->p, this->work, head, half * kPassingRows);
+  }
+
+  __device__ __forceinline__ void load_query(int head) {
+    const AttentionInputs& in = this->p.in;
+    const int* rows = this->work.query + warp_in_block() * kWarpRows;
+    mma.load_query([&](int row) { return row_of<T>(in.q, in.q_strides, this->work.sample, head, max(rows[row], 0)); },
+                   static_cast<int>(in.head_dim));
+  }
+
+  // Add the probabilities of half of the cells in a head. lse: in base 2.
+  template <int half>
+  __device__ __forceinline__ void add_keys(const T* keys, float scale, const float (&lse)[2]) {
+    float s[kPassingScores] = {};
+    unrolled<Mma::kParts>([&](auto part) { mma.template multiply_keys<part.value>(s, keys); });
+    cap_scores(this->p.in, s, scale);
+    this->template add<half>(s, scale, lse);
   }
 };
 
@@ -152,8 +173,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) map_tiles(AttentionForwardPar
       float lse[2];
       tile.read_lse(head, lse);
       tile.load_query(head);
-      tile.template add<0>(passing.rows(0), scale, lse);
-      tile.template add<1>(passing.rows(1), scale, lse);
+      tile.template add_keys<0>(passing.rows(0), scale, lse);
+      tile.template add_keys<1>(passing.rows(1), scale, lse);
       if (more) passing.commit();
       __syncthreads();
     }

@@ -9,7 +9,7 @@
 // K and V have one buffer each: while one is multiplied, the other is filled.
 #pragma once
 
-#include "prefill_work.cuh"
+#include "row_steps.cuh"
 
 namespace flexattn::cuda {
 
@@ -62,116 +62,6 @@ __device__ __forceinline__ void multiply_values(float (&out)[Mma::kOutputs], con
     Mma::template multiply_values<part.value>(out, p, values);
     if (more) copy.template advance<KeyLayout<Mma>, part.value>(next_rows, d, keys);
   });
-}
-
-template <typename Mma>
-__device__ __forceinline__ void mask_scores(const AttentionInputs& in, const BlockWork& work, const KeyTile& tile,
-                                            float (&s)[Mma::kScores]) {
-  uint64_t visible[2];
-#pragma unroll
-  for (int which = 0; which < 2; ++which)
-    visible[which] = work.visible_keys<uint64_t>(in, tile, block_row<Mma>(which)) >> Mma::key_of_lane();
-#pragma unroll
-  for (int i = 0; i < Mma::kScores; ++i)
-    if (!(visible[Mma::row_of(i)] >> Mma::key_of_score(i) & 1)) s[i] = -INFINITY;
-}
-
-// Turn scores into weights. The lanes of a row share its row_max; each has the row_sum of its own columns.
-template <typename Mma>
-__device__ __forceinline__ void softmax_step(float (&s)[Mma::kScores], float scale, SoftmaxState<float> (&softmax)[2],
-                                             float (&out)[Mma::kOutputs]) {
-  float rescale[2];
-#pragma unroll
-  for (int which = 0; which < 2; ++which) {
-    float max_score = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < Mma::kScores; ++i)
-      if (Mma::row_of(i) == which) max_score = fmaxf(max_score, s[i]);
-    max_score = Mma::over_row(max_score, [](float x, float y) { return fmaxf(x, y); });
-    rescale[which] = softmax[which].raise_max(scale * max_score);
-#pragma unroll
-    for (int i = 0; i < Mma::kScores; ++i)
-      if (Mma::row_of(i) == which) {
-        s[i] = softmax[which].weight(scale * s[i]);
-        softmax[which].row_sum += s[i];
-      }
-  }
-#pragma unroll
-  for (int i = 0; i < Mma::kOutputs; ++i) out[i] *= rescale[Mma::row_of(i)];
-}
-
-// -------------------------------------------------------------------------------------------------------- the end
-
-// Write two neighbouring channels.
-template <typename T>
-__device__ __forceinline__ void store_pair(T* at, float first, float second) {
-  alignas(4) const T both[2] = {narrow<T>(first), narrow<T>(second)};
-  *reinterpret_cast<uint32_t*>(at) = *reinterpret_cast<const uint32_t*>(both);
-}
-
-// Write the log-sum-exps [B, H, N] of the lane's rows, and return in `normalizer` what their outputs are multiplied by.
-template <typename Mma>
-__device__ __forceinline__ void write_lse(const AttentionForwardParams& p, const BlockWork& work, void* lse,
-                                          const SoftmaxState<float> (&softmax)[2], float (&normalizer)[2]) {
-  const int64_t first = (work.sample * p.in.heads + work.head) * p.in.queries + work.first_row;
-#pragma unroll
-  for (int which = 0; which < 2; ++which) {
-    SoftmaxState<float> row = softmax[which];
-    row.row_sum = Mma::over_row(row.row_sum, [](float x, float y) { return x + y; });
-    normalizer[which] = row.average(1.f);
-    if (Mma::first_of_row() && block_row<Mma>(which) < work.rows)
-      static_cast<float*>(lse)[first + block_row<Mma>(which)] = row.log_sum_exp();
-  }
-}
-
-// Write share * out + keep * what is there.
-template <typename Mma>
-__device__ __forceinline__ void write_out(const AttentionForwardParams& p, const BlockWork& work,
-                                          const float (&out)[Mma::kOutputs], const float (&share)[2],
-                                          const float (&keep)[2]) {
-  using T = typename Mma::Element;
-  const int d = static_cast<int>(p.in.head_dim);
-#pragma unroll
-  for (int which = 0; which < 2; ++which) {
-    const int row = block_row<Mma>(which);
-    if (row >= work.rows) continue;
-    T* to = static_cast<T*>(p.out) +
-            ((work.sample * p.in.queries + work.first_row + row) * p.in.heads + work.head) * d + Mma::channel_of_lane();
-#pragma unroll
-    for (int i = 0; i < Mma::kOutputs; i += 2) {  // two neighbouring channels
-      if (Mma::row_of(i) != which || Mma::channel_of_output(i) + Mma::channel_of_lane() >= d) continue;
-      T* at = to + Mma::channel_of_output(i);
-      float pair[2] = {share[which] * out[i], share[which] * out[i + 1]};
-      if (keep[which] != 0.f) pair[0] += keep[which] * widen(at[0]), pair[1] += keep[which] * widen(at[1]);
-      store_pair(at, pair[0], pair[1]);
-    }
-  }
-}
-
-// The sequence is done: write lse_seq and, where alpha mixes it in later, its output.
-template <typename Mma>
-__device__ __forceinline__ void finish_sequence(const AttentionForwardParams& p, const BlockWork& work,
-                                                const SoftmaxState<float> (&softmax)[2],
-                                                const float (&out)[Mma::kOutputs]) {
-  float share[2];
-  write_lse<Mma>(p, work, p.lse_seq, softmax, share);
-  if (work.alpha != 1.f) write_out<Mma>(p, work, out, share, {0.f, 0.f});
-}
-
-// All keys are done: write lse and the output.
-template <typename Mma>
-__device__ __forceinline__ void finish_rows(const AttentionForwardParams& p, const BlockWork& work,
-                                            const SoftmaxState<float> (&softmax)[2],
-                                            const float (&out)[Mma::kOutputs]) {
-  float share[2], keep[2] = {0.f, 0.f};
-  write_lse<Mma>(p, work, p.lse, softmax, share);
-#pragma unroll
-  for (int which = 0; which < 2; ++which)
-    if (work.alpha != 1.f && work.sees_hr(p.in, block_row<Mma>(which))) {
-      share[which] *= work.alpha;
-      keep[which] = 1.f - work.alpha;
-    }
-  write_out<Mma>(p, work, out, share, keep);
 }
 
 // ------------------------------------------------------------------------------------------------------ the kernel

@@ -3,6 +3,7 @@
 #include "flexattn/hierarchical_attention.h"
 
 #include "attention_decode.h"
+#include "attention_fma.h"
 #include "attention_generic.h"
 #include "attention_prefill.h"
 #include "device.cuh"
@@ -32,7 +33,7 @@ int64_t hierarchical_attention_workspace(const AttentionForwardParams& params, S
 void hierarchical_attention_forward(const AttentionForwardParams& params, Stream stream) {
   const AttentionInputs& in = params.in;
   const AttentionPath path = path_of(in);
-  // The decode kernel reads each slot once and checks it there; tensor-core loops have no registers left for that.
+  // The decode kernel reads each slot once and checks it there; the loops over tiles have no registers left for that.
   if (in.k_hr && path != AttentionPath::kDecode)
     launch("hierarchical_attention (slots)", check_slots, blocks_for(in.batch * in.selected, kThreads), kThreads, 0,
            stream, in);
@@ -41,6 +42,8 @@ void hierarchical_attention_forward(const AttentionForwardParams& params, Stream
       return attention_generic(params, stream);
     case AttentionPath::kDecode:
       return attention_decode(params, stream);
+    case AttentionPath::kFma:
+      return attention_fma(params, stream);
     case AttentionPath::kVolta:
       return attention_prefill(params, TensorCores::kVolta, stream);
     case AttentionPath::kAmpere:

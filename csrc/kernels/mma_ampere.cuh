@@ -20,6 +20,7 @@ template <typename T, int kD>
 struct AmpereMma {
   using Element = T;
   static constexpr int kScores = 32, kOutputs = kD / 2;
+  static constexpr int kLaneRows = 2, kNeighbours = 2;  // see row_steps.cuh
   static constexpr int kRowChunks = kD <= 64 ? 8 : 16;
   static constexpr bool kAsync = true;  // cp.async brings tiles to shared memory in one part
   static constexpr int kParts = 1;

@@ -22,6 +22,7 @@ template <int kD>
 struct VoltaMma {
   using Element = __half;
   static constexpr int kScores = 32, kOutputs = kD / 2;
+  static constexpr int kLaneRows = 2, kNeighbours = 2;  // see row_steps.cuh
   static constexpr int kRowChunks = kD <= 64 ? 8 : 16;  // 16-byte chunks of a row in shared memory
   static constexpr bool kAsync = false;                 // tiles pass through registers
   static constexpr int kParts = kD == 96 ? 2 : 4;       // in parts

@@ -138,15 +138,21 @@ __device__ inline void describe_work(const AttentionInputs& in, BlockWork& work)
   __syncthreads();
 }
 
+// The keys of the tile, or the first 32 of them, that some row of the block sees, as bits. Called by whole warps.
+template <typename Word>
+__device__ __forceinline__ Word seen_keys(const AttentionInputs& in, const BlockWork& work, const KeyTile& tile) {
+  static_assert(kTileRows == 2 * kWarp, "a lane looks after two queries");
+  return warp_or(work.visible_keys<Word>(in, tile, lane()) | work.visible_keys<Word>(in, tile, lane() + kWarp));
+}
+
 // Zero those of a tile's first kRows rows in shared memory that belong to keys which no row of the block sees: a weight
 // of 0 does not hide a NaN. Return whether there were any. Called by the whole block, before a barrier if there were.
 template <typename Mma, int kRows>
 __device__ __forceinline__ bool clear_unseen_rows(const AttentionInputs& in, const BlockWork& work, const KeyTile& tile,
                                                   typename Mma::Element* rows) {
   using Word = std::conditional_t<kRows == 32, uint32_t, uint64_t>;
-  static_assert(kRows == 8 * sizeof(Word) && kTileRows == 2 * kWarp, "a bit per row; a lane looks after two queries");
-  const Word seen =
-      warp_or(work.visible_keys<Word>(in, tile, lane()) | work.visible_keys<Word>(in, tile, lane() + kWarp));
+  static_assert(kRows == 8 * sizeof(Word), "a bit per row");
+  const Word seen = seen_keys<Word>(in, work, tile);
   if (seen == ~Word{0}) return false;
   for (int row = warp_in_block(); row < kRows; row += warps_in_block())
     if (!(seen >> row & 1) && lane() < Mma::kRowChunks)

@@ -43,6 +43,8 @@ const char* name_of(flexattn::AttentionPath path) {
       return "generic";
     case flexattn::AttentionPath::kDecode:
       return "decode";
+    case flexattn::AttentionPath::kFma:
+      return "fma";
     case flexattn::AttentionPath::kVolta:
       return "volta";
     case flexattn::AttentionPath::kAmpere:

@@ -5,7 +5,7 @@ On the CPU's kernels, on the CUDA kernels in the executor (`make simt`), and on 
 
 import os
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import pytest
 import torch
@@ -20,11 +20,14 @@ CASES = int(os.environ.get("FLEXATTN_CASES", "25"))  # of each combination
 SIDE = 3
 
 
-def choose_sizes(rng: random.Random, queries: list[int]) -> AttentionSizes:
+HEAD_DIMS = (64, 80, 96, 128, 128)
+
+
+def choose_sizes(rng: random.Random, queries: list[int], head_dims: Sequence[int]) -> AttentionSizes:
     B, Hkv = rng.choice([1, 1, 2]), rng.choice([1, 2])
     H = Hkv * rng.choice([1, 3, 4, 8] if B * Hkv == 1 else [1, 2])
     N = rng.choice(queries)
-    Nk, d = N + rng.choice([0, 3, 30, 70]), rng.choice([64, 80, 96, 128, 128])
+    Nk, d = N + rng.choice([0, 3, 30, 70]), rng.choice(head_dims)
     return AttentionSizes(B, H, Hkv, N, Nk, d, M=rng.choice([0, 1, 33, 63, 64, 70, 150]))
 
 
@@ -106,9 +109,11 @@ def fill_hidden_keys(tensors: dict, others: dict, value: float) -> None:
         tensors[name].transpose(1, 2)[~seen] = value
 
 
-def make_case(rng: random.Random, dtype: torch.dtype, queries: list[int]) -> tuple[dict, dict]:
+def make_case(
+    rng: random.Random, dtype: torch.dtype, queries: list[int], head_dims: Sequence[int] = HEAD_DIMS
+) -> tuple[dict, dict]:
     """Return q, k, v and the pool; and everything else."""
-    maker = CaseMaker(rng, dtype, choose_sizes(rng, queries))
+    maker = CaseMaker(rng, dtype, choose_sizes(rng, queries, head_dims))
     tensors, others = maker.sequence()
     if maker.sizes.M:
         pool, slots = maker.pool()
@@ -157,6 +162,25 @@ def test_every_path_equals_the_reference(capability, dtype, queries, monkeypatch
     rng = random.Random(f"{capability} {dtype} {queries}")
     for _ in range(CASES):
         tensors, others = make_case(rng, dtype, queries)
+        check(tensors, others, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dims", [(8, 24, 40, 112), (136, 160, 192, 256, 256)], ids=["small", "large"])
+@pytest.mark.parametrize(
+    "capability, dtype",
+    [(70, torch.float16), (70, torch.bfloat16), (70, torch.float32), (90, torch.bfloat16), (90, torch.float32)],
+)
+def test_head_sizes_without_tensor_cores(capability, dtype, head_dims, monkeypatch):
+    tensor_cores = dtype == torch.float16 or (dtype == torch.bfloat16 and capability >= 80)
+    if tensor_cores and head_dims[0] < 128:
+        pytest.skip("these run on tensor cores")
+    monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
+    rng = random.Random(f"{capability} {dtype} {head_dims}")
+    for _ in range(CASES):
+        tensors, others = make_case(rng, dtype, [17, 63, 64, 65, 100], head_dims)
+        path = ops.attention_path(*(tensors[name] for name in "qkv"), capability=divmod(capability, 10)).path
+        assert path == "fma"
         check(tensors, others, dtype)
 
 
@@ -251,10 +275,10 @@ def test_gradients_on_every_path_equal_the_reference(capability, dtype, monkeypa
         check_gradients(tensors, {name: x for name, x in others.items() if not name.startswith("map_")}, dtype, some)
 
 
-def make_hidden_case(queries: int, value: float) -> tuple[dict, dict]:
-    """Return a call in float16 whose hidden keys and values are `value`: some of each kind that can be hidden."""
+def make_hidden_case(queries: int, value: float, dtype: torch.dtype = torch.float16) -> tuple[dict, dict]:
+    """Return a call whose hidden keys and values are `value`: some of each kind that can be hidden."""
     x = AttentionSizes(B=2, H=2, Hkv=1, N=queries, Nk=queries + 70, d=64, M=70)
-    maker = CaseMaker(random.Random(queries), torch.float16, x)
+    maker = CaseMaker(random.Random(queries), dtype, x)
     tensors, _ = maker.sequence()
     pool, _ = maker.pool()
     tensors = {name: maker.floats(*tensor.shape) for name, tensor in (tensors | pool).items()}
@@ -277,25 +301,35 @@ def make_hidden_case(queries: int, value: float) -> tuple[dict, dict]:
 
 
 paths = pytest.mark.parametrize(
-    "capability, queries", [(60, 1), (60, 40), (70, 40), (70, 100), (90, 40), (90, 100)]
-)  # decode, generic, Volta, Ampere; on the CPU one
+    "capability, queries, dtype",
+    [
+        (60, 1, torch.float16),
+        (60, 40, torch.float16),
+        (70, 40, torch.float16),
+        (70, 100, torch.float16),
+        (70, 40, torch.float32),
+        (70, 100, torch.float32),
+        (90, 40, torch.float16),
+        (90, 100, torch.float16),
+    ],
+)  # decode, generic, Volta, without tensor cores, Ampere; on the CPU one
 
 
 @paths
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_hidden_keys_and_values_may_hold_anything(capability, queries, value, monkeypatch):
+def test_hidden_keys_and_values_may_hold_anything(capability, queries, dtype, value, monkeypatch):
     if DEVICE == "cpu" and BACKEND == "cpu" and capability == 90:
         pytest.skip("the CPU has one path")
     monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
-    tensors, others = make_hidden_case(queries, value)
+    tensors, others = make_hidden_case(queries, value, dtype)
     maps = {"map_ranges": ints([[[2, 2 + SIDE**2]], [[5, 5 + SIDE**2]]]), "map_size": SIDE**2}
-    check(tensors, others | maps, torch.float16, twice=False)
-    check_gradients(tensors, others, torch.float16, some=("q", "k_hr"))
+    check(tensors, others | maps, dtype, twice=False)
+    check_gradients(tensors, others, dtype, some=("q", "k_hr"))
 
 
 @pytest.mark.parametrize("queries", [4, 40])
 def test_a_nan_reaches_no_query_before_its_key(queries, monkeypatch):
-    """Except on tensor cores, where it reaches the 64 queries of a block."""
+    """Except in tiles, where it reaches the 64 queries of a block."""
     monkeypatch.setenv("FLEXATTN_CAPABILITY", "60")
     tensors, others = make_hidden_case(queries, 0.0)
     before = queries // 2

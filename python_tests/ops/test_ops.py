@@ -647,7 +647,11 @@ def test_bits_round_trip(n, seed):
     assert torch.equal(ops.unpack_bits(ops.pack_bits(mask), n), mask)
 
 
-def test_attention_path_tells_the_kernel_and_every_reason_against_tensor_cores():
+def first_words(path: ops.AttentionPath) -> tuple[str, list[str]]:
+    return path.path, [reason.partition(" ")[0] for reason in path.reasons]
+
+
+def test_attention_path_tells_the_kernel_and_every_reason_against_a_faster_one():
     def tensors(dtype, d=128, cut=0):
         q, k, v = (torch.zeros(2, h, 17, d + cut, dtype=dtype)[..., cut:] for h in (4, 2, 2))
         return q, k, v
@@ -658,13 +662,30 @@ def test_attention_path_tells_the_kernel_and_every_reason_against_tensor_cores()
     assert ops.attention_path(*tensors(torch.bfloat16), capability=(8, 6)) == ("ampere", ())
     q, k, v = tensors(torch.float32)
     assert ops.attention_path(q[:, :, :16], k, v, capability=(7, 0)) == ("decode", ())
-    assert ops.attention_path(q, k, v, capability=(7, 0)).path == "generic"
-    path, reasons = ops.attention_path(*tensors(torch.bfloat16, d=36, cut=1), scale=-1.0, capability=(7, 0))
-    assert path == "generic"
-    assert [reason.partition(" ")[0] for reason in reasons] == ["bfloat16", "head_dim", "the", "q", "k", "v"]
+    assert first_words(ops.attention_path(*tensors(torch.float16), capability=(6, 0))) == (
+        "generic",
+        ["tensor", "tiles"],
+    )
+    path = ops.attention_path(*tensors(torch.bfloat16, d=36, cut=1), scale=-1.0, capability=(7, 0))
+    assert first_words(path) == ("generic", ["bfloat16", "head_dim", "head_dim", "the", "q", "k", "v"])
     pool = torch.zeros(3, 2, 132, dtype=torch.float16)[..., 4:]
     path, reasons = ops.attention_path(*tensors(torch.float16), k_hr=pool, v_hr=pool.contiguous(), capability=(7, 0))
     assert path == "generic" and reasons == ("k_hr is not aligned to 16 bytes in every row",)
+
+
+@pytest.mark.parametrize(
+    "dtype, d, capability, reasons",
+    [
+        (torch.float32, 128, (7, 0), ["the"]),
+        (torch.float32, 8, (9, 0), ["the"]),
+        (torch.bfloat16, 128, (7, 5), ["bfloat16"]),
+        (torch.float16, 256, (7, 0), ["head_dim"]),
+        (torch.bfloat16, 136, (9, 0), ["head_dim"]),
+    ],
+)
+def test_what_tensor_cores_do_not_take_runs_in_tiles_without_them(dtype, d, capability, reasons):
+    path = ops.attention_path(*(torch.zeros(1, 2, 17, d, dtype=dtype) for _ in "qkv"), capability=capability)
+    assert first_words(path) == ("fma", reasons)
 
 
 @pytest.mark.parametrize("queries", [1, 7])

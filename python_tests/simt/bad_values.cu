@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kBatch = 2, kHeads = 2, kKeys = 96, kDim = 64, kPool = 10, kSelected = 6, kRows = 3, kImages = 2,
                   kMapSize = 4, kRanges = 2;
 
-// A sound call in float16, all zeros.
+// A sound call, all zeros; in float16 unless the pass says otherwise.
 struct Call {
   const int64_t queries;
   const bool listed;
@@ -45,9 +45,10 @@ struct Call {
   }
 
   void run(const std::string& pass) const {
-    const std::vector<uint16_t> q(kBatch * kHeads * queries * kDim), k(kBatch * kKeys * kDim), pool(kPool * kDim);
+    const bool single = pass == "forward in float32";
+    const std::vector<float> q(kBatch * kHeads * queries * kDim), k(kBatch * kKeys * kDim), pool(kPool * kDim);
     AttentionInputs in{};
-    in.dtype = DType::kFloat16;
+    in.dtype = single ? DType::kFloat32 : DType::kFloat16;
     in.batch = kBatch, in.heads = kHeads, in.kv_heads = 1;
     in.queries = queries, in.keys = kKeys, in.head_dim = kDim, in.scale = 1;
     in.q = q.data(), in.k = in.v = k.data(), in.k_hr = in.v_hr = pool.data();
@@ -59,12 +60,12 @@ struct Call {
     in.pool = kPool, in.selected = kSelected, in.hr_slots = hr_slots.data(), in.hr_count = hr_count.data();
     in.rows = listed ? kRows : 1;
     (listed ? in.hr_rows : in.hr_from) = (listed ? hr_rows : hr_from).data();
-    if (pass == "forward") return run_forward(in);
+    if (pass == "forward" || single) return run_forward(in);
     run_backward(in, pass == "gradients of keys");
   }
 
   void run_forward(const AttentionInputs& in) const {
-    std::vector<uint16_t> out(kBatch * kHeads * queries * kDim);
+    std::vector<float> out(kBatch * kHeads * queries * kDim);
     std::vector<float> lse(kBatch * kHeads * queries), lse_seq(lse), map(kBatch * in.rows * kImages * kMapSize);
     AttentionForwardParams p{in};
     p.images = kImages, p.map_size = kMapSize, p.map_ranges = map_ranges.data();

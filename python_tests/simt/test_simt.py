@@ -163,6 +163,7 @@ QUERIES, KEYS, POOL, SELECTED, MAP_SIZE = 32, 96, 10, 6, 4  # as in bad_values.c
 PASSES = {
     "one query": {"queries": 1, "of": "forward"},
     "many queries": {"queries": QUERIES, "of": "forward"},
+    "many queries in float32": {"queries": QUERIES, "of": "forward in float32"},
     "gradients": {"queries": QUERIES, "of": "gradients"},
     "gradients of keys": {"queries": QUERIES, "of": "gradients of keys"},
 }
@@ -371,3 +372,25 @@ def test_decoding_fills_a_v100_and_reads_keys_and_values_16_bytes_at_a_time(head
         2 * kv_heads * (keys + M) * d * 2 // 32
     )  # K and V once; the rest are queries, and the last key of a chunk again
     assert whole <= wide <= 1.03 * whole
+
+
+@counts_accesses
+@pytest.mark.parametrize("dtype, d", [(torch.float32, 64), (torch.float32, 128), (torch.float16, 256)])
+def test_tiles_without_tensor_cores_have_no_conflicts_and_read_a_fiftieth_of_the_generic_kernel(dtype, d, monkeypatch):
+    q, k, v = (torch.randn(1, 1, 128, d).to(dtype) for _ in range(3))
+
+    def cost(capability: str) -> dict:
+        monkeypatch.setenv("FLEXATTN_CAPABILITY", capability)
+        with counting() as found:
+            ops.hierarchical_attention(q, k, v)
+        return found
+
+    generic, tiles = cost("60"), cost("70")
+    for kind in ("LDS", "STS"):
+        instructions, wavefronts, ideal = tiles[kind, 16]
+        assert instructions > 0 and wavefronts <= 1.05 * ideal
+
+    def sectors(found: dict) -> int:
+        return sum(units for (kind, _), (_, units, _) in found.items() if kind == "LDG")
+
+    assert sectors(generic) >= 50 * sectors(tiles)

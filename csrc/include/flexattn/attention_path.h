@@ -13,6 +13,7 @@ namespace flexattn {
 enum class AttentionPath {
   kGeneric,  // any head size and dtype
   kDecode,   // few query rows: the keys are split over the GPU
+  kFma,      // many query rows without tensor cores
   kVolta,    // tensor cores: m8n8k4
   kAmpere,   // tensor cores: m16n8k16
 };
@@ -21,7 +22,7 @@ constexpr int64_t kMaxDecodeRows = 16;
 
 struct PathChoice {
   AttentionPath path;
-  std::vector<std::string> reasons;  // why not a faster path than the generic one
+  std::vector<std::string> reasons;  // why not a faster path
 };
 
 // Collects the reasons against a path.
@@ -33,15 +34,36 @@ class PathReasons {
     if (condition) list.push_back(reason);
   }
 
+  static std::string version(int capability) {
+    return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+  }
+
+  // What tensor cores need, besides what all tiles do.
   void check_tensor_cores(const AttentionInputs& in, int capability) {
     const bool half = in.dtype == DType::kFloat16, bfloat = in.dtype == DType::kBFloat16;
-    const std::string here = std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+    const std::string here = version(capability);
     const int64_t d = in.head_dim;
     against(!half && !bfloat, "the dtype is neither float16 nor bfloat16, which tensor cores take");
     against(bfloat && capability < 80, "bfloat16 needs compute capability 8.0, this is " + here);
     against(half && capability < 70, "tensor cores need compute capability 7.0, this is " + here);
     against(d > 128 || d % 8, "head_dim is " + std::to_string(d) + ", tensor cores take multiples of 8 up to 128");
+  }
+
+  // What tiles without tensor cores need, likewise.
+  void check_fma(const AttentionInputs& in, int capability) {
+    const int64_t d = in.head_dim;
+    against(in.dtype == DType::kFloat64, "the dtype is float64");
+    against(capability < 70, "tiles need compute capability 7.0, this is " + version(capability));
+    against(d > 256 || d % 8,
+            "head_dim is " + std::to_string(d) + ", tiles without tensor cores take multiples of 8 up to 256");
+  }
+
+  // What all tiles need.
+  void check_tiles(const AttentionInputs& in) {
     against(!(in.scale > 0), "the scale is not positive");
+    check_sizes(in);
+    check_alignment("q", in.q, in.q_strides, in.batch, in.dtype);
+    check_alignment_of_keys(in);
   }
 
   void check_sizes(const AttentionInputs& in) {
@@ -63,6 +85,8 @@ class PathReasons {
     check_alignment("v_hr", in.v_hr, in.v_hr_strides, 1, in.dtype);
   }
 
+  void add(const PathReasons& others) { list.insert(list.end(), others.list.begin(), others.list.end()); }
+
   PathChoice choose(AttentionPath path) const { return {list.empty() ? path : AttentionPath::kGeneric, list}; }
 };
 
@@ -70,22 +94,29 @@ inline AttentionPath tensor_cores_of(int capability) {
   return capability >= 80 ? AttentionPath::kAmpere : AttentionPath::kVolta;
 }
 
-// capability: 10 * major + minor of the GPU.
-inline PathChoice choose_attention_path(const AttentionInputs& in, int capability) {
+inline PathChoice choose_decode_path(const AttentionInputs& in) {
   PathReasons reasons;
   const int64_t d = in.head_dim;
-  const bool decode = in.queries <= kMaxDecodeRows;
-  if (decode) {
-    reasons.against(in.dtype == DType::kFloat64, "the dtype is float64");
-    reasons.against(d != 64 && d != 80 && d != 96 && d != 128,
-                    "head_dim is " + std::to_string(d) + ", the decode kernel takes 64, 80, 96 or 128");
-  } else {
-    reasons.check_tensor_cores(in, capability);
-  }
+  reasons.against(in.dtype == DType::kFloat64, "the dtype is float64");
+  reasons.against(d != 64 && d != 80 && d != 96 && d != 128,
+                  "head_dim is " + std::to_string(d) + ", the decode kernel takes 64, 80, 96 or 128");
   reasons.check_sizes(in);
-  if (!decode) reasons.check_alignment("q", in.q, in.q_strides, in.batch, in.dtype);
   reasons.check_alignment_of_keys(in);
-  return reasons.choose(decode ? AttentionPath::kDecode : tensor_cores_of(capability));
+  return reasons.choose(AttentionPath::kDecode);
+}
+
+// capability: 10 * major + minor of the GPU.
+inline PathChoice choose_attention_path(const AttentionInputs& in, int capability) {
+  if (in.queries <= kMaxDecodeRows) return choose_decode_path(in);
+  PathReasons tensor_cores, fma, tiles;
+  tensor_cores.check_tensor_cores(in, capability);
+  fma.check_fma(in, capability);
+  tiles.check_tiles(in);
+  if (tiles.list.empty() && !tensor_cores.list.empty() && fma.list.empty())
+    return {AttentionPath::kFma, tensor_cores.list};
+  if (!tensor_cores.list.empty()) tensor_cores.add(fma);
+  tensor_cores.add(tiles);
+  return tensor_cores.choose(tensor_cores_of(capability));
 }
 
 // The same for the backward pass, which has no path of its own for few queries.
@@ -93,11 +124,9 @@ inline PathChoice choose_backward_path(const AttentionBackwardParams& p, int cap
   PathReasons reasons;
   reasons.check_tensor_cores(p.in, capability);
   reasons.against(p.in.softcap > 0, "the logits have a softcap, whose derivative only the generic kernels compute");
-  reasons.check_sizes(p.in);
+  reasons.check_tiles(p.in);
   reasons.check_alignment("grad_out", p.grad_out, p.grad_out_strides, p.in.batch, p.in.dtype);
   reasons.check_alignment("out", p.out, {}, p.in.batch, p.in.dtype);
-  reasons.check_alignment("q", p.in.q, p.in.q_strides, p.in.batch, p.in.dtype);
-  reasons.check_alignment_of_keys(p.in);
   return reasons.choose(tensor_cores_of(capability));
 }
 
