@@ -2,10 +2,10 @@
 
     python benchmarks/bench_decode.py [--seconds 1] [--csv decode.csv]
 
-Nothing of this depends on the machine but the last table. A tiny random model with 8 HR layers decodes with forced selections of a tenth
-of the HR tokens: the same ones at every step ("steady"), or a tenth of them new at every step ("churn"). The operators
-that the mechanism dispatches in a layer are those within its attention function; transformers' own are not among them.
-Every call that reads a value of a tensor counts as a wait, since it is one on a GPU.
+Nothing of this depends on the machine but the last table. A tiny random model with 8 HR layers decodes with forced
+selections of a tenth of the HR tokens: the same ones at every step ("steady"), or a tenth of them new at every step
+("churn"). The operators that the mechanism dispatches in a layer are those within its attention function; transformers'
+own are not among them. Every call that reads a value of a tensor counts as a wait, since it is one on a GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Step:
     by_layer: dict[int, list[str]] = field(default_factory=dict)
     others: int = 0  # operators dispatched anywhere else
     waits: list[str] = field(default_factory=list)  # where values were read
-    projected: list[int] = field(default_factory=list)  # rows, by call of a projection of keys
+    products: list[int] = field(default_factory=list)  # rows of torch's matrix products in the mechanism
+    projected: list[int] = field(default_factory=list)  # rows whose keys and values were computed, by HR layer
 
     @property
     def operators(self) -> float:
@@ -67,6 +68,8 @@ class Watch(TorchDispatchMode):
             self.step.others += 1
         else:
             self.step.by_layer.setdefault(self.layer, []).append(str(operator))
+            if operator is torch.ops.aten.mm.default:  # of keys and then of values
+                self.step.products.append(len(args[0]))
         return operator(*args, **(kwargs or {}))
 
 
@@ -85,7 +88,7 @@ class WatchReads(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def watch(model: torch.nn.Module, first_layer: int) -> Iterator[Step]:
+def watch(first_layer: int) -> Iterator[Step]:
     """Record what the model's calls do inside."""
     step = Step()
     modes = Watch(step), WatchReads(step)
@@ -97,16 +100,12 @@ def watch(model: torch.nn.Module, first_layer: int) -> Iterator[Step]:
         finally:
             modes[0].layer = None
 
-    projections = [module for name, module in model.named_modules() if name.endswith("k_proj_hd")]
-    hooks = [p.register_forward_hook(lambda _, given, __: step.projected.append(len(given[0]))) for p in projections]
     AttentionInterface.register(attention.NAME, watched)
     try:
         with modes[0], modes[1]:
             yield step
     finally:
         AttentionInterface.register(attention.NAME, attention.flexattn_attention)
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()
@@ -124,9 +123,9 @@ def decode(backbone: Backbone, system: System, capacity: int | None = None) -> l
         logits = backbone.model(**given, **{CACHE_ARGUMENT: cache}).logits
         for _ in range(STEPS):
             before = slots_in_use(cache)
-            with watch(backbone.model, backbone.config.flexattn.first_layer) as step:
+            with watch(backbone.config.flexattn.first_layer) as step:
                 logits = backbone.model(input_ids=logits[:, -1:].argmax(-1), **{CACHE_ARGUMENT: cache}).logits
-            step.projected = step.projected or [after - b for after, b in zip(slots_in_use(cache), before)]
+            step.projected = step.products[::2] or [after - b for after, b in zip(slots_in_use(cache), before)]
             steps.append(step)
     return steps
 
