@@ -134,32 +134,36 @@ class AssignedSlots(NamedTuple):
     """Result of `assign_slots`; all int32.
 
     Attributes:
-        slots: [B, M]; the slot of `index[b, m]`, or -1 beyond `count`, where the index is -1, and where no slot was
+        slots: [B, W]; the slot of `index[b, m]`, or -1 beyond `count`, where the index is -1, and where no slot was
             left.
-        new_tokens: [B*M]; `g*T + token` of the tokens that took a slot in this call, in the order (b, m), then -1.
-        new_slots: [B*M]; the slots of `new_tokens`, ascending, then -1.
+        usable: [B]; how many slots of each row may be read: `count`, or 0 everywhere if a token found no slot.
+        new_tokens: [B*W]; `g*T + token` of the tokens that took a slot in this call, in the order (b, m), then -1.
+        new_slots: [B*W]; the slots of `new_tokens`, ascending, then -1.
         new_count: [1]; the number of new tokens.
         overflow: [1]; the number of selected tokens that found no slot. Must be 0 for the slots to be usable.
     """
 
     slots: Tensor
+    usable: Tensor
     new_tokens: Tensor
     new_slots: Tensor
     new_count: Tensor
     overflow: Tensor
 
 
-def assign_slots(index: Tensor, count: Tensor, table: Tensor, next_free: Tensor, *, capacity: int) -> AssignedSlots:
+def assign_slots(
+    index: Tensor, count: Tensor, table: Tensor, next_free: Tensor, *, capacity: int, width: int | None = None
+) -> AssignedSlots:
     """Give each selected token a permanent slot in the pool of HR keys, so that it is projected only once.
 
     A pool, with its `table` and `next_free`, belongs to one layer and is shared by the whole batch. Rows of the batch
     that are beams of one prompt follow each other and share a row of the table, so no token is stored twice. Tokens
     without a slot take `next_free`, `next_free + 1`, ... in the order (b, m). Once the pool is full, the rest get slot
-    -1, count towards `overflow`, and remain without a slot in the table.
+    -1, count towards `overflow`, and remain without a slot in the table. So do the tokens of a row beyond its first W.
 
-    The results feed the next operators. `gather_tokens(features.view(1, G*T, D), new_tokens[None])` returns the
-    features to project, followed by zeros; `write_hr_kv` stores their projections at `new_slots`; and `slots` and
-    `count` are the `hr_slots` and `hr_count` of `hierarchical_attention`.
+    The results feed the next operators. `project_hr_kv` projects `new_tokens` and stores them at `new_slots`; where
+    their number is known, so do `gather_tokens(features.view(1, G*T, D), new_tokens[None])`, any projection, and
+    `write_hr_kv`. `slots` and `usable` are the `hr_slots` and `hr_count` of `hierarchical_attention`.
 
     This is a cache of this implementation, not part of the paper.
 
@@ -170,6 +174,7 @@ def assign_slots(index: Tensor, count: Tensor, table: Tensor, next_free: Tensor,
             belongs to row `b // (B / G)` of the table.
         next_free: [1] int32 first free slot, at most `capacity`. Written in place.
         capacity: P, the number of slots in the pool.
+        width: W, the number of slots that a row may have, at most M; M if absent.
 
     Returns:
         Slots of all selected tokens and the list of new ones, on the device of `index`.
@@ -180,8 +185,11 @@ def assign_slots(index: Tensor, count: Tensor, table: Tensor, next_free: Tensor,
         NotImplementedError: If the tensors are on a GPU and this build cannot run there.
     """
     return AssignedSlots(
-        *registration.call_writing(registration.ASSIGN_SLOTS, index, count, table, next_free, capacity)
-    )
+        *registration.call_writing(
+            registration.ASSIGN_SLOTS, index, count, table, next_free, capacity,
+            index.shape[-1] if width is None else width,
+        )
+    )  # fmt: skip
 
 
 def write_hr_kv(k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
@@ -206,6 +214,53 @@ def write_hr_kv(k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k
             forward-mode tangent.
     """
     registration.call_writing(registration.WRITE_HR_KV, k, v, cos, sin, slots, k_pool, v_pool)
+
+
+def project_hr_kv(  # noqa: PLR0913 (an operator)
+    features: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    tokens: Tensor,
+    slots: Tensor,
+    count: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    *,
+    k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
+) -> None:
+    """Project new HR tokens, rotate the keys, and write both into the pool, in one pass. Not differentiable.
+
+    The same as `gather_tokens`, two linear layers and `write_hr_kv` for the first `count` of `tokens`, whose number is
+    never read back from a GPU: a decoding step, in a CUDA graph too, projects what is new and nothing else. The weights
+    are not read where no token is new. On a GPU this is for few tokens; a prompt's are faster through `write_hr_kv`.
+
+    Args:
+        features: [G, T, D] of all tokens of G prompts; float32, float64, float16 or bfloat16, dense.
+        cos: [G, T, d] cosines at the positions of the tokens, in the dtype of `features` or float32, dense.
+        sin: [G, T, d] sines, in the dtype of `cos`, dense.
+        k_weight: [Hkv*d, D] of the linear layer that makes the keys, in the dtype of `features`, dense.
+        v_weight: [Hkv*d, D] of the one that makes the values, likewise.
+        tokens: [M] int32 `g*T + token`, as `new_tokens` of `assign_slots`.
+        slots: [M] int32 in [0, P), as `new_slots` of `assign_slots`. No slot may be repeated.
+        count: [1] int32; only the first so many of `tokens` and `slots` are read.
+        k_pool: [P, Hkv, d] in the dtype of `features`, d even, with a dense last dimension. Written in place.
+        v_pool: [P, Hkv, d], likewise. Written in place.
+        k_bias: [Hkv*d] of the linear layer, in the dtype of `features`; none if absent.
+        v_bias: [Hkv*d], likewise.
+
+    Raises:
+        ValueError: If a shape, dtype or device is wrong, a value is out of range or a slot repeated (CPU only), or a
+            pool shares memory with itself or another argument or is a negative view.
+        NotImplementedError: If the tensors are on a GPU and this build cannot run there, or a tensor carries a
+            forward-mode tangent.
+    """
+    registration.call_writing(
+        registration.PROJECT_HR_KV, features, cos, sin, k_weight, v_weight, k_bias, v_bias, tokens, slots, count,
+        k_pool, v_pool,
+    )  # fmt: skip
 
 
 class Attention(NamedTuple):

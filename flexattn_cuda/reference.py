@@ -65,16 +65,22 @@ def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def assign_slots(
-    index: torch.Tensor, count: torch.Tensor, table: torch.Tensor, next_free: torch.Tensor, *, capacity: int
+    index: torch.Tensor,
+    count: torch.Tensor,
+    table: torch.Tensor,
+    next_free: torch.Tensor,
+    *,
+    capacity: int,
+    width: int | None = None,
 ) -> AssignedSlots:
     """Give tokens without a slot the next free ones in the order (b, m). Update `table` and `next_free` in place."""
-    (B, M), (G, T) = index.shape, table.shape
-    slots = torch.full_like(index, -1)
-    new_tokens, new_slots = torch.full((2, B * M), -1, dtype=torch.int32, device=index.device)
-    taken = overflow = 0
+    B, (G, T), W = len(index), table.shape, index.shape[1] if width is None else width
+    slots = torch.full_like(index[:, :W], -1)
+    new_tokens, new_slots = torch.full((2, B * W), -1, dtype=torch.int32, device=index.device)
+    taken, overflow = 0, int((count - W).clamp(min=0).sum())
     for b in range(B):
         prompt = b // (B // G)
-        for m, token in enumerate(index[b, : count[b]].tolist()):
+        for m, token in enumerate(index[b, : min(W, int(count[b]))].tolist()):
             if token < 0:
                 continue
             if table[prompt, token] < 0 and next_free < capacity:
@@ -84,7 +90,8 @@ def assign_slots(
                 taken += 1
             slots[b, m] = table[prompt, token]
             overflow += int(slots[b, m] < 0)
-    return AssignedSlots(slots, new_tokens, new_slots, *index.new_tensor([[taken], [overflow]]))
+    usable = torch.zeros_like(count) if overflow else count.clone()
+    return AssignedSlots(slots, usable, new_tokens, new_slots, *index.new_tensor([[taken], [overflow]]))
 
 
 def write_hr_kv(
@@ -101,6 +108,30 @@ def write_hr_kv(
     at = slots[written].long()
     k_pool[at] = rotate(k, cos[:, None], sin[:, None])[written].to(k_pool.dtype)
     v_pool[at] = v[written]
+
+
+def project_hr_kv(  # noqa: PLR0913 (as the operator)
+    features: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_weight: torch.Tensor,
+    v_weight: torch.Tensor,
+    tokens: torch.Tensor,
+    slots: torch.Tensor,
+    count: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    *,
+    k_bias: torch.Tensor | None = None,
+    v_bias: torch.Tensor | None = None,
+) -> None:
+    """Project the first `count` of `tokens` by two linear layers and write them as `write_hr_kv` does."""
+    new = tokens[: int(count)].long()
+    rows, cos, sin = (table.flatten(0, 1)[new] for table in (features, cos, sin))
+    heads = k_pool.shape[1:]
+    k = functional.linear(rows, k_weight, k_bias).unflatten(-1, heads)
+    v = functional.linear(rows, v_weight, v_bias).unflatten(-1, heads)
+    write_hr_kv(k, v, cos, sin, slots[: int(count)], k_pool, v_pool)
 
 
 def softmax(logits: torch.Tensor) -> torch.Tensor:

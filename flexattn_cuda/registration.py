@@ -25,6 +25,7 @@ GATHER_TOKENS: OpOverload = torch.ops.flexattn_cuda.gather_tokens.default
 GATHER_TOKENS_BACKWARD: OpOverload = torch.ops.flexattn_cuda.gather_tokens_backward.default
 ASSIGN_SLOTS: OpOverload = torch.ops.flexattn_cuda.assign_slots.default
 WRITE_HR_KV: OpOverload = torch.ops.flexattn_cuda.write_hr_kv.default
+PROJECT_HR_KV: OpOverload = torch.ops.flexattn_cuda.project_hr_kv.default
 ATTENTION: OpOverload = torch.ops.flexattn_cuda.hierarchical_attention.default
 ATTENTION_BACKWARD: OpOverload = torch.ops.flexattn_cuda.hierarchical_attention_backward.default
 
@@ -106,13 +107,19 @@ def _gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Ten
 
 
 @_shapes_of(ASSIGN_SLOTS)
-def _assign_slots(index: Tensor, count: Tensor, table: Tensor, next_free: Tensor, capacity: int) -> tuple[Tensor, ...]:
-    B, M = index.shape
-    return tuple(index.new_empty(size) for size in ((B, M), (B * M,), (B * M,), (1,), (1,)))
+def _assign_slots(*arguments: Any) -> tuple[Tensor, ...]:
+    given = _by_name(ASSIGN_SLOTS, arguments)
+    B, W = given.index.shape[0], given.width
+    return tuple(given.index.new_empty(size) for size in ((B, W), (B,), (B * W,), (B * W,), (1,), (1,)))
 
 
 @_shapes_of(WRITE_HR_KV)
 def _write_hr_kv(*arguments: Tensor) -> None:
+    return None
+
+
+@_shapes_of(PROJECT_HR_KV)
+def _project_hr_kv(*arguments: Tensor | None) -> None:
     return None
 
 
@@ -254,7 +261,7 @@ _DERIVATIVES = {
 
 _WRITTEN = {
     operator: [i for i, x in enumerate(operator._schema.arguments) if x.alias_info and x.alias_info.is_write]
-    for operator in (ASSIGN_SLOTS, WRITE_HR_KV)
+    for operator in (ASSIGN_SLOTS, WRITE_HR_KV, PROJECT_HR_KV)
 }
 
 

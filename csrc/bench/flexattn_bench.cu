@@ -228,11 +228,12 @@ Result assign(const Flags& f) {
   const int64_t B = f.batch, T = f.hr_side * f.hr_side, M = f.selected;
   const Buffer index = evenly_chosen(f), count = on_device(std::vector<int32_t>(B, static_cast<int32_t>(M)));
   const Buffer table = on_device(std::vector<int32_t>(B * T, -1)), next_free = on_device(std::vector<int32_t>{0});
-  const Buffer slots(B * M * 4), new_tokens(B * M * 4), new_slots(B * M * 4), new_count(4), overflow(4);
+  const Buffer slots(B * M * 4), usable(B * 4), new_tokens(B * M * 4), new_slots(B * M * 4), new_count(4), overflow(4);
   const AssignSlotsParams p{.batch = B,
                             .prompts = B,
                             .tokens = T,
                             .selected = M,
+                            .width = M,
                             .capacity = B * T,
                             .index = index.as<int32_t>(),
                             .count = count.as<int32_t>(),
@@ -240,6 +241,7 @@ Result assign(const Flags& f) {
                             .table_batch = T,
                             .next_free = next_free.as<int32_t>(),
                             .slots = slots.as<int32_t>(),
+                            .usable = usable.as<int32_t>(),
                             .new_tokens = new_tokens.as<int32_t>(),
                             .new_slots = new_slots.as<int32_t>(),
                             .new_count = new_count.as<int32_t>(),

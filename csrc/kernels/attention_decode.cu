@@ -8,6 +8,8 @@
 
 #include "attention_decode.h"
 #include "attention_map.cuh"
+#include "device.cuh"
+#include "flexattn/decode_splits.h"
 #include "vector.cuh"
 
 namespace flexattn::cuda {
@@ -15,9 +17,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kMinChunk = 64, kMaxChunk = 256;
-// Four for each of a V100's 80 multiprocessors, which hold two or three at a time.
-constexpr int64_t kWantedBlocks = 320;
 
 constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
 
@@ -25,26 +24,15 @@ constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_fr
 
 using Softmax = SoftmaxState<float>;
 
-// How the keys that the queries may see are cut, from upper bounds that the host knows, and where the parts are in the
-// workspace.
-struct Splits {
-  int chunk;          // keys in a split
-  int sequence, all;  // splits of the sequence; of sequence and HR keys
-  float* outputs;     // [B, H, N, all, d], not normalised; not written where the row sees no key of the split
-  Softmax* softmax;   // [B, H, N, all]
-  float* logits;      // [B, R, H, Nk] of the rows that have a map, or null
+// How the keys that the queries may see are cut, and where the parts are in the workspace.
+struct Splits : DecodeSplits {
+  float* outputs;    // [B, H, N, all, d], not normalised; not written where the row sees no key of the split
+  Softmax* softmax;  // [B, H, N, all]
+  float* logits;     // [B, R, H, Nk] of the rows that have a map, or null
   int64_t bytes;
 
-  explicit Splits(const AttentionForwardParams& p) {
+  explicit Splits(const AttentionForwardParams& p) : DecodeSplits(choose_splits(decode_work(p.in, multiprocessors()))) {
     const AttentionInputs& in = p.in;
-    // A range that reaches back beyond the window may have any length.
-    const bool short_window = in.window && !in.ranges && in.window + in.queries <= in.keys;
-    const int64_t keys = short_window ? in.window + in.queries - 1 : in.keys;
-    for (chunk = kMaxChunk;; chunk /= 2) {
-      sequence = static_cast<int>(blocks_for(keys, chunk));
-      all = sequence + static_cast<int>(in.k_hr ? blocks_for(in.selected, chunk) : 0);
-      if (chunk == kMinChunk || in.batch * in.kv_heads * all >= kWantedBlocks) break;
-    }
     const int64_t parts = in.batch * in.heads * in.queries * all;
     outputs = static_cast<float*>(p.workspace);
     softmax = reinterpret_cast<Softmax*>(outputs + parts * in.head_dim);
@@ -64,7 +52,7 @@ struct Groups {
   static constexpr int kChannels = kVectorBytes / sizeof(T);  // of a lane
   static constexpr int kLanes = power_of_two_from(kDim / kChannels);
   static constexpr int kCount = kThreads / kLanes;
-  static constexpr int kBatch = kMinChunk / kCount < 8 ? kMinChunk / kCount : 8;
+  static constexpr int kBatch = kChunkStep / kCount < 8 ? kChunkStep / kCount : 8;
 
   static __device__ int lane_in_group() { return threadIdx.x % kLanes; }
   static __device__ int group() { return threadIdx.x / kLanes; }
@@ -95,7 +83,10 @@ struct Shared {
   float outputs[kRows][kGroups][kDim];
   Softmax softmax[kRows][kGroups];
   Row rows[kRows];
-  int key_rows[kMaxChunk];  // row of K and V of each key in the chunk; -1 = masked
+
+  // Behind it: row of K and V of each key in the chunk; -1 = masked.
+  __device__ int* key_rows() { return reinterpret_cast<int*>(this + 1); }
+  static size_t bytes(int chunk) { return sizeof(Shared) + chunk * sizeof(int); }
 };
 
 // A batch of keys and their values, in registers.
@@ -303,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2) attention_splits
   auto& shared = *shared_memory<Shared<T, kDim, kRows>>();
   const AttentionInputs& in = p.in;
   const Chunk chunk = chunk_of_block(in, s);
-  list_key_rows(in, chunk, shared.key_rows);
+  list_key_rows(in, chunk, shared.key_rows());
   const auto keys =
       chunk.hr ? lane_rows<T, kDim>(chunk, in.k_hr, in.k_hr_strides) : lane_rows<T, kDim>(chunk, in.k, in.k_strides);
   const auto values =
@@ -322,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2) attention_splits
     const int end = end_of_chunk(chunk, shared, count);
     Batch<T, kDim> batch;
     for (batch.first = chunk.begin; batch.first < end; batch.first += G::kBatch * G::kCount) {
-      load_batch(chunk, shared.key_rows, end, keys, values, batch);
+      load_batch(chunk, shared.key_rows(), end, keys, values, batch);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         if (r >= count || shared.rows[r].keys.end <= batch.first) continue;
@@ -416,13 +407,12 @@ __global__ void __launch_bounds__(kThreads) combine_splits(AttentionForwardParam
 template <typename T, int kDim, int kRows>
 void launch_splits(const AttentionForwardParams& p, const Splits& s, Stream stream) {
   launch("hierarchical_attention (decode)", attention_splits<T, kDim, kRows>, p.in.batch * p.in.kv_heads * s.all,
-         kThreads, sizeof(Shared<T, kDim, kRows>), stream, p, s);
+         kThreads, Shared<T, kDim, kRows>::bytes(s.chunk), stream, p, s);
 }
 
 template <typename T, int kDim>
 void launch_splits(const AttentionForwardParams& p, const Splits& s, Stream stream) {
-  const bool one_row = p.in.heads == p.in.kv_heads && p.in.queries == 1;
-  one_row ? launch_splits<T, kDim, 1>(p, s, stream) : launch_splits<T, kDim, 4>(p, s, stream);
+  one_row_per_block(p.in) ? launch_splits<T, kDim, 1>(p, s, stream) : launch_splits<T, kDim, 4>(p, s, stream);
 }
 
 template <typename T>

@@ -17,4 +17,11 @@ inline int compute_capability() {
   return wanted ? std::min(std::atoi(wanted), 10 * major + minor) : 10 * major + minor;
 }
 
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "number of multiprocessors");
+  return count;
+}
+
 }  // namespace flexattn::cuda

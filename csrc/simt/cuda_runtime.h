@@ -35,7 +35,11 @@ struct alignas(16) uint4 {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int shared_bytes) {
@@ -49,7 +53,15 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const int capability = flexattn::simt::device_capability();
-  return *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10 : capability % 10, cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      return *value = capability / 10, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      return *value = capability % 10, cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      return *value = flexattn::simt::kMultiprocessors, cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
 }
 
 inline void __syncthreads() { flexattn::simt::block_barrier(); }

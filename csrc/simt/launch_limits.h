@@ -12,6 +12,9 @@ namespace flexattn::simt {
 // know.
 int device_capability();
 
+// Of that GPU. A V100 has 80; with fewer, small test calls are cut into chunks of more than the smallest size.
+constexpr int kMultiprocessors = 8;
+
 // Let a kernel have more dynamic shared memory than kSharedBytes from now on. False if a block of the GPU has less.
 bool opt_in_to_shared_bytes(const void* kernel, int bytes);
 

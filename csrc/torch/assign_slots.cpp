@@ -38,7 +38,8 @@ void check_written(Reasons& reasons, const Tensor& index, const Tensor& count, c
   reasons.disjoint("next_free", next_free, "count", count);
 }
 
-void check(const Tensor& index, const Tensor& count, const Tensor& table, const Tensor& next_free, int64_t capacity) {
+void check(const Tensor& index, const Tensor& count, const Tensor& table, const Tensor& next_free, int64_t capacity,
+           int64_t width) {
   Reasons reasons("assign_slots");
   const at::Device device = index.device();
   reasons.tensor("index", index, {-1, -1}, kInt, device);
@@ -51,18 +52,21 @@ void check(const Tensor& index, const Tensor& count, const Tensor& table, const 
   if (reasons.tensor("next_free", next_free, {1}, kInt, device))
     reasons.values_within("next_free", next_free, 0, capacity);
   reasons.unless(capacity >= 0 && capacity <= kMaxInt32, "capacity is ", capacity, ", expected 0 to 2^31 - 1");
+  reasons.unless(width >= 0 && width <= M, "width is ", width, ", expected 0 to the ", M, " columns of index");
   reasons.raise_if_any();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_slots(const Tensor& given_index, const Tensor& given_count,
-                                                                Tensor& table, Tensor& next_free, int64_t capacity) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> assign_slots(const Tensor& given_index,
+                                                                        const Tensor& given_count, Tensor& table,
+                                                                        Tensor& next_free, int64_t capacity,
+                                                                        int64_t width) {
   const NvtxRange range("assign_slots");
   const Tensor index = without_negation(given_index), count = without_negation(given_count);
-  check(index, count, table, next_free, capacity);
+  check(index, count, table, next_free, capacity, width);
   const int64_t B = index.size(0), M = index.size(1);
   const auto options = index.options();
-  const Tensor slots = at::empty({B, M}, options);
-  const Tensor new_tokens = at::empty({B * M}, options), new_slots = at::empty({B * M}, options);
+  const Tensor slots = at::empty({B, width}, options), usable = at::empty({B}, options);
+  const Tensor new_tokens = at::empty({B * width}, options), new_slots = at::empty({B * width}, options);
   const Tensor new_count = at::empty({1}, options), overflow = at::empty({1}, options);
   const Tensor dense_index = index.contiguous(), dense_count = count.contiguous();
 
@@ -71,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_slots(const Tensor& gi
   params.prompts = table.size(0);
   params.tokens = table.size(1);
   params.selected = M;
+  params.width = width;
   params.capacity = capacity;
   params.index = ints(dense_index);
   params.count = ints(dense_count);
@@ -78,20 +83,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_slots(const Tensor& gi
   params.table_batch = table.stride(0);
   params.next_free = mutable_ints(next_free);
   params.slots = mutable_ints(slots);
+  params.usable = mutable_ints(usable);
   params.new_tokens = mutable_ints(new_tokens);
   params.new_slots = mutable_ints(new_slots);
   params.new_count = mutable_ints(new_count);
   params.overflow = mutable_ints(overflow);
   FLEXATTN_LAUNCH(assign_slots, params, index);
-  return {slots, new_tokens, new_slots, new_count, overflow};
+  return {slots, usable, new_tokens, new_slots, new_count, overflow};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(flexattn_cuda, library) {
   library.def(
-      "assign_slots(Tensor index, Tensor count, Tensor(a!) table, Tensor(b!) next_free, SymInt capacity) -> "
-      "(Tensor slots, Tensor new_tokens, Tensor new_slots, Tensor new_count, Tensor overflow)");
+      "assign_slots(Tensor index, Tensor count, Tensor(a!) table, Tensor(b!) next_free, SymInt capacity, SymInt width) "
+      "-> (Tensor slots, Tensor usable, Tensor new_tokens, Tensor new_slots, Tensor new_count, Tensor overflow)");
 }
 TORCH_LIBRARY_IMPL(flexattn_cuda, CPU, library) { library.impl("assign_slots", &assign_slots); }
 TORCH_LIBRARY_IMPL(flexattn_cuda, CUDA, library) { library.impl("assign_slots", &assign_slots); }

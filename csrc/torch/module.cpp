@@ -8,6 +8,7 @@
 #include "architectures.h"
 #include "attention_arguments.h"
 #include "flexattn/attention_path.h"
+#include "flexattn/decode_splits.h"
 #include "nvtx.h"
 
 // flexattn_cuda/native.py reads this from the bytes of a module that another torch cannot load.
@@ -63,6 +64,12 @@ std::pair<std::string, std::vector<std::string>> attention_path(const at::Tensor
   return {name_of(choice.path), choice.reasons};
 }
 
+// Chunk and blocks of a decode call, from B * Hkv, the keys of each kind, and the blocks of a wave.
+std::pair<int, int64_t> decode_splits(int64_t heads, int64_t sequence, int64_t hr, int64_t wave) {
+  const flexattn::DecodeSplits splits = flexattn::choose_splits({heads, sequence, hr, wave});
+  return {splits.chunk, heads * splits.all};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -70,6 +77,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("build_info", &build_info, "Return the facts behind flexattn_cuda.build.build_info as a dict of strings.");
   module.def("architecture_reason", &flexattn::torch_binding::architecture_reason,
              "See flexattn_cuda.build.architecture_reason; `architectures` is one string.");
+  module.def("decode_splits", &decode_splits, "See benchmarks/decode_waves.py.");
   module.def("attention_path", &attention_path, "See flexattn_cuda.ops.attention_path.");
 
   // flexattn_cuda.profiling

@@ -13,15 +13,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from flexattn_cuda import profiling
 from flexattn_cuda.mechanism import attention
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, rename_cache
-from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages
+from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, can_rewind, rewind
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.context import ContextOptions, HRContext
+from flexattn_cuda.mechanism.counts import ReadBack, read_counts
 from flexattn_cuda.mechanism.grid import ABSENT, Grid
 from flexattn_cuda.mechanism.layout import ImageLayout
 from flexattn_cuda.mechanism.probe import check_keys
@@ -63,12 +64,14 @@ class HRCall:
         shape: What the call is.
         prompt_length: Positions up to the end of the prompt.
         device: Of the hidden states.
+        cache: The key/value cache, if any.
     """
 
     request: HRRequest
     shape: CallShape
     prompt_length: int
     device: torch.device
+    cache: Cache | None
 
 
 class Attachment:
@@ -104,13 +107,12 @@ class Attachment:
         rows = _rows(images.settings, call)
         if rows is None:
             return {}
-        request, shape = call.request, call.shape
-        one_token = shape.decoding and shape.queries == 1
+        request = call.request
         options = ContextOptions(
             alpha=request.alpha,
             trace=request.trace,
             cached=request.cached,
-            reads_back=not (request.cached and one_token and images.capacity is not None),
+            read_back=_read_back(images, call),
             read_counts=request.read_counts,
         )
         layers = self.family.text_model.config.num_hidden_layers
@@ -130,7 +132,7 @@ class Attachment:
         if images is None:
             return args, kwargs
         images.check_batch(shape.batch, new)
-        call = HRCall(request, shape, _prompt_length(request, shape, images), sequence.device)
+        call = HRCall(request, shape, _prompt_length(request, shape, images), sequence.device, cache)
         context = self.context(images, call)
         if not shape.compiled:
             if kept is not None and new is not None:
@@ -138,10 +140,20 @@ class Attachment:
             images.begin(cache, shape.batch, shape.past + shape.queries, call.prompt_length)
         return args, kwargs | context
 
-    def _after_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        images = HRCache.beside(kwargs.get(CACHE_ARGUMENT))
+    def _after_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """End a call; run it again, on what it was given, if a layer lacked what the host did not know of."""
+        context: HRContext | None = kwargs.get("flexattn")
+        cache = kwargs.get(CACHE_ARGUMENT)
+        images = HRCache.beside(cache)
+        if context is not None and not context.finish():
+            assert images is not None
+            rewind(cache, _sequence(args, kwargs).shape[1])
+            context.start_again()
+            output = module.forward(*args, **kwargs)
+            context.finish()
         if images is not None and images.unfinished:
             images.unfinished = False
+        return output
 
     @profiling.in_phase("lay_out_hr_tokens")
     def _lay_out(
@@ -198,6 +210,17 @@ class Attachment:
                 f"high-resolution tokens need attention implementation {attention.NAME!r} on the language model, but "
                 f"it is {used!r}; call set_attn_implementation({attention.NAME!r}) on it"
             )
+
+
+def _read_back(images: HRCache, call: HRCall) -> ReadBack:
+    """Return when the host learns how much a call selects."""
+    request, shape = call.request, call.shape
+    if not (request.cached and shape.decoding and request.images is None and request.read_counts is read_counts):
+        return ReadBack.EACH_LAYER
+    if images.capacity is not None:
+        return ReadBack.NEVER if shape.queries == 1 else ReadBack.EACH_LAYER
+    may_repeat = not shape.compiled and can_rewind(call.cache)
+    return ReadBack.AFTER_CALL if may_repeat and images.is_settled else ReadBack.EACH_LAYER
 
 
 def _layout(new: NewImages, past: int, device: torch.device) -> ImageLayout:

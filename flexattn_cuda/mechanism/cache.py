@@ -46,6 +46,7 @@ class HRCache:
         prompt_length: Positions up to the end of the latest prompt; the rows from its last one on see HR tokens.
         length: Positions after the latest call, as far as the host knows.
         counters: Work done so far.
+        encoded_lately: Whether the latest call encoded a tile.
         unfinished: Whether a call is under way or ended in an error, so that some layers lack keys.
     """
 
@@ -59,7 +60,12 @@ class HRCache:
     prompt_length: int = 0
     length: int = 0
     counters: Counters = field(default_factory=Counters)
+    encoded_lately: bool = False
     unfinished: bool = False
+
+    def __post_init__(self) -> None:
+        if self.capacity is not None:
+            self.tokens.fix_addresses()
 
     @classmethod
     def beside(cls, cache: Cache | None) -> HRCache | None:
@@ -77,6 +83,11 @@ class HRCache:
     def prompts(self) -> int:
         """G."""
         return self.layout.prompts
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a decoding step is likely to bring few new tokens, all encoded, and to find room for them."""
+        return not (self.tokens.waiting and self.encoded_lately) and all(p.is_settled for p in self.pools.values())
 
     def check_batch(self, batch: int, later: HRCache | None) -> None:
         """Raise unless a call's rows, and the images that come with it, are of the prompts whose images are kept here.
@@ -152,8 +163,9 @@ class HRCache:
             )
         if not_projected:
             raise PoolOverflow(
-                f"{not_projected} selected tokens did not fit into one step, in which a layer takes {NEW_AT_ONCE} new "
-                "ones for each row of the batch; decode without hr_capacity"
+                f"{not_projected} selected tokens did not fit into one step, in which a layer with other projections "
+                f"than plain linear layers takes {NEW_AT_ONCE} new ones for each row of the batch; decode without "
+                "hr_capacity"
             )
 
     def _make_room(self, room: int) -> None:

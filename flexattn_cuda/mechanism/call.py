@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.counts import CountReader, read_counts
@@ -133,6 +134,17 @@ class HRRequest:
     cached: bool = True
     capacity: int | None = None
     read_counts: CountReader = field(default=read_counts)
+
+
+def can_rewind(cache: Cache | None) -> bool:
+    """Whether the latest positions can be taken out of a key/value cache again."""
+    return cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def rewind(cache: Cache, positions: int) -> None:
+    """Take the latest positions out of a key/value cache, and leave what is beside it."""
+    for layer in cache.layers:
+        layer.crop(-positions)
 
 
 def _length(cache: Cache | None, cache_position: torch.Tensor | None) -> int:

@@ -16,9 +16,9 @@ from flexattn_cuda import ops, profiling
 from flexattn_cuda.errors import PoolOverflow
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.config import FlexAttnConfig
-from flexattn_cuda.mechanism.counts import CountReader, Counts, read_counts
+from flexattn_cuda.mechanism.counts import CountReader, Counts, ReadBack, read_counts
 from flexattn_cuda.mechanism.layout import RowLayout
-from flexattn_cuda.mechanism.pool import NEW_AT_ONCE, HRPool
+from flexattn_cuda.mechanism.pool import NEW_AT_ONCE, HRPool, are_plain
 from flexattn_cuda.mechanism.rotary import RotaryTables, rotate
 from flexattn_cuda.mechanism.rows import Rows
 from flexattn_cuda.mechanism.selection import select
@@ -79,20 +79,20 @@ class ContextOptions:
         trace: Records maps and selections.
         cached: Keep projected keys and values beside the cache; otherwise every layer projects what it attends to, with
             gradients.
-        reads_back: False for a decoding step in a CUDA graph: nothing is read back and all shapes stay. Pools of fixed
-            size take up to NEW_AT_ONCE new tokens of a layer for each row, and count what does not fit.
-        read_counts: Where the host learns how much was selected.
+        read_back: When the host learns how much was selected. Without `cached` it must be before each layer.
+        read_counts: Where it learns it then.
     """
 
     alpha: float = 1.0
     trace: Trace | None = None
     cached: bool = False
-    reads_back: bool = True
+    read_back: ReadBack = ReadBack.EACH_LAYER
     read_counts: CountReader = read_counts
 
 
 class HRContext:
-    """One forward call: `before_attention` and `after_attention` are called around every layer's attention.
+    """One forward call: `before_attention` and `after_attention` are called around every layer's attention, `finish`
+    after the last layer.
 
     Attributes:
         images: What is kept between calls.
@@ -114,6 +114,9 @@ class HRContext:
         self.options = options or ContextOptions()
         self.selected: dict[int, ops.SelectedTokens] = {}
         self._encode = encode
+        self._read_back = self.options.read_back
+        self._unread: list[tuple[HRPool, ops.AssignedSlots]] = []  # what `finish` reads
+        self._encoded_before = images.counters.encoded
         self._layout_on: dict[torch.device, RowLayout] = {}
         self._last_map_layer = layers - 2 if self.options.trace is None else layers - 1
         self._traced: dict[int, LayerTrace] | None = None
@@ -144,7 +147,7 @@ class HRContext:
         if not self._emits_map(layer):
             return
         layout = self._layout(attention_map.device)
-        attention_map = layout.cells_first(attention_map.detach())
+        attention_map = layout.cells_first(attention_map)
         if self.rows.owner is not None:
             owner = self.rows.owner.to(attention_map.device)[:, :, None, None].expand_as(attention_map)
             attention_map = attention_map.gather(1, owner)
@@ -154,27 +157,60 @@ class HRContext:
             mask = selected.mask(self.images.layout.images)
             self._traced[layer] = LayerTrace(attention_map, mask, self.images.layout.grids)
 
+    def finish(self) -> bool:
+        """Note what the call took, with one wait for the device where the layers have not read it themselves.
+
+        Returns:
+            False if a layer lacked slots or tiles, so that the call must run again, after `start_again`.
+        """
+        if self._read_back is ReadBack.NEVER:
+            return True
+        self.images.encoded_lately = self.images.counters.encoded > self._encoded_before
+        if not self._unread:
+            return True
+        pools, assigned = zip(*self._unread)
+        device = self.images.tokens.features.device
+        parts = [pool.next_free for pool in pools] + [slots.overflow for slots in assigned]
+        if self.images.tokens.waiting:
+            new_tokens = torch.cat([slots.new_tokens.to(device) for slots in assigned])
+            parts.append(self.images.tokens.any_waiting(new_tokens))
+        numbers = torch.cat([part.to(device) for part in parts]).tolist()
+        used, lacking = numbers[: len(pools)], any(numbers[len(pools) :])
+        for pool, slots_in_use in zip(pools, used):
+            if lacking:
+                pool.take_back()
+            else:
+                self.images.counters.projected += slots_in_use - pool.used
+                pool.note_used(slots_in_use)
+        return not lacking
+
+    def start_again(self) -> None:
+        """Forget the layers, to run them again with the counts read before each of them."""
+        self._read_back = ReadBack.EACH_LAYER
+        self._unread.clear()
+        self.selected.clear()
+        if self._traced is not None:
+            self._traced.clear()
+
     @profiling.in_phase("project_hr_keys")
     def _add_hr_keys(self, arguments: HRArguments, module: AttentionModule, device: torch.device) -> None:
         """Add the keys and values of what the layer before selected; those that this layer lacks are projected."""
         selected = ops.SelectedTokens(*(part.to(device) for part in self.selected[module.layer_idx - 1]))
         pool = self._pool(module, device)
-        assigned = pool.assign(selected)
-        if self.options.reads_back:
-            self._add_counted_keys(arguments, module, pool, selected, assigned)
+        features = self.images.tokens.features
+        in_one_pass = device == features.device and are_plain(module, features)
+        if self._read_back is ReadBack.EACH_LAYER or (self._read_back is ReadBack.AFTER_CALL and not in_one_pass):
+            self._add_counted_keys(arguments, module, pool, selected)
         else:
-            self._add_keys_of_fixed_shape(arguments, module, pool, selected, assigned)
+            self._add_uncounted_keys(arguments, module, pool, selected, in_one_pass)
 
     def _add_counted_keys(
-        self,
-        arguments: HRArguments,
-        module: AttentionModule,
-        pool: HRPool,
-        selected: ops.SelectedTokens,
-        assigned: ops.AssignedSlots,
+        self, arguments: HRArguments, module: AttentionModule, pool: HRPool, selected: ops.SelectedTokens
     ) -> None:
         """Project exactly the new tokens, once the host knows how many there are."""
+        assigned = pool.assign(selected)
         counts = self._counts(module, pool, selected, assigned)
+        pool.latest = counts.new
         if counts.selected == 0:
             return
         device = selected.count.device
@@ -190,31 +226,56 @@ class HRContext:
                 arguments.k_hr, arguments.v_hr = rotate(new.k, cos, sin), new.v
         arguments.hr_slots = assigned.slots[:, : counts.selected].contiguous()
         arguments.hr_count = selected.count
-        arguments.alpha = self._alpha(device)
-        if self.rows.first is not None:
-            arguments.hr_from = self.rows.first.to(device)
-        elif self.rows.listed is not None and self.rows.listed.shape[1] > 1:
-            words = (counts.selected + 31) // 32
-            arguments.hr_row_bits = selected.row_bits[:, :, :words].contiguous()
+        self._add_rows(arguments, selected)
 
-    def _add_keys_of_fixed_shape(
+    def _add_uncounted_keys(
         self,
         arguments: HRArguments,
         module: AttentionModule,
         pool: HRPool,
         selected: ops.SelectedTokens,
-        assigned: ops.AssignedSlots,
+        in_one_pass: bool,
     ) -> None:
-        """Project NEW_AT_ONCE tokens for each row, however many are new: nothing is read back."""
-        at_once = NEW_AT_ONCE * self.rows.batch
-        new = self._project(module, assigned.new_tokens[:at_once], selected.count.device)
-        pool.write(new.k, new.v, new.tables, assigned.new_slots[:at_once])
-        missing = torch.cat([assigned.overflow, (assigned.new_count - at_once).clamp(min=0)])
-        pool.overflow.add_(missing)
+        """Project the new tokens in the pool as it is, and read nothing back.
+
+        Where a token found no slot no HR key is seen: the answer is lost, and `finish` or `check_overflow` says so.
+        """
+        assigned = pool.assign_within(selected)
+        if self._read_back is ReadBack.AFTER_CALL:
+            self._unread.append((pool, assigned))
+        else:
+            pool.overflow[:1].add_(assigned.overflow)
+        if pool.k is None:
+            return
         arguments.k_hr, arguments.v_hr, arguments.hr_slots = pool.k, pool.v, assigned.slots
-        # What found no slot must not be read: the answer is lost then, and `check_overflow` raises.
-        arguments.hr_count = torch.where(missing.sum() > 0, 0, selected.count)
-        arguments.alpha = self._alpha(selected.count.device)
+        arguments.hr_count = assigned.usable
+        self._add_rows(arguments, selected)
+        if in_one_pass:
+            pool.project(module, self.images.tokens, assigned)
+        else:
+            self._project_at_once(arguments, module, pool, assigned)
+
+    def _project_at_once(
+        self, arguments: HRArguments, module: AttentionModule, pool: HRPool, assigned: ops.AssignedSlots
+    ) -> None:
+        """Project NEW_AT_ONCE tokens for each row, however many are new, by any kind of linear layer."""
+        at_once = NEW_AT_ONCE * self.rows.batch
+        new = self._project(module, assigned.new_tokens[:at_once], assigned.slots.device)
+        pool.write(new.k, new.v, new.tables, assigned.new_slots[:at_once])
+        missing = (assigned.new_count - at_once).clamp(min=0)
+        pool.overflow[1:].add_(missing)
+        arguments.hr_count = torch.where(missing > 0, 0, assigned.usable)
+
+    def _add_rows(self, arguments: HRArguments, selected: ops.SelectedTokens) -> None:
+        """Say which rows see the HR keys, which of them, and with what weight."""
+        assert arguments.hr_slots is not None
+        device = arguments.hr_slots.device
+        arguments.alpha = self._alpha(device)
+        if self.rows.first is not None:
+            arguments.hr_from = self.rows.first.to(device)
+        elif self.rows.listed is not None and self.rows.listed.shape[1] > 1:
+            words = (arguments.hr_slots.shape[1] + 31) // 32
+            arguments.hr_row_bits = selected.row_bits[:, :, :words].contiguous()
 
     def _counts(
         self, module: AttentionModule, pool: HRPool, selected: ops.SelectedTokens, assigned: ops.AssignedSlots
@@ -266,5 +327,5 @@ class HRContext:
         """Return where the images stand for every row of the batch, on a layer's device."""
         if device not in self._layout_on:
             layout = self.images.layout
-            self._layout_on[device] = layout.on(device, self.rows.batch // layout.prompts)
+            self._layout_on[device] = layout.on(device, self.rows.batch // layout.prompts, self.config.pool)
         return self._layout_on[device]

@@ -7,12 +7,21 @@ tensors, where there is nothing to read (analysis/flops.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import NamedTuple, Protocol
 
 import torch
 
 from flexattn_cuda import ops
 from flexattn_cuda.mechanism.tokens import HRTokens
+
+
+class ReadBack(Enum):
+    """When the host learns how much the layers of a call selected."""
+
+    EACH_LAYER = "before a layer attends to it"
+    AFTER_CALL = "once, after a decoding step, which is repeated where a layer lacked slots or tiles"
+    NEVER = "not at all, so that a step can be a CUDA graph; pools of fixed size count what does not fit"
 
 
 class Counts(NamedTuple):

@@ -56,8 +56,11 @@ class ImageLayout:
         """Return [G, I] bool, False for an empty slot."""
         return self.ranges[..., 1] > self.ranges[..., 0]
 
-    def on(self, device: torch.device, repeats: int) -> RowLayout:
-        """Return the layout of `repeats` rows of the batch for each prompt, on a device."""
+    def on(self, device: torch.device, repeats: int, pool: int) -> RowLayout:
+        """Return the layout of `repeats` rows of the batch for each prompt, on a device.
+
+        A grid is pooled to `pool` rows and columns, or to its own where it has fewer; 0 for no pooling.
+        """
         ranges, skipped = self.ranges, None
         if self.ragged:
             # The operator takes maps of one length. A smaller image's range is widened to it, over keys behind the
@@ -76,6 +79,7 @@ class ImageLayout:
             valid_rect=of_rows(self.valid_rect),
             lr_grid=of_rows(self.lr_grid),
             hr_grid=of_rows(self.hr_grid),
+            pool_grid=of_rows(self.lr_grid.clamp(max=pool)) if pool else None,
             skipped=None if skipped is None else of_rows(skipped),
         )
 
@@ -124,6 +128,7 @@ class RowLayout:
         valid_rect: [B, I, 4], the image inside its padding in LR cells.
         lr_grid: [B, I, 2], rows and columns of its LR tokens.
         hr_grid: [B, I, 2], rows and columns of its HR tokens.
+        pool_grid: [B, I, 2], rows and columns of the pooled grid; None without pooling.
         skipped: [B, I], how many keys of `map_ranges` stand before the image; None if none do.
     """
 
@@ -131,6 +136,7 @@ class RowLayout:
     valid_rect: torch.Tensor
     lr_grid: torch.Tensor
     hr_grid: torch.Tensor
+    pool_grid: torch.Tensor | None
     skipped: torch.Tensor | None
 
     def cells_first(self, attention_map: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
+from torch import nn
 
 from flexattn_cuda import ops
 from flexattn_cuda.mechanism.rotary import RotaryTables
-from flexattn_cuda.mechanism.tokens import with_room
+from flexattn_cuda.mechanism.tokens import HRTokens, with_room
 
 SPARE = 0.25  # of the slots in use, so that a selection that drifts does not copy the pool at every step
-NEW_AT_ONCE = 256  # tokens of a row that a layer may newly select in a step that does not read their number back
+# Tokens of a row that a layer whose projections are not plain linear layers may newly select in a step that does not
+# read their number back.
+NEW_AT_ONCE = 256
+# New tokens of a layer that are worth no wait for their number. `ops.project_hr_kv` reads the weights once for every
+# eight of them.
+FEW = 64
+
+
+class Projections(Protocol):
+    """The linear layers that make keys and values of HR tokens."""
+
+    k_proj_hd: nn.Linear
+    v_proj_hd: nn.Linear
+
+
+def are_plain(projections: Projections, like: torch.Tensor) -> bool:
+    """Whether the projections are nothing but a product with weights of the dtype and on the device of `like`."""
+    device = like.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return False
+    return all(
+        type(linear) is nn.Linear
+        and (linear.weight.dtype, linear.weight.device) == (like.dtype, like.device)
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        for linear in (projections.k_proj_hd, projections.v_proj_hd)
+    )
 
 
 class HRPool:
@@ -20,6 +48,7 @@ class HRPool:
         next_free: [1] int32, on the device.
         k, v: [capacity, Hkv, d]; None before the first token.
         used: Slots in use as far as the host knows; a step that reads nothing back does not count its own.
+        latest: How many of them the latest call took.
         max_slots: Slots in use once every token is selected.
         fixed: Whether the pool never grows, so that its addresses stay (CUDA graphs).
         overflow: [2] int32, how many tokens found no slot in a fixed pool, and how many were too many at once. The
@@ -33,7 +62,7 @@ class HRPool:
             self.overflow = torch.zeros(2, dtype=torch.int32, device=device)
         self.k: torch.Tensor | None = None
         self.v: torch.Tensor | None = None
-        self.used = 0
+        self.used = self.latest = 0
         self.max_slots = self.table.numel()
         self.fixed = False
 
@@ -54,13 +83,48 @@ class HRPool:
     def bytes(self) -> int:
         return 0 if self.k is None else 2 * self.k.nbytes
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the latest call brought few tokens, and twice as many would fit, or all that there are."""
+        has_room = self.used + 2 * self.latest <= self.capacity or self.capacity == self.max_slots
+        return self.latest <= FEW and has_room
+
     def assign(self, selected: ops.SelectedTokens) -> ops.AssignedSlots:
         """Return the slots of the selected tokens; the new ones among them are to be passed to `store`."""
         capacity = self.capacity if self.fixed else self.max_slots
         return ops.assign_slots(selected.index, selected.count, self.table, self.next_free, capacity=capacity)
 
+    def assign_within(self, selected: ops.SelectedTokens) -> ops.AssignedSlots:
+        """Return the slots of the selected tokens in the pool as it is; no row can have more than there are."""
+        return ops.assign_slots(
+            selected.index, selected.count, self.table, self.next_free, capacity=self.capacity,
+            width=min(self.capacity, selected.index.shape[1]),
+        )  # fmt: skip
+
+    def project(self, projections: Projections, tokens: HRTokens, assigned: ops.AssignedSlots) -> None:
+        """Project the new tokens, whose number the host need not know, and write them; see `are_plain`."""
+        assert self.k is not None and self.v is not None
+        k, v = projections.k_proj_hd, projections.v_proj_hd
+        ops.project_hr_kv(
+            tokens.features, *tokens.tables, k.weight, v.weight, assigned.new_tokens, assigned.new_slots,
+            assigned.new_count, self.k, self.v, k_bias=k.bias, v_bias=v.bias,
+        )  # fmt: skip
+
+    def note_used(self, slots: int) -> None:
+        """Note how many slots are in use, and make room for the next call."""
+        self.latest = slots - self.used
+        self.used = slots
+        if self.k is not None:
+            self.ensure_capacity(slots, self.k)
+
+    def take_back(self) -> None:
+        """Forget the tokens that took a slot since the host last knew how many are in use."""
+        self.table.masked_fill_(self.table >= self.used, -1)
+        self.next_free.fill_(self.used)
+
     def store(self, keys: torch.Tensor, values: torch.Tensor, tables: RotaryTables, slots: torch.Tensor) -> None:
         """Write new tokens as `write` does, into a pool that grows as far as it must."""
+        self.latest = len(keys)
         self.ensure_capacity(self.used + len(keys), keys)
         self.write(keys, values, tables, slots)
         self.used += len(keys)
@@ -71,10 +135,12 @@ class HRPool:
         ops.write_hr_kv(keys, values, tables.cos, tables.sin, slots, self.k, self.v)
 
     def ensure_capacity(self, slots: int, like: torch.Tensor) -> None:
-        """Grow to at least this many slots; `like` gives the shape of a slot, dtype and device."""
-        if slots <= self.capacity:
+        """Hold at least this many slots, and some for the next calls; `like` gives a slot's shape, dtype and device."""
+        if self.k is not None and slots + 2 * self.latest <= self.capacity:
             return
         capacity = min(slots if self.k is None else int(slots * (1 + SPARE)), self.max_slots)
+        if capacity <= self.capacity:
+            return
         # One after the other: old and new of both never exist at the same time.
         self.k = self._grown(self.k, capacity, like)
         self.v = self._grown(self.v, capacity, like)

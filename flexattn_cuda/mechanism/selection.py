@@ -15,8 +15,6 @@ def select(
 ) -> ops.SelectedTokens:
     """Apply the configured strategy to the maps of R query rows.
 
-    A grid is pooled to `config.pool` rows and columns, or to its own where it has fewer.
-
     Args:
         config: Settings of the mechanism.
         attention_map: [B, R, I, C] float32 or float64, every image's cells first.
@@ -26,9 +24,8 @@ def select(
     Returns:
         index, count and row_bits of the union over the rows.
     """
-    pool_grid = layout.lr_grid.clamp(max=config.pool) if config.pool else None
     if config.strategy != "attention":
-        grid = layout.lr_grid if pool_grid is None else pool_grid
+        grid = layout.lr_grid if layout.pool_grid is None else layout.pool_grid
         cells = _choose_cells(config, attention_map, grid)
         return ops.select_tokens(cells, grid, layout.hr_grid, hr_tokens=hr_tokens, scale=1.0, threshold=0.5)
     return ops.select_tokens(
@@ -38,7 +35,7 @@ def select(
         hr_tokens=hr_tokens,
         scale=config.scale,
         threshold=config.threshold,
-        pool_grid=pool_grid,
+        pool_grid=layout.pool_grid,
         valid_rect=layout.valid_rect if config.mask_padding else None,
     )
 

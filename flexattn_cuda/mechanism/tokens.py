@@ -39,15 +39,17 @@ class HRTokens:
         features: [G, I*T, D] output of the projector, zero for tiles that have not been encoded yet.
         tables: [G, I*T, d] rotary tables of the keys.
         waiting: Pixels [3, height, width] of the tiles that have not been encoded yet.
+        fixed: Whether features and tables keep their addresses from one decoding step to the next (CUDA graphs).
     """
 
     grids: BatchGrids
     features: torch.Tensor
     tables: RotaryTables
     waiting: dict[Tile, torch.Tensor] = field(default_factory=dict)
+    fixed: bool = False
 
     def __post_init__(self) -> None:
-        self._number_tiles()
+        self._tokens_changed()
 
     @property
     def count(self) -> int:
@@ -68,6 +70,11 @@ class HRTokens:
     def tile_count(self) -> int:
         """Tile numbers of all prompts and images."""
         return len(self.grids) * self.images * self._tile_room
+
+    def fix_addresses(self) -> None:
+        """Keep features and tables where they are from one decoding step to the next."""
+        self.fixed = True
+        self._tokens_changed()
 
     def tile_numbers(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return [n] int64, the tile that each token lies in; tokens and tiles are counted over prompts and images."""
@@ -112,13 +119,14 @@ class HRTokens:
         )
         self.waiting |= {tile._replace(image=images + tile.image): pixels for tile, pixels in later.waiting.items()}
         self.grids = [mine + theirs for mine, theirs in zip(self.grids, later.grids)]
-        self._number_tiles()
+        self._tokens_changed()
 
     def make_room(self, room: int) -> None:
         """Give every image room for so many tokens, which changes the tokens' numbers."""
         images = self.images
         self.features = with_room(self.features, images, room)
         self.tables = RotaryTables(*(with_room(table, images, room) for table in self.tables))
+        self._tokens_changed()
 
     def select_prompts(self, prompts: torch.Tensor) -> None:
         """Keep the prompts of these numbers, in this order."""
@@ -132,7 +140,18 @@ class HRTokens:
             if tile.prompt == old
         }
         self.grids = [self.grids[prompt] for prompt in prompts.tolist()]
-        self._number_tiles()
+        self._tokens_changed()
+
+    def any_waiting(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return [1] bool, whether one of the tokens [n], counted over prompts, lies in a tile that is not encoded."""
+        if self._is_waiting is None:
+            flags = torch.zeros(self.tile_count, dtype=torch.bool)
+            for tile in self.waiting:
+                flags[(tile.prompt * self.images + tile.image) * self._tile_room + tile.number] = True
+            every = torch.arange(len(self.grids) * self.count, device=self.features.device)
+            of_token = flags.to(every.device)[self.tile_numbers(every).clamp(max=self.tile_count - 1)]
+            self._is_waiting = torch.cat([of_token, of_token.new_zeros(1)])  # the last flag is that of token -1
+        return self._is_waiting[tokens.to(self.features.device)].any()[None]
 
     def _encode_batch(self, tiles: list[Tile], encode: EncodeTiles) -> None:
         with profiling.phase("encode_tiles"):
@@ -145,9 +164,14 @@ class HRTokens:
             at_row, at_col = tile_row * rows, tile_col * cols
             grid[at_row : at_row + rows, at_col : at_col + cols] = tokens.view(rows, cols, -1)
             del self.waiting[tile]
+        self._is_waiting = None
 
-    def _number_tiles(self) -> None:
+    def _tokens_changed(self) -> None:
         """Number the tiles for `tile_numbers`: every image has room for as many as the one with the most."""
+        self._is_waiting: torch.Tensor | None = None
+        if self.fixed:
+            for tensor in (self.features, *self.tables):
+                torch._dynamo.mark_static_address(tensor)
         images = flat(self.grids)
         self._tile_room = max_cells(image.tiles for image in images)
         tilings = [(image.hr.cols, *image.tile, image.tiles.cols) for image in images]

@@ -289,9 +289,24 @@ def test_generate_with_pools_of_fixed_size(model, monkeypatch):
         PoolOverflow, match="layer [0-9] has no room for [0-9]+ selected tokens: hr_capacity=10 is too small"
     ):
         run(model, 12, **mixed_batch(), **static, hr_capacity=10)
+
+
+class WrappedLinear(torch.nn.Linear):
+    """A projection that is not a plain linear layer, like one with an adapter."""
+
+
+@torch.no_grad()
+def test_other_projections_than_plain_ones_in_pools_of_fixed_size(model, monkeypatch):
+    expected = run(model, 12, **mixed_batch())[0]
+    for name, linear in model.named_modules():
+        if name.endswith("_proj_hd"):
+            linear.__class__ = WrappedLinear
+    static = dict(cache_implementation="static", disable_compile=True, hr_capacity=3 * 18 * 18)
+    assert torch.equal(run(model, 12, **mixed_batch())[0], expected)
+    assert torch.equal(run(model, 12, **mixed_batch(), **static)[0], expected)
     monkeypatch.setattr(state, "NEW_AT_ONCE", 0)
     with pytest.raises(PoolOverflow, match="[0-9]+ selected tokens did not fit into one step"):
-        run(model, 40, **mixed_batch(), **static, hr_capacity=3 * 18 * 18)
+        run(model, 40, **mixed_batch(), **static)
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def ask():
         return lambda: tiny.generate(model, steps=3, **inputs)
 
 
-OPERATORS = ("hierarchical_attention", "select_tokens", "gather_tokens", "assign_slots", "write_hr_kv")
+OPERATORS = ("hierarchical_attention", "select_tokens", "gather_tokens", "assign_slots", "project_hr_kv", "write_hr_kv")
 
 
 @pytest.mark.slow

@@ -220,7 +220,7 @@ def layout_of(batch: list[list[Picture]]) -> ImageLayout:
 @pytest.mark.parametrize("strategy", ["center", "random"])
 def test_the_ablations_choose_the_same_share_of_every_grid(strategy, pool):
     settings = dataclasses.replace(SETTINGS, strategy=strategy, pool=pool, ratio=0.3)
-    layout = layout_of(BATCH).on(torch.device("cpu"), 1)
+    layout = layout_of(BATCH).on(torch.device("cpu"), 1, pool)
     mask = select(settings, torch.rand(3, 2, 2, WIDE.lr.cells), layout, WIDE.hr.cells).mask(2)
     for row, prompt in enumerate(BATCH):
         for image in range(2):
@@ -243,15 +243,15 @@ def test_the_ablations_choose_the_same_share_of_every_grid(strategy, pool):
 def test_a_crop_leaves_the_ranges_of_what_remains_inside_the_sequence():
     """Without the widest image, the others' ranges are as long as the next one's."""
     layout = layout_of(BATCH)
-    rows = layout.on(torch.device("cpu"), 1)
+    rows = layout.on(torch.device("cpu"), 1, pool=3)
     assert rows.map_ranges.tolist() == [[[2, 17], [0, 0]], [[1, 16], [15, 30]], [[0, 0], [0, 0]]]
     assert rows.skipped.tolist() == [[0, 0], [0, 7], [0, 0]]
     layout.crop(16)
-    rows = layout.on(torch.device("cpu"), 2)
+    rows = layout.on(torch.device("cpu"), 2, pool=3)
     assert layout.grids == [[ABSENT, ABSENT], [SMALL, ABSENT], [ABSENT, ABSENT]]
     assert rows.map_ranges[2].tolist() == [[1, 5], [0, 0]] and rows.lr_grid.sum() == 2 * 4 and rows.skipped is None
     layout.crop(0)
-    assert layout.cells == 0 and not layout.on(torch.device("cpu"), 1).map_ranges.any()
+    assert layout.cells == 0 and not layout.on(torch.device("cpu"), 1, pool=3).map_ranges.any()
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from operator_arguments import (
     attention_arguments,
     in_schema_order,
     ints,
+    project_arguments,
     selection_arguments,
     write_arguments,
 )
@@ -257,8 +258,9 @@ def check_slots(device, case):
         (copy_strided(case["table"], to), torch.zeros(1, dtype=torch.int32, device=to)) for to in (device, "cpu")
     )
     for index, count in case["selections"]:
-        found = ops.assign_slots(index.to(device), count.to(device), *ours, capacity=capacity)
-        expected = reference.assign_slots(index, count, *theirs, capacity=capacity)
+        options = dict(capacity=capacity, width=case.get("width"))
+        found = ops.assign_slots(index.to(device), count.to(device), *ours, **options)
+        expected = reference.assign_slots(index, count, *theirs, **options)
         for name, one, two in zip((*expected._fields, "table", "next_free"), found + ours, expected + theirs):
             assert torch.equal(one.cpu(), two), name
         assert ours[1].item() <= capacity
@@ -383,7 +385,8 @@ def calls(device: str) -> dict[str, tuple]:
         "select_tokens:plain": selection_call(attention_map, integers)[:-2],
         "gather_tokens": (table, index),
         "gather_tokens_backward": (normal(2, 3, 4, grad=False), index, 7),
-        "assign_slots": (index, integers([2, 3]), integers([[-1] * 7, [-1, 2, 0] + [-1] * 4]), integers([3]), 6),
+        "assign_slots": (index, integers([2, 3]), integers([[-1] * 7, [-1, 2, 0] + [-1] * 4]), integers([3]), 6, 2),
+        "project_hr_kv": projection_call(values),
         "write_hr_kv": (
             *(normal(3, 2, 8, grad=False) for _ in "kv"),
             *(normal(3, 8, grad=False) for _ in range(2)),
@@ -391,6 +394,14 @@ def calls(device: str) -> dict[str, tuple]:
             *(normal(6, 2, 8, grad=False) for _ in "kv"),
         ),
     }
+
+
+def projection_call(values: Values) -> tuple:
+    """Three new tokens of two prompts, one of which is not counted."""
+    new = project_arguments()
+    for name, x in new.items():
+        new[name] = values.normal(*x.shape, grad=False) if x.is_floating_point() else x.to(values.device)
+    return in_schema_order("project_hr_kv", **new, k_bias=values.normal(8, grad=False))
 
 
 def selection_call(attention_map: torch.Tensor, integers: Callable[..., torch.Tensor]) -> tuple:
@@ -589,6 +600,17 @@ def bad_write(message, **changes):
     return bad(ops.write_hr_kv, message, write_arguments(**changes))
 
 
+ONE_POOL = torch.zeros(7, 2, 4)
+
+
+def pools_of(*shape):
+    return {name: torch.zeros(shape) for name in ("k_pool", "v_pool")}
+
+
+def bad_projection(message, **changes):
+    return bad(ops.project_hr_kv, message, project_arguments(**changes))
+
+
 def bad_selection(message, **changes):
     return bad(ops.select_tokens, message, selection_arguments(**changes))
 
@@ -604,6 +626,17 @@ def bad_selection(message, **changes):
         bad_assignment("index has values from 0 to 7, expected -1 to 6", index=index_of([0, 7])),
         bad_assignment("count has values from 3 to 3, expected 0 to 2", count=index_of(3)),
         bad_assignment("next_free has values from 3 to 3, expected 0 to 2", capacity=2),
+        bad_assignment("width is 3, expected 0 to the 2 columns of index", width=3),
+        bad_projection("count has values from 4 to 4, expected 0 to 3", count=index_of(4)),
+        bad_projection("tokens has values from 0 to 6, expected 0 to 5", tokens=index_of(6, 0, 0)),
+        bad_projection("slots has values from 1 to 7, expected 0 to 6", slots=index_of(1, 7, 0)),
+        bad_projection("slots holds 5 twice in row 0", slots=index_of(5, 5, 0)),
+        bad_projection("features has shape", features=torch.randn(6, 6)),
+        bad_projection("k_weight has shape", k_weight=torch.randn(6, 8)),
+        bad_projection("v_weight has strides", v_weight=torch.randn(8, 12)[:, :6]),
+        bad_projection("v_bias has shape", v_bias=torch.randn(4)),
+        bad_projection("k_pool has head_dim 3, expected an even number", **pools_of(7, 2, 3)),
+        bad_projection("k_pool is written but shares memory with v_pool", k_pool=ONE_POOL, v_pool=ONE_POOL),
         bad_assignment("capacity is -1, expected 0", capacity=-1),
         bad_assignment("table has dtype Long, expected Int", table=torch.full((1, 7), -1)),
         bad_assignment(

@@ -12,7 +12,7 @@ RAW_ASSIGN, RAW_WRITE = torch.ops.flexattn_cuda.assign_slots, torch.ops.flexattn
 
 
 def raw_assign(*, index, count, table, next_free, capacity):
-    return RAW_ASSIGN(index, count, table, next_free, capacity)
+    return RAW_ASSIGN(index, count, table, next_free, capacity, index.shape[1])
 
 
 @pytest.mark.parametrize("operator", [ops.write_hr_kv, RAW_WRITE])

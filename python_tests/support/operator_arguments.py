@@ -56,6 +56,23 @@ def assign_arguments(**changes: Any) -> dict[str, Any]:
     return base | changes
 
 
+def project_arguments(**changes: Any) -> dict[str, Any]:
+    """Two prompts of three tokens with 6 channels; two key heads of 4; the last of three rows is not counted."""
+    base = dict(
+        features=torch.randn(2, 3, 6),
+        cos=torch.randn(2, 3, 4),
+        sin=torch.randn(2, 3, 4),
+        k_weight=torch.randn(8, 6),
+        v_weight=torch.randn(8, 6),
+        tokens=ints([4, 0, -1]),
+        slots=ints([1, 5, -1]),
+        count=ints([2]),
+        k_pool=torch.zeros(7, 2, 4),
+        v_pool=torch.zeros(7, 2, 4),
+    )
+    return base | changes
+
+
 def write_arguments(**changes: Any) -> dict[str, Any]:
     base = dict(
         k=torch.randn(2, 3, 4),

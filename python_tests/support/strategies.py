@@ -220,7 +220,8 @@ def slot_cases(draw) -> dict[str, Any]:
     padded = draw(st.booleans())  # the table's rows stand apart
     table = torch.full((G, T + 7 * padded), -1, dtype=torch.int32)[:, :T]
     capacity = draw(st.sampled_from([0, 1, G * T // 3, G * T]))
-    return dict(selections=selections, table=table, capacity=capacity)
+    width = draw(st.sampled_from([None, M, M // 2]))
+    return dict(selections=selections, table=table, capacity=capacity, width=width)
 
 
 @st.composite
