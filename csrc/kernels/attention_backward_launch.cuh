@@ -8,14 +8,16 @@ namespace flexattn::cuda {
 template <typename Mma, int kD, int kWarps, template <typename, int> class KeysOf>
 void launch_key_tiles(const char* name, const AttentionBackwardParams& p, Stream stream) {
   using Keys = KeysOf<typename Mma::Element, kWarps>;
-  launch(name, grad_key_tiles<Mma, kD, kWarps, KeysOf>, Keys::blocks(p.in), kWarp * kWarps,
-         key_shared_bytes<Mma, Keys, kWarps>(), stream, p);
+  const BlockOrder order = Keys::order(p.in);
+  launch(name, grad_key_tiles<Mma, kD, kWarps, KeysOf>, order.blocks(), kWarp * kWarps,
+         key_shared_bytes<Mma, Keys, kWarps>(), stream, p, order);
 }
 
 template <typename Mma, int kD, bool kStates>
 void launch_row_tiles(const char* name, const AttentionBackwardParams& p, Stream stream) {
-  launch(name, grad_row_tiles<Mma, kD, kStates>, blocks_for(p.in.queries, kTileRows) * p.in.heads * p.in.batch,
-         kTileThreads, row_shared_bytes<Mma>(p.in.selected), stream, p);
+  const BlockOrder order = row_order(p.in);
+  launch(name, grad_row_tiles<Mma, kD, kStates>, order.blocks(), kTileThreads, row_shared_bytes<Mma>(p.in.selected),
+         stream, p, order);
 }
 
 template <typename Mma, int kD>

@@ -238,13 +238,13 @@ struct RowTile {
 
 // kStates: find out how the queries weigh their keys; otherwise, their gradients.
 template <typename Mma, int kD, bool kStates>
-__global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackwardParams p) {
+__global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackwardParams p, BlockOrder order) {
   using T = typename Mma::Element;
   const AttentionInputs& in = p.in;
   const int d = static_cast<int>(in.head_dim);
   T* shared = shared_memory<T>();
   BlockWork& work = *reinterpret_cast<BlockWork*>(shared + kRowTileElements<Mma>);
-  describe_work(in, work);
+  describe_work(in, order, work);
 
   RowTile<Mma, kD> tile{p, shared, work};
   load_query(tile.mma, in, work);
@@ -326,6 +326,11 @@ struct PassingQuery {
   Sight sight;
 };
 
+// What the blocks of a key head stream: queries of its heads, and gradients of their outputs.
+inline int64_t bytes_of_queries(const AttentionInputs& in) {
+  return 2 * in.queries * in.head_dim * bytes_of(in.dtype) * in.heads / in.kv_heads;
+}
+
 // The keys of a block are 16 kWarps of the sequence of a sample. Shared by the block, as registers are scarce.
 template <typename T, int kWarps>
 struct SequenceKeys {
@@ -335,15 +340,16 @@ struct SequenceKeys {
   int first_head, end_of_heads;
   int start_of_keys, position;  // the first key that may be seen; where query 0 stands
 
-  static int64_t blocks(const AttentionInputs& in) { return blocks_for(in.keys, kKeys) * in.kv_heads * in.batch; }
+  static BlockOrder order(const AttentionInputs& in) {
+    return order_for_cache(in.batch * in.kv_heads, blocks_for(in.keys, kKeys), bytes_of_queries(in), l2_bytes());
+  }
 
   // The first keys are seen by most queries: their blocks start first.
-  __device__ void start(const AttentionInputs& in, int block) {
-    const int heads = static_cast<int>(in.kv_heads), samples = static_cast<int>(in.batch),
-              group = static_cast<int>(in.heads) / heads;
-    kv_head = block % heads;
-    sample = block / heads % samples;
-    first_key = block / heads / samples * kKeys;
+  __device__ void start(const AttentionInputs& in, BlockPlace place) {
+    const int heads = static_cast<int>(in.kv_heads), group = static_cast<int>(in.heads) / heads;
+    kv_head = place.head % heads;
+    sample = place.head / heads;
+    first_key = place.tile * kKeys;
     start_of_keys = static_cast<int>(cuda::first_key(in, sample));
     position = static_cast<int>(first_position(in, sample));
     const QueryInterval queries = queries_of_keys(in, sample, first_key, first_key + kKeys - 1);
@@ -415,12 +421,14 @@ struct PoolKeys {
   int first_head, end_of_heads;
   int listed;  // entries of a sample's list of queries
 
-  static int64_t blocks(const AttentionInputs& in) { return blocks_for(in.pool, kKeys) * in.kv_heads; }
+  static BlockOrder order(const AttentionInputs& in) {
+    return order_for_cache(in.kv_heads, blocks_for(in.pool, kKeys), bytes_of_queries(in), l2_bytes());
+  }
 
-  __device__ void start(const AttentionInputs& in, int block) {
-    const int heads = static_cast<int>(in.kv_heads), group = static_cast<int>(in.heads) / heads;
-    kv_head = block % heads;
-    first_slot = block / heads * kKeys;
+  __device__ void start(const AttentionInputs& in, BlockPlace place) {
+    const int group = static_cast<int>(in.heads / in.kv_heads);
+    kv_head = place.head;
+    first_slot = place.tile * kKeys;
     first_head = kv_head * group;
     end_of_heads = first_head + group;
     listed = static_cast<int>(in.hr_rows ? in.rows : in.hr_from ? in.queries : 0);
@@ -510,7 +518,7 @@ constexpr size_t key_shared_bytes() {
 }
 
 template <typename Mma, int kD, int kWarps, template <typename, int> class KeysOf>
-__global__ void __launch_bounds__(kKeyThreads<kWarps>, 1) grad_key_tiles(AttentionBackwardParams p) {
+__global__ void __launch_bounds__(kKeyThreads<kWarps>, 1) grad_key_tiles(AttentionBackwardParams p, BlockOrder order) {
   using T = typename Mma::Element;
   using Keys = KeysOf<T, kWarps>;
   constexpr int kThreads = kKeyThreads<kWarps>, kOwn = 8 * Keys::kKeys * Mma::kRowChunks;
@@ -519,7 +527,7 @@ __global__ void __launch_bounds__(kKeyThreads<kWarps>, 1) grad_key_tiles(Attenti
   T *own_keys = shared_memory<T>(), *own_values = own_keys + kOwn;
   PassingQueries* known = reinterpret_cast<PassingQueries*>(own_keys + kKeyTileElements<Mma, kWarps>);
   Keys& keys = *reinterpret_cast<Keys*>(known + kPassingBuffers<Mma>);
-  if (threadIdx.x == 0) keys.start(in, static_cast<int>(blockIdx.x));
+  if (threadIdx.x == 0) keys.start(in, order.place(static_cast<int>(blockIdx.x)));
   __syncthreads();
   QueryTile tile = keys.first_tile();
   load_own_rows<Mma, kD, Keys::kKeys, kThreads>(keys.keys(in), d, own_keys);

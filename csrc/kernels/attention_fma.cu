@@ -9,9 +9,9 @@ namespace {
 
 template <typename T, int kD>
 void launch_fma(const AttentionForwardParams& p, Stream stream) {
-  const int64_t blocks = blocks_for(p.in.queries, kTileRows) * p.in.heads * p.in.batch;
-  launch("hierarchical_attention (fma)", prefill_fma<T, kD>, blocks, kTileThreads, fma_shared_bytes<T>(p.in.selected),
-         stream, p);
+  const BlockOrder order = row_order(p.in);
+  launch("hierarchical_attention (fma)", prefill_fma<T, kD>, order.blocks(), kTileThreads,
+         fma_shared_bytes<T>(p.in.selected), stream, p, order);
   launch("hierarchical_attention (map)", map_fma<T>, map_blocks(p), kTileThreads, sizeof(FmaMapShared<T>), stream, p);
 }
 

@@ -57,13 +57,13 @@ __device__ __forceinline__ void cap_scores_precisely(const AttentionInputs& in, 
 }
 
 template <typename T, int kD>
-__global__ void __launch_bounds__(kTileThreads, 2) prefill_fma(AttentionForwardParams p) {
+__global__ void __launch_bounds__(kTileThreads, 2) prefill_fma(AttentionForwardParams p, BlockOrder order) {
   using Rows = FmaRows<T, kD>;
   const AttentionInputs& in = p.in;
   const int d = static_cast<int>(in.head_dim);
   FmaShared<T>& shared = *shared_memory<FmaShared<T>>();
   BlockWork& work = shared.work;
-  describe_work(in, work);
+  describe_work(in, order, work);
 
   SliceStream<T> stream{shared.slices};
   ScoreSlices<T> scores{shared.rows};

@@ -11,9 +11,9 @@ namespace {
 
 template <typename Mma, int kD>
 void launch_prefill(const AttentionForwardParams& p, Stream stream) {
-  const int64_t blocks = blocks_for(p.in.queries, kTileRows) * p.in.heads * p.in.batch;
-  launch("hierarchical_attention (prefill)", prefill_tiles<Mma, kD>, blocks, kTileThreads,
-         prefill_shared_bytes<Mma>(p.in.selected), stream, p);
+  const BlockOrder order = row_order(p.in);
+  launch("hierarchical_attention (prefill)", prefill_tiles<Mma, kD>, order.blocks(), kTileThreads,
+         prefill_shared_bytes<Mma>(p.in.selected), stream, p, order);
   launch("hierarchical_attention (map)", map_tiles<Mma, kD>, map_blocks(p), kTileThreads, map_shared_bytes<Mma>(),
          stream, p);
 }

@@ -67,14 +67,14 @@ __device__ __forceinline__ void multiply_values(float (&out)[Mma::kOutputs], con
 // ------------------------------------------------------------------------------------------------------ the kernel
 
 template <typename Mma, int kD>
-__global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwardParams p) {
+__global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwardParams p, BlockOrder order) {
   using T = typename Mma::Element;
   const AttentionInputs& in = p.in;
   const int d = static_cast<int>(in.head_dim);
   T* keys = shared_memory<T>();
   T* values = keys + kTileElements<Mma>;
   BlockWork& work = *reinterpret_cast<BlockWork*>(values + kTileElements<Mma>);
-  describe_work(in, work);
+  describe_work(in, order, work);
 
   Mma mma;
   load_query(mma, in, work);

@@ -4,6 +4,8 @@
 #include <type_traits>
 
 #include "attention_tiles.cuh"
+#include "device.cuh"
+#include "flexattn/block_order.h"
 
 namespace flexattn::cuda {
 
@@ -64,15 +66,21 @@ inline size_t work_bytes(int64_t selected) {
   return sizeof(BlockWork) + words_for_bits(blocks_for(selected, kTileKeys)) * sizeof(int32_t);
 }
 
+// The order of the blocks that own query rows and stream keys and values.
+inline BlockOrder row_order(const AttentionInputs& in) {
+  const int64_t streamed = 2 * (in.keys + in.selected) * in.head_dim * bytes_of(in.dtype) * in.kv_heads / in.heads;
+  return order_for_cache(in.batch * in.heads, blocks_for(in.queries, kTileRows), streamed, l2_bytes());
+}
+
 // Sample, head and query rows from the block's number, and the sequence keys they see. One thread.
-__device__ inline void assign_rows(const AttentionInputs& in, BlockWork& work) {
-  // The last rows see most keys: their blocks start first.
-  const int heads = static_cast<int>(in.heads), samples = static_cast<int>(in.batch);
-  const int block = static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x), sample = block / heads % samples;
+__device__ inline void assign_rows(const AttentionInputs& in, const BlockOrder& order, BlockWork& work) {
+  const int heads = static_cast<int>(in.heads);
+  const BlockPlace place = order.place(static_cast<int>(blockIdx.x));
+  const int sample = place.head / heads;
   work.sample = sample;
-  work.head = block % heads;
+  work.head = place.head % heads;
   work.kv_head = work.head / static_cast<int>(in.heads / in.kv_heads);
-  work.first_row = block / (heads * samples) * kTileRows;
+  work.first_row = (order.tiles - 1 - place.tile) * kTileRows;  // the last rows see most keys: they start first
   work.rows = min(kTileRows, static_cast<int>(in.queries) - work.first_row);
   check_ranges(in, sample);
   const KeyInterval first = keys_of_query(in, sample, work.first_row),
@@ -126,8 +134,8 @@ __device__ inline void find_seen_tiles(const AttentionInputs& in, BlockWork& wor
 }
 
 // Fill in `work`. Called by the whole block.
-__device__ inline void describe_work(const AttentionInputs& in, BlockWork& work) {
-  if (threadIdx.x == 0) assign_rows(in, work);
+__device__ inline void describe_work(const AttentionInputs& in, const BlockOrder& order, BlockWork& work) {
+  if (threadIdx.x == 0) assign_rows(in, order, work);
   __syncthreads();
   find_keys_of_rows(in, work);
   find_listed_rows(in, work);

@@ -39,6 +39,7 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
   cudaDevAttrMultiProcessorCount,
+  cudaDevAttrL2CacheSize,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 template <typename Kernel>
@@ -60,6 +61,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       return *value = capability % 10, cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
       return *value = flexattn::simt::kMultiprocessors, cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      return *value = flexattn::simt::kL2Bytes, cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }

@@ -15,6 +15,9 @@ int device_capability();
 // Of that GPU. A V100 has 80; with fewer, small test calls are cut into chunks of more than the smallest size.
 constexpr int kMultiprocessors = 8;
 
+// A V100 has 6 MB; with less, small test calls are cut into groups of several heads and of one.
+constexpr int kL2Bytes = 256 * 1024;
+
 // Let a kernel have more dynamic shared memory than kSharedBytes from now on. False if a block of the GPU has less.
 bool opt_in_to_shared_bytes(const void* kernel, int bytes);
 

@@ -8,6 +8,7 @@
 #include "architectures.h"
 #include "attention_arguments.h"
 #include "flexattn/attention_path.h"
+#include "flexattn/block_order.h"
 #include "flexattn/decode_splits.h"
 #include "nvtx.h"
 
@@ -70,6 +71,17 @@ std::pair<int, int64_t> decode_splits(int64_t heads, int64_t sequence, int64_t h
   return {splits.chunk, heads * splits.all};
 }
 
+// The head and the tile of every block, in the order in which they start.
+std::vector<std::pair<int, int>> block_order(int64_t heads, int64_t tiles, int64_t bytes_per_head, int64_t cache) {
+  const flexattn::BlockOrder order = flexattn::order_for_cache(heads, tiles, bytes_per_head, cache);
+  std::vector<std::pair<int, int>> places;
+  for (int block = 0; block < order.blocks(); ++block) {
+    const flexattn::BlockPlace place = order.place(block);
+    places.emplace_back(place.head, place.tile);
+  }
+  return places;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -78,6 +90,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("architecture_reason", &flexattn::torch_binding::architecture_reason,
              "See flexattn_cuda.build.architecture_reason; `architectures` is one string.");
   module.def("decode_splits", &decode_splits, "See benchmarks/decode_waves.py.");
+  module.def("block_order", &block_order, "See benchmarks/l2_traffic.py.");
   module.def("attention_path", &attention_path, "See flexattn_cuda.ops.attention_path.");
 
   // flexattn_cuda.profiling

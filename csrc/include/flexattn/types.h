@@ -7,6 +7,8 @@ namespace flexattn {
 
 enum class DType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
 
+constexpr int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
 // An opaque cudaStream_t; the CPU ignores it.
 using Stream = void*;
 
