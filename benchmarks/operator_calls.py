@@ -156,3 +156,16 @@ def selection_and_pool(inputs: Inputs) -> None:
                 rows = [inputs.normal(64, 2, head_dim, dtype=dtype) for _ in range(2)]
                 pools = [inputs.normal(capacity, 2, head_dim, dtype=dtype) for _ in range(2)]
                 ops.write_hr_kv(*rows, *rotary, slots.new_slots[:64], *pools)
+                project_few_tokens(inputs, slots, rotary, pools)
+
+
+def project_few_tokens(
+    inputs: Inputs, slots: ops.AssignedSlots, rotary: list[torch.Tensor], pools: list[torch.Tensor]
+) -> None:
+    """Project nine tokens, in whole vectors and not."""
+    (tokens, head_dim), dtype, new = rotary[0].shape, pools[0].dtype, int32(*range(9))
+    for channels in (256, 129):
+        weights = [inputs.normal(2 * head_dim, channels, dtype=dtype) for _ in range(2)]
+        features = inputs.normal(1, tokens, channels, dtype=dtype)
+        tables = [table[None] for table in rotary]
+        ops.project_hr_kv(features, *tables, *weights, new, slots.new_slots[:9], int32(9), *pools)

@@ -47,6 +47,8 @@ class HRTokens:
     tables: RotaryTables
     waiting: dict[Tile, torch.Tensor] = field(default_factory=dict)
     fixed: bool = False
+    _tile_room: int = field(init=False, repr=False)
+    _is_waiting: torch.Tensor | None = field(init=False, repr=False)  # [G*I*T + 1] bool; made when it is asked for
 
     def __post_init__(self) -> None:
         self._tokens_changed()
@@ -168,7 +170,7 @@ class HRTokens:
 
     def _tokens_changed(self) -> None:
         """Number the tiles for `tile_numbers`: every image has room for as many as the one with the most."""
-        self._is_waiting: torch.Tensor | None = None
+        self._is_waiting = None
         if self.fixed:
             for tensor in (self.features, *self.tables):
                 torch._dynamo.mark_static_address(tensor)
