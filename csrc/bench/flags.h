@@ -41,7 +41,7 @@ inline const char* kHelp =
   --hr-side 72        side of the high-resolution grid
   --pool 9            side of the max-pool of select, 0 for none
   --dtype fp16        fp16, bf16 or fp32; the map of select is always fp32, assign has only integers
-  --path auto         which attention kernels: auto, volta (those of the V100) or generic (no tensor cores)
+  --path auto         which attention kernels: auto, volta (those of the V100) or generic (no tiles)
   --iterations 50     timed calls
   --warmup 5          calls before them
   --cold-l2           flush the L2 cache before every timed call

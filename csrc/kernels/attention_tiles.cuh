@@ -1,4 +1,5 @@
-// Tiles of the tensor-core kernels: rows of keys, values or queries, and their way from global to shared memory.
+// Tiles of keys, values or queries: where their rows lie, which all kernels in tiles share; and, for tensor cores,
+// their way from global to shared memory.
 #pragma once
 
 #include "ptx.cuh"

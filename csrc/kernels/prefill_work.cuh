@@ -1,4 +1,4 @@
-// What a block of the tensor-core kernel has to do: its query rows, and which tiles of keys they see.
+// What a block of the kernels in tiles has to do: its query rows, and which tiles of keys they see.
 #pragma once
 
 #include <type_traits>

@@ -259,20 +259,32 @@ def check_gradients(tensors: dict, others: dict, dtype: torch.dtype, some: Colle
         )
 
 
+def check_random_gradients(seed: str, dtype: torch.dtype, queries: list[int], head_dims: Sequence[int]) -> None:
+    if DEVICE == "cpu" and BACKEND == "cpu":
+        pytest.skip("test_ops.py tests the gradients of the CPU's one path")
+    rng = random.Random(seed)
+    for _ in range(CASES // 2):  # the backward pass takes several times as long
+        tensors, others = make_case(rng, dtype, queries, head_dims)
+        some = rng.sample(sorted(tensors), rng.randint(1, len(tensors)))
+        check_gradients(tensors, {name: x for name, x in others.items() if not name.startswith("map_")}, dtype, some)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "capability, dtype",
     [(70, torch.float16), (75, torch.float16), (90, torch.float16), (90, torch.bfloat16), (70, torch.float32)],
 )
 def test_gradients_on_every_path_equal_the_reference(capability, dtype, monkeypatch):
-    if DEVICE == "cpu" and BACKEND == "cpu":
-        pytest.skip("test_ops.py tests the gradients of the CPU's one path")
     monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
-    rng = random.Random(f"gradients {capability} {dtype}")
-    for _ in range(CASES // 2):  # the backward pass takes several times as long
-        tensors, others = make_case(rng, dtype, [1, 2, 17, 63, 64, 65, 100, 140])
-        some = rng.sample(sorted(tensors), rng.randint(1, len(tensors)))
-        check_gradients(tensors, {name: x for name, x in others.items() if not name.startswith("map_")}, dtype, some)
+    queries = [1, 2, 17, 63, 64, 65, 100, 140]
+    check_random_gradients(f"gradients {capability} {dtype}", dtype, queries, HEAD_DIMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_of_head_sizes_without_tensor_cores(dtype, monkeypatch):
+    monkeypatch.setenv("FLEXATTN_CAPABILITY", "70")
+    check_random_gradients(f"large heads {dtype}", dtype, [17, 63, 64, 65], (160, 256))
 
 
 def make_hidden_case(queries: int, value: float, dtype: torch.dtype = torch.float16) -> tuple[dict, dict]:

@@ -136,6 +136,18 @@ def test_the_steady_path_skips_a_mask_and_takes_the_wide_loads():
     assert "FSEL" in opcodes(loop.everything)
 
 
+def test_without_tensor_cores_the_loop_with_most_products_and_loads_is_the_main_one():
+    loop = flow(
+        *["FADD R1, R2, R3"] * 3,  # 0x00: the softmax, say
+        "@P0 BRA 0x0",
+        "LDS R2, [R1]",  # 0x40
+        "FFMA R1, R2, R3, R1",
+        "@P1 BRA 0x40",
+        "EXIT",
+    ).main_loop()
+    assert opcodes(loop.steady) == ["LDS", "FFMA", "BRA"]
+
+
 def test_a_part_of_the_loop_that_lies_behind_its_end_belongs_to_it():
     loop = flow(
         "@P0 BRA 0x40",  # 0x00: header
@@ -248,6 +260,7 @@ def tiles(instructions: list[Instruction], limits=None, measured=None, **resourc
         ({"shared_bytes": 1024}, {"static_shared_bytes": 1025}, "bytes of shared memory 1025, the budget is 1024"),
         ({"blocks_per_sm": 9}, {}, "blocks per SM 8, the budget asks for 9"),
         ({"tensor_fraction": 0.7}, {}, "fraction of the tensor peak 0.5, the budget asks for 0.7"),
+        ({"ffma_fraction": 0.8}, {}, "fraction of FFMA in the main loop 0, the budget asks for 0.8"),
         ({"no_local_in_loop": True}, {}, "1 LDL and 0 STL in the main loop"),
         ({"wavefronts_over_ideal": 1.05}, {}, "LDS wavefronts over the ideal 4.125, the budget is 1.05"),
     ],
@@ -264,6 +277,7 @@ def test_nothing_is_said_within_the_budget():
     limits |= {"needs_hmma": True, "no_local_in_loop": True}
     assert kernel.exceeded(tiles(body(HMMA=64, LDS128=4), limits)) == []
     assert kernel.exceeded(tiles(body(FFMA=1), {"needs_hmma": True})) == ["tiles<128>: no HMMA in the main loop."]
+    assert kernel.exceeded(tiles(body(FFMA=8, LDS128=1, BRA=1), {"ffma_fraction": 0.8})) == []
 
 
 def test_a_kernel_without_a_budget_and_a_budget_without_a_kernel_are_named():
