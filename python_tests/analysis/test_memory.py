@@ -46,6 +46,7 @@ def test_caches_are_those_of_the_model():
     assert estimate.hr_features == tokens * (32 + 2 * 8) * 4
 
 
+@pytest.mark.slow
 def test_nothing_is_allocated_for_seven_billion_parameters():
     half, single = (memory.estimate(seven_billion(), dtype) for dtype in (torch.float16, torch.float32))
     assert single.all_weights == 2 * half.all_weights

@@ -37,6 +37,7 @@ def parse(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line, read",
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import textwrap
 import time
@@ -11,11 +13,15 @@ import measuring
 import pytest
 import tables
 import torch
-from gpu import Result, Step
+from gpu import Expected, Result, Step
+
+SOON = Expected(1, "it is tiny")
 
 
 def python(code: str, name: str = "a step", **options) -> Step:
-    return Step(name, [sys.executable, "-c", textwrap.dedent(code)], limit=options.pop("limit", 60), **options)
+    return Step(
+        name, [sys.executable, "-c", textwrap.dedent(code)], limit=options.pop("limit", 60), expected=SOON, **options
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- a step
@@ -47,7 +53,9 @@ def test_a_step_that_hangs_is_ended_with_what_it_started():
 
 @pytest.mark.parametrize("optional, becomes", [(True, "left out"), (False, "FAILED")])
 def test_a_program_that_is_missing(optional, becomes):
-    result = gpu.run(Step("memcheck", ["no-such-sanitizer", "--tool", "memcheck"], limit=1, optional=optional))
+    result = gpu.run(
+        Step("memcheck", ["no-such-sanitizer", "--tool", "memcheck"], limit=1, expected=SOON, optional=optional)
+    )
     assert result.result == becomes and result.detail == "there is no no-such-sanitizer on this machine"
 
 
@@ -71,8 +79,8 @@ def test_tests_that_lack_a_package_do_not_look_green(tmp_path):
         for step in steps
         if step.name == "tests: operators"
     )
-    command = [word for word in tests.command if not word.startswith("python_tests")]
-    result = gpu.run(Step("tests", [*command, "-q", str(tmp_path)], limit=100))
+    command = tests.command[: tests.command.index("python_tests/ops")]
+    result = gpu.run(Step("tests", [*command, "-q", str(tmp_path)], limit=100, expected=SOON))
     assert result.result == "FAILED"
     summary, bad, part = result.detail.split("; ")
     assert "1 passed" in summary and "1 error" in summary
@@ -90,7 +98,9 @@ def test_without_hypothesis_the_other_files_run(tmp_path):
     files = ["python_tests/ops/test_attention_paths.py", "python_tests/analysis/test_viz.py"]
     command = [sys.executable, "-m", "pytest", "-p", "no:hypothesispytest", "-p", "no:cacheprovider", "-rE",
                "--continue-on-collection-errors", "--collect-only", *files]  # fmt: skip
-    result = gpu.run(Step("tests", command, limit=100, environment={"PYTHONPATH": f"{tmp_path}:{gpu.ROOT}"}))
+    result = gpu.run(
+        Step("tests", command, limit=100, expected=SOON, environment={"PYTHONPATH": f"{tmp_path}:{gpu.ROOT}"})
+    )
     assert "test_every_path_equals_the_reference" in result.output
     assert (
         "not collected: python_tests/analysis/test_viz.py (ModuleNotFoundError: No module named 'hypothesis')"
@@ -107,7 +117,9 @@ def test_a_failing_step_stops_no_other(tmp_path, capsys):
         python("print('table')\nprint('end')", "more tests", shown=True),
     ]
     plan = [[python("raise SystemExit('broken')", "build")], tests]
-    results = gpu.run_all(plan, tmp_path / "gpu.log")
+    kept = []
+    results = gpu.run_all(plan, tmp_path / "gpu.log", lambda results: kept.append(len(results)))
+    assert kept == [1, 2, 3]
     assert [(r.step, r.result) for r in results] == [("build", "FAILED"), ("tests", "passed"), ("more tests", "passed")]
     assert gpu.exit_code(results) == 1 and gpu.exit_code(results[1:]) == 0
     said = capsys.readouterr().out
@@ -122,27 +134,34 @@ def test_a_step_that_was_left_out_is_no_failure():
 def test_the_plan_ends_within_eight_minutes_and_nothing_runs_beside_the_benchmarks(tmp_path):
     plan = gpu.stages("python3", "9.0", tmp_path)
     assert sum(max(step.limit for step in steps) for steps in plan) < 8 * 60
+    assert all(step.expected.seconds < step.limit and step.expected.why for steps in plan for step in steps)
     assert [step.name for step in plan[-1]] == ["benchmarks"]
 
 
-def test_the_whole_suite_runs_once(tmp_path):
-    """What the groups take, the rest ignores, and nothing else."""
-    steps = [step for steps in gpu.stages("python3", "9.0", tmp_path) for step in steps]
-    tests = {step.name.partition(": ")[2]: step for step in steps if step.name.startswith("tests: ")}
-    volta, rest = tests.pop("operators, the V100's kernels"), tests.pop("the rest")
-    taken = [word for step in tests.values() for word in step.command if word.startswith("python_tests/")]
-    ignored = [word.partition("=")[2] for word in rest.command if word.startswith("--ignore=")]
-    assert taken == ignored and len(set(taken)) == len(taken) and all((gpu.ROOT / path).exists() for path in taken)
-    assert "python_tests" in rest.command
-    assert volta.command == tests["operators"].command and volta.environment == {"FLEXATTN_CAPABILITY": "70"}
+def test_the_operators_run_again_with_the_kernels_of_a_v100(tmp_path):
+    steps = {step.name: step for steps in gpu.stages("python3", "9.0", tmp_path) for step in steps}
+    tests, volta = steps["tests: operators"], steps["tests: operators, the V100's kernels"]
+    assert volta.command == tests.command and volta.environment == {"FLEXATTN_CAPABILITY": "70"}
 
 
-def test_a_dry_run_prints_the_commands(tmp_path, capsys):
-    assert gpu.main(["--dry-run", "--out", str(tmp_path / "results")]) == 0
-    said = capsys.readouterr().out
-    assert "FLEXATTN_CUDA=1 TORCH_CUDA_ARCH_LIST=" in said and "setup.py build_ext --inplace" in said
-    assert "--tool memcheck" in said and "--tool racecheck" in said and "FLEXATTN_CAPABILITY=70" in said
-    assert f"bench_attention.py --out {tmp_path / 'results'}" in said
+def test_every_group_of_tests_is_there():
+    for arguments in gpu.GROUPS.values():
+        paths = [gpu.ROOT / word for word in arguments if word.startswith("python_tests/")]
+        assert paths and all(path.exists() for path in paths)
+
+
+def test_a_dry_run_prints_the_commands_and_needs_no_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch')")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "benchmarks/gpu.py", "--dry-run", "--out", str(tmp_path / "results")]
+    said = subprocess.run(
+        command, cwd=gpu.ROOT, env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    lines = said.stdout
+    assert "FLEXATTN_CUDA=1 TORCH_CUDA_ARCH_LIST=" in lines and "setup.py build_ext --inplace" in lines
+    assert "--tool memcheck --report-api-errors no" in lines and "--tool racecheck" in lines
+    assert "FLEXATTN_CAPABILITY=70" in lines and f"bench_attention.py --out {tmp_path / 'results'}" in lines
+    assert "build: about 75 s" in lines and "expected in all: 75 + 10 + 90 + 110 = 285 s" in lines
     assert not (tmp_path / "results").exists()
 
 

@@ -240,6 +240,7 @@ def test_sizes_follow_the_model_that_is_fed(llava):
 # ---------------------------------------------------------------------------------------------------------- own format
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["released", "llava"])
 def test_processor_round_trips(request, tmp_path, source):
     folder = request.getfixturevalue(source)

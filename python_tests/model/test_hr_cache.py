@@ -120,6 +120,7 @@ def test_only_the_tiles_of_the_selection_are_encoded():
     assert torch.equal(tokens, again) and (logits - all_at_once).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("hr_cache", [True, False])
 def test_samples_of_one_prompt_share_its_images(hr_cache):
@@ -180,6 +181,7 @@ def test_a_cropped_cache_forgets_the_images_behind_its_end():
     assert (logits[0] - logits[1]).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_conversations_taken_in_turns_and_in_threads_never_mix(model):
     questions = [image_question(seed, text=6 + seed) for seed in range(3)]

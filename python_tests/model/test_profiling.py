@@ -42,6 +42,7 @@ def ask():
 OPERATORS = ("hierarchical_attention", "select_tokens", "gather_tokens", "assign_slots", "project_hr_kv", "write_hr_kv")
 
 
+@pytest.mark.slow
 def test_phases_are_absent_until_switched_on():
     found = {name for name, *_ in names(ask())}
     assert found == {f"flexattn_cuda::{name}" for name in OPERATORS}

@@ -43,6 +43,7 @@ def rounded(case, dtype):
     }
 
 
+@pytest.mark.slow
 @device_cases
 @dtype_cases
 @settings(max_examples=40)
@@ -119,6 +120,7 @@ def check_gradients(device, dtype, case):
         assert_as_good_as_eager(ours[name].cpu(), eager[name], exact[name], dtype, f"gradient of {name}", cancelled)
 
 
+@pytest.mark.slow
 @device_cases
 @settings(max_examples=12)
 @given(case=attention_cases(gradients=True, small=True))
@@ -132,6 +134,7 @@ def test_gradcheck(device, case):
     assert torch.autograd.gradcheck(function, (*positional, *(keywords[name] for name in hr)))
 
 
+@pytest.mark.slow
 @device_cases
 @settings(max_examples=150)
 @given(case=selection_cases())
@@ -222,6 +225,7 @@ def test_gather_gradcheck(device):
     assert torch.autograd.gradcheck(lambda tokens: ops.gather_tokens(tokens, index), tokens)
 
 
+@pytest.mark.slow
 @device_cases
 @settings(max_examples=100)
 @given(case=slot_cases())
@@ -229,6 +233,7 @@ def test_slots(device, case):
     check_slots(device, case)
 
 
+@pytest.mark.slow
 @device_cases
 @large
 def test_slots_of_an_image(device):
@@ -326,6 +331,7 @@ def project(index, count, features, weight, table, next_free, k_pool, v_pool):
     return assigned.slots
 
 
+@pytest.mark.slow
 @device_cases
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_pool_holds_every_token_that_was_ever_selected(device, compiled):

@@ -50,6 +50,7 @@ def test_the_compiled_part_names_its_torch():
     assert native._torch_named_in(Path(native.compiled.__file__)) == native.compiled.build_info()["torch"]
 
 
+@pytest.mark.slow
 def test_a_torch_that_was_exchanged_is_named_beside_the_one_built_with(package):
     (package / COMPILED).write_bytes(b"\x7fELF... flexattn_cuda built with torch 1.2.3+cu999\0 ...")
     message = import_error(package)
@@ -59,18 +60,21 @@ def test_a_torch_that_was_exchanged_is_named_beside_the_one_built_with(package):
     assert "run `pip install .`" in message and "circular" not in message
 
 
+@pytest.mark.slow
 def test_a_compiled_part_that_loads_with_another_torch_is_refused(package):
     (package / "_C.py").write_text("def build_info():\n    return {'torch': '1.2.3+cu999'}\n")
     message = import_error(package)
     assert f"built with torch 1.2.3+cu999 but torch {torch.__version__} is installed" in message
 
 
+@pytest.mark.slow
 def test_a_damaged_compiled_part_shows_what_the_loader_says(package):
     (package / COMPILED).write_bytes(f"flexattn_cuda built with torch {torch.__version__}\0".encode())
     message = import_error(package)
     assert "cannot be loaded" in message and COMPILED in message and "run `pip install" in message
 
 
+@pytest.mark.slow
 def test_a_source_folder_without_a_build_says_so(package):
     (package.parent / "setup.py").touch()
     message = import_error(package)
@@ -79,11 +83,13 @@ def test_a_source_folder_without_a_build_says_so(package):
     assert "circular" not in message
 
 
+@pytest.mark.slow
 def test_an_installation_without_its_compiled_part_says_so(package):
     message = import_error(package)
     assert f"the compiled part of flexattn_cuda is missing from {package}; install flexattn_cuda again" in message
 
 
+@pytest.mark.slow
 def test_a_build_for_another_python_says_so(package):
     (package / "_C.cpython-35m-x86_64-linux-gnu.so").touch()
     message = import_error(package)

@@ -84,6 +84,7 @@ def test_resolutions_are_listed_once():
     ]
 
 
+@pytest.mark.slow
 def test_features_are_those_of_the_model_on_the_image(built, encoded):
     model, processor = built
     scene = next(make_scenes([photograph(0)], 1, seed=0))

@@ -103,6 +103,7 @@ def sentences(page):
     return re.findall(r"<p>(.*?)</p>", re.search(r'id="answer">(.*?)</div>', page, re.DOTALL).group(1))
 
 
+@pytest.mark.slow
 def test_accuracies_are_means_over_seeds_with_wilsons_interval_over_questions(finished):
     row = row_of(read_csv(finished / "table_1_2.csv"), system="flexattn", objects="small", task="attribute")
     assert float(row["accuracy"]) == pytest.approx((0.9 + 0.8 + 0.9) / 3, rel=1e-5)
@@ -248,6 +249,7 @@ def test_the_page_says_which_maps_were_supervised(page):
     assert " ".join(page.split()).count(told) == 2  # beside the figure of the maps, and where the training is described
 
 
+@pytest.mark.slow
 def test_the_report_is_the_same_when_made_again(finished, page):
     assert write_report(str(finished)).read_text() == page
 

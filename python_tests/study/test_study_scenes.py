@@ -21,6 +21,7 @@ def scenes(photographs):
     return list(make_scenes(photographs, 300, seed=0))
 
 
+@pytest.mark.slow
 def test_scenes_depend_on_seed_and_number_alone(photographs, scenes):
     again = list(make_scenes(photographs, 10, seed=0, first=5))
     for one, other in zip(scenes[5:15], again, strict=True):

@@ -20,6 +20,7 @@ def default():
     return load(device="cpu")
 
 
+@pytest.mark.slow
 def test_the_answers_are_those_of_ask(default, tmp_path):
     records = signs()
     totals = answer_file(write(tmp_path / "q.jsonl", records), tmp_path / "a.jsonl", device="cpu", batch_size=4)

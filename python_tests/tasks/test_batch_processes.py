@@ -58,6 +58,7 @@ def test_two_processes_resume_a_run_of_one(checkpoint, folder, monkeypatch):
     assert min(map(len, asked)) >= 3 and len(asked[0] + asked[1]) == 7
 
 
+@pytest.mark.slow
 def test_one_process_resumes_a_run_of_several(checkpoint, folder, monkeypatch, asked):
     questions, output = write(folder / "q.jsonl", some(9)), folder / "a.jsonl"
     expected = uninterrupted(checkpoint, questions)

@@ -44,6 +44,7 @@ def test_a_killed_run_is_resumed(folder, asked):
     assert not journal.exists()
 
 
+@pytest.mark.slow
 def test_a_journal_cut_off_anywhere_is_continued(checkpoint, folder, monkeypatch, asked):
     questions = write(folder / "q.jsonl", some(6))
     output, journal = folder / "a.jsonl", folder / "a.jsonl.partial.0"

@@ -60,6 +60,7 @@ def test_broken_records_are_counted_listed_and_left_out(flexattn, checkpoint, fi
     assert code == 0 and "11 records, 3 of them broken" in err
 
 
+@pytest.mark.slow
 def test_an_image_that_is_deleted_during_a_run_does_not_end_it(checkpoint, files, tmp_path, monkeypatch, capsys):
     check = data.check
 

@@ -68,6 +68,7 @@ def test_an_incomplete_checkpoint_is_passed_over(checkpoint, files, tmp_path):
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_further(checkpoint, files, tmp_path):
     settings = dict(steps=2, batch_size=4, learning_rate=1e-2, device="cpu")
     outcome, trained = train_on(files, tmp_path, checkpoint, **settings), weights(tmp_path)
@@ -75,6 +76,7 @@ def test_a_finished_run_is_not_trained_further(checkpoint, files, tmp_path):
     assert furthest(weights(tmp_path), trained) == 0
 
 
+@pytest.mark.slow
 def test_a_run_with_other_options_is_refused_unless_it_is_restarted(checkpoint, files, tmp_path):
     settings = dict(steps=2, batch_size=4, device="cpu")
     train_on(files, tmp_path, checkpoint, **settings, learning_rate=1e-3)
@@ -84,6 +86,7 @@ def test_a_run_with_other_options_is_refused_unless_it_is_restarted(checkpoint, 
     assert len(again.losses) == 2
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_only_with_the_records_and_images_it_was_started_with(checkpoint, files, tmp_path):
     settings = dict(model=checkpoint, steps=1, batch_size=4, device="cpu")
     output = tmp_path / "out"
@@ -103,6 +106,7 @@ def test_a_run_is_resumed_only_with_the_records_and_images_it_was_started_with(c
     train_on(files, output, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ['{"a": ', "[]", "null", "\udcff"])
 def test_a_damaged_file_of_options_is_refused(checkpoint, files, tmp_path, content):
     (tmp_path / "run.json").write_bytes(content.encode(errors="surrogateescape"))
@@ -111,6 +115,7 @@ def test_a_damaged_file_of_options_is_refused(checkpoint, files, tmp_path, conte
     train_on(files, tmp_path, checkpoint, steps=1, device="cpu", restart=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "log_every, step, whole", [(1, 3, "the last complete checkpoint is .*checkpoint-2$"), (4, 3, "no checkpoint")]
 )
@@ -133,6 +138,7 @@ def test_a_nan_or_infinite_loss_ends_the_run_before_it_is_saved(
     assert not (tmp_path / "checkpoint-3").exists() and not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(checkpoint, files, tmp_path):
     folder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)  # as the other run does
@@ -193,6 +199,7 @@ def test_every_system_learns_and_answers(checkpoint, files, tmp_path, system):
     answering.ask(model, processor, files[1] / "0.png", "Which digits stand on the red sign?", max_new_tokens=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part, trained", [("all", "vision_tower"), ("projector", "multi_modal_projector"), ("hr", "_proj_hd")]
 )

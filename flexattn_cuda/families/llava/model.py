@@ -350,6 +350,15 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             return inputs | images
         return {name: value for name, value in inputs.items() if name not in _ONCE}
 
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """Compile decoding with a static cache only if what the images add has a fixed size too (`hr_capacity`)."""
+        images = HRCache.beside(model_kwargs.get(CACHE_ARGUMENT))
+        grows = images is not None and images.capacity is None
+        if any(model_kwargs.get(name) is not None for name in ("pixel_values_hr", "hr_features")):
+            grows = self.config.system == "flexattn" and model_kwargs.get("hr_capacity") is None
+        compiles: bool = super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        return compiles and not grows
+
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
