@@ -74,23 +74,29 @@ def logits_of(model, inputs: dict, tokens: torch.Tensor) -> tuple[torch.Tensor, 
 # ------------------------------------------------------------------------------------------------------------ answers
 
 
+def steps_that_agree(one: list, other: list) -> int:
+    """Return how many steps, from the prompt on, select the same: a later one builds on keys of those before it."""
+    same = [all(torch.equal(a[at], b[at]) for at in a) for a, b in zip(one, other)]
+    return (*same, False).index(False)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("preset", tiny.PRESETS)
 def test_half_precision_is_as_near_to_float32_as_without_hr(device, dtype, preset):
-    """At most twice the largest error that the same model makes without HR tokens, in steps that select the same."""
-    reference, question = make(tiny.PRESETS[preset]), tiny.image_question()
-    tokens = tiny.generate(reference, STEPS, **question)[0][0]
-    model = copy_on(device, reference, dtype)
-    errors, same = {}, slice(None)
-    for name, inputs in {"without": low_resolution(question), "with": question}.items():
-        expected, selected = logits_of(reference, inputs, tokens)
-        found, found_selected = logits_of(model, on(device, inputs, dtype), tokens.to(device))
-        if name == "with":
-            same = [all(torch.equal(a[at], b[at]) for at in a) for a, b in zip(selected, found_selected)]
-        errors[name] = (found - expected)[same].abs().max()
-    assert any(same)
-    assert errors["with"] <= 2 * errors["without"], errors
+    """At most twice the largest error that the same model makes without HR tokens, as long as selections agree."""
+    reference = make(tiny.PRESETS[preset])
+    model, errors = copy_on(device, reference, dtype), {"without": [], "with": []}
+    for seed in range(3):
+        question = tiny.image_question(seed)
+        tokens = tiny.generate(reference, STEPS, **question)[0][0]
+        for name, inputs in {"without": low_resolution(question), "with": question}.items():
+            expected, selected = logits_of(reference, inputs, tokens)
+            found, found_selected = logits_of(model, on(device, inputs, dtype), tokens.to(device))
+            steps = steps_that_agree(selected, found_selected) if name == "with" else STEPS
+            errors[name] += (found - expected)[:steps].abs().flatten().tolist()
+    assert errors["with"], "no question's prompt selected the same"
+    assert max(errors["with"]) <= 2 * max(errors["without"])
 
 
 @torch.no_grad()
