@@ -46,3 +46,11 @@ def test_a_call_takes_fewer_steps_than_with_blocks_for_one_gpu(hr):
         assert now.waves(call) * (now.chunk + 32) <= before.waves(call) * (before.chunk + 32)
         if not hr and call.wave >= 8 * batch * kv_heads:
             assert now.waves(call) == 1
+
+
+@pytest.mark.parametrize("kv_heads", [32, 16])
+def test_a_token_of_a_7b_model_fills_a_v100_in_one_wave(kv_heads):
+    """A prompt of 640 and a tenth of the HR tokens: two blocks for each of the 80 multiprocessors, or more."""
+    call = decode_waves.Call(batch=1, kv_heads=kv_heads, keys=640, hr=518, multiprocessors=80)
+    now = decode_waves.cut_now(call)
+    assert now.waves(call) == 1 and now.blocks >= 160
