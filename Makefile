@@ -1,6 +1,6 @@
 # make demo           install into .venv and ask the example questions; fail if an answer is wrong
 # make test           install what is missing and run all tests, on all cores
-# make test-fast      run the tests that take less than about a second each: under a minute on two cores
+# make test-fast      run the tests that take less than about a second each: under two minutes on two cores
 # make lint           run ruff, clang-format and mypy; check boundaries between rooms and sizes of functions and kernels
 # make format         format Python and C++, and apply ruff's safe fixes
 # make docs           build the documentation into build/docs; a warning is an error

@@ -80,6 +80,7 @@ def steps_that_agree(one: list, other: list) -> int:
     return (*same, False).index(False)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("preset", tiny.PRESETS)
