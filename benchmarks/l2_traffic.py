@@ -10,7 +10,8 @@ bytes that miss it, over those that must move once; "before" is the same with th
 "steps" is the steps until the last block ends, over those of slots that are never empty.
 
     forward    prefill and, of the gradients, those of queries: a block owns queries, keys and values pass by
-    backward   gradients of keys and values: a block owns keys, queries and gradients of the output pass by
+    backward   gradients of keys and values: a block owns 64 keys, 128 on a V100; queries and gradients of the output
+               pass by
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ MB = 2**20
 
 @dataclass(frozen=True)
 class Gpu:
+    """owned_tiles: Tiles of keys that a block of the backward pass owns."""
+
     name: str
     l2_bytes: int
     multiprocessors: int
+    owned_tiles: int = 1
 
 
-GPUS = (Gpu("V100", 6 * MB, 80), Gpu("A100", 40 * MB, 108), Gpu("H100", 50 * MB, 132))
+GPUS = (Gpu("V100", 6 * MB, 80, owned_tiles=2), Gpu("A100", 40 * MB, 108), Gpu("H100", 50 * MB, 132))
 RESIDENT = {"forward": 2, "backward": 1}  # blocks of a multiprocessor, by the launch bounds of the kernels
 STALLS = 0.2
 
@@ -102,35 +106,41 @@ def forward_block(call: Call, head: int, tile: int) -> Block:
     return Block((("q", head, own),), passing, (("out", head, own),))
 
 
-def backward_block(call: Call, kv_head: int, tile: int) -> Block:
+def backward_block(call: Call, kv_head: int, tile: int, owned_tiles: int) -> Block:
     group = call.heads // call.kv_heads
     heads = range(kv_head * group, (kv_head + 1) * group)
-    passing = [(("q", head, row), ("grad_out", head, row)) for head in heads for row in range(tile, call.tiles)]
-    own = (("k", kv_head, tile), ("v", kv_head, tile))
-    return Block(own, passing, (("grad_k", kv_head, tile), ("grad_v", kv_head, tile)))
+    keys = range(tile * owned_tiles, min((tile + 1) * owned_tiles, call.tiles))
+    passing = [(("q", head, row), ("grad_out", head, row)) for head in heads for row in range(keys[0], call.tiles)]
+    owned, written = (
+        tuple((name, kv_head, key) for key in keys for name in names) for names in ("kv", ("grad_k", "grad_v"))
+    )
+    return Block(owned, passing, written)
 
 
-def order_of(call: Call, kernel: str, l2_bytes: int) -> Iterator[tuple[int, int]]:
-    """Return the head and the tile of every block in the order in which they start, for a cache of this size."""
+def blocks_of(call: Call, kernel: str, gpu: Gpu, l2_bytes: int) -> Iterator[Block]:
+    """Yield the blocks in the order in which they start, for a cache of this size."""
     if kernel == "forward":
-        heads, streamed = call.heads, 2 * (call.queries + call.hr) * call.kv_heads // call.heads
+        heads, tiles, streamed = call.heads, call.tiles, 2 * (call.queries + call.hr) * call.kv_heads // call.heads
     else:
-        heads, streamed = call.kv_heads, 2 * call.queries * call.heads // call.kv_heads
-    return iter(compiled.block_order(call.batch * heads, call.tiles, 2 * streamed * call.head_dim, l2_bytes))
+        heads, tiles = call.kv_heads, -(-call.tiles // gpu.owned_tiles)
+        streamed = 2 * call.queries * call.heads // call.kv_heads
+    for head, tile in compiled.block_order(call.batch * heads, tiles, 2 * streamed * call.head_dim, l2_bytes):
+        if kernel == "forward":
+            yield forward_block(call, head, tile)
+        else:
+            yield backward_block(call, head, tile, gpu.owned_tiles)
 
 
 def simulate(call: Call, kernel: str, gpu: Gpu, grouped: bool) -> tuple[float, float]:
     """Return traffic and steps, as the module's docstring defines them."""
-    block_of = forward_block if kernel == "forward" else backward_block
-    order = order_of(call, kernel, gpu.l2_bytes if grouped else 2**62)  # all heads fit into a cache without an end
+    blocks = blocks_of(call, kernel, gpu, gpu.l2_bytes if grouped else 2**62)  # which all heads fit into at once
     cache, slots = Cache(gpu.l2_bytes // call.tile_bytes), gpu.multiprocessors * RESIDENT[kernel]
     chance = random.Random(0)
     running: list[tuple[Block, Iterator]] = []
     seen: set[Hashable] = set()
     steps = work = 0
     while True:
-        for head, tile in itertools.islice(order, slots - len(running)):
-            block = block_of(call, head, tile)
+        for block in itertools.islice(blocks, slots - len(running)):
             cache.use(*block.owned)
             seen.update(block.owned, block.written, *block.passing)
             running.append((block, iter(block.passing)))
