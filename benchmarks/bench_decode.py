@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,32 +140,27 @@ def projection_flops(rows: int) -> int:
     return (shape.layers - shape.first_layer) * rows * 2 * 2 * shape.width**2
 
 
-@dataclass
-class Calls:
-    """The operator and torch's attention on the same small tensors."""
-
-    keys: int = 8
-
-    def functions(self) -> dict[str, Any]:
-        q, k, v = (torch.randn(1, 2, n, 16) for n in (1, self.keys, self.keys))
-        start, length = torch.zeros(1, dtype=torch.int32), torch.full((1,), self.keys, dtype=torch.int32)
-        pool, slots = torch.randn(4, 2, 16), torch.arange(4, dtype=torch.int32)[None]
-        count, rows = torch.full((1,), 4, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
-        ranges = torch.tensor([[[1, 5]]], dtype=torch.int32)
-        hr = dict(k_hr=pool, v_hr=pool, hr_slots=slots, hr_count=count, hr_rows=rows, map_ranges=ranges, map_size=4)
-        given = dict(kv_start=start, kv_len=length)
-        return {
-            "sdpa": lambda: functional.scaled_dot_product_attention(q, k, v),
-            "plain": lambda: ops.hierarchical_attention(q, k, v, **given),
-            "HR keys and map": lambda: ops.hierarchical_attention(q, k, v, **given, **hr),
-        }
+def tiny_calls(keys: int = 8) -> dict[str, Callable]:
+    """Return calls of the operator and of torch's attention on the same small tensors."""
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (1, keys, keys))
+    start, length = torch.zeros(1, dtype=torch.int32), torch.full((1,), keys, dtype=torch.int32)
+    pool, slots = torch.randn(4, 2, 16), torch.arange(4, dtype=torch.int32)[None]
+    count, rows = torch.full((1,), 4, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    ranges = torch.tensor([[[1, 5]]], dtype=torch.int32)
+    hr = dict(k_hr=pool, v_hr=pool, hr_slots=slots, hr_count=count, hr_rows=rows, map_ranges=ranges, map_size=4)
+    given = dict(kv_start=start, kv_len=length)
+    return {
+        "sdpa": lambda: functional.scaled_dot_product_attention(q, k, v),
+        "plain": lambda: ops.hierarchical_attention(q, k, v, **given),
+        "HR keys and map": lambda: ops.hierarchical_attention(q, k, v, **given, **hr),
+    }
 
 
 @torch.no_grad()
 def time_calls(seconds: float) -> dict[str, float]:
     """Return the microseconds of a call on the CPU, medians of calls that take turns."""
     torch.set_num_threads(1)
-    return {name: timing.seconds * 1e6 for name, timing in measuring.medians(Calls().functions(), seconds).items()}
+    return {name: timing.seconds * 1e6 for name, timing in measuring.medians(tiny_calls(), seconds).items()}
 
 
 def rows_of(name: str, steps: list[Step]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_fma(AttentionForwardP
     const KeyTile tile = work.tile(t);
     const bool masked = !work.sees_all(in, tile);
     const uint64_t seen = masked ? seen_keys<uint64_t>(in, work, tile) : ~uint64_t{0};
-    // Described anew for each slice: that takes fewer registers than it does instructions.
+    // Rows are described anew for each slice: registers are scarcer here than instructions.
     const auto issue_values = [&](int key) {
       const TileRows<T> rows = value_rows<T>(in, tile, work.sample, work.kv_head);
       ValueSlices<T, kD>::issue(stream, rows, seen, key, d);

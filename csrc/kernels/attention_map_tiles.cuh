@@ -61,11 +61,10 @@ __device__ inline uint64_t visible_cells(const AttentionForwardParams& p, const 
   return cells & bits_from(p.in.key_mask + work.sample * words_for_bits(p.in.keys), first, p.in.keys);
 }
 
-// The keys of a head from cell `first` of the block on.
+// The keys that a head reads, from cell `first` of the block on.
 template <typename T>
 __device__ TileRows<T> keys_of_cells(const AttentionForwardParams& p, const MapWork& work, int head, int first) {
-  const int kv_head = head / static_cast<int>(p.in.heads / p.in.kv_heads);
-  return {row_of<T>(p.in.k, p.in.k_strides, work.sample, kv_head, 0), p.in.k_strides.row, nullptr,
+  return {row_of<T>(p.in.k, p.in.k_strides, work.sample, kv_head_of(p.in, head), 0), p.in.k_strides.row, nullptr,
           work.keys.begin + work.first_cell + first, work.keys.end - 1};
 }
 
@@ -86,7 +85,7 @@ struct MapSums {
     }
   }
 
-  // Add the probabilities of the cells kAddedCells * part and so on in a head. lse: in base 2.
+  // Add what a head gives kAddedCells cells, from cell kAddedCells * part on. lse: in base 2.
   template <int part>
   __device__ __forceinline__ void add(const float (&s)[kScores], float scale, const float (&lse)[Rows::kLaneRows]) {
 #pragma unroll
@@ -128,7 +127,6 @@ struct MapTile : MapSums<Mma, kPassingScores, kPassingRows> {
   using MapSums<Mma, kPassingScores, kPassingRows>::MapSums;
   Mma mma;
 
-  __device__ int kv_head(int head) const { return head / static_cast<int>(this->p.in.heads / this->p.in.kv_heads); }
   // The keys of half of the cells.
   __device__ TileRows<T> keys(int head, int half) const {
     return keys_of_cells<T>(this->p, this->work, head, half * kPassingRows);
@@ -168,7 +166,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) map_tiles(AttentionForwardPar
     passing.commit();
     __syncthreads();
     for (int head = 0; head < heads; ++head) {
-      const bool more = head + 1 < heads && tile.kv_head(head + 1) != tile.kv_head(head);
+      const bool more = head + 1 < heads && kv_head_of(p.in, head + 1) != kv_head_of(p.in, head);
       if (more) passing.issue(tile.keys(head + 1, 0), tile.keys(head + 1, 1), d);
       float lse[2];
       tile.read_lse(head, lse);

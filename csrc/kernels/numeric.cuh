@@ -46,4 +46,10 @@ void dispatch(DType dtype, const Function& function) {
   dispatch_storage<__half, __nv_bfloat16>(dtype, function);
 }
 
+// Calls function(T(), C()) with C that of cosines and sines too, which are in the same dtype or in float32.
+template <typename Function>
+void dispatch(DType dtype, DType table_dtype, const Function& function) {
+  dispatch(dtype, [&](auto value) { table_dtype == dtype ? function(value, value) : function(value, float{}); });
+}
+
 }  // namespace flexattn::cuda

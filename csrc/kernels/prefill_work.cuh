@@ -79,7 +79,7 @@ __device__ inline void assign_rows(const AttentionInputs& in, const BlockOrder& 
   const int sample = place.head / heads;
   work.sample = sample;
   work.head = place.head % heads;
-  work.kv_head = work.head / static_cast<int>(in.heads / in.kv_heads);
+  work.kv_head = kv_head_of(in, work.head);
   work.first_row = (order.tiles - 1 - place.tile) * kTileRows;  // the last rows see most keys: they start first
   work.rows = min(kTileRows, static_cast<int>(in.queries) - work.first_row);
   check_ranges(in, sample);

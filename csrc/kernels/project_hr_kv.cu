@@ -18,7 +18,7 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kRows = 8;      // tokens at a time
 constexpr int kProducts = 4;  // of a token: channels c and c + d/2 of the key, and of the value
 
-// Row `of the weights` of each product of a warp, which is their channel in [0, Hkv * d).
+// Of each product of a warp, the row of the weights: its channel in [0, Hkv * d).
 struct Channels {
   int64_t head, first, half;
 
@@ -126,10 +126,8 @@ void project(const ProjectHrKvParams& p, Stream stream) {
 }  // namespace
 
 void project_hr_kv(const ProjectHrKvParams& params, Stream stream) {
-  dispatch(params.dtype, [&](auto value) {
-    using T = decltype(value);
-    params.table_dtype == params.dtype ? project<T, T>(params, stream) : project<T, float>(params, stream);
-  });
+  dispatch(params.dtype, params.table_dtype,
+           [&](auto value, auto angle) { project<decltype(value), decltype(angle)>(params, stream); });
 }
 
 }  // namespace flexattn::cuda

@@ -15,6 +15,11 @@ struct alignas(8) KeyInterval {
   int begin, end;
 };
 
+// The key head that a query head reads.
+__device__ inline int kv_head_of(const AttentionInputs& in, int head) {
+  return head / static_cast<int>(in.heads / in.kv_heads);
+}
+
 __device__ inline int64_t first_key(const AttentionInputs& in, int64_t b) {
   require("hierarchical_attention: kv_start", in.kv_start[b], 0, in.keys);
   return in.kv_start[b];

@@ -58,10 +58,8 @@ void write(const WriteHrKvParams& p, Stream stream) {
 }  // namespace
 
 void write_hr_kv(const WriteHrKvParams& params, Stream stream) {
-  dispatch(params.dtype, [&](auto value) {
-    using T = decltype(value);
-    params.table_dtype == params.dtype ? write<T, T>(params, stream) : write<T, float>(params, stream);
-  });
+  dispatch(params.dtype, params.table_dtype,
+           [&](auto value, auto angle) { write<decltype(value), decltype(angle)>(params, stream); });
 }
 
 }  // namespace flexattn::cuda

@@ -124,7 +124,6 @@ class HRPool:
 
     def store(self, keys: torch.Tensor, values: torch.Tensor, tables: RotaryTables, slots: torch.Tensor) -> None:
         """Write new tokens as `write` does, into a pool that grows as far as it must."""
-        self.latest = len(keys)
         self.ensure_capacity(self.used + len(keys), keys)
         self.write(keys, values, tables, slots)
         self.used += len(keys)

@@ -169,7 +169,7 @@ class HRTokens:
         self._is_waiting = None
 
     def _tokens_changed(self) -> None:
-        """Number the tiles for `tile_numbers`: every image has room for as many as the one with the most."""
+        """Follow new tensors or images. Every image has room for as many tiles as the one with the most."""
         self._is_waiting = None
         if self.fixed:
             for tensor in (self.features, *self.tables):

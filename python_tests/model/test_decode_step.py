@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import bench_decode
 import pytest
 import tiny
 import torch
 from tiny import image_question
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
 from flexattn_cuda import Trace
-from flexattn_cuda.mechanism import attention
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 from flexattn_cuda.mechanism.context import HRContext
@@ -18,19 +17,6 @@ from flexattn_cuda.mechanism.pool import HRPool
 
 OWN = ("assign_slots", "project_hr_kv", "hierarchical_attention", "select_tokens")
 CAPACITY = (tiny.ZOOM * tiny.SIDE) ** 2  # slots for every token of an image
-
-
-class Dispatched(TorchDispatchMode):
-    """Records the operators that attention dispatches, by layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.by_layer = None, {}
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if self.layer is not None:
-            self.by_layer.setdefault(self.layer, []).append(operator._opname)
-        return operator(*args, **(kwargs or {}))
 
 
 # Every cell but the smallest of a map is selected, so that a few steps select all tokens.
@@ -48,48 +34,37 @@ def settled_cache(model, steps=30):
     return cache, token
 
 
-def dispatched_in_a_step(monkeypatch, model, cache, token):
-    """Return the operators of one step, by HR layer."""
-    dispatched = Dispatched()
-
-    def watched(module, *args, **kwargs):
-        dispatched.layer = module.layer_idx
-        try:
-            return attention.flexattn_attention(module, *args, **kwargs)
-        finally:
-            dispatched.layer = None
-
-    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, watched)
-    with dispatched:
+def dispatched_in_a_step(model, cache, token):
+    """Return the names of the operators of one step, by HR layer."""
+    with bench_decode.watch(model.config.flexattn.first_layer) as step:
         model(input_ids=token, past_key_values=cache)
-    return [dispatched.by_layer[layer] for layer in model.config.hr_layers]
+    return [[name.split(".")[1] for name in step.by_layer[layer]] for layer in model.config.hr_layers]
 
 
 @torch.no_grad()
-def test_a_step_dispatches_four_operators_in_a_layer(monkeypatch):
+def test_a_step_dispatches_four_operators_in_a_layer():
     model = tiny.flex(NEARLY_ALL)
-    *layers, last = dispatched_in_a_step(monkeypatch, model, *settled_cache(model))
+    *layers, last = dispatched_in_a_step(model, *settled_cache(model))
     assert layers and all(found == list(OWN) for found in layers) and last == list(OWN[:-1])
 
 
 @torch.no_grad()
-def test_a_step_in_fixed_pools_counts_what_does_not_fit_besides(monkeypatch):
+def test_a_step_in_fixed_pools_counts_what_does_not_fit_besides():
     model = tiny.flex(tiny.PRESETS["released"])
     cache = StaticCache(config=model.config.text_config, max_cache_len=64)
     model(**image_question(), past_key_values=cache, hr_capacity=CAPACITY)
-    for layer in dispatched_in_a_step(monkeypatch, model, cache, torch.tensor([[5]])):
+    for layer in dispatched_in_a_step(model, cache, torch.tensor([[5]])):
         assert [name for name in layer if name in OWN] == [name for name in OWN if name in layer]
         assert len(layer) <= len(OWN) + 2
 
 
 @torch.no_grad()
-def test_a_step_reads_once(monkeypatch):
+def test_a_step_reads_once():
     model = tiny.flex(NEARLY_ALL)
     cache, token = settled_cache(model)
-    reads, tolist = [], torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor) or tolist(tensor))
-    model(input_ids=token, past_key_values=cache)
-    assert len(reads) == 1
+    with bench_decode.watch(model.config.flexattn.first_layer) as step:
+        model(input_ids=token, past_key_values=cache)
+    assert len(step.waits) == 1
 
 
 def questions():

@@ -11,17 +11,16 @@ import pytest
 import tiny
 import torch
 from backend import BACKEND
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache
 
 from flexattn_cuda import FlexAttnConfig, Trace
 from flexattn_cuda.errors import PoolOverflow
-from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 
 DEVICES = ["cuda" if torch.cuda.is_available() and BACKEND == "cpu" else "cpu"]
 HALF = [torch.float16, torch.bfloat16]
 STEPS = 8
-ALL_TOKENS = 3 * 18 * 18  # HR tokens of the three images of `batch`
+ALL_TOKENS = 3 * 18 * 18  # HR tokens of the three images of `tiny.mixed_batch`
 FLOAT32 = 1e-3  # of logits of the order of 10: the kernels add in another order
 # A share of the cells that the map does not choose: the same in every precision.
 CENTER = tiny.settings(strategy="center", ratio=0.34)
@@ -47,19 +46,6 @@ def on(device: torch.device, inputs: dict, dtype: torch.dtype | None = None) -> 
 
 def copy_on(device: torch.device, model, dtype: torch.dtype = torch.float32):
     return copy.deepcopy(model).to(device, dtype)
-
-
-def batch() -> dict:
-    """Two images in one prompt, one in another, and text alone."""
-    rows = [tiny.prompt(2, "image", 5, "image", 3, seed=1), tiny.prompt(4, "image", 9), tiny.prompt(7, seed=2)]
-    return tiny.left_padded(*rows) | {"pixel_values_hr": tiny.images(3)}
-
-
-def low_resolution(inputs: dict) -> dict:
-    """Return the same question without HR pixels."""
-    size = tiny.SIDE * tiny.PATCH
-    low = torch.nn.functional.interpolate(inputs["pixel_values_hr"], size=(size, size), mode="bilinear", antialias=True)
-    return {name: value for name, value in inputs.items() if name != "pixel_values_hr"} | {"pixel_values": low}
 
 
 def logits_of(model, inputs: dict, tokens: torch.Tensor) -> tuple[torch.Tensor, list]:
@@ -91,7 +77,7 @@ def test_half_precision_is_as_near_to_float32_as_without_hr(device, dtype, prese
     for seed in range(3):
         question = tiny.image_question(seed)
         tokens = tiny.generate(reference, STEPS, **question)[0][0]
-        for name, inputs in {"without": low_resolution(question), "with": question}.items():
+        for name, inputs in {"without": tiny.low_resolution(question), "with": question}.items():
             expected, selected = logits_of(reference, inputs, tokens)
             found, found_selected = logits_of(model, on(device, inputs, dtype), tokens.to(device))
             steps = steps_that_agree(selected, found_selected) if name == "with" else STEPS
@@ -110,7 +96,7 @@ def test_a_selection_made_without_the_map_is_the_same_in_every_precision(device,
     found, found_selected = logits_of(model, on(device, question, dtype), tokens.to(device))
     assert all(torch.equal(a[at], b[at]) for a, b in zip(selected, found_selected) for at in a)
     plain, plain_found = (
-        logits_of(m, on(m.device, low_resolution(question), m.dtype), tokens.to(m.device))[0]
+        logits_of(m, on(m.device, tiny.low_resolution(question), m.dtype), tokens.to(m.device))[0]
         for m in (reference, model)
     )
     own = FLOAT32 if dtype == torch.float32 else (plain_found - plain).abs().max()
@@ -121,8 +107,8 @@ def test_a_selection_made_without_the_map_is_the_same_in_every_precision(device,
 @pytest.mark.parametrize("preset", tiny.PRESETS)
 def test_a_batch_of_prompts(device, preset):
     reference = make(tiny.PRESETS[preset])
-    expected, logits = tiny.generate(reference, STEPS, **batch())
-    found, found_logits = tiny.generate(copy_on(device, reference), STEPS, **on(device, batch()))
+    expected, logits = tiny.generate(reference, STEPS, **tiny.mixed_batch())
+    found, found_logits = tiny.generate(copy_on(device, reference), STEPS, **on(device, tiny.mixed_batch()))
     assert torch.equal(found.cpu(), expected)
     assert (found_logits.cpu() - logits).abs().max() <= FLOAT32
 
@@ -131,8 +117,8 @@ def test_a_batch_of_prompts(device, preset):
 def test_beams(device):
     reference = make()
     options = dict(num_beams=3, max_new_tokens=5, do_sample=False, output_scores=True, return_dict_in_generate=True)
-    expected = reference.generate(**batch(), **options)
-    found = copy_on(device, reference).generate(**on(device, batch()), **options)
+    expected = reference.generate(**tiny.mixed_batch(), **options)
+    found = copy_on(device, reference).generate(**on(device, tiny.mixed_batch()), **options)
     assert (found.sequences_scores.cpu() - expected.sequences_scores).abs().max() <= FLOAT32
 
 
@@ -177,7 +163,7 @@ def test_the_gradients_of_a_training_step(device, dtype):
     labels = torch.full_like(question["input_ids"], -100)
     labels[:, -5:] = question["input_ids"][:, -5:]
     model, errors = copy_on(device, reference, dtype), {}
-    for name, inputs in {"without": low_resolution(question), "with": question | {"hr_alpha": 0.4}}.items():
+    for name, inputs in {"without": tiny.low_resolution(question), "with": question | {"hr_alpha": 0.4}}.items():
         inputs = inputs | {"labels": labels}
         errors[name] = relative_errors(gradients(model, on(device, inputs, dtype)), gradients(reference, inputs))
     assert any("k_proj_hd" in name for name in errors["with"])
@@ -203,23 +189,6 @@ def test_an_optimizer_step_lowers_the_loss(device):
 # ------------------------------------------------------------------------------------- static caches, compiled decoding
 
 
-def decode(model, step, inputs: dict, steps: int) -> torch.Tensor:
-    """Answer greedily with a static cache and pools of fixed size, one call of `step` for each token."""
-    mask, length = inputs["attention_mask"], inputs["input_ids"].shape[1]
-    cache = StaticCache(config=model.config.text_config, max_cache_len=length + steps)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    options = {CACHE_ARGUMENT: cache, "hr_capacity": ALL_TOKENS}
-    logits = model(**inputs, position_ids=positions, **options).logits
-    tokens, whole = [logits[:, -1:].argmax(-1)], torch.nn.functional.pad(mask, (0, steps))
-    for number in range(steps - 1):
-        whole[:, length + number] = 1
-        call = dict(input_ids=tokens[-1].clone(), attention_mask=whole, position_ids=whole.sum(-1, keepdim=True) - 1)
-        logits = step(**call, **{CACHE_ARGUMENT: cache}).logits
-        HRCache.beside(cache).check_overflow()
-        tokens.append(logits[:, -1:].argmax(-1))
-    return torch.cat(tokens, 1)
-
-
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("preset", tiny.PRESETS)
@@ -227,11 +196,13 @@ def test_a_decoding_step_compiled_by_inductor(device, preset):
     """On a GPU replayed as a CUDA graph."""
     torch._dynamo.reset()
     reference = make(tiny.PRESETS[preset])
-    expected, _ = tiny.generate(reference, STEPS, **batch())
+    expected, _ = tiny.generate(reference, STEPS, **tiny.mixed_batch())
     model = copy_on(device, reference)
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     step = torch.compile(model.forward, fullgraph=True, mode=mode)
-    assert torch.equal(decode(model, step, on(device, batch()), STEPS).cpu(), expected)
+    assert torch.equal(
+        tiny.decode_in_fixed_pools(model, step, on(device, tiny.mixed_batch()), ALL_TOKENS, STEPS).cpu(), expected
+    )
 
 
 COMPILED = dict(
@@ -245,11 +216,11 @@ COMPILED["compile_config"]._compile_all_devices = True  # where it runs, transfo
 def test_generate_compiles_decoding_only_with_pools_of_fixed_size(device):
     torch._dynamo.reset()
     reference = make()
-    expected, _ = tiny.generate(reference, STEPS, **batch())
+    expected, _ = tiny.generate(reference, STEPS, **tiny.mixed_batch())
     model, graphs = copy_on(device, reference), torch._dynamo.utils.counters["stats"]
     for options, compiled in ({}, False), ({"hr_capacity": ALL_TOKENS}, True):
         graphs.clear()
-        found, _ = tiny.generate(model, STEPS, **on(device, batch()), **options, **COMPILED)
+        found, _ = tiny.generate(model, STEPS, **on(device, tiny.mixed_batch()), **options, **COMPILED)
         assert torch.equal(found.cpu(), expected)
         assert bool(graphs["unique_graphs"]) == compiled, options
 
@@ -258,6 +229,6 @@ def test_generate_compiles_decoding_only_with_pools_of_fixed_size(device):
 def test_a_capacity_that_is_too_small_is_refused(device):
     with pytest.raises(PoolOverflow, match="hr_capacity=10 is too small"):
         tiny.generate(
-            copy_on(device, make()), STEPS, **on(device, batch()), hr_capacity=10, cache_implementation="static",
-            disable_compile=True,
+            copy_on(device, make()), STEPS, **on(device, tiny.mixed_batch()), hr_capacity=10,
+            cache_implementation="static", disable_compile=True,
         )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from tiny import image_question
+from tiny import decode_in_fixed_pools, image_question, mixed_batch
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
@@ -21,12 +21,6 @@ from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 
 STEPS = 64
-
-
-def mixed_batch():
-    """Different questions, two images in one prompt, and a row of text alone."""
-    rows = [tiny.prompt(2, "image", 5, "image", 3, seed=1), tiny.prompt(4, "image", 9), tiny.prompt(7, seed=2)]
-    return tiny.left_padded(*rows) | {"pixel_values_hr": tiny.images(3)}
 
 
 def run(model, steps=STEPS, **inputs):
@@ -245,27 +239,6 @@ def test_rows_that_the_cache_does_not_know_are_refused():
 
 
 # -------------------------------------------------------------------------------------------------- pools of fixed size
-
-
-def decode_in_fixed_pools(model, step, inputs, capacity, steps):
-    """Greedy decoding with a static cache, one call of `step` for each token."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    cache = StaticCache(config=model.config.text_config, max_cache_len=ids.shape[1] + steps)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = model(**inputs, position_ids=positions, past_key_values=cache, hr_capacity=capacity).logits
-    tokens = [logits[:, -1:].argmax(-1)]
-    for _ in range(steps - 1):
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        whole = torch.nn.functional.pad(mask, (0, ids.shape[1] + steps - mask.shape[1]))
-        logits = step(
-            input_ids=tokens[-1],
-            attention_mask=whole,
-            position_ids=mask.sum(-1, keepdim=True) - 1,
-            past_key_values=cache,
-        ).logits
-        HRCache.beside(cache).check_overflow()
-        tokens.append(logits[:, -1:].argmax(-1))
-    return torch.cat(tokens, 1)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from tiny import image_question
 from transformers import DynamicCache
 
 from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, Trace
@@ -17,21 +18,12 @@ def assert_close(actual, expected, tolerance=EXACT):
     assert (actual - expected).abs().max().item() <= tolerance
 
 
-@pytest.fixture(params=tiny.PRESETS, ids=str)
-def model(request):
-    return tiny.flex(tiny.PRESETS[request.param])
-
-
-def image_question(seed=0, text=9):
-    return {"input_ids": tiny.prompt(4, "image", text, seed=seed)[None], "pixel_values_hr": tiny.images(1, seed)}
-
-
 @torch.no_grad()
 def test_high_resolution_changes_the_answer(model):
     inputs = image_question()
     trace = Trace()
     _, with_hr = tiny.generate(model, **inputs, flexattn_trace=trace)
-    _, without = tiny.generate(model, input_ids=inputs["input_ids"], pixel_values=low_of(model, inputs))
+    _, without = tiny.generate(model, **tiny.low_resolution(inputs))
     assert (with_hr - without).abs().max() > 0.1
     first = model.config.flexattn.first_layer
     assert [sorted(step) for step in trace.steps] == [list(range(first - 1, 5))] * 6
@@ -39,18 +31,11 @@ def test_high_resolution_changes_the_answer(model):
     assert (counts > 0).any() and (counts < tiny.SIDE**2 * tiny.ZOOM**2).any()
 
 
-def low_of(model, inputs):
-    size = model.config.flexattn.lowres_size
-    return torch.nn.functional.interpolate(
-        inputs["pixel_values_hr"], size=(size, size), mode="bilinear", antialias=True
-    )
-
-
 @torch.no_grad()
 def test_only_the_last_prompt_row_sees_hr_in_the_released_form():
     model, inputs = tiny.flex(), image_question()
     with_hr = model(**inputs).logits[0]
-    without = model(input_ids=inputs["input_ids"], pixel_values=low_of(model, inputs)).logits[0]
+    without = model(**tiny.low_resolution(inputs)).logits[0]
     assert_close(with_hr[:-1], without[:-1], 1e-5)
     assert (with_hr[-1] - without[-1]).abs().max() > 0.1
 
@@ -59,7 +44,7 @@ def test_only_the_last_prompt_row_sees_hr_in_the_released_form():
 def test_every_prompt_row_sees_hr_in_the_paper_form():
     model, inputs = tiny.flex(tiny.PRESETS["paper"]), image_question()
     with_hr = model(**inputs).logits[0]
-    without = model(input_ids=inputs["input_ids"], pixel_values=low_of(model, inputs)).logits[0]
+    without = model(**tiny.low_resolution(inputs)).logits[0]
     assert ((with_hr - without).abs().amax(-1) > 1e-3).float().mean() > 0.9
 
 

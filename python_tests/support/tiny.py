@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, StaticCache
 
 from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaConfig, FlexAttnLlavaForConditionalGeneration
+from flexattn_cuda.mechanism.cache import HRCache
+from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 
 VOCABULARY = 96
 IMAGE = VOCABULARY - 1  # the image token's id is the last one
@@ -124,6 +126,36 @@ def left_padded(*rows: torch.Tensor) -> dict[str, torch.Tensor]:
     ids = torch.stack([torch.nn.functional.pad(row, (length - len(row), 0)) for row in rows])
     mask = torch.stack([torch.arange(length) >= length - len(row) for row in rows]).long()
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def mixed_batch() -> dict[str, torch.Tensor]:
+    """Return different questions: two images in one prompt, one in another, and a row of text alone."""
+    rows = [prompt(2, "image", 5, "image", 3, seed=1), prompt(4, "image", 9), prompt(7, seed=2)]
+    return left_padded(*rows) | {"pixel_values_hr": images(3)}
+
+
+def low_resolution(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the same question without HR pixels."""
+    size = (SIDE * PATCH, SIDE * PATCH)
+    low = torch.nn.functional.interpolate(inputs["pixel_values_hr"], size=size, mode="bilinear", antialias=True)
+    return {name: value for name, value in inputs.items() if name != "pixel_values_hr"} | {"pixel_values": low}
+
+
+def decode_in_fixed_pools(model, step, inputs: dict[str, torch.Tensor], capacity: int, steps: int) -> torch.Tensor:
+    """Answer greedily with a static cache, one call of `step` for each token; return the tokens [B, steps]."""
+    mask, length = inputs["attention_mask"], inputs["input_ids"].shape[1]
+    cache = StaticCache(config=model.config.text_config, max_cache_len=length + steps)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    options = {CACHE_ARGUMENT: cache, "hr_capacity": capacity}
+    logits = model(**inputs, position_ids=positions, **options).logits
+    tokens, whole = [logits[:, -1:].argmax(-1)], torch.nn.functional.pad(mask, (0, steps))
+    for number in range(steps - 1):
+        whole[:, length + number] = 1
+        call = dict(input_ids=tokens[-1].clone(), attention_mask=whole, position_ids=whole.sum(-1, keepdim=True) - 1)
+        logits = step(**call, **{CACHE_ARGUMENT: cache}).logits
+        HRCache.beside(cache).check_overflow()
+        tokens.append(logits[:, -1:].argmax(-1))
+    return torch.cat(tokens, 1)
 
 
 def generate(model, steps: int = 6, **inputs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -73,9 +73,8 @@ class PathReasons {
 
   // 16-byte loads need aligned data and aligned strides; the last dimension is dense. samples: 1 if there is no batch.
   void check_alignment(const char* name, const void* data, const Strides& strides, int64_t samples, DType dtype) {
-    const int64_t element = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
     const int64_t steps = strides.row | strides.head | (samples > 1 ? strides.batch : 0);  // low bits of all
-    against(data && (reinterpret_cast<uintptr_t>(data) % 16 || steps * element % 16),
+    against(data && (reinterpret_cast<uintptr_t>(data) % 16 || steps * bytes_of(dtype) % 16),
             std::string(name) + " is not aligned to 16 bytes in every row");
   }
   void check_alignment_of_keys(const AttentionInputs& in) {
