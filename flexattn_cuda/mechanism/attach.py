@@ -19,14 +19,15 @@ from flexattn_cuda import profiling
 from flexattn_cuda.mechanism import attention
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, rename_cache
-from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, can_rewind, rewind
+from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, Span, can_rewind, check_keeps_all, rewind
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.context import ContextOptions, HRContext
 from flexattn_cuda.mechanism.counts import ReadBack, read_counts
-from flexattn_cuda.mechanism.grid import ABSENT, Grid
+from flexattn_cuda.mechanism.grid import ABSENT, Grid, ImageGrids
+from flexattn_cuda.mechanism.keys import own_projection
 from flexattn_cuda.mechanism.layout import ImageLayout
-from flexattn_cuda.mechanism.probe import check_keys
-from flexattn_cuda.mechanism.rotary import RotaryTables, hr_rotary_tables
+from flexattn_cuda.mechanism.probe import token_forms
+from flexattn_cuda.mechanism.rotary import RotaryTables, hr_positions, hr_rotary_tables
 from flexattn_cuda.mechanism.rows import Rows
 from flexattn_cuda.mechanism.tokens import HRTokens, Tile
 
@@ -47,6 +48,13 @@ class Family(Protocol):
     @property
     def hr_layers(self) -> range:
         """Layers that attend to HR tokens."""
+
+    @property
+    def position_axes(self) -> int:
+        """Coordinates of a position: 1, or 3 for time, row and column (multi-axis RoPE)."""
+
+    def rotary(self, text: PreTrainedModel, sequence: torch.Tensor, positions: torch.Tensor) -> RotaryTables:
+        """Return the rotary tables [n, r] at positions [axes, n], of the dtype and on the device of `sequence`."""
 
     def cut_into_tiles(self, image: torch.Tensor, tiles: Grid) -> list[torch.Tensor]:
         """Cut an image [3, height, width] into a grid of equal tiles, row-major."""
@@ -79,6 +87,7 @@ class Attachment:
 
     def __init__(self, family: Family) -> None:
         self.family = family
+        self.embedding_scale = 1.0
 
     def install(self) -> None:
         """Add what the mechanism needs to the language model, whose attention implementation is "flexattn" already.
@@ -93,13 +102,15 @@ class Attachment:
 
     def add_modules(self, text: PreTrainedModel) -> None:
         """Add the projections of HR tokens, beside those of self-attention."""
-        check_keys(text, self.family.hr_layers)
-        for layer in self.family.hr_layers:
+        forms = token_forms(text, self.family.hr_layers, self.family.rotary, self.family.position_axes)
+        self.embedding_scale = forms.scale
+        for layer, form in forms.keys.items():
             module = text.layers[layer].self_attn
+            module.hr_key_form = form
             for name in ("k_proj", "v_proj"):
-                plain = getattr(module, name)
-                bias = plain.bias is not None
-                setattr(module, f"{name}_hd", nn.Linear(plain.in_features, plain.out_features, bias))
+                own = own_projection(module, name)
+                outputs, inputs = own.weight.shape
+                setattr(module, f"{name}_hd", nn.Linear(inputs, outputs, own.bias is not None))
 
     def context(self, images: HRCache, call: HRCall) -> dict[str, Any]:
         """Return the keyword arguments that carry the context to the layers; none if no row sees HR tokens."""
@@ -116,7 +127,11 @@ class Attachment:
             read_counts=request.read_counts,
         )
         layers = self.family.text_model.config.num_hidden_layers
-        return {"flexattn": HRContext(images, rows, layers, self.family.encode_tiles, options)}
+        return {"flexattn": HRContext(images, rows, layers, self._encode_tiles, options)}
+
+    def _encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of tiles as they enter the first layer."""
+        return self.family.encode_tiles(tiles) * self.embedding_scale
 
     def _before_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Hook:
         """Build the context of a call. Whatever can be refused is refused before anything kept is changed."""
@@ -132,6 +147,8 @@ class Attachment:
         if images is None:
             return args, kwargs
         images.check_batch(shape.batch, new)
+        if not shape.compiled:
+            check_keeps_all(cache, shape.past + shape.queries)
         call = HRCall(request, shape, _prompt_length(request, shape, images), sequence.device, cache)
         context = self.context(images, call)
         if not shape.compiled:
@@ -173,35 +190,43 @@ class Attachment:
         for number, (prompt, image, _) in enumerate(new.placed()):
             grids = layout.grids[prompt][image]
             if new.features is not None:
-                features, first = new.features[number].detach(), image * room
+                features, first = new.features[number].detach() * self.embedding_scale, image * room
                 tokens.features[prompt, first : first + grids.hr.cells] = features.to(tokens.features)
             elif new.pixels is not None:
                 pixels = new.pixels[number].clone()  # the caller may reuse the tensor
                 tiles = self.family.cut_into_tiles(pixels, grids.tiles)
                 tokens.waiting |= {Tile(prompt, image, tile): pixels for tile, pixels in enumerate(tiles)}
+        if not request.on_demand:
+            tokens.encode(range(tokens.tile_count), self._encode_tiles)
         return HRCache(self.family.settings, layout, tokens, request.capacity)
 
     def rotary_tables(
         self, new: NewImages, layout: ImageLayout, past: int, sequence: torch.Tensor, position_ids: torch.Tensor | None
     ) -> RotaryTables:
-        """Return the rotary tables of the HR keys, [G, I*T, d] each."""
+        """Return the rotary tables of the HR keys, [G, I*T, r] each."""
         text, room = self.family.text_model, layout.hr_tokens
-        shape = (layout.prompts, layout.images * room, text.layers[0].self_attn.head_dim)
-        tables = RotaryTables(sequence.new_zeros(shape), sequence.new_zeros(shape))
-        for prompt, image, (start, end) in new.placed():
-            if position_ids is None:
-                positions = torch.arange(past + start, past + end, device=sequence.device)
-            else:
-                row = prompt * new.rows_per_prompt if len(position_ids) > 1 else 0
-                positions = position_ids[row, start:end]
-            cos, sin = text.rotary_emb(sequence, position_ids=positions[None])
+        tables = None
+        for prompt, image, span in new.placed():
+            row = prompt * new.rows_per_prompt
+            positions = _positions(position_ids, row, span, past, self.family.position_axes).to(sequence.device)
             grids, first = layout.grids[prompt][image], image * room
-            of_image = hr_rotary_tables(
-                RotaryTables(cos[0], sin[0]), grids.lr, grids.hr, self.family.settings.hr_position
-            )
+            of_image = self._tables_of_image(text, sequence, positions, grids)
+            if tables is None:
+                shape = (layout.prompts, layout.images * room, of_image.cos.shape[-1])
+                tables = RotaryTables(sequence.new_zeros(shape), sequence.new_zeros(shape))
             for table, part in zip(tables, of_image):
                 table[prompt, first : first + grids.hr.cells] = part
+        assert tables is not None  # a call brings at least one image
         return tables
+
+    def _tables_of_image(
+        self, text: PreTrainedModel, sequence: torch.Tensor, positions: torch.Tensor, grids: ImageGrids
+    ) -> RotaryTables:
+        """Return the tables [h, r] of an image's HR tokens; its LR tokens are at positions [axes, S]."""
+        if self.family.position_axes == 1:
+            of_lr = self.family.rotary(text, sequence, positions)
+            return hr_rotary_tables(of_lr, grids.lr, grids.hr, self.family.settings.hr_position)
+        return self.family.rotary(text, sequence, hr_positions(positions, grids.lr, grids.hr))
 
     def _check_attention(self) -> None:
         used = self.family.text_model.config._attn_implementation
@@ -210,6 +235,16 @@ class Attachment:
                 f"high-resolution tokens need attention implementation {attention.NAME!r} on the language model, but "
                 f"it is {used!r}; call set_attn_implementation({attention.NAME!r}) on it"
             )
+
+
+def _positions(position_ids: torch.Tensor | None, row: int, span: Span, past: int, axes: int) -> torch.Tensor:
+    """Return the positions [axes, S] of an image's LR tokens, from what the language model is given."""
+    if position_ids is None:
+        return torch.arange(past + span.start, past + span.end).expand(axes, -1)
+    if axes == 1:
+        return position_ids[row if len(position_ids) > 1 else 0, None, span.start : span.end]
+    # [axes, B, N], in front of which some models have the positions of the mask.
+    return position_ids[-axes:, row if position_ids.shape[1] > 1 else 0, span.start : span.end]
 
 
 def _read_back(images: HRCache, call: HRCall) -> ReadBack:

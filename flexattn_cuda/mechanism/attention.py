@@ -28,11 +28,13 @@ class VisibleKeys(NamedTuple):
         length: [B] int32, one past the last key written, where the queries end.
         bits: [B, ceil(Nk / 32)] int32, packed once for all layers: 0 where a key between them is masked out; None if
             there is no such key.
+        window: How many of the latest keys a query sees, its own included; 0 for all.
     """
 
     start: torch.Tensor
     length: torch.Tensor
     bits: torch.Tensor | None
+    window: int = 0
 
 
 def visible_keys(  # noqa: PLR0913 (transformers' mask interface)
@@ -54,38 +56,35 @@ def visible_keys(  # noqa: PLR0913 (transformers' mask interface)
     attention window of models that have one.
 
     Raises:
-        ValueError: If the mask is not a causal one with padding, or the sequence exceeds the attention window.
+        ValueError: If the mask is not a causal one with padding and perhaps a window.
     """
     if mask_function is not causal_mask_function:
-        _check_mask(mask_function, local_size, kv_length)
+        _check_mask(mask_function, local_size)
+    window = 0 if local_size is None or kv_length <= local_size else local_size
     if cache_position is not None:
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
         if device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU reading it would wait for the device
             q_offset = int(q_offset)
     assert q_length is not None
-    if isinstance(kv_offset, int) and kv_offset:
-        raise ValueError(
-            f"the key/value cache has dropped its first {kv_offset} positions, but flexattn attention needs all of "
-            "them; pass a cache without a window"
-        )
     if attention_mask is not None:
         device = attention_mask.device
+    # A cache with a window has dropped the keys before kv_offset: what is visible is counted in the keys that are left.
     start = torch.zeros(batch_size, dtype=torch.int32, device=device)
-    length = (start + (q_offset + q_length)).to(torch.int32)  # with a static cache q_offset is a tensor
+    length = (start + (q_offset + q_length - kv_offset)).to(torch.int32)  # with a static cache q_offset is a tensor
     if attention_mask is None:
-        return VisibleKeys(start, length, None)
+        return VisibleKeys(start, length, None, window)
 
     if isinstance(q_offset, int) and attention_mask.shape[1] < q_offset + q_length:
         raise ValueError(
             f"attention_mask covers {attention_mask.shape[1]} positions, but this call ends at position "
             f"{q_offset + q_length}; with a key/value cache the mask must cover what is in the cache too"
         )
-    seen = attention_mask.to(torch.bool)
+    seen = attention_mask.to(torch.bool)[:, int(kv_offset) :]
     if seen.shape[1] < kv_length:  # a static cache is longer than what has been written; causality hides the rest
         seen = nn.functional.pad(seen, (0, kv_length - seen.shape[1]), value=True)
     seen = seen[:, :kv_length]
     start = (seen.to(torch.int32).cumsum(-1) == 0).sum(-1, dtype=torch.int32)
-    return VisibleKeys(start, length, ops.pack_bits(seen) if _may_have_holes(seen) else None)
+    return VisibleKeys(start, length, ops.pack_bits(seen) if _may_have_holes(seen) else None, window)
 
 
 def _may_have_holes(seen: torch.Tensor) -> bool:
@@ -95,17 +94,12 @@ def _may_have_holes(seen: torch.Tensor) -> bool:
     return bool((seen.diff(dim=-1) & ~seen[:, 1:]).any())
 
 
-def _check_mask(mask_function: Callable[..., Any], window: int | None, kv_length: int) -> None:
-    """Raise unless the mask is a sliding window over plain causality that the keys do not exceed."""
+def _check_mask(mask_function: Callable[..., Any], window: int | None) -> None:
+    """Raise unless the mask is a sliding window over plain causality."""
     if window is None or not _same_closure(mask_function, sliding_window_causal_mask_function(window)):
         raise ValueError(
             "flexattn attention is causal over one sequence per row; packed sequences (position_ids that start again) "
             "and other mask functions are not supported: put every sequence in a row of its own"
-        )
-    if kv_length > window:
-        raise ValueError(
-            f"the model's attention window is {window} positions, but there are {kv_length} keys, and flexattn "
-            "attention has no window; shorten the sequence or the static cache"
         )
 
 
@@ -158,8 +152,8 @@ def flexattn_attention(
             f"attention_mask has shape {tuple(attention_mask.shape)}; flexattn attention takes a padding mask of shape "
             "[batch, keys]"
         )
-    _check_options(module, key.shape[-2], options)
-    start, length, bits = attention_mask if attention_mask is not None else (None, None, None)
+    _check_options(module, options)
+    start, length, bits, window = attention_mask or (None, None, None, options.get("sliding_window") or 0)
     device = query.device
     hr = HRArguments() if flexattn is None else flexattn.before_attention(module, device)
     # torch casts for its own attention alone; a rotated query is float32 here.
@@ -175,6 +169,8 @@ def flexattn_attention(
         kv_len=None if length is None else length.to(device),
         key_mask=None if bits is None else bits.to(device),
         scale=scaling,
+        window=window,
+        softcap=options.get("softcap") or 0.0,
         **hr.as_keywords(),
     )
     if flexattn is not None:
@@ -182,7 +178,7 @@ def flexattn_attention(
     return attended.out, None
 
 
-def _check_options(module: AttentionModule, keys: int, options: dict[str, Any]) -> None:
+def _check_options(module: AttentionModule, options: dict[str, Any]) -> None:
     """Raise if an option of transformers' attention interface would change the result."""
     name = type(module).__name__
     is_causal = options.get("is_causal")
@@ -191,15 +187,8 @@ def _check_options(module: AttentionModule, keys: int, options: dict[str, Any]) 
             f"{name} is not causal, but flexattn attention is: use it for the language model alone, e.g. "
             "model.model.vision_tower.set_attn_implementation('sdpa')"
         )
-    for option in ("softcap", "s_aux"):
-        if options.get(option) is not None:
-            raise ValueError(f"{name} passes {option}, which flexattn attention does not compute")
-    window = options.get("sliding_window")
-    if window is not None and keys > window:
-        raise ValueError(
-            f"{name} has a sliding window of {window} positions, but there are {keys} keys, and flexattn attention has "
-            "no window; shorten the sequence"
-        )
+    if options.get("s_aux") is not None:
+        raise ValueError(f"{name} has attention sinks (s_aux), which flexattn attention does not compute")
 
 
 AttentionInterface.register(NAME, flexattn_attention)

@@ -58,8 +58,7 @@ class CallShape:
             cache_position: Where the call begins, as older transformers pass it.
 
         Raises:
-            ValueError: If the cache is not transformers' own, drops positions that attention needs, or was left
-                incomplete by an earlier call.
+            ValueError: If the cache is not transformers' own, or was left incomplete by an earlier call.
         """
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(
@@ -71,7 +70,7 @@ class CallShape:
         if torch.compiler.is_compiling() and queries == 1 and cache is not None:
             return cls(batch, queries, past=0, decoding=True, compiled=True)
         past = _length(cache, cache_position)
-        _check_cache(cache, past + queries)
+        _check_cache(cache)
         decoding = past > 0 and (queries == 1 if prompt_length is None else past >= prompt_length)
         return cls(batch, queries, past, decoding, compiled=False)
 
@@ -121,6 +120,7 @@ class HRRequest:
         alpha: Weight of the attention with HR tokens.
         trace: Records maps and selections.
         cached: Keep projected keys and values beside the cache.
+        on_demand: Encode a tile when a selection first reaches it; if False, encode all now.
         capacity: Slots of every layer's pool, for pools that never grow.
         read_counts: Where the host learns how much was selected.
     """
@@ -132,6 +132,7 @@ class HRRequest:
     alpha: float = 1.0
     trace: Trace | None = None
     cached: bool = True
+    on_demand: bool = True
     capacity: int | None = None
     read_counts: CountReader = field(default=read_counts)
 
@@ -154,17 +155,26 @@ def _length(cache: Cache | None, cache_position: torch.Tensor | None) -> int:
     return int(cache.get_seq_length() if cache_position is None else cache_position[0])
 
 
-def _check_cache(cache: Cache | None, length: int) -> None:
+def _check_cache(cache: Cache | None) -> None:
     images = HRCache.beside(cache)
     if images is not None and images.unfinished:
         raise ValueError(
             "an earlier call with this key/value cache ended in an error and left some layers without its keys; "
             "start again with a new cache"
         )
+
+
+def check_keeps_all(cache: Cache | None, length: int) -> None:
+    """Raise unless a key/value cache still holds every position of a sequence of `length`: images are read from it.
+
+    Raises:
+        ValueError: If it keeps the latest positions alone.
+    """
     for layer in getattr(cache, "layers", ()):
         window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None
         if window is not None and length > window:
             raise ValueError(
-                f"the key/value cache keeps a window of {window} positions, but this call ends at position {length} "
-                "and flexattn attention needs all of them; pass a cache without a window or a shorter sequence"
+                f"the key/value cache keeps a window of {window} positions, but this call ends at position {length}, "
+                "and with high-resolution images flexattn attention needs all of them; pass DynamicCache() without a "
+                "config"
             )

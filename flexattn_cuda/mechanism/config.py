@@ -39,8 +39,8 @@ class FlexAttnConfig:
         mask_padding: Zero the map in the margin that pads a non-square image before it is normalised.
         scale: An LR cell is chosen where `a * scale > threshold`, with a the min-max normalised map.
         threshold: See `scale`.
-        pool: Rows and columns of the grid to which the chosen cells are max-pooled before they are resized, or those of
-            the LR grid where it has fewer; 0 for no pooling.
+        pool: The chosen cells are max-pooled, before they are resized, to a grid of the LR grid's shape whose longer
+            side has this many cells; not where it has fewer, and 0 for no pooling.
         strategy: "attention" map; "random" or "center" cells instead (ablations, figure 4).
         ratio: Share of the LR cells (or pool cells) that "random" and "center" choose.
         hr_position: How the rotary tables of the LR positions are resized to the HR grid.

@@ -17,9 +17,10 @@ from flexattn_cuda.errors import PoolOverflow
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.counts import CountReader, Counts, ReadBack, read_counts
+from flexattn_cuda.mechanism.keys import KeyForm, Rotation
 from flexattn_cuda.mechanism.layout import RowLayout
 from flexattn_cuda.mechanism.pool import NEW_AT_ONCE, HRPool, are_plain
-from flexattn_cuda.mechanism.rotary import RotaryTables, rotate
+from flexattn_cuda.mechanism.rotary import RotaryTables, no_rotation, rotate
 from flexattn_cuda.mechanism.rows import Rows
 from flexattn_cuda.mechanism.selection import select
 from flexattn_cuda.mechanism.tokens import EncodeTiles
@@ -31,6 +32,7 @@ class AttentionModule(Protocol):
 
     layer_idx: int
     head_dim: int
+    hr_key_form: KeyForm
     k_proj_hd: nn.Linear
     v_proj_hd: nn.Linear
 
@@ -309,10 +311,13 @@ class HRContext:
     def _project(self, module: AttentionModule, tokens: torch.Tensor, device: torch.device) -> ProjectedTokens:
         """Project tokens [n], counted over prompts, -1 for none."""
         rows = self.images.tokens.gather(tokens, device)
-        k = module.k_proj_hd(rows.features).unflatten(-1, (-1, module.head_dim))
+        form, tables = module.hr_key_form, rows.tables
+        k = form.normalise(module, module.k_proj_hd(rows.features), module.head_dim)
         v = module.v_proj_hd(rows.features).unflatten(-1, (-1, module.head_dim))
+        if form.rotation is not Rotation.HALF_SPLIT:  # the one form that the operators compute
+            k, tables = form.rotate(module, k, tables), no_rotation(k)
         dtype = rows.features.dtype  # that of the queries; under autocast the projections return another one
-        return ProjectedTokens(k.to(dtype), v.to(dtype), rows.tables)
+        return ProjectedTokens(k.to(dtype), v.to(dtype), tables)
 
     def _alpha(self, device: torch.device) -> torch.Tensor | None:
         """Return alpha for every row of the batch, or None where it is 1."""

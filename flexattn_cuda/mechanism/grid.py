@@ -59,6 +59,21 @@ BatchGrids = list[list[ImageGrids]]
 """The grids of G prompts with I image slots each, ABSENT in empty slots."""
 
 
+def pooled_sizes(sizes: torch.Tensor, side: int) -> torch.Tensor:
+    """Return the sizes of the grids of the same shapes whose longer side has `side` cells, where it has more than that.
+
+    Args:
+        sizes: [..., 2] int32, rows and columns.
+        side: At least 1.
+
+    Returns:
+        [..., 2] int32.
+    """
+    longer = sizes.amax(-1, keepdim=True)
+    pooled = (sizes * side / longer.clamp(min=1)).round().clamp(min=1).to(sizes.dtype)
+    return torch.where(longer > side, pooled, sizes)
+
+
 def max_cells(grids: Iterable[Grid]) -> int:
     """Return the number of cells of the largest grid, 0 if there is none."""
     return max((grid.cells for grid in grids), default=0)

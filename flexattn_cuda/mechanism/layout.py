@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flexattn_cuda.mechanism.grid import ABSENT, BatchGrids, flat, max_cells, sizes_tensor
+from flexattn_cuda.mechanism.grid import ABSENT, BatchGrids, flat, max_cells, pooled_sizes, sizes_tensor
 
 
 @dataclass
@@ -59,7 +59,7 @@ class ImageLayout:
     def on(self, device: torch.device, repeats: int, pool: int) -> RowLayout:
         """Return the layout of `repeats` rows of the batch for each prompt, on a device.
 
-        A grid is pooled to `pool` rows and columns, or to its own where it has fewer; 0 for no pooling.
+        A grid is pooled to one of its shape whose longer side has `pool` cells, if it has more; 0 for no pooling.
         """
         ranges, skipped = self.ranges, None
         if self.ragged:
@@ -79,7 +79,7 @@ class ImageLayout:
             valid_rect=of_rows(self.valid_rect),
             lr_grid=of_rows(self.lr_grid),
             hr_grid=of_rows(self.hr_grid),
-            pool_grid=of_rows(self.lr_grid.clamp(max=pool)) if pool else None,
+            pool_grid=of_rows(pooled_sizes(self.lr_grid, pool)) if pool else None,
             skipped=None if skipped is None else of_rows(skipped),
         )
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from flexattn_cuda import ops
+from flexattn_cuda.mechanism.keys import KeyForm
 from flexattn_cuda.mechanism.rotary import RotaryTables
 from flexattn_cuda.mechanism.tokens import HRTokens, with_room
 
@@ -21,18 +22,19 @@ FEW = 64
 
 
 class Projections(Protocol):
-    """The linear layers that make keys and values of HR tokens."""
+    """The linear layers that make keys and values of HR tokens, and what becomes of the keys."""
 
+    hr_key_form: KeyForm
     k_proj_hd: nn.Linear
     v_proj_hd: nn.Linear
 
 
 def are_plain(projections: Projections, like: torch.Tensor) -> bool:
-    """Whether the projections are nothing but a product with weights of the dtype and on the device of `like`."""
+    """Whether keys and values are products with weights of the dtype and on the device of `like`, keys as LLaMA's."""
     device = like.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return False
-    return all(
+    return projections.hr_key_form.is_plain and all(
         type(linear) is nn.Linear
         and (linear.weight.dtype, linear.weight.device) == (like.dtype, like.device)
         and not (linear._forward_hooks or linear._forward_pre_hooks)

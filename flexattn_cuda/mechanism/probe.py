@@ -1,15 +1,16 @@
-"""Whether a language model makes its keys as this package makes those of high-resolution (HR) tokens.
+"""How a language model makes its keys, found out by running a small twin of it.
 
-An HR key must be what the layer itself would make of the token: projected and rotated in LLaMA's half-split form.
-Models that also normalise their keys, rotate them in another form or only in part, or have layers without positions
-would attend to wrong keys without any error. So when a model is built, a small twin of it is run and its keys are
-compared with ours.
+An HR key must be what the layer itself would make of the token. A model that normalises its keys, rotates them in
+another form or only in part, or has layers without positions would otherwise attend to wrong keys without any error. So
+when a model is built, its keys are compared with those of every form that this package knows.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,98 +19,141 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from flexattn_cuda.mechanism.attention import NAME
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
-from flexattn_cuda.mechanism.rotary import rotate
+from flexattn_cuda.mechanism.keys import KeyForm, forms_of, own_projection
+from flexattn_cuda.mechanism.rotary import RotaryTables
 
-_POSITIONS = ((3, 11, 12),)
+Rotary = Callable[[PreTrainedModel, torch.Tensor, torch.Tensor], RotaryTables]
+"""A language model, hidden states, and positions [axes, n]: the rotary tables [n, r]."""
+
+_POSITIONS = (3, 11, 12)
 _TOLERANCE = 1e-4  # of the max key; float32 rounding is 1e-6, another rotation or norm changes the first digit
-_SUPPORTED: set[tuple[type, str, range]] = set()  # classes, configurations and layers that were checked
 _WIDTH = 16  # of the twin's hidden states, where head_dim does not depend on it
+_HEADS = 2  # of the twin: a norm over one head alone would look like one over all
 
 
-def check_keys(text: PreTrainedModel, layers: range) -> None:
-    """Raise unless the layers make keys and values the way this package does.
+@dataclass(frozen=True)
+class TokenForms:
+    """What a language model makes of a token before attention.
+
+    Attributes:
+        scale: Factor that it multiplies embeddings by.
+        keys: By layer, how its keys are made.
+    """
+
+    scale: float
+    keys: dict[int, KeyForm]
+
+
+_KNOWN: dict[tuple[type, str, range, int], TokenForms] = {}  # by class, configuration, layers and position axes
+
+
+def token_forms(text: PreTrainedModel, layers: range, rotary: Rotary, axes: int = 1) -> TokenForms:
+    """Return how the layers make their keys.
 
     The model's weights are not read, so it may still be on the meta device.
 
     Args:
-        text: The language model, with `layers` whose `self_attn` has `k_proj` and `v_proj`, and `rotary_emb`.
+        text: The language model: `layers` with a `self_attn` each, and `rotary_emb`.
         layers: Those that attend to HR tokens.
+        rotary: Makes rotary tables of positions.
+        axes: Coordinates that a position has.
 
     Raises:
-        ValueError: If its architecture is not supported.
+        ValueError: If keys or values are made in a way that this package does not know.
     """
-    key = (type(text), text.config.to_json_string(use_diff=False), layers)
-    if key in _SUPPORTED:
-        return
+    key = (type(text), text.config.to_json_string(use_diff=False), layers, axes)
+    if key in _KNOWN:
+        return _KNOWN[key]
     kind = text.config.model_type
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-            difference = _max_difference(_twin(type(text), text.config), layers)
+            forms = _forms(text, layers, rotary, axes)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"flexattn does not support language models of type {kind!r}: {reason}") from error
-    if not difference <= _TOLERANCE:
-        raise ValueError(
-            f"flexattn does not support language models of type {kind!r}: their keys or values are not plain "
-            f"projections rotated as in LLaMA (ours would differ by {difference:.0%})"
-        )
-    _SUPPORTED.add(key)
+    _KNOWN[key] = forms
+    return forms
 
 
-def _twin(text_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a model of the same class, layer types and head size, with one narrow head."""
-    head_dim = getattr(config, "head_dim", None)
+def _twin(text_class: type[PreTrainedModel], config: PreTrainedConfig, **sizes: int) -> PreTrainedModel:
+    """Build a model of the same class and head size, with few heads, and random weights that are all of size 1."""
     small = copy.deepcopy(config)
-    width = _WIDTH if head_dim else config.hidden_size // config.num_attention_heads
-    sizes = dict(
-        hidden_size=width, intermediate_size=_WIDTH, num_attention_heads=1, num_key_value_heads=1, vocab_size=8
-    )
+    sizes = dict(intermediate_size=_WIDTH, num_attention_heads=_HEADS, num_key_value_heads=_HEADS, vocab_size=8) | sizes
     for name, size in sizes.items():
         if hasattr(small, name):
             setattr(small, name, size)
     small.pad_token_id = None
-    twin = text_class(small).eval()
+    twin = text_class(small).float().eval()
     twin.set_attn_implementation(NAME)
+    generator = torch.Generator().manual_seed(0)
+    for weight in twin.parameters():
+        random = torch.randn(weight.shape, generator=generator)
+        weight.copy_(random / weight.shape[-1] ** 0.5 + (weight.ndim == 1))
     return twin
 
 
-def _max_difference(twin: PreTrainedModel, layers: range) -> float:
-    """Run three tokens through the twin and compare our keys and values with its own, as a share of the max."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5 + (weight.ndim == 1)
-        for name, weight in twin.named_parameters()
-    }
-    positions, cache = torch.tensor(_POSITIONS), DynamicCache()
-    tokens = torch.randn(1, positions.shape[1], twin.config.hidden_size, generator=generator)
-    entered = _Recorder(twin, layers)
-    arguments = {"inputs_embeds": tokens, "position_ids": positions, CACHE_ARGUMENT: cache, "use_cache": True}
-    torch.func.functional_call(twin, weights, kwargs=arguments)
-    tables = twin.rotary_emb(tokens, position_ids=positions)
-    differences = [_relative(entered.first, tokens)]  # a model that scales its embeddings needs scaled HR tokens too
+def _forms(text: PreTrainedModel, layers: range, rotary: Rotary, axes: int) -> TokenForms:
+    """Run three tokens through a twin, and find the form that gives its keys, layer by layer."""
+    config = text.config
+    head_dim = getattr(config, "head_dim", None)
+    width = _WIDTH if head_dim else _HEADS * (config.hidden_size // config.num_attention_heads)
+    twin = _twin(type(text), config, hidden_size=width)
+    record, cache = _Recorder(twin), DynamicCache()
+    tokens = torch.randn(1, len(_POSITIONS), width, dtype=torch.float32)
+    positions = torch.tensor(_POSITIONS).expand(axes, -1)
+    position_ids = positions if axes == 1 else positions[:, None]
+    twin(inputs_embeds=tokens, position_ids=position_ids, use_cache=True, **{CACHE_ARGUMENT: cache})
+    tables, forms = rotary(twin, tokens, positions), {}
     for layer in layers:
-        head_dim, kept = twin.layers[layer].self_attn.head_dim, cache.layers[layer]
-        if tables[0].shape[-1] != head_dim:
-            raise ValueError(f"their rotary embedding covers {tables[0].shape[-1]} of {head_dim} dimensions")
-        projected = [
-            entered.attention[layer] @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
-            for name in (f"layers.{layer}.self_attn.k_proj", f"layers.{layer}.self_attn.v_proj")
-        ]
-        differences.append(_relative(rotate(projected[0], *tables), kept.keys[:, 0]))
-        differences.append(_relative(projected[1], kept.values[:, 0]))
-    return max(differences)
+        module, kept, hidden = twin.layers[layer].self_attn, cache.layers[layer], record.attention[layer][0]
+        keys, values = (rows[0].transpose(0, 1) for rows in (kept.keys, kept.values))  # [n, Hkv, d]
+        if not _relative(own_projection(module, "v_proj")(hidden), values.flatten(1)) <= _TOLERANCE:
+            raise ValueError(f"the values of layer {layer} are not plain projections")
+        forms[layer] = _key_form(module, own_projection(module, "k_proj")(hidden), tables, keys, layer)
+    unscaled = _relative(record.first, tokens) <= _TOLERANCE
+    return TokenForms(1.0 if unscaled else _embedding_scale(type(text), config), forms)
+
+
+def _key_form(module: Any, projected: torch.Tensor, tables: RotaryTables, keys: torch.Tensor, layer: int) -> KeyForm:
+    """Return the form in which projected tokens [n, Hkv*d] become the keys [n, Hkv, d] of a module."""
+    for form in forms_of(module):
+        try:
+            ours = form.rotate(module, form.normalise(module, projected, module.head_dim), tables)
+        except RuntimeError:  # shapes that do not fit
+            continue
+        if ours.shape == keys.shape and _relative(ours, keys) <= _TOLERANCE:
+            return form
+    raise ValueError(f"the keys of layer {layer} are normalised or rotated in a form that flexattn does not know")
+
+
+def _embedding_scale(text_class: type[PreTrainedModel], config: PreTrainedConfig) -> float:
+    """Return the factor between the embeddings of a model of this width and what enters its first layer."""
+    one_layer = copy.deepcopy(config)
+    one_layer.num_hidden_layers = 1
+    for name in ("layer_types", "no_rope_layers", "mlp_layer_types"):
+        if getattr(one_layer, name, None):
+            setattr(one_layer, name, getattr(one_layer, name)[:1])
+    head_dim = getattr(config, "head_dim", None)
+    kept = {} if head_dim else {"num_attention_heads": config.num_attention_heads}
+    twin = _twin(text_class, one_layer, **kept)
+    record = _Recorder(twin)
+    tokens = torch.randn(1, 2, config.hidden_size, dtype=torch.float32)
+    twin(inputs_embeds=tokens, use_cache=False)
+    scale = (record.first / tokens).median().item()
+    if not torch.allclose(record.first, tokens * scale, rtol=_TOLERANCE, atol=0.0):
+        raise ValueError("what enters their first layer is not a multiple of the embeddings")
+    return scale
 
 
 class _Recorder:
-    """What enters the first layer, and the self-attention of each of the layers."""
+    """What enters the first layer, and the self-attention of every layer."""
 
-    def __init__(self, twin: PreTrainedModel, layers: range) -> None:
+    def __init__(self, twin: PreTrainedModel) -> None:
         self.attention: dict[int, torch.Tensor] = {}
         twin.layers[0].register_forward_pre_hook(self._keep_first, with_kwargs=True)
-        for layer in layers:
-            twin.layers[layer].self_attn.register_forward_pre_hook(
-                functools.partial(self._keep_attention, layer), with_kwargs=True
-            )
+        for number, layer in enumerate(twin.layers):
+            keep = functools.partial(self._keep_attention, number)
+            layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True)
 
     def _keep_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.first = _hidden_states(args, kwargs)

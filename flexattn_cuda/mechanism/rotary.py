@@ -32,6 +32,32 @@ def hr_rotary_tables(tables: RotaryTables, lr_grid: Grid, hr_grid: Grid, mode: s
     return RotaryTables(*(_resize(table, lr_grid, hr_grid, mode) for table in tables))
 
 
+def hr_positions(positions: torch.Tensor, lr_grid: Grid, hr_grid: Grid) -> torch.Tensor:
+    """Return the coordinates of the HR tokens between those of the LR tokens (multi-axis RoPE).
+
+    HR cell i of h lies at (i + 1/2) * S/h - 1/2 between the centers of S LR cells, and beyond the outermost ones where
+    they end. Coordinates are linear in it.
+
+    Args:
+        positions: [axes, S_h*S_w], coordinates of the LR tokens, equidistant along rows and along columns.
+        lr_grid: S_h x S_w.
+        hr_grid: h_h x h_w.
+
+    Returns:
+        [axes, h_h*h_w] float32.
+    """
+    grid = positions.float().view(-1, *lr_grid)
+    first, along_rows, along_cols = grid[:, :1, :1], torch.zeros(()), torch.zeros(())
+    if lr_grid.rows > 1:
+        along_rows = grid[:, 1:2, :1] - first
+    if lr_grid.cols > 1:
+        along_cols = grid[:, :1, 1:2] - first
+    row, col = (
+        (torch.arange(many, device=grid.device) + 0.5) * few / many - 0.5 for few, many in zip(lr_grid, hr_grid)
+    )
+    return (first + row[:, None] * along_rows + col * along_cols).flatten(1)
+
+
 def _resize(table: torch.Tensor, source: Grid, target: Grid, mode: str) -> torch.Tensor:
     image = table.reshape(1, source.rows, source.cols, -1).permute(0, 3, 1, 2)
     align_corners = None if mode == "nearest" else False
@@ -43,3 +69,9 @@ def rotate(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
     """Rotate keys [..., d] by tables that broadcast against them (half-split form, as in LLaMA)."""
     first, second = keys.chunk(2, dim=-1)
     return keys * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def no_rotation(keys: torch.Tensor) -> RotaryTables:
+    """Return tables [n, d] that leave keys [n, Hkv, d] as they are."""
+    shape = (keys.shape[0], keys.shape[-1])
+    return RotaryTables(keys.new_ones(shape), keys.new_zeros(shape))

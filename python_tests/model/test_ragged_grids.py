@@ -21,6 +21,7 @@ from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 from flexattn_cuda.mechanism.call import HRRequest, NewImages, Span
 from flexattn_cuda.mechanism.grid import ABSENT, Grid, ImageGrids
 from flexattn_cuda.mechanism.layout import ImageLayout
+from flexattn_cuda.mechanism.rotary import RotaryTables
 from flexattn_cuda.mechanism.selection import select
 
 WIDTH, LENGTH, LAYERS = 32, 30, 4
@@ -29,6 +30,12 @@ WIDE = ImageGrids(lr=Grid(3, 5), hr=Grid(7, 9), tiles=Grid(7, 3))
 TALL = ImageGrids(lr=Grid(4, 2), hr=Grid(8, 6), tiles=Grid(2, 3))
 SMALL = ImageGrids(lr=Grid(2, 2), hr=Grid(2, 4), tiles=Grid(1, 2))
 LARGE = ImageGrids(lr=Grid(2, 7), hr=Grid(10, 14), tiles=Grid(5, 2))  # more tokens than any other
+
+
+def pooled(grid: Grid, side: int) -> Grid:
+    """Return the grid of the same shape with a longer side of at most `side` cells; 0 for no limit."""
+    longer = max(grid)
+    return Grid(*(max(1, round(cells * side / longer)) for cells in grid)) if 0 < side < longer else grid
 
 
 class PlainFamily:
@@ -42,6 +49,12 @@ class PlainFamily:
         self.text_model = LlamaModel(config)
         self.projector = torch.nn.Linear(3, WIDTH).double()
         self.tiles_encoded = 0
+
+    position_axes = 1
+
+    def rotary(self, text: LlamaModel, sequence: torch.Tensor, positions: torch.Tensor) -> RotaryTables:
+        cos, sin = text.rotary_emb(sequence, position_ids=positions)
+        return RotaryTables(cos[0], sin[0])
 
     def cut_into_tiles(self, image: torch.Tensor, tiles: Grid) -> list[torch.Tensor]:
         return [tile for row in image.chunk(tiles.rows, 1) for tile in row.chunk(tiles.cols, 2)]
@@ -160,7 +173,7 @@ class Expected:
             hr_tokens=grids.hr.cells,
             scale=settings.scale,
             threshold=settings.threshold,
-            pool_grid=ints(*(min(side, settings.pool) for side in grids.lr)),
+            pool_grid=ints(*pooled(grids.lr, settings.pool)),
             valid_rect=ints(*picture.rect),
         )
         return selected.mask(1)[0, 0, 0]
@@ -169,8 +182,9 @@ class Expected:
         """Return keys and values [H, HR tokens of the images, d]."""
         keys, values = [], []
         for picture in pictures:
-            pooled = functional.avg_pool2d(picture.pixels, 2).flatten(1).T
-            features = self.family.projector(pooled)  # of the whole image at once
+            features = self.family.projector(
+                functional.avg_pool2d(picture.pixels, 2).flatten(1).T
+            )  # of the whole image at once
             tables = []
             for table in (self.cos, self.sin):
                 image = table[slice(*picture.span)].T.view(1, -1, *picture.grids.lr)
@@ -231,13 +245,13 @@ def test_the_ablations_choose_the_same_share_of_every_grid(strategy, pool):
             grids = prompt[image].grids
             of_image = tokens[:, : grids.hr.cells].view(2, *grids.hr)
             assert not tokens[:, grids.hr.cells :].any()
-            pooled = Grid(*(min(side, pool or side) for side in grids.lr))
+            cells_grid = pooled(grids.lr, pool)
             # A cell of the grid is seen at the first token of its rows and columns, rounded up.
-            first = [[-(-i * hr // side) for i in range(side)] for side, hr in zip(pooled, grids.hr)]
+            first = [[-(-i * hr // side) for i in range(side)] for side, hr in zip(cells_grid, grids.hr)]
             cells = of_image[:, first[0]][:, :, first[1]]
-            assert cells.flatten(1).sum(-1).tolist() == [max(1, round(0.3 * pooled.cells))] * 2
-            if strategy == "center" and min(pooled) > 2:
-                assert cells[:, pooled.rows // 2, pooled.cols // 2].all()
+            assert cells.flatten(1).sum(-1).tolist() == [max(1, round(0.3 * cells_grid.cells))] * 2
+            if strategy == "center" and min(cells_grid) > 2:
+                assert cells[:, cells_grid.rows // 2, cells_grid.cols // 2].all()
 
 
 def test_a_crop_leaves_the_ranges_of_what_remains_inside_the_sequence():

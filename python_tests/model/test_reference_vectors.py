@@ -25,6 +25,7 @@ from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 from flexattn_cuda.mechanism.context import ContextOptions, HRContext
 from flexattn_cuda.mechanism.grid import Grid, ImageGrids
+from flexattn_cuda.mechanism.keys import KeyForm
 from flexattn_cuda.mechanism.layout import ImageLayout
 from flexattn_cuda.mechanism.rotary import RotaryTables, hr_rotary_tables
 from flexattn_cuda.mechanism.rows import Rows
@@ -111,6 +112,7 @@ class Layer:
             attn_implementation="flexattn",
         )
         self.attention = LlamaAttention(config, layer_idx=1).eval()
+        self.attention.hr_key_form = KeyForm()
         for name in ("k_proj_hd", "v_proj_hd"):
             out_features, in_features = self.array(f"w_{name}").shape
             setattr(self.attention, name, torch.nn.Linear(in_features, out_features, bias=False))

@@ -66,12 +66,9 @@ def attend(**options) -> torch.Tensor:
     return flexattn_attention(module, q, k, v, None, **options)[0]
 
 
-@pytest.mark.parametrize(
-    "option, value",
-    [("softcap", 30.0), ("s_aux", torch.zeros(4)), ("is_causal", False), ("sliding_window", QUERIES - 1)],
-)
+@pytest.mark.parametrize("option, value", [("s_aux", torch.zeros(4)), ("is_causal", False)])
 def test_options_that_change_the_result_are_refused(option, value):
-    with pytest.raises(ValueError, match="not causal" if option == "is_causal" else option.replace("_", ".")):
+    with pytest.raises(ValueError, match="not causal" if option == "is_causal" else option):
         attend(**{option: value})
 
 
@@ -115,13 +112,10 @@ def test_a_window_that_the_sequence_does_not_exceed_changes_nothing(use_cache):
     sizes = tiny.llava_config().text_config.to_dict() | {"model_type": "mistral"}
     length = image_question()["input_ids"].shape[1]
     logits = []
-    for window in (None, length):
+    for window in (None, length, length - 1):
         model = with_text_model(MistralConfig(**sizes | {"sliding_window": window}))
         logits.append(model(**image_question(), use_cache=use_cache).logits)
-    assert torch.equal(*logits)
-    model = with_text_model(MistralConfig(**sizes | {"sliding_window": length - 1}))
-    with pytest.raises(ValueError, match=f"window .*{length - 1} positions|window of {length - 1} positions"):
-        model(**image_question(), use_cache=use_cache)
+    assert torch.equal(*logits[:2]) and not torch.allclose(*logits[1:])
 
 
 @torch.no_grad()
@@ -147,27 +141,19 @@ TINY = dict(
     eos_token_id=2,
 )
 OTHERS = {
-    "Qwen3Config": "not plain projections",  # normalised keys
-    "Olmo2Config": "not plain projections",  # normalised before they are cut into heads
-    "CohereConfig": "not plain projections",  # interleaved rotary form
-    "SmolLM3Config": "not plain projections",  # layers without positions
-    "Glm4Config": "rotary embedding covers",  # a part of the head alone
-    "Gemma2Config": "passes softcap",
-    "Phi3Config": "k_proj",  # one projection for all
+    "GptOssConfig": "attention sinks",
+    "DeepseekV3Config": "v has shape",  # keys and values of different sizes
+    "GPTNeoXConfig": "no attribute 'self_attn'",
+    "PersimmonConfig": "PersimmonAttention has no v_proj",  # one projection whose rows are in another order
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_language_model_whose_keys_are_made_differently_is_refused(name):
+def test_a_language_model_whose_keys_are_made_in_another_way_is_refused(name):
     config = getattr(transformers, name)(**TINY)
     AutoModel.from_config(config)  # transformers itself builds it
     with pytest.raises(ValueError, match=f"does not support language models of type .*{OTHERS[name]}"):
         with_text_model(config)
-
-
-def test_a_language_model_that_scales_its_embeddings_is_refused():
-    with pytest.raises(ValueError, match="language models of type 'granite'"):
-        with_text_model(transformers.GraniteConfig(**TINY, embedding_multiplier=12.0))
 
 
 @torch.no_grad()
@@ -178,7 +164,7 @@ def test_language_models_whose_keys_are_llamas_are_accepted(name):
 
 
 def test_the_check_of_the_keys_draws_no_random_numbers():
-    probe._SUPPORTED.clear()
+    probe._KNOWN.clear()
     checked, known = (tiny.flex(seed=3).model.language_model.layers[2].self_attn.k_proj_hd.weight for _ in range(2))
     assert torch.equal(checked, known)
 
@@ -187,7 +173,7 @@ def test_the_check_of_the_keys_draws_no_random_numbers():
 
 
 def test_early_exit_is_refused():
-    with pytest.raises(ValueError, match="assistant_early_exit is not supported by LLaVA; use assistant_model"):
+    with pytest.raises(ValueError, match="assistant_early_exit is not supported; use assistant_model"):
         tiny.flex().generate(**image_question(), assistant_early_exit=2, max_new_tokens=3)
 
 

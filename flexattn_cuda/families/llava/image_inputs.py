@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from flexattn_cuda.families.calls import check_valid_rect
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.mechanism.call import NewImages, Span
-from flexattn_cuda.mechanism.grid import Grid, ImageGrids
+from flexattn_cuda.mechanism.grid import ImageGrids
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class ImageInputs:
         if self.pixel_values_hr is not None and len(self.pixel_values_hr) != count:
             raise ValueError(f"pixel_values_hr holds {len(self.pixel_values_hr)} images; these prompts have {count}")
         if self.valid_rect is not None:
-            _check_valid_rect(self.valid_rect, count, config.lr_grid)
+            check_valid_rect(self.valid_rect, [config.lr_grid] * count)
 
     def with_features(self, image_features: torch.Tensor, hr_features: torch.Tensor | None) -> ImageInputs:
         """Return the same images with their tokens."""
@@ -76,18 +77,3 @@ class ImageInputs:
     def _first(self) -> torch.Tensor | None:
         alternatives = (self.pixel_values, self.pixel_values_hr, self.image_features)
         return next((images for images in alternatives if images is not None), None)
-
-
-def _check_valid_rect(valid_rect: torch.Tensor, count: int, lr_grid: Grid) -> None:
-    if tuple(valid_rect.shape) != (count, 4):
-        raise ValueError(f"valid_rect has shape {list(valid_rect.shape)}; it must be {[count, 4]}")
-    if valid_rect.is_floating_point() or valid_rect.is_complex():
-        raise ValueError(f"valid_rect is {valid_rect.dtype}; it must hold whole numbers of cells")
-    if valid_rect.is_meta:
-        return
-    corner, end = valid_rect[:, :2], valid_rect[:, 2:]
-    if bool(((corner < 0) | (corner >= end) | (end > valid_rect.new_tensor(lr_grid))).any()):
-        raise ValueError(
-            f"valid_rect is {valid_rect.tolist()}; every image needs top < bottom and left < right, inside its "
-            f"{lr_grid} LR cells"
-        )

@@ -12,29 +12,28 @@ from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
-from transformers import AutoModelForImageTextToText, Cache, DynamicCache, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Cache, LlavaForConditionalGeneration
 
 from flexattn_cuda import checkpoints, profiling
 from flexattn_cuda.baselines.cross_attention import CrossAttachment, CrossAttentionLayer
+from flexattn_cuda.families.calls import cache_to_use, embed_text, image_positions, image_spans, may_wait, place
+from flexattn_cuda.families.generation import HRGeneration
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
-from flexattn_cuda.families.llava.family import LlavaFamily, image_spans
+from flexattn_cuda.families.llava.family import LlavaFamily
 from flexattn_cuda.families.llava.image_inputs import ImageInputs
 from flexattn_cuda.families.llava.vision import encode_images, encode_tiles
 from flexattn_cuda.mechanism import attention
 from flexattn_cuda.mechanism.attach import Attachment
-from flexattn_cuda.mechanism.cache import HRCache
-from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, check_cache_argument, one_cache, rename_cache
-from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, Span
+from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, check_cache_argument, one_cache
+from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, check_keeps_all
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.counts import CountReader, read_counts
 from flexattn_cuda.mechanism.trace import Trace
 
 _IMAGE_ARGUMENTS = ("pixel_values", "pixel_values_hr", "image_features", "hr_features", "valid_rect")
-_ONCE = (*_IMAGE_ARGUMENTS, "rows_per_prompt")  # come with the prompt, and then live in the cache and beside it
-_OWN_ARGUMENTS = (*_ONCE, "prompt_length", "flexattn_trace", "hr_alpha", "hr_cache", "hr_capacity", "tiles_on_demand")
 
 
-class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+class FlexAttnLlavaForConditionalGeneration(HRGeneration, LlavaForConditionalGeneration):
     """LLaVA whose later layers also attend to selected tokens of the high-resolution image, or one of the systems that
     FlexAttention is compared with (`FlexAttnConfig.system`).
 
@@ -43,6 +42,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     config_class = FlexAttnLlavaConfig
     config: FlexAttnLlavaConfig
+    _once: ClassVar[tuple[str, ...]] = (*_IMAGE_ARGUMENTS, "rows_per_prompt")
     _no_split_modules: ClassVar[list[str]] = [
         *(LlavaForConditionalGeneration._no_split_modules or []),
         CrossAttentionLayer.__name__,
@@ -164,14 +164,16 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         images = ImageInputs(pixel_values, pixel_values_hr, image_features, hr_features, valid_rect, rows_per_prompt)
         sequence = _checked_sequence(input_ids, inputs_embeds, images, hr_capacity)
         _check_alpha(hr_alpha)
-        use_cache, cache = self._cache_to_use(use_cache, one_cache(cache, past_key_values))
+        use_cache, cache = cache_to_use(self, use_cache, one_cache(cache, past_key_values), images.have_hr)
         shape = CallShape.of(sequence, cache, prompt_length, kwargs.get("cache_position"))
+        if images.have_hr:
+            check_keeps_all(cache, shape.past + shape.queries)
         new = None
         if input_ids is not None:
-            is_image = self._image_positions(input_ids, shape, prompt_length)
-            inputs_embeds = self._embed_text(input_ids)
+            is_image = image_positions(input_ids, self.config.image_token_id, shape, prompt_length)
+            inputs_embeds = embed_text(self, input_ids, self.config.image_token_id)
             if images.given:
-                on_demand = tiles_on_demand and self._may_wait(cache, hr_capacity)
+                on_demand = tiles_on_demand and self._selects and may_wait(cache, hr_capacity)
                 inputs_embeds, new = self._embed_images(images, is_image, inputs_embeds, on_demand)
             elif not shape.decoding and bool(is_image.any()):
                 raise ValueError("the prompt has image tokens, but no pixel_values came with it")
@@ -234,34 +236,12 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         _check_pixels("pixel_values", pixel_values, size)
         return encode_images(self.model, pixel_values), hr_features
 
-    def _cache_to_use(self, use_cache: bool | None, cache: Cache | None) -> tuple[bool, Cache | None]:
-        """Return whether to use a key/value cache, and the one to use."""
-        if use_cache is None:
-            use_cache = getattr(self.config.text_config, "use_cache", True) and not self.training
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config.text_config)
-        return bool(use_cache), cache
+    @property
+    def _selects(self) -> bool:
+        return self.config.system == "flexattn"
 
-    def _image_positions(self, input_ids: torch.Tensor, shape: CallShape, prompt_length: int | None) -> torch.Tensor:
-        """Return [B, N] bool, True for an image token of the prompt, not for one that the model wrote or drafted."""
-        is_image: torch.Tensor = input_ids == self.config.image_token_id
-        if prompt_length is not None:
-            is_image[:, max(0, prompt_length - shape.past) :] = False
-        return is_image
-
-    def _embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embed token ids. An image token may lie outside the vocabulary; what is embedded for it does not matter."""
-        embedding, image = self.get_input_embeddings(), self.config.image_token_id
-        if image >= len(embedding.weight):
-            input_ids = input_ids.masked_fill(input_ids == image, 0)
-        embedded: torch.Tensor = embedding(input_ids)
-        return embedded
-
-    def _may_wait(self, cache: Cache | None, hr_capacity: int | None) -> bool:
-        """Whether tiles can be encoded when a selection reaches them: not in fixed shapes, nor with gradients."""
-        kept = HRCache.beside(cache)
-        capacity = hr_capacity if kept is None else kept.capacity
-        return self.config.system == "flexattn" and capacity is None and not torch.is_grad_enabled()
+    def _shared_by_rows(self, arguments: dict[str, Any]) -> tuple[str, ...]:
+        return _IMAGE_ARGUMENTS
 
     def _embed_images(
         self, images: ImageInputs, is_image: torch.Tensor, inputs_embeds: torch.Tensor, on_demand: bool
@@ -269,7 +249,7 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """Return the embeddings with the images' tokens in place, and what the mechanism must know of the images."""
         images.check_rows(len(is_image))
         tokens = self.config.image_tokens if images.have_hr else self.config.lr_grid.cells
-        spans = image_spans(is_image[:: images.rows_per_prompt], images.count, tokens)
+        spans = image_spans(is_image[:: images.rows_per_prompt], [tokens] * images.count)
         if images.image_features is None:
             encoded = self.encode(images.pixel_values, images.pixel_values_hr, hr=not on_demand)
             images = images.with_features(*encoded)
@@ -279,113 +259,10 @@ class FlexAttnLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         assert rows is not None
         if images.hr_features is not None and self.config.system == "hd":
             rows = torch.cat([rows, images.hr_features.to(rows)], dim=1)
-        if images.rows_per_prompt > 1:
-            rows = _for_each_row(rows, spans, images.rows_per_prompt)
-        inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), rows.to(inputs_embeds))
+        inputs_embeds = place(inputs_embeds, is_image, rows, spans, images.rows_per_prompt)
         if not images.have_hr or self._attachment is None:
             return inputs_embeds, None
         return inputs_embeds, images.new_images(spans, self.config.image_grids)
-
-    # --------------------------------------------------------------------------------------------------- generate
-
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """As in transformers; `flexattn_trace=Trace()` records what every step looked at.
-
-        Raises:
-            ValueError: If `assistant_early_exit` is asked for, or `stop_strings` with a tokenizer that cannot spell
-                them.
-        """
-        self._check_generation(kwargs)
-        cache = rename_cache(kwargs)
-        alternatives = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        prompt = next((given for given in alternatives if given is not None), None)
-        if prompt is not None and prompt.ndim >= 2:
-            mask = kwargs.get("attention_mask")
-            # A conversation may be continued with its new tokens alone; then the mask covers what is in the cache too.
-            new_alone = cache is not None and mask is not None and mask.shape[1] != prompt.shape[1]
-            past = int(cache.get_seq_length()) if new_alone and cache is not None else 0
-            kwargs.setdefault("prompt_length", prompt.shape[1] + past)
-        return super().generate(inputs, **kwargs)
-
-    def _check_generation(self, options: dict[str, Any]) -> None:
-        """Raise ValueError for options of `generate` that would fail later, and not say why."""
-        defaults = options.get("generation_config") or self.generation_config
-
-        def option(name: str) -> Any:
-            return options[name] if options.get(name) is not None else getattr(defaults, name, None)
-
-        if option("assistant_early_exit") is not None:
-            raise ValueError(
-                "assistant_early_exit is not supported by LLaVA; use assistant_model or prompt_lookup_num_tokens"
-            )
-        tokenizer = options.get("tokenizer")
-        if option("stop_strings") is not None and tokenizer is not None and not _spells(tokenizer, "abcdef"):
-            raise ValueError(
-                "stop_strings needs a tokenizer that can spell any text, but this one knows whole words only; use "
-                "eos_token_id or stopping_criteria"
-            )
-
-    def _get_candidate_generator(
-        self, *args: Any, assistant_model: Any = None, model_kwargs: dict[str, Any], **kwargs: Any
-    ) -> Any:
-        """Assisted decoding: an assistant of another kind does not get the arguments that it does not know."""
-        if assistant_model is not None and not isinstance(assistant_model, FlexAttnLlavaForConditionalGeneration):
-            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _OWN_ARGUMENTS}
-        return super()._get_candidate_generator(
-            *args, assistant_model=assistant_model, model_kwargs=model_kwargs, **kwargs
-        )
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Any, is_first_iteration: bool = False, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """Pass the images to the first call only; afterwards they live in the cache and beside it."""
-        # By name in the signature: transformers looks for it before it allows prompts of embeddings.
-        kwargs["inputs_embeds"] = inputs_embeds
-        images = {name: kwargs.pop(name) for name in _ONCE if name in kwargs}
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        cache = kwargs.get(CACHE_ARGUMENT)
-        if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:  # an assistant's first call
-            is_first_iteration = True
-        if is_first_iteration or not kwargs.get("use_cache", True):
-            return inputs | images
-        return {name: value for name, value in inputs.items() if name not in _ONCE}
-
-    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        """Compile decoding with a static cache only if what the images add has a fixed size too (`hr_capacity`)."""
-        images = HRCache.beside(model_kwargs.get(CACHE_ARGUMENT))
-        grows = images is not None and images.capacity is None
-        if any(model_kwargs.get(name) is not None for name in ("pixel_values_hr", "hr_features")):
-            grows = self.config.system == "flexattn" and model_kwargs.get("hr_capacity") is None
-        compiles: bool = super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-        return compiles and not grows
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Raise between two steps what a compiled step could not raise itself."""
-        images = HRCache.beside(model_kwargs.get(CACHE_ARGUMENT))
-        if images is not None and images.capacity is not None:
-            images.check_overflow()
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
-        """Return the padding mask as it is; with static caches, transformers would turn it into its own kind here."""
-        return attention_mask
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Repeat the rows for beams and samples, but not the images, which the rows of a prompt share."""
-        images = {name: kwargs.pop(name) for name in _IMAGE_ARGUMENTS if kwargs.get(name) is not None}
-        if expand_size > 1 and images:
-            images["rows_per_prompt"] = expand_size
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        return input_ids, kwargs | images
 
 
 def _checked_sequence(
@@ -412,19 +289,6 @@ def _check_alpha(alpha: float) -> None:
 def _check_pixels(name: str, pixels: torch.Tensor, size: int) -> None:
     if pixels.ndim != 4 or list(pixels.shape[1:]) != [3, size, size]:
         raise ValueError(f"{name} has shape {list(pixels.shape)}; it must be [n, 3, {size}, {size}]")
-
-
-def _for_each_row(images: torch.Tensor, spans: list[list[Span]], rows_per_prompt: int) -> torch.Tensor:
-    """Repeat [n, ...] images in the order of the prompts to that of the batch's rows, which repeat the prompts."""
-    groups = torch.arange(len(images)).split([len(prompt) for prompt in spans])
-    order = torch.cat([group for group in groups for _ in range(rows_per_prompt)])
-    return images[order.to(images.device)]
-
-
-def _spells(tokenizer: Any, text: str) -> bool:
-    """Whether a tokenizer gives a text back, as transformers needs it to match stop strings."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return text in tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids))
 
 
 AutoModelForImageTextToText.register(FlexAttnLlavaConfig, FlexAttnLlavaForConditionalGeneration)

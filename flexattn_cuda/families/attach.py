@@ -1,0 +1,161 @@
+"""Attach FlexAttention to a vision-language model of transformers.
+
+model = AutoModelForImageTextToText.from_pretrained("OpenGVLab/InternVL3-1B-hf")
+flexattn_cuda.attach(model)
+processor = flexattn_cuda.processor_for(model)
+answer = flexattn_cuda.ask(model, processor, "image.jpg", "Which digits are on the red sign?")
+flexattn_cuda.save_adapter(model, "my-adapter")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from flexattn_cuda.checkpoints import adapters
+from flexattn_cuda.families.attached import AttachedModel, attached_class
+from flexattn_cuda.families.family import Family
+from flexattn_cuda.families.registry import family_of
+from flexattn_cuda.mechanism import attention
+from flexattn_cuda.mechanism.attach import Attachment
+from flexattn_cuda.mechanism.cache_argument import check_cache_argument
+from flexattn_cuda.mechanism.config import FlexAttnConfig
+from flexattn_cuda.mechanism.keys import own_projection
+
+PRESETS = {"paper": FlexAttnConfig.paper, "released": FlexAttnConfig.released}
+_PAPER_LAYERS, _PAPER_SIDE = 32, 24  # of LLaVA-7B, which the presets are made for
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def attach(model: Model, settings: FlexAttnConfig | str | Path = "paper", family: type[Family] | None = None) -> Model:
+    """Add FlexAttention to a model, in place: its forward and generate then also take high-resolution (HR) images.
+
+    The projections of HR tokens start as copies of the model's own. Without HR images the model computes what it
+    computed before.
+
+    Args:
+        model: A vision-language model of a known family (`families/registry.py`), in any dtype.
+        settings: "paper" or "released", fitted to the model (`settings_for`); or settings, whose sizes in pixels are
+            replaced by the model's; or the folder of an adapter that `save_adapter` wrote.
+        family: Describes a model whose family is not known.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the family or the language model is not supported, FlexAttention is attached already, or the
+            settings do not fit.
+        CheckpointError: If the folder holds no adapter, or one of another base model.
+    """
+    if isinstance(model, AttachedModel) or hasattr(model, "_attachment"):
+        raise ValueError("FlexAttention is attached to this model already; load the model again for other settings")
+    family = family or family_of(model)
+    adapter = None
+    if isinstance(settings, (str, Path)) and str(settings) not in PRESETS:
+        adapter = adapters.read(Path(settings))
+        settings = adapter.settings
+    found = settings_for(model, str(settings), family) if not isinstance(settings, FlexAttnConfig) else settings
+    described = family(model, found)
+    described = family(model, _with_sizes(found, described))
+    _check_settings(described)
+    if adapter is not None:
+        adapter.check_base(adapters.BaseModel.of(model, described.text_model))
+    _install(model, described)
+    if adapter is not None:
+        adapter.load_into(described.text_model, described.hr_layers)
+    return model
+
+
+def settings_for(model: PreTrainedModel, preset: str = "paper", family: type[Family] | None = None) -> FlexAttnConfig:
+    """Return a preset fitted to a model: the first HR layer at the same share of the depth, sizes and pool its own.
+
+    Args:
+        model: Of a known family.
+        preset: "paper" or "released".
+        family: Describes a model whose family is not known.
+
+    Raises:
+        ValueError: If there is no such preset, or the family is not known.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"there is no preset {preset!r}; choose {' or '.join(PRESETS)}, or the folder of an adapter")
+    settings = PRESETS[preset]()
+    described = (family or family_of(model))(model, settings)
+    layers = described.text_model.config.num_hidden_layers
+    first_layer = min(max(1, round(settings.first_layer * layers / _PAPER_LAYERS)), layers - 1)
+    side = described.lr_side
+    pool = settings.pool if side is None or not settings.pool else max(1, round(settings.pool * side / _PAPER_SIDE))
+    return _with_sizes(dataclasses.replace(settings, first_layer=first_layer, pool=pool), described)
+
+
+def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write what `attach` added to a model, as it is now: settings, projections of HR tokens and a model card.
+
+    Args:
+        model: One that FlexAttention was attached to.
+        folder: Made if it is missing; `attach(model, folder)` reads it.
+
+    Raises:
+        ValueError: If FlexAttention is not attached to the model.
+    """
+    if not isinstance(model, AttachedModel):
+        raise ValueError(
+            f"FlexAttention is not attached to this {type(model).__name__}; call flexattn_cuda.attach first"
+        )
+    family = model.hr_family
+    base = adapters.BaseModel.of(model, family.text_model)
+    adapters.write(Path(folder), family.settings, base, family.text_model, family.hr_layers)
+
+
+def _with_sizes(settings: FlexAttnConfig, family: Family) -> FlexAttnConfig:
+    """Return settings with the model's own sizes in pixels, where it has one size for all images."""
+    size = family.lr_size
+    if size is None:
+        return settings
+    return dataclasses.replace(settings, lowres_size=size, highres_size=size * settings.zoom)
+
+
+def _check_settings(family: Family) -> None:
+    settings, layers = family.settings, family.text_model.config.num_hidden_layers
+    if settings.system != "flexattn":
+        raise ValueError(f"flexattn system is {settings.system!r}; only 'flexattn' can be attached to a model")
+    if settings.first_layer >= layers:
+        raise ValueError(
+            f"flexattn first_layer is {settings.first_layer}, but the language model has layers 0 to {layers - 1}; "
+            "choose a layer that exists, or a preset, which is fitted to the model"
+        )
+
+
+def _install(model: PreTrainedModel, family: Family) -> None:
+    """Replace the class of the model, and add projections and hooks; a refusal leaves the model as it was."""
+    text = family.text_model
+    check_cache_argument(type(text).forward)
+    attachment = Attachment(family)
+    before = text.config._attn_implementation
+    text.set_attn_implementation(attention.NAME)
+    try:
+        attachment.install()
+        _copy_projections(family)
+    except BaseException:
+        text.set_attn_implementation(before)
+        raise
+    model.__class__ = attached_class(type(model))
+    model.attachment, model.hr_family = attachment, family
+
+
+@torch.no_grad()
+def _copy_projections(family: Family) -> None:
+    """Start the projections of HR tokens as copies of the model's own, on their device and in their dtype."""
+    for layer in family.hr_layers:
+        module = family.text_model.layers[layer].self_attn
+        for name in ("k_proj", "v_proj"):
+            own, projection = own_projection(module, name), getattr(module, f"{name}_hd")
+            projection.to(own.weight.device, own.weight.dtype)
+            projection.weight.copy_(own.weight)
+            if own.bias is not None:
+                projection.bias.copy_(own.bias)

@@ -1,0 +1,203 @@
+"""A model of transformers that FlexAttention was attached to: its own forward and generate, with high-resolution (HR)
+images as further arguments.
+
+The class of the model object is replaced by a subclass of the same name, so that its type, its name and its
+configuration still say what it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from flexattn_cuda import profiling
+from flexattn_cuda.families.calls import (
+    cache_to_use,
+    check_valid_rect,
+    embed_text,
+    image_positions,
+    image_spans,
+    may_wait,
+    place,
+)
+from flexattn_cuda.families.family import Family, Pixels, PromptWithImages
+from flexattn_cuda.families.generation import HRGeneration
+from flexattn_cuda.mechanism.attach import Attachment
+from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, rename_cache
+from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, check_keeps_all
+from flexattn_cuda.mechanism.config import FlexAttnConfig
+from flexattn_cuda.mechanism.trace import Trace
+
+
+@dataclass(frozen=True)
+class HRArguments:
+    """What the forward of an attached model takes beside its own arguments.
+
+    Attributes:
+        pixel_values_hr: The n images of the prompts in high resolution, in their order: [n, 3, zoom*s, zoom*s], or n
+            tensors [3, zoom*H, zoom*W] where sizes differ; float, normalised. Without them no row sees HR tokens.
+        valid_rect: [n, 4] int, (top, left, bottom, right) of each image inside its padding, in cells of its LR grid,
+            half-open; the whole grid when absent.
+        rows_per_prompt: This many adjacent rows of the batch are beams of one prompt, which share its images.
+            `generate` sets it.
+        prompt_length: Positions of the sequence up to the end of the prompt, where that is not the end of this call or,
+            with a cache, of the previous one. `generate` sets it.
+        flexattn_trace: Records maps and selections.
+        hr_alpha: Weight of the attention with HR tokens, 0 to 1.
+        hr_cache: Keep the keys and values of HR tokens beside the key/value cache; if False, and where gradients are
+            recorded, every call projects what it attends to.
+        hr_capacity: Slots of each layer's pool of HR keys, which then never grows (CUDA graphs, compiled decoding).
+        tiles_on_demand: Encode a tile when a selection first reaches it; if False, and where gradients are recorded,
+            encode all tiles at once.
+    """
+
+    pixel_values_hr: Pixels | None = None
+    valid_rect: torch.Tensor | None = None
+    rows_per_prompt: int = 1
+    prompt_length: int | None = None
+    flexattn_trace: Trace | None = None
+    hr_alpha: float = 1.0
+    hr_cache: bool = True
+    hr_capacity: int | None = None
+    tiles_on_demand: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hr_alpha <= 1:  # NaN too
+            raise ValueError(f"hr_alpha is {self.hr_alpha}; it must be a weight from 0 to 1")
+        if self.hr_capacity is not None and self.hr_capacity < 1:
+            raise ValueError(f"hr_capacity is {self.hr_capacity}; it must be at least 1, or None for pools that grow")
+        if self.pixel_values_hr is None and self.valid_rect is not None:
+            raise ValueError("valid_rect came without pixel_values_hr, whose images it is about; pass both")
+
+    @classmethod
+    def pop_from(cls, arguments: dict[str, Any]) -> HRArguments:
+        """Take them out of the arguments of a call; ValueError if they mean nothing."""
+        return cls(**{field.name: arguments.pop(field.name) for field in fields(cls) if field.name in arguments})
+
+
+class AttachedModel(HRGeneration):
+    """Mixed into the class of a model that FlexAttention was attached to."""
+
+    attachment: Attachment
+    hr_family: Family
+    attached_to: ClassVar[type[PreTrainedModel]]  # the model's own class
+
+    @property
+    def flexattn_settings(self) -> FlexAttnConfig:
+        """Settings of the mechanism."""
+        return self.hr_family.settings
+
+    def _shared_by_rows(self, arguments: dict[str, Any]) -> tuple[str, ...]:
+        if arguments.get("pixel_values_hr") is None:
+            return ()
+        return ("pixel_values_hr", "valid_rect", *self.hr_family.image_arguments)
+
+    def _call(self, arguments: dict[str, Any]) -> Any:
+        """Run the model's own forward, with the images in place and the mechanism told of them."""
+        own = HRArguments.pop_from(arguments)
+        cache = rename_cache(arguments)
+        sequence = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
+        if sequence is None:
+            return self.attached_to.forward(self, **arguments)
+        have_hr, new = own.pixel_values_hr is not None, None
+        if have_hr:
+            use_cache, cache = cache_to_use(self, arguments.get("use_cache"), cache, have_hr)
+            arguments |= {"use_cache": use_cache, CACHE_ARGUMENT: cache}
+        shape = CallShape.of(sequence, cache, own.prompt_length, arguments.get("cache_position"))
+        if have_hr:
+            check_keeps_all(cache, shape.past + shape.queries)
+            new = self._embed_images(own, arguments, shape)
+        arguments["flexattn_request"] = HRRequest(
+            shape=shape,
+            images=new,
+            labels=arguments.get("labels"),
+            prompt_length=own.prompt_length,
+            alpha=own.hr_alpha,
+            trace=own.flexattn_trace,
+            cached=own.hr_cache and cache is not None and not torch.is_grad_enabled(),
+            capacity=own.hr_capacity,
+            on_demand=own.tiles_on_demand and may_wait(cache, own.hr_capacity),
+        )
+        with profiling.phase(shape.phase):
+            return self.attached_to.forward(self, **arguments)
+
+    def _embed_images(self, own: HRArguments, arguments: dict[str, Any], shape: CallShape) -> NewImages:
+        """Replace token ids and images among the arguments by embeddings; return what the mechanism must know."""
+        family, input_ids, pixels = self.hr_family, arguments.get("input_ids"), own.pixel_values_hr
+        assert pixels is not None
+        if input_ids is None:
+            raise ValueError("images need input_ids: the image tokens say where they stand in the prompt")
+        _check_images(own, len(input_ids))
+        grids = family.grids(pixels)
+        is_image = image_positions(input_ids, family.image_token_id, shape, own.prompt_length)
+        spans = image_spans(is_image[:: own.rows_per_prompt], [image.lr.cells for image in grids])
+        if own.valid_rect is not None:
+            check_valid_rect(own.valid_rect, [image.lr for image in grids])
+        lr_tokens = family.encode_lr(pixels, arguments)
+        embedded = embed_text(self, input_ids, family.image_token_id)
+        if arguments.get("position_ids") is None:
+            prompt = PromptWithImages(
+                input_ids, arguments.get("attention_mask"), grids, own.rows_per_prompt, shape.past
+            )
+            positions = family.position_ids(prompt)
+            arguments |= {} if positions is None else {"position_ids": positions}
+        for name in (*family.image_arguments, "input_ids"):
+            arguments.pop(name, None)
+        arguments["inputs_embeds"] = place(embedded, is_image, lr_tokens, spans, own.rows_per_prompt)
+        return NewImages(spans, grids, pixels=pixels, valid_rect=own.valid_rect, rows_per_prompt=own.rows_per_prompt)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle as an object of the model's own class, which is attached to again."""
+        return _restore, (self.attached_to,), self.__dict__
+
+
+def attached_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the subclass of a model's class whose forward takes HR images."""
+    if model_class not in _CLASSES:
+        body = {
+            "forward": _forward(model_class),
+            "attached_to": model_class,
+            "__module__": model_class.__module__,
+            "__qualname__": model_class.__qualname__,
+            "__doc__": model_class.__doc__,
+        }
+        _CLASSES[model_class] = type(model_class.__name__, (AttachedModel, model_class), body)
+    return _CLASSES[model_class]
+
+
+_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+
+
+def _forward(model_class: type[PreTrainedModel]) -> Callable[..., Any]:
+    """Return a model's forward with the arguments of this package, which its signature shows."""
+    signature = inspect.signature(model_class.forward)
+    parameters = list(signature.parameters.values())
+    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+    added = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default) for f in fields(HRArguments)]
+
+    @functools.wraps(model_class.forward)
+    def forward(self: AttachedModel, *args: Any, **kwargs: Any) -> Any:
+        return self._call(dict(zip([p.name for p in named[1:]], args), **kwargs))
+
+    forward.__signature__ = signature.replace(parameters=[*named, *added, *rest])  # type: ignore[attr-defined]
+    return forward
+
+
+def _restore(model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    restored: PreTrainedModel = object.__new__(attached_class(model_class))
+    return restored
+
+
+def _check_images(own: HRArguments, rows: int) -> None:
+    if own.rows_per_prompt < 1 or rows % own.rows_per_prompt:
+        raise ValueError(f"the batch has {rows} rows, which are not prompts of {own.rows_per_prompt} rows each")
+    assert own.pixel_values_hr is not None
+    if not len(own.pixel_values_hr):
+        raise ValueError("pixel_values_hr holds no images; leave it out for prompts without")

@@ -1,0 +1,176 @@
+"""What the mechanism must know of one model: where its parts are, and how its images become tokens.
+
+A family of models is a subclass of a few lines, most often of `FixedTower`. `attach(model, settings, family=...)` takes
+one for a model that this package does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from flexattn_cuda import profiling
+from flexattn_cuda.mechanism.config import FlexAttnConfig
+from flexattn_cuda.mechanism.grid import Grid, ImageGrids
+from flexattn_cuda.mechanism.rotary import RotaryTables
+
+Pixels = torch.Tensor | Sequence[torch.Tensor]
+"""Images [n, 3, height, width], or n of them [3, height, width] where sizes differ; float, normalised."""
+
+
+@dataclass(frozen=True)
+class PromptWithImages:
+    """A call that brings images.
+
+    Attributes:
+        input_ids: [B, N].
+        attention_mask: [B, past + N], 0 for padding; None for none.
+        grids: Of the images, in the order of the prompts.
+        rows_per_prompt: Adjacent rows of the batch that repeat a prompt.
+        past: Positions before the call.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    grids: list[ImageGrids]
+    rows_per_prompt: int
+    past: int
+
+
+class Family:
+    """One vision-language model with high-resolution (HR) tokens, as `mechanism/attach.py` sees it.
+
+    Attributes:
+        image_arguments: Arguments of the model's forward that bring the low-resolution (LR) view of the images. They
+            are not passed on where this package embeds the images.
+        position_axes: Coordinates of a position: 1, or 3 for time, row and column (multi-axis RoPE).
+    """
+
+    image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    position_axes: ClassVar[int] = 1
+
+    def __init__(self, model: PreTrainedModel, settings: FlexAttnConfig) -> None:
+        self.model = model
+        self._settings = settings
+
+    @property
+    def settings(self) -> FlexAttnConfig:
+        """Settings of the mechanism."""
+        return self._settings
+
+    @property
+    def text_model(self) -> PreTrainedModel:
+        """The language model without its head."""
+        text: PreTrainedModel = self.model.model.language_model
+        return text
+
+    @property
+    def hr_layers(self) -> range:
+        """Layers that attend to HR tokens."""
+        return range(self.settings.first_layer, self.text_model.config.num_hidden_layers)
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that stands for an LR token in the prompt."""
+        token: int = self.model.config.image_token_id
+        return token
+
+    @property
+    def lr_side(self) -> int | None:
+        """Side of the LR grid, if all images have the same."""
+        return None
+
+    @property
+    def lr_size(self) -> int | None:
+        """Side in pixels of the LR view, likewise."""
+        return None
+
+    def grids(self, pixels_hr: Pixels) -> list[ImageGrids]:
+        """Return the grids of n images; ValueError if they do not have a size that the model takes."""
+        raise NotImplementedError
+
+    def encode_lr(self, pixels_hr: Pixels, arguments: dict[str, Any]) -> list[torch.Tensor]:
+        """Return the LR tokens [S_h*S_w, D] of each of n images.
+
+        Args:
+            pixels_hr: The images in high resolution.
+            arguments: Of the model's forward, with those of `image_arguments` that its caller gave. Without them the LR
+                view is made from the HR one.
+
+        Raises:
+            ValueError: If they are not the LR views of as many images.
+        """
+        raise NotImplementedError
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode images [n, 3, height, width] of one size into their tokens [n, tokens, D], row-major."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Encode tiles [n, 3, height, width] into their tokens [n, tokens of a tile, D], without gradients."""
+        return self.encode(tiles)
+
+    def cut_into_tiles(self, image: torch.Tensor, tiles: Grid) -> list[torch.Tensor]:
+        """Cut an image [3, height, width] into a grid of equal views, row-major."""
+        return [tile for row in image.chunk(tiles.rows, dim=1) for tile in row.chunk(tiles.cols, dim=2)]
+
+    def rotary(self, text: PreTrainedModel, sequence: torch.Tensor, positions: torch.Tensor) -> RotaryTables:
+        """Return the rotary tables [n, r] of a language model at positions [axes, n]; dtype as `sequence`."""
+        cos, sin = text.rotary_emb(sequence, position_ids=positions)
+        return RotaryTables(cos[0], sin[0])
+
+    def position_ids(self, prompt: PromptWithImages) -> torch.Tensor | None:
+        """Return the positions of a prompt where they depend on its images; None where the model counts."""
+        return None
+
+
+class FixedTower(Family):
+    """A model whose vision tower takes squares of one size: the LR view is one, an HR image zoom x zoom of them."""
+
+    @property
+    def lr_side(self) -> int:
+        vision = self.model.config.vision_config
+        return int(vision.image_size // vision.patch_size)
+
+    @property
+    def lr_size(self) -> int:
+        return int(self.model.config.vision_config.image_size)
+
+    def grids(self, pixels_hr: Pixels) -> list[ImageGrids]:
+        zoom, side = self.settings.zoom, self.lr_side
+        size = zoom * self.lr_size
+        for image in pixels_hr:
+            if tuple(image.shape) != (3, size, size):
+                raise ValueError(
+                    f"an image of pixel_values_hr has shape {list(image.shape)}; with zoom {zoom} this model takes "
+                    f"{[3, size, size]}"
+                )
+        hr = zoom * side
+        return [ImageGrids(Grid(side, side), Grid(hr, hr), Grid(zoom, zoom))] * len(pixels_hr)
+
+    def encode_lr(self, pixels_hr: Pixels, arguments: dict[str, Any]) -> list[torch.Tensor]:
+        views, size = arguments.get("pixel_values"), self.lr_size
+        if views is None:
+            views = smaller(torch.stack(list(pixels_hr)), size)
+        views = views.flatten(0, -4)  # some families have [prompts, views, 3, s, s]
+        if len(views) != len(pixels_hr):
+            raise ValueError(
+                f"pixel_values holds {len(views)} views of {len(pixels_hr)} images: the processor also sends tiles of "
+                "its own; use flexattn_cuda.processor_for(model)"
+            )
+        if tuple(views.shape[1:]) != (3, size, size):
+            raise ValueError(f"pixel_values has shape {list(views.shape)}; it must be [n, 3, {size}, {size}]")
+        with profiling.phase("encode_images"):
+            return list(self.encode(views))
+
+
+def smaller(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Scale images [n, 3, s, s] down to [n, 3, size, size], with antialiasing, in float32 or float64."""
+    pixels = pixels if pixels.dtype == torch.float64 else pixels.float()
+    return functional.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False, antialias=True)

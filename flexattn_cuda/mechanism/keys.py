@@ -1,0 +1,122 @@
+"""How a layer makes a key of a token: projected, normalised in some models, rotated in one of several forms.
+
+A key of a high-resolution (HR) token is what the layer itself would make of the token, with projections of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexattn_cuda.mechanism.rotary import RotaryTables, rotate
+
+NORMS = ("k_norm", "k_layernorm", "key_layernorm")  # names that transformers' models give the norm of their keys
+
+
+class NormOver(Enum):
+    """What the norm of a layer's keys spans."""
+
+    NOTHING = "there is no norm"
+    HEAD = "each head alone"
+    WIDTH = "all heads together"
+
+
+class Rotation(Enum):
+    """How a layer rotates its keys."""
+
+    HALF_SPLIT = "as in LLaMA, over the whole head"
+    OWN = "by its model's own function, over the part of the head that the rotary tables cover"
+    NONE = "not at all"
+
+
+@dataclass(frozen=True)
+class KeyForm:
+    """How a layer makes a key of a projected token. The default is LLaMA's, which the operators compute."""
+
+    norm: NormOver = NormOver.NOTHING
+    rotation: Rotation = Rotation.HALF_SPLIT
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is LLaMA's."""
+        return self == KeyForm()
+
+    def normalise(self, module: Any, projected: torch.Tensor, head_dim: int) -> torch.Tensor:
+        """Normalise keys [n, Hkv*d] by the norm of a self-attention module; return [n, Hkv, d]."""
+        if self.norm is NormOver.WIDTH:
+            projected = norm_of(module)(projected)
+        keys = projected.unflatten(-1, (-1, head_dim))
+        if self.norm is NormOver.HEAD:
+            keys = norm_of(module)(keys)
+        return keys
+
+    def rotate(self, module: Any, keys: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
+        """Rotate keys [n, Hkv, d] by tables [n, r], as the module would; r <= d."""
+        if self.rotation is Rotation.NONE:
+            return keys
+        if self.rotation is Rotation.HALF_SPLIT:
+            return rotate(keys, tables.cos[:, None], tables.sin[:, None])
+        rotated, rest = keys.split([tables.cos.shape[-1], keys.shape[-1] - tables.cos.shape[-1]], dim=-1)
+        heads_first = rotated.transpose(0, 1)[None]  # [1, Hkv, n, r], as transformers has it
+        _, heads_first = own_rotation(module)(heads_first, heads_first, *(table[None] for table in tables))
+        return torch.cat([heads_first[0].transpose(0, 1), rest], dim=-1)
+
+
+def norm_of(module: Any) -> nn.Module:
+    """Return the norm of a module's keys."""
+    norm: nn.Module = next(getattr(module, name) for name in NORMS if hasattr(module, name))
+    return norm
+
+
+def own_rotation(module: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Return the function that rotates queries and keys in the file of transformers that the module comes from."""
+    function: Callable[..., tuple[torch.Tensor, torch.Tensor]] = vars(sys.modules[type(module).__module__])[
+        "apply_rotary_pos_emb"
+    ]
+    return function
+
+
+def forms_of(module: nn.Module) -> list[KeyForm]:
+    """Return the forms that a module's keys can have, the plainest first."""
+    norms = [NormOver.HEAD, NormOver.WIDTH] if any(hasattr(module, name) for name in NORMS) else []
+    rotations = [Rotation.HALF_SPLIT, Rotation.NONE]
+    if "apply_rotary_pos_emb" in vars(sys.modules[type(module).__module__]):
+        rotations.append(Rotation.OWN)
+    return [KeyForm(norm, rotation) for norm in [NormOver.NOTHING, *norms] for rotation in rotations]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Weights [out, in] and, in some models, bias [out] that make keys or values of hidden states."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(tokens, self.weight, self.bias)
+
+
+def own_projection(module: Any, name: str) -> Projection:
+    """Return the projection of a self-attention module that makes its keys ("k_proj") or values ("v_proj").
+
+    Some models have one projection for queries, keys and values, whose rows come in this order.
+
+    Raises:
+        ValueError: If the module has neither.
+    """
+    if hasattr(module, name):
+        linear = getattr(module, name)
+        return Projection(linear.weight, linear.bias)
+    fused = getattr(module, "qkv_proj", None)
+    if fused is None:
+        raise ValueError(f"{type(module).__name__} has no {name}")
+    size = module.config.num_key_value_heads * module.head_dim
+    end = len(fused.weight) if name == "v_proj" else len(fused.weight) - size
+    bias = None if fused.bias is None else fused.bias[end - size : end]
+    return Projection(fused.weight[end - size : end], bias)
