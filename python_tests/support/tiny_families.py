@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,6 +140,23 @@ class Family:
             rows_of_tiles.append(torch.cat(tiles, dim=1))
         return torch.cat(rows_of_tiles).flatten(0, 1)
 
+    @torch.no_grad()
+    def lr_tokens(self, model: hf.PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Return the LR tokens of all images of `inputs`, one after the other, [cells, D]."""
+        if not self.any_size:
+            return torch.cat([self.image_tokens(model, view) for view in inputs["pixel_values"]])
+        pixels = inputs["pixel_values"].to(model.dtype)
+        features = model.model.get_image_features(pixels, inputs["image_grid_thw"])
+        return torch.cat(list(getattr(features, "pooler_output", features)))
+
+    def grids_of(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Return rows and columns of the LR tokens of every image of `inputs`."""
+        if self.any_size:
+            return [
+                (rows // 2, cols // 2) for _, rows, cols in inputs.get("image_grid_thw", torch.empty(0, 3)).tolist()
+            ]
+        return [self.grid(*self.views[0])] * len(inputs.get("pixel_values", ()))
+
     # ------------------------------------------------------------------------------------------------------ prompts
 
     def inputs(
@@ -160,7 +177,7 @@ class Family:
         inputs = self._sequence(images, ragged, seed, extra=0)
         inputs |= self._lr_pixels(count, seed, dtype)
         hr = self.hr_images(count, seed, dtype)
-        return inputs | {"pixel_values_hr": hr if self.any_size else torch.stack(hr)}
+        return inputs | ({"pixel_values_hr": hr if self.any_size else torch.stack(hr)} if count else {})
 
     def plain_inputs(
         self, images: Sequence[int] = (1,), ragged: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
