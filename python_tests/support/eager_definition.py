@@ -87,7 +87,7 @@ def hr_projections(text: PreTrainedModel, settings: FlexAttnConfig) -> dict[int,
 
 
 @torch.no_grad()
-def definition(  # noqa: PLR0913 (what a caller may ask of one call)
+def definition(
     model: PreTrainedModel,
     family: Family,
     inputs: Mapping[str, Any],
@@ -232,7 +232,7 @@ class _Call:
 
     # ---------------------------------------------------------------------------------------------------- attention
 
-    def _attend(  # noqa: PLR0913 (transformers' attention interface)
+    def _attend(
         self,
         module: nn.Module,
         query: torch.Tensor,

@@ -6,7 +6,6 @@ a second time, from transformers' side.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -484,7 +483,6 @@ def _square(side: int, tokens: int) -> dict[str, Any]:
     return dict(unit=(side // tokens, side // tokens), views=((side, side),))
 
 
-_llava_entry = Family("llava", _llava, tower_factor=3.0, encode=_encode_llava, **_square(30, 5))
 _ANY_SIZE: dict[str, Any] = dict(
     unit=(8, 8), views=((32, 48), (40, 24), (32, 32)), encode=_encode_qwen, image_types="mm_token_type_ids", framed=True
 )
@@ -492,29 +490,25 @@ _IDEFICS: dict[str, Any] = dict(
     encode=_encode_idefics, text_model=lambda model: model.model.text_model, _format=_idefics_format, framed=True
 )
 
+_ANYRES: dict[str, Any] = dict(encode=_encode_by_tower, extra_tokens=_anyres_tokens(4), _format=_anyres_format)
+_GEMMA3: dict[str, Any] = dict(encode=_encode_gemma, image_types="token_type_ids", framed=True)
+_PALIGEMMA: dict[str, Any] = dict(encode=_encode_gemma, first_position=1, prefix_types=True)
+
 FAMILIES = {
     family.name: family
     for family in (
-        _llava_entry,
+        Family("llava", _llava, tower_factor=3.0, encode=_encode_llava, **_square(30, 5)),
         Family("llava_siglip", _llava_siglip, tower_factor=1.5, encode=_encode_llava, **_square(27, 4)),
         Family("vipllava", _vipllava, encode=_encode_llava, **_square(24, 4)),
-        dataclasses.replace(
-            Family("llava_next", _llava_next, tower_factor=3.0, encode=_encode_by_tower, **_square(24, 4)),
-            extra_tokens=_anyres_tokens(4),
-            _format=_anyres_format,
-        ),
-        dataclasses.replace(
-            Family("llava_onevision", _llava_onevision, tower_factor=1.5, encode=_encode_by_tower, **_square(27, 4)),
-            extra_tokens=_anyres_tokens(4),
-            _format=_anyres_format,
-        ),
+        Family("llava_next", _llava_next, tower_factor=3.0, **_square(24, 4), **_ANYRES),
+        Family("llava_onevision", _llava_onevision, tower_factor=1.5, **_square(27, 4), **_ANYRES),
         Family("internvl_qwen2", lambda: _internvl("qwen2"), encode=_encode_llava, **_square(32, 4)),
         Family("internvl_qwen3", lambda: _internvl("qwen3"), encode=_encode_llava, **_square(32, 4)),
         Family("idefics3", _idefics3, **_square(32, 4), **_IDEFICS),
         Family("smolvlm", _smolvlm, **_square(30, 5), **_IDEFICS),
         Family("qwen2_vl", _qwen2_vl, **_ANY_SIZE),
         Family("qwen2_5_vl", _qwen2_5_vl, **_ANY_SIZE),
-        Family("paligemma", _paligemma, encode=_encode_gemma, first_position=1, prefix_types=True, **_square(24, 4)),
-        Family("gemma3", _gemma3, encode=_encode_gemma, image_types="token_type_ids", framed=True, **_square(32, 4)),
+        Family("paligemma", _paligemma, **_square(24, 4), **_PALIGEMMA),
+        Family("gemma3", _gemma3, **_square(32, 4), **_GEMMA3),
     )
 }
