@@ -84,7 +84,7 @@ def test_the_original_model_puts_the_same_image_tokens_into_its_sequence(family)
 @families
 def test_image_tokens_differ_from_cell_to_cell_and_from_image_to_image(family):
     one, two = (family.image_tokens(built(family), view) for view in family.lr_images(4, dtype=torch.float64)[::3])
-    assert one.std(0).mean() > 0.1 and (one - two).std() > 0.1
+    assert one.std(0).mean() > 0.2 * one.std() and (one - two).std() > 0.2 * one.std()
 
 
 def test_patches_are_ordered_as_by_transformers_image_processor():

@@ -296,10 +296,13 @@ def _tokens(features: Any) -> torch.Tensor:
 
 
 def _encode_llava(model: hf.PreTrainedModel, pixels: Pixels) -> torch.Tensor:
-    options = dict(vision_feature_layer=model.config.vision_feature_layer)
-    if hasattr(model.config, "vision_feature_select_strategy"):
-        options["vision_feature_select_strategy"] = model.config.vision_feature_select_strategy
+    names = ("vision_feature_layer", "vision_feature_select_strategy")
+    options = {name: getattr(model.config, name) for name in names}
     return _tokens(model.model.get_image_features(pixel_values=pixels[None], **options))
+
+
+def _encode_by_defaults(model: hf.PreTrainedModel, pixels: Pixels) -> torch.Tensor:
+    return _tokens(model.model.get_image_features(pixels[None]))
 
 
 def _encode_by_tower(model: hf.PreTrainedModel, pixels: Pixels) -> torch.Tensor:
@@ -313,10 +316,6 @@ def _encode_by_tower(model: hf.PreTrainedModel, pixels: Pixels) -> torch.Tensor:
 
 def _encode_idefics(model: hf.PreTrainedModel, pixels: Pixels) -> torch.Tensor:
     return _tokens(model.model.get_image_features(pixels[None, None]))
-
-
-def _encode_gemma(model: hf.PreTrainedModel, pixels: Pixels) -> torch.Tensor:
-    return _tokens(model.model.get_image_features(pixels[None]))
 
 
 def _encode_qwen(model: hf.PreTrainedModel, pixels: Pixels) -> torch.Tensor:
@@ -491,15 +490,15 @@ _IDEFICS: dict[str, Any] = dict(
 )
 
 _ANYRES: dict[str, Any] = dict(encode=_encode_by_tower, extra_tokens=_anyres_tokens(4), _format=_anyres_format)
-_GEMMA3: dict[str, Any] = dict(encode=_encode_gemma, image_types="token_type_ids", framed=True)
-_PALIGEMMA: dict[str, Any] = dict(encode=_encode_gemma, first_position=1, prefix_types=True)
+_GEMMA3: dict[str, Any] = dict(encode=_encode_by_defaults, image_types="token_type_ids", framed=True)
+_PALIGEMMA: dict[str, Any] = dict(encode=_encode_by_defaults, first_position=1, prefix_types=True)
 
 FAMILIES = {
     family.name: family
     for family in (
         Family("llava", _llava, tower_factor=3.0, encode=_encode_llava, **_square(30, 5)),
         Family("llava_siglip", _llava_siglip, tower_factor=1.5, encode=_encode_llava, **_square(27, 4)),
-        Family("vipllava", _vipllava, encode=_encode_llava, **_square(24, 4)),
+        Family("vipllava", _vipllava, encode=_encode_by_defaults, **_square(24, 4)),
         Family("llava_next", _llava_next, tower_factor=3.0, **_square(24, 4), **_ANYRES),
         Family("llava_onevision", _llava_onevision, tower_factor=1.5, **_square(27, 4), **_ANYRES),
         Family("internvl_qwen2", lambda: _internvl("qwen2"), encode=_encode_llava, **_square(32, 4)),
