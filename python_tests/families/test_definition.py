@@ -29,7 +29,7 @@ TINY_LLAVA = dataclasses.replace(
     FAMILIES["llava"], unit=(tiny.PATCH, tiny.PATCH), views=((tiny.SIDE * tiny.PATCH, tiny.SIDE * tiny.PATCH),)
 )
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+families = pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
 presets = pytest.mark.parametrize("preset", ["released", "paper"])
 
 
@@ -115,6 +115,22 @@ def test_where_no_image_is_selected_it_is_the_original_model(family, preset, exa
         plain = family.plain_inputs(IMAGES, ragged=True, dtype=torch.float64)
     real = inputs["attention_mask"].bool()
     assert (outcome.logits - model(**plain).logits)[real].abs().max() <= TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [family for family in FAMILIES.values() if not family.extra_tokens], ids=str)
+def test_generated_tokens_follow_at_the_same_positions_in_one_call(family, exact_softmax):
+    """Without the families whose original prompts have tiles and newlines of their own."""
+    inputs, model = batch_of(family), built(family)
+    plain = family.plain_inputs(IMAGES, ragged=True, dtype=torch.float64)
+    del plain["position_ids"]
+    length = plain["input_ids"].shape[1]
+    options = dict(max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    generated = model.generate(**plain, **options)
+    longer = family.extended(inputs, generated.sequences[:, length:])
+    outcome = definition(model, family, longer, family.settings(threshold=1e9), prompt_length=length)
+    logits = torch.stack(generated.logits, 1)  # in float32, whatever the model computes in
+    assert (logits - outcome.logits[:, length - 1 : -1]).abs().max() <= 1e-6
 
 
 @families

@@ -71,6 +71,9 @@ class Family:
         default=lambda family, inputs, images: inputs
     )
 
+    def __str__(self) -> str:
+        return self.name
+
     def model(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> hf.PreTrainedModel:
         """Return the model with random weights, biases and norms."""
         torch.manual_seed(seed)
@@ -184,6 +187,18 @@ class Family:
         """Return the arguments of the original model, in the family's own format: with its own tiles and newlines."""
         inputs = self._sequence(images, ragged, seed, extra=self.extra_tokens)
         return self._format(self, inputs | self._lr_pixels(sum(images), seed, dtype), images)
+
+    def extended(self, inputs: Mapping[str, Any], answer: torch.Tensor) -> dict[str, Any]:
+        """Return `inputs` with answer tokens [B, n] after the prompts, at the positions that `generate` gives them."""
+        count = answer.shape[1]
+        positions = inputs["position_ids"]
+        last = positions.amax(0)[..., -1:] if positions.ndim == 3 else positions[:, -1:]
+        later = (last + 1 + torch.arange(count)).expand(*positions.shape[:-1], count)
+        text = torch.full_like(answer, int(self.prefix_types))  # after a bidirectional prefix, 1 is text
+        added = {"input_ids": answer, "attention_mask": torch.ones_like(answer), "position_ids": later}
+        added |= dict.fromkeys(("token_type_ids", "mm_token_type_ids"), text)
+        longer = {name: torch.cat([inputs[name], more], -1) for name, more in added.items() if name in inputs}
+        return dict(inputs) | longer
 
     def _sequence(self, images: Sequence[int], ragged: bool, seed: int, extra: int) -> dict[str, Any]:
         grids = iter(self.lr_grids(sum(images)))
