@@ -218,7 +218,9 @@ class Family:
             inputs["token_type_ids"] = torch.zeros_like(ids)
         if self.image_types:
             inputs[self.image_types] = types
-        return inputs | {"position_ids": self._positions(inputs, sum(images))}
+        inputs["position_ids"] = self._positions(inputs, sum(images))
+        taken = inspect.signature(type(self._skeleton).forward).parameters
+        return {name: value for name, value in inputs.items() if name in taken}  # older Qwen-VL takes no token types
 
     def _prompt(self, cells: list[int], text: int, generator: torch.Generator) -> Prompt:
         """Return a prompt with the images between text: 4 tokens before the first, `text` after every one."""
