@@ -10,6 +10,7 @@ import itertools
 import json
 from pathlib import Path
 
+import eager_definition
 import numpy as np
 import pytest
 import tiny
@@ -145,6 +146,30 @@ def test_part_of_an_image_is_selected_and_changes_the_answer(family, preset):
         selected = torch.cat([mask[-1].flatten() for prompt in masks for mask in prompt])
         assert selected.any() and not selected.all()
     assert outcome.margin > 1e-5, "a rounding error could change the selection"
+
+
+@families
+def test_without_zoom_an_hr_key_is_the_key_that_the_layer_makes_of_the_same_token(family, monkeypatch):
+    """At the same position of the sequence: its tables, its norm and its rotary form."""
+    inputs, model, layers = family.inputs((2,), dtype=torch.float64), built(family), []
+    inputs["pixel_values_hr"] = family.lr_images(2, dtype=torch.float64)
+    hr_keys = eager_definition._Call._hr_keys
+
+    def watched(call, module, row):
+        ours = hr_keys(call, module, row)
+        call._recorded = []
+        tables = call._tables[module.layer_idx]
+        module.forward(hidden_states=call._scale * call.embeddings, position_embeddings=tables, attention_mask=None)
+        (theirs,), call._recorded = call._recorded, None
+        for one, other in zip(ours, theirs):
+            of_images = torch.cat([other[:, image.span] for image in call.images[row]], 1)
+            assert (one - of_images).abs().max() <= TOLERANCE
+        layers.append(module.layer_idx)
+        return ours
+
+    monkeypatch.setattr(eager_definition._Call, "_hr_keys", watched)
+    definition(model, family, inputs, family.settings(zoom=1))
+    assert layers == [2, 3, 4]
 
 
 def test_it_selects_as_the_released_implementation_does():

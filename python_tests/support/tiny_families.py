@@ -22,7 +22,7 @@ VOCABULARY, LAYERS, ZOOM = 100, 5, 2
 IMAGE, VIDEO, VISION_START, VISION_END = range(VOCABULARY - 4, VOCABULARY)
 _TEXT_TOKENS = (3, 90)  # ids of text tokens, half-open
 _FACTOR = 6.0  # on the other weights, so that attention maps are not flat
-_ANSWER_SHARE = 200.0  # of 255: a threshold that the maps of these models cross in some of their cells
+_THRESHOLD = 200.0  # of 255: a threshold that the maps of these models cross in some of their cells
 
 Pixels = torch.Tensor  # [3, height, width]
 
@@ -53,11 +53,12 @@ class Family:
         prefix_types: Whether the family marks its bidirectional prefix with `token_type_ids`, all zero.
         image_types: Name of the argument that marks image tokens with ones, if there is one.
         framed: Whether a start and an end token surround an image.
+        own_format: Turns inputs with base views alone, and the numbers of images, into the family's own format.
     """
 
     name: str
     build: Callable[[], hf.PreTrainedModel]
-    unit: tuple[float, float]
+    unit: tuple[int, int]
     views: tuple[tuple[int, int], ...]
     encode: Callable[[hf.PreTrainedModel, Pixels], torch.Tensor]
     text_model: Callable[[hf.PreTrainedModel], hf.PreTrainedModel] = lambda model: model.model.language_model
@@ -67,9 +68,7 @@ class Family:
     prefix_types: bool = False
     image_types: str | None = None
     framed: bool = False
-    _format: Callable[[Family, dict[str, Any], Sequence[int]], dict[str, Any]] = field(
-        default=lambda family, inputs, images: inputs
-    )
+    own_format: Callable[[dict[str, Any], Sequence[int]], dict[str, Any]] = field(default=lambda inputs, images: inputs)
 
     def __str__(self) -> str:
         return self.name
@@ -93,8 +92,8 @@ class Family:
         fields: dict[str, Any] = dict(zoom=ZOOM, first_layer=2)
         fields |= dict(lowres_size=self.views[0][0], highres_size=self.views[0][0] * ZOOM)
         if preset == "paper":
-            return FlexAttnConfig.paper(**(fields | dict(threshold=_ANSWER_SHARE / 255) | changes))
-        return FlexAttnConfig.released(**(fields | dict(threshold=_ANSWER_SHARE, pool=3) | changes))
+            return FlexAttnConfig.paper(**(fields | dict(threshold=_THRESHOLD / 255) | changes))
+        return FlexAttnConfig.released(**(fields | dict(threshold=_THRESHOLD, pool=3) | changes))
 
     # ------------------------------------------------------------------------------------------------------- images
 
@@ -105,7 +104,7 @@ class Family:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of the tokens of a view of so many pixels; a remainder is left out."""
-        return int(height / self.unit[0]), int(width / self.unit[1])
+        return height // self.unit[0], width // self.unit[1]
 
     def lr_grids(self, count: int) -> list[tuple[int, int]]:
         """Return rows and columns of the LR tokens of images 0 to count - 1."""
@@ -186,7 +185,8 @@ class Family:
     ) -> dict[str, Any]:
         """Return the arguments of the original model, in the family's own format: with its own tiles and newlines."""
         inputs = self._sequence(images, ragged, seed, extra=self.extra_tokens)
-        return self._format(self, inputs | self._lr_pixels(sum(images), seed, dtype), images)
+        inputs |= self._lr_pixels(sum(images), seed, dtype)
+        return self.own_format(inputs, images) if any(images) else inputs
 
     def extended(self, inputs: Mapping[str, Any], answer: torch.Tensor) -> dict[str, Any]:
         """Return `inputs` with answer tokens [B, n] after the prompts, at the positions that `generate` gives them."""
@@ -343,7 +343,7 @@ def _encode_qwen(model: hf.PreTrainedModel, pixels: Pixels) -> torch.Tensor:
 # ------------------------------------------------------------------------------------- formats of the original models
 
 
-def _idefics_format(family: Family, inputs: dict[str, Any], images: Sequence[int]) -> dict[str, Any]:
+def _idefics_format(inputs: dict[str, Any], images: Sequence[int]) -> dict[str, Any]:
     """Images of a prompt stand in a row, filled up with zeros."""
     views = iter(inputs["pixel_values"])
     pixels = inputs["pixel_values"].new_zeros(len(images), max(images), *inputs["pixel_values"].shape[1:])
@@ -353,7 +353,7 @@ def _idefics_format(family: Family, inputs: dict[str, Any], images: Sequence[int
     return inputs | {"pixel_values": pixels}
 
 
-def _anyres_format(family: Family, inputs: dict[str, Any], images: Sequence[int]) -> dict[str, Any]:
+def _anyres_format(inputs: dict[str, Any], images: Sequence[int]) -> dict[str, Any]:
     """An image twice as wide as high: the base view, then two tiles, and a newline token after each of their rows."""
     base = inputs["pixel_values"]
     side = base.shape[-1]
@@ -503,10 +503,10 @@ _ANY_SIZE: dict[str, Any] = dict(
     unit=(8, 8), views=((32, 48), (40, 24), (32, 32)), encode=_encode_qwen, image_types="mm_token_type_ids", framed=True
 )
 _IDEFICS: dict[str, Any] = dict(
-    encode=_encode_idefics, text_model=lambda model: model.model.text_model, _format=_idefics_format, framed=True
+    encode=_encode_idefics, text_model=lambda model: model.model.text_model, own_format=_idefics_format, framed=True
 )
 
-_ANYRES: dict[str, Any] = dict(encode=_encode_by_tower, extra_tokens=_anyres_tokens(4), _format=_anyres_format)
+_ANYRES: dict[str, Any] = dict(encode=_encode_by_tower, extra_tokens=_anyres_tokens(4), own_format=_anyres_format)
 _GEMMA3: dict[str, Any] = dict(encode=_encode_by_defaults, image_types="token_type_ids", framed=True)
 _PALIGEMMA: dict[str, Any] = dict(encode=_encode_by_defaults, first_position=1, prefix_types=True)
 
