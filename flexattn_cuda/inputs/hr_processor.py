@@ -127,7 +127,7 @@ class HRProcessor(ProcessorMixin):
         if self.chat_template is None:
             return str(self.family.bare_prompt).format(images=mark * images, question=question)
         with refusing("the chat template of the checkpoint fails", InputError):
-            prompt = self.apply_chat_template([message], add_generation_prompt=True)
+            prompt: str = self.apply_chat_template([message], add_generation_prompt=True)
         if prompt.count(mark) != images:
             raise CheckpointError(
                 f"the chat template of the checkpoint writes {prompt.count(mark)} {mark} marks for {images} images"
@@ -272,7 +272,7 @@ class HRProcessor(ProcessorMixin):
         options.pop("do_sample_frames", None)
         bos = self.tokenizer.bos_token
         has_bos = bool(bos) and all(text.startswith(bos) for text in texts)  # as the chat templates of Gemma write it
-        options.setdefault("add_special_tokens", self.family.special_tokens and not has_bos)
+        options = {"add_special_tokens": not has_bos, **self.family.text_options, **options}
         return_tensors = options.pop("return_tensors")
 
         prompts = [text if self.family.finish is None else self.family.finish(text, self.tokenizer) for text in texts]
@@ -308,7 +308,7 @@ class HRProcessor(ProcessorMixin):
         return self.wrapped.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, family: ImageFamily, zoom: int, cell: int, **kwargs: Any
     ) -> HRProcessor:
         """Return the processor of a checkpoint; `processor_for` knows the other arguments of a loaded model.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class ImageFamily:
         nested: The model takes pixel_values [B, images of a row, 3, H, W] and pixel_attention_mask.
         token_types: Name of the model input that is 1 at image tokens and 0 elsewhere; None: there is none.
         finish: Returns the text that is tokenized, of a prompt and the tokenizer; None: the prompt itself.
-        special_tokens: Whether the tokenizer adds its special tokens to a prompt.
+        text_options: Options of the tokenizer.
         bare_prompt: Prompt of a checkpoint without a chat template, with {images} and {question}; None: refuse.
     """
 
@@ -70,7 +70,7 @@ class ImageFamily:
     nested: bool = False
     token_types: str | None = None
     finish: Callable[[str, Any], str] | None = None
-    special_tokens: bool = True
+    text_options: Options = field(default_factory=dict)
     bare_prompt: str | None = None
 
     @property
@@ -102,7 +102,7 @@ class ImageFamily:
         """Return the base views [n, 3, H, W] at the size that the options name."""
         base = self.base_view(view_side(image_processor, options))
         one_by_one = [[image] for image in images]  # each a prompt of its own: OneVision pads images of one prompt
-        pixels = image_processor(one_by_one, **{**options, **base}, return_tensors="pt")["pixel_values"]
+        pixels: torch.Tensor = image_processor(one_by_one, **{**options, **base}, return_tensors="pt")["pixel_values"]
         return pixels[:, 0] if pixels.ndim == 5 else pixels  # [n, views, 3, H, W], the base view first
 
     def valid_rect(
@@ -115,14 +115,13 @@ class ImageFamily:
         return valid_rect_of(image.width, image.height, grid[0])
 
 
-def view_side(image_processor: Any, options: Options = {}) -> int:  # noqa: B006 (read only)
+def view_side(image_processor: Any, options: Options) -> int:
     """Return the side in pixels of the square that an image processor makes; 0 if it makes none."""
     for name in ("crop_size", "size"):
         size = sizes_of(_value(image_processor, options, name))
-        if isinstance(size, dict) and (side := size.get("height") or size.get("shortest_edge")):
+        side = (size.get("height") or size.get("shortest_edge")) if isinstance(size, dict) else size
+        if isinstance(side, int):
             return side
-        if isinstance(size, int):
-            return size
     return 0
 
 
@@ -177,7 +176,7 @@ def _pixels_of_patches(patches: torch.Tensor, rows: int, columns: int, patch: in
 
 def _side(value: Any) -> int:
     """Return a side that some configurations write as [height, width]."""
-    return value[0] if isinstance(value, (list, tuple)) else value
+    return int(value[0] if isinstance(value, (list, tuple)) else value)
 
 
 def _patch(config: Any) -> int:
@@ -194,11 +193,11 @@ def _one_tile(side: int) -> Options:
 
 
 def _internvl_cell(config: Any) -> int:
-    return round(_patch(config) / config.downsample_ratio)
+    return round(_patch(config) / float(config.downsample_ratio))
 
 
 def _idefics_cell(config: Any) -> int:
-    return _patch(config) * config.scale_factor
+    return _patch(config) * int(config.scale_factor)
 
 
 def _gemma3_cell(config: Any) -> int:
@@ -206,7 +205,7 @@ def _gemma3_cell(config: Any) -> int:
 
 
 def _qwen_cell(config: Any) -> int:
-    return config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    return _patch(config) * int(config.vision_config.spatial_merge_size)
 
 
 def _paligemma_text(prompt: str, tokenizer: Any) -> str:
@@ -246,7 +245,11 @@ FAMILIES: dict[str, ImageFamily] = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "paligemma": ImageFamily(
-        token="<image>", cell=_patch, finish=_paligemma_text, special_tokens=False, bare_prompt="{images}{question}"
+        token="<image>",
+        cell=_patch,
+        finish=_paligemma_text,
+        text_options={"add_special_tokens": False, "return_token_type_ids": True},
+        bare_prompt="{images}{question}",
     ),
     "gemma3": ImageFamily(
         token="<image_soft_token>",

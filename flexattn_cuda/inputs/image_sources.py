@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from transformers.image_utils import load_image as download
 
 from flexattn_cuda.errors import InputError
@@ -84,7 +84,7 @@ def _decoded(data: bytes) -> Image.Image:
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
-        reason = type(error).__name__ if isinstance(error, Image.UnidentifiedImageError) else error
+        reason = type(error).__name__ if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"the bytes are not an image that can be read: {reason}") from None
 
 

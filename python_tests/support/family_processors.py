@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from flexattn_cuda.inputs.hr_processor import HRProcessor, ProcessorParts, processor_for
+from flexattn_cuda.inputs.image_families import FAMILIES
 
 ZOOM = 2
 SIDE = 56  # of the base view in pixels, where a family has a fixed one
@@ -32,7 +33,7 @@ SPECIAL = (
     "<image_soft_token>",
 )
 _SQUARE = {"height": SIDE, "width": SIDE}
-_CLIP = {"size": {"shortest_edge": SIDE}, "crop_size": _SQUARE}
+CLIP = {"size": {"shortest_edge": SIDE}, "crop_size": _SQUARE}
 
 
 def tokenizer(mark: str) -> PreTrainedTokenizerFast:
@@ -62,50 +63,47 @@ class Case:
     tokens: int | None  # None: they follow from the size of the image
 
 
-def _images(name: str, **options: Any) -> Callable[[], Any]:
+def made(name: str, **options: Any) -> Callable[[], Any]:
+    """Return what makes an instance of a class of transformers; naming the class imports it."""
     return lambda: getattr(transformers, name)(**options)
 
 
-def _config(name: str, **options: Any) -> Callable[[], Any]:
-    return lambda: getattr(transformers, name)(**options)
-
-
-_QWEN_IMAGES = _images("Qwen2VLImageProcessor", size={"shortest_edge": 28**2 * 2, "longest_edge": 28**2 * 12})
+_QWEN_IMAGES = made("Qwen2VLImageProcessor", size={"shortest_edge": 28**2 * 2, "longest_edge": 28**2 * 12})
 _TOWER = {"model_type": "clip_vision_model", "image_size": SIDE, "patch_size": 14}
 CASES: dict[str, Case] = {
-    "internvl": Case(_images("GotOcr2ImageProcessor", size=_SQUARE), _config("InternVLConfig"), 4),
-    "qwen2_vl": Case(_QWEN_IMAGES, _config("Qwen2VLConfig"), None),
-    "qwen2_5_vl": Case(_QWEN_IMAGES, _config("Qwen2_5_VLConfig"), None),
-    "llava": Case(_images("CLIPImageProcessor", **_CLIP), _config("LlavaConfig", vision_config=_TOWER), 16),
-    "vipllava": Case(_images("CLIPImageProcessor", **_CLIP), _config("VipLlavaConfig", vision_config=_TOWER), 16),
+    "internvl": Case(made("GotOcr2ImageProcessor", size=_SQUARE), made("InternVLConfig"), 4),
+    "qwen2_vl": Case(_QWEN_IMAGES, made("Qwen2VLConfig"), None),
+    "qwen2_5_vl": Case(_QWEN_IMAGES, made("Qwen2_5_VLConfig"), None),
+    "llava": Case(made("CLIPImageProcessor", **CLIP), made("LlavaConfig", vision_config=_TOWER), 16),
+    "vipllava": Case(made("CLIPImageProcessor", **CLIP), made("VipLlavaConfig", vision_config=_TOWER), 16),
     "llava_next": Case(
-        _images("LlavaNextImageProcessor", **_CLIP, image_grid_pinpoints=[[56, 112], [112, 112]]),
-        _config("LlavaNextConfig", vision_config=_TOWER),
+        made("LlavaNextImageProcessor", **CLIP, image_grid_pinpoints=[[56, 112], [112, 112]]),
+        made("LlavaNextConfig", vision_config=_TOWER),
         16,
     ),
     "llava_onevision": Case(
-        _images("LlavaOnevisionImageProcessor", size=_SQUARE, image_grid_pinpoints=[[56, 112], [112, 112]]),
-        _config("LlavaOnevisionConfig", vision_config=_TOWER),
+        made("LlavaOnevisionImageProcessor", size=_SQUARE, image_grid_pinpoints=[[56, 112], [112, 112]]),
+        made("LlavaOnevisionConfig", vision_config=_TOWER),
         16,
     ),
     "idefics3": Case(
-        _images("Idefics3ImageProcessor", size={"longest_edge": 4 * 64}, max_image_size={"longest_edge": 64}),
-        _config("Idefics3Config", vision_config={"image_size": 64, "patch_size": 16}, scale_factor=2),
+        made("Idefics3ImageProcessor", size={"longest_edge": 4 * 64}, max_image_size={"longest_edge": 64}),
+        made("Idefics3Config", vision_config={"image_size": 64, "patch_size": 16}, scale_factor=2),
         4,
     ),
     "smolvlm": Case(
-        _images("SmolVLMImageProcessor", size={"longest_edge": 4 * 64}, max_image_size={"longest_edge": 64}),
-        _config("SmolVLMConfig", vision_config={"image_size": 64, "patch_size": 16}, scale_factor=2),
+        made("SmolVLMImageProcessor", size={"longest_edge": 4 * 64}, max_image_size={"longest_edge": 64}),
+        made("SmolVLMConfig", vision_config={"image_size": 64, "patch_size": 16}, scale_factor=2),
         4,
     ),
     "paligemma": Case(
-        _images("SiglipImageProcessor", size=_SQUARE),
-        _config("PaliGemmaConfig", vision_config={"model_type": "siglip_vision_model", "patch_size": 14}),
+        made("SiglipImageProcessor", size=_SQUARE),
+        made("PaliGemmaConfig", vision_config={"model_type": "siglip_vision_model", "patch_size": 14}),
         16,
     ),
     "gemma3": Case(
-        _images("Gemma3ImageProcessor", size=_SQUARE),
-        _config("Gemma3Config", vision_config={"image_size": 56, "patch_size": 14}, mm_tokens_per_image=4),
+        made("Gemma3ImageProcessor", size=_SQUARE),
+        made("Gemma3Config", vision_config={"image_size": 56, "patch_size": 14}, mm_tokens_per_image=4),
         4,
     ),
 }
@@ -123,15 +121,11 @@ class Model:
 
 def parts(name: str) -> ProcessorParts:
     """Return the image processor and the tokenizer of a family."""
-    from flexattn_cuda.inputs.image_families import FAMILIES
-
     return ProcessorParts(CASES[name].image_processor(), tokenizer(FAMILIES[name].image_mark))
 
 
 def model(name: str, own: Any) -> Model:
     """Return a model of a family whose image token is that of the processor `own`."""
-    from flexattn_cuda.inputs.image_families import FAMILIES
-
     config = CASES[name].config()
     token = own.tokenizer.get_vocab()[FAMILIES[name].token]
     for field in ("image_token_id", "image_token_index"):
