@@ -67,7 +67,10 @@ def own_processor(name, monkeypatch):
     names["paligemma"] = "PaliGemma"
     monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda self, name, value: None)
     if name == "smolvlm":
-        monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", str)
+        try:
+            monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", str)
+        except ModuleNotFoundError:
+            pytest.skip("transformers 5.0 imports SmolVLM's processor with torchvision only")
     if name in ("internvl", "qwen2_vl", "qwen2_5_vl", "smolvlm"):
         options["video_processor"] = None
     make = getattr(transformers, f"{names[name]}Processor")

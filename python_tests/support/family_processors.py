@@ -11,7 +11,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from flexattn_cuda.inputs.hr_processor import HRProcessor, ProcessorParts, processor_for
 from flexattn_cuda.inputs.image_families import FAMILIES
@@ -115,9 +115,6 @@ class Model:
     def __init__(self, config: Any, zoom: int = ZOOM):
         self.config, self.flexattn_settings = config, SimpleNamespace(zoom=zoom)
 
-    def forward(self, mm_token_type_ids=None, token_type_ids=None):
-        """Take the inputs that some families have."""
-
 
 def parts(name: str) -> ProcessorParts:
     """Return the image processor and the tokenizer of a family."""
@@ -131,7 +128,8 @@ def model(name: str, own: Any) -> Model:
     for field in ("image_token_id", "image_token_index"):
         if hasattr(config, field):
             setattr(config, field, token)
-    return Model(config)
+    of_family = AutoModelForImageTextToText._model_mapping[type(config)]
+    return type(of_family.__name__, (Model,), {"forward": of_family.forward})(config)
 
 
 def hr_processor(name: str) -> HRProcessor:
