@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,10 @@ class Views:
     inputs: dict[str, torch.Tensor]
     hr: torch.Tensor | list[torch.Tensor]
     sides: list[tuple[int, int]]
+
+
+def _as_configured(side: int) -> Options:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class ImageFamily:
     mark: str | None = None
     before: str = ""
     after: str = ""
-    base_view: Callable[[int], Options] = lambda side: {}
+    base_view: Callable[[int], Options] = _as_configured
     sizes: tuple[str, ...] = ("size", "crop_size")
     native_size: bool = False
     centred_padding: bool = False
@@ -183,8 +188,8 @@ def _patch(config: Any) -> int:
     return _side(config.vision_config.patch_size)
 
 
-def _no_option(name: str) -> Callable[[int], Options]:
-    return lambda side: {name: False}
+def _switched_off(side: int, name: str) -> Options:
+    return {name: False}
 
 
 def _one_tile(side: int) -> Options:
@@ -221,7 +226,7 @@ _IDEFICS = ImageFamily(
     cell=_idefics_cell,
     before="<fake_token_around_image><global-img>",
     after="<fake_token_around_image>",
-    base_view=_no_option("do_image_splitting"),
+    base_view=partial(_switched_off, name="do_image_splitting"),
     sizes=("size", "max_image_size"),
     nested=True,
 )
@@ -238,7 +243,7 @@ FAMILIES: dict[str, ImageFamily] = {
         cell=_internvl_cell,
         before="<img>",
         after="</img>",
-        base_view=_no_option("crop_to_patches"),
+        base_view=partial(_switched_off, name="crop_to_patches"),
     ),
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
@@ -257,7 +262,7 @@ FAMILIES: dict[str, ImageFamily] = {
         mark="<start_of_image>",
         before="\n\n<start_of_image>",
         after="<end_of_image>\n\n",
-        base_view=_no_option("do_pan_and_scan"),
+        base_view=partial(_switched_off, name="do_pan_and_scan"),
         token_types="token_type_ids",
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from base64 import b64encode
 
 import family_processors as families
@@ -363,6 +364,14 @@ def test_a_saved_processor_is_found_through_the_model(tmp_path):
         assert torch.equal(loaded(WIDE, prompt)[key], value)
     again = HRProcessor.from_pretrained(tmp_path, family=FAMILIES["internvl"], zoom=3, cell=28)
     assert again(WIDE, prompt)["pixel_values_hr"].shape[-1] == 3 * SIDE
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_processor_can_be_sent_to_another_process(name):
+    processor = hr_processor(name)
+    copy = pickle.loads(pickle.dumps(processor))
+    assert copy.prompt(QUESTION) == processor.prompt(QUESTION)
+    assert isinstance(copy, ProcessorMixin) and copy.zoom == ZOOM
 
 
 def test_a_family_can_be_described_by_the_user():
