@@ -7,6 +7,9 @@
     tokenizers         the tokenizers of all checkpoint formats
     sentencepiece      tokenizer.model, without the sentencepiece package
     processor          images and prompts to what the model takes
+    image_sources      paths, URLs, bytes, arrays and tensors to images
+    image_families     what the HR processor must know of a model family
+    hr_processor       images and prompts to what any transformers VLM with FlexAttention takes
 
 `images` and `questions` import neither torch nor transformers, so that a command can refuse bad input at once.
 """

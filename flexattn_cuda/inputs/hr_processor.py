@@ -1,0 +1,390 @@
+"""Images and prompts to what a transformers VLM with FlexAttention takes, for any family of `image_families`.
+
+image ─ upright RGB ─┬─ the family's own image processor, base view ──────────────► pixel_values, image_grid_thw
+                     └─ the same with zoom times the sides ───────────────────────► pixel_values_hr
+text  ─ every mark becomes as many image tokens as its base view has LR cells ────► input_ids, attention_mask
+
+The family's image processor and tokenizer are used, not its processor class: several of those need torchvision or
+other packages for videos, and those of LLaVA-NeXT and OneVision count the tokens of tiles that are not sent here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, TextKwargs
+
+from flexattn_cuda.checkpoints import HubOptions, Part, resolve_folder
+from flexattn_cuda.checkpoints.files import refusing
+from flexattn_cuda.errors import CheckpointError, InputError
+from flexattn_cuda.inputs.chat_template import read_chat_template, refuse_special_texts, special_texts
+from flexattn_cuda.inputs.image_families import FAMILIES, ImageFamily, Options, Views, view_side
+from flexattn_cuda.inputs.image_sources import read_images
+from flexattn_cuda.inputs.images import flat_list
+from flexattn_cuda.inputs.questions import check_question, user_message
+
+# Arguments that transformers' own processors take beside those of their tokenizer and image processor.
+_OTHER_ARGUMENTS = ("return_mm_token_type_ids", "do_sample_frames")
+
+
+@dataclass(frozen=True)
+class ProcessorParts:
+    """What `HRProcessor` needs of a family's own processor, which may take the place of this.
+
+    Attributes:
+        image_processor: The family's image processor.
+        tokenizer: The tokenizer.
+        chat_template: Jinja template of the prompt; None: the tokenizer's, or there is none.
+    """
+
+    image_processor: Any
+    tokenizer: Any
+    chat_template: str | None = None
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> ProcessorParts:
+        """Return the parts of a checkpoint, of which no weights are downloaded.
+
+        Args:
+            name_or_path: A folder, or a hub id.
+            kwargs: As in transformers: revision, token, cache_dir, local_files_only, force_download, subfolder.
+
+        Raises:
+            CheckpointError: If the checkpoint is missing, or has no image processor or tokenizer.
+        """
+        folder = resolve_folder(name_or_path, HubOptions.pop_from(kwargs), Part.CONFIG | Part.INPUTS)
+        with refusing(f"the processor of {folder} cannot be made"):
+            images = AutoImageProcessor.from_pretrained(folder, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+        return cls(images, tokenizer, read_chat_template(folder))
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Save the parts in transformers' format."""
+        self.image_processor.save_pretrained(folder, **kwargs)
+        self.tokenizer.save_pretrained(folder, **kwargs)
+        if self.chat_template is not None:
+            Path(folder, "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+
+class HRProcessor(ProcessorMixin):
+    """A family's own processor, which also makes the HR view of every image.
+
+    Args:
+        processor: The family's own processor, or its `ProcessorParts`. It is not changed.
+        family: What must be known of the family; `FAMILIES` lists those that are known.
+        zoom: How many times the sides of the base view the HR view has, as the model's settings say.
+        cell: Side in pixels of an LR cell of the model: `family.cell(model.config)`.
+
+    Raises:
+        InputError: If `zoom` or `cell` is not a whole number of at least 1, or the tokenizer has no such image token.
+    """
+
+    def __init__(self, processor: Any, family: ImageFamily, zoom: int, cell: int):
+        for name, value in (("zoom", zoom), ("cell", cell)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        self.wrapped, self.family, self.zoom, self.cell = processor, family, zoom, cell
+        self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
+        self.chat_template = getattr(processor, "chat_template", None) or self.tokenizer.chat_template
+        self.image_token = family.token
+        self.image_token_id = self.tokenizer.get_vocab().get(family.token)
+        if self.image_token_id is None:
+            raise InputError(f"the tokenizer has no token {family.token}, which stands for an image in this family")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.wrapped!r}, zoom={self.zoom}, cell={self.cell})"
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of all values that a call may return."""
+        own = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+        types = [self.family.token_types] if self.family.token_types else []
+        return list(dict.fromkeys([*own, *types, "pixel_values_hr", "valid_rect"]))
+
+    # -------------------------------------------------------------------------------------------------------- prompts
+
+    def prompt(self, question: str, images: int = 1) -> str:
+        """Return the prompt that asks `question` about `images` images, up to where the answer begins.
+
+        Raises:
+            InputError: If the question is empty, or contains the text of a special token, or there is no chat template.
+            CheckpointError: If the chat template fails, or does not mark every image.
+        """
+        check_question(question)
+        message, mark = user_message(question, images), self.family.image_mark
+        special = [*special_texts(self.tokenizer), mark, self.image_token]
+        refuse_special_texts([message], special, self.tokenizer.eos_token)
+        if self.chat_template is None and self.family.bare_prompt is None:
+            raise InputError("the checkpoint has no chat template; write the prompt yourself, or set chat_template")
+        if self.chat_template is None:
+            return str(self.family.bare_prompt).format(images=mark * images, question=question)
+        with refusing("the chat template of the checkpoint fails", InputError):
+            prompt: str = self.apply_chat_template([message], add_generation_prompt=True)
+        if prompt.count(mark) != images:
+            raise CheckpointError(
+                f"the chat template of the checkpoint writes {prompt.count(mark)} {mark} marks for {images} images"
+            )
+        return prompt
+
+    def prompt_length(self, question: str, image: Any = None) -> int:
+        """Return how many positions of the sequence the prompt of `question` about one image takes.
+
+        Args:
+            question: The question.
+            image: The image; needed by families whose base view keeps the image's aspect ratio (Qwen-VL).
+
+        Raises:
+            InputError: As `prompt` does, or if the image is needed and missing.
+        """
+        if image is None and self.family.native_size:
+            raise InputError("the length of this family's prompts depends on the image; pass image=")
+        images = read_images(Image.new("RGB", (32, 32)) if image is None else image)
+        tokens = self._tokens(self.family.views(self.image_processor, images, {}, zoom=1))
+        made = self._tokenized([self.prompt(question)], tokens, {"return_tensors": None})
+        return len(made["input_ids"][0])
+
+    # --------------------------------------------------------------------------------------------------------- inputs
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        padding: bool | str = True,
+        padding_side: str = "left",
+        return_tensors: str | None = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Return what the model takes. Special tokens in `text` are special: it is a prompt, not a question.
+
+        Args:
+            images: None, one image, a list of them in the order of the marks of all texts, or one list per text; an
+                image is a path, URL, bytes, PIL image, array or tensor, see `read_image`.
+            text: One prompt or a list of prompts, each with one mark of the family per image.
+            videos: None.
+            audio: None.
+            padding: As in transformers.
+            padding_side: "left" (generation) or "right".
+            return_tensors: "pt"; "np" or None for arrays.
+            kwargs: Other options of the tokenizer or the image processor, or text_kwargs and images_kwargs.
+
+        Returns:
+            input_ids, attention_mask [B, N] int64 and the inputs of the family; for n images also pixel_values_hr
+            [n, 3, zoom*H, zoom*W] float32, a list of n tensors [3, zoom*H, zoom*W] for Qwen-VL, and, where the family
+            pads images, valid_rect [n, 4] int32: (top, left, bottom, right) in LR cells, half-open.
+
+        Raises:
+            InputError: If images and marks do not match, something is not an image, or an option is not possible.
+            TypeError: If an option is unknown.
+        """
+        if videos is not None or audio is not None:
+            raise InputError("FlexAttention takes images and text; leave out videos and audio")
+        texts = _checked_texts(text)
+        for_text, for_images = self._sorted_options(kwargs)
+        for_text = {"padding": padding, "padding_side": padding_side, "return_tensors": return_tensors, **for_text}
+        marks = [one.count(self.family.image_mark) for one in texts]
+        flat = read_images(images)
+        self._check_marks(marks, images, len(flat))
+        values: dict[str, Any] = {}
+        tokens: list[int] = []
+        if flat:
+            views = self.family.views(self.image_processor, flat, for_images, self.zoom)
+            tokens = self._tokens(views)
+            values = self._image_inputs(views, flat, for_images, marks)
+        if return_tensors != "pt":
+            values = {name: _as_arrays(value) for name, value in values.items()}
+        features = BatchFeature(dict(self._tokenized(texts, tokens, for_text)))
+        features.update(values)
+        return features
+
+    def _sorted_options(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the options of the tokenizer and of the image processor among the arguments of a call."""
+        known = set(ImagesKwargs.__annotations__)
+        known |= set(getattr(getattr(self.image_processor, "valid_kwargs", None), "__annotations__", {}))
+        for_images = dict(kwargs.pop("images_kwargs", None) or {})
+        for_text = dict(kwargs.pop("text_kwargs", None) or {})
+        for name, value in {**kwargs.pop("common_kwargs", {}), **kwargs}.items():
+            if name in TextKwargs.__annotations__ or name in _OTHER_ARGUMENTS:
+                for_text[name] = value
+            elif name in known:
+                for_images[name] = value
+            elif value is not None:
+                raise TypeError(f"{type(self).__name__} takes no {name}")
+        for_images = {name: value for name, value in for_images.items() if value is not None}
+        for_images.pop("return_tensors", None)
+        self._check_image_options(for_images)
+        return for_text, for_images
+
+    def _check_image_options(self, options: Options) -> None:
+        base = self.family.base_view(view_side(self.image_processor, options))
+        for name, value in base.items():
+            if options.get(name, value) != value:
+                raise InputError(f"{name}={options[name]!r} would send tiles of the model's own; leave it out")
+        if options.get("do_resize", True) is False:
+            raise InputError("do_resize=False leaves no larger view of an image; leave it out")
+
+    def _check_marks(self, marks: Sequence[int], images: Any, count: int) -> None:
+        """Raise InputError if images do not match the marks, in all or text by text."""
+        mark = self.family.image_mark
+        if sum(marks) != count:
+            raise InputError(
+                f"the text has {sum(marks)} {mark} marks, but {count} images came with it; "
+                "put one mark into the text for every image"
+            )
+        if isinstance(images, (list, tuple)) and images and all(isinstance(part, (list, tuple)) for part in images):
+            given = [len(flat_list(part)) for part in images]
+            if given != list(marks):
+                raise InputError(f"the texts have {list(marks)} {mark} marks, but {given} images came, text by text")
+
+    def _tokens(self, views: Views) -> list[int]:
+        """Return the number of image tokens of each image: the LR cells of its base view."""
+        return [(height // self.cell) * (width // self.cell) for height, width in views.sides]
+
+    def _image_inputs(
+        self, views: Views, images: Sequence[Image.Image], options: Options, marks: Sequence[int]
+    ) -> dict[str, Any]:
+        values: dict[str, Any] = dict(views.inputs)
+        if self.family.nested:
+            values |= _nested(values["pixel_values"], marks)
+        values["pixel_values_hr"] = views.hr
+        grids = [(height // self.cell, width // self.cell) for height, width in views.sides]
+        rects = [
+            self.family.valid_rect(self.image_processor, options, image, grid) for image, grid in zip(images, grids)
+        ]
+        if rects[0] is not None:
+            values["valid_rect"] = torch.tensor(rects, dtype=torch.int32)
+        return values
+
+    def _tokenized(self, texts: Sequence[str], tokens: Sequence[int], options: dict[str, Any]) -> dict[str, Any]:
+        """Return the tokenizer's output for prompts whose images take `tokens` image tokens each."""
+        options = dict(options)
+        mark_types = options.pop("return_mm_token_type_ids", None)
+        types = "mm_token_type_ids" if mark_types else None if mark_types is False else self.family.token_types
+        options.pop("do_sample_frames", None)
+        bos = self.tokenizer.bos_token
+        has_bos = bool(bos) and all(text.startswith(bos) for text in texts)  # as the chat templates of Gemma write it
+        options = {"add_special_tokens": not has_bos, **self.family.text_options, **options}
+        return_tensors = options.pop("return_tensors")
+
+        prompts = [text if self.family.finish is None else self.family.finish(text, self.tokenizer) for text in texts]
+        values = dict(self.tokenizer(self._expanded(prompts, tokens), **options))
+        self._check_image_tokens(values["input_ids"], sum(tokens))
+        if types:
+            values[types] = [[int(token == self.image_token_id) for token in row] for row in values["input_ids"]]
+        if return_tensors == "pt" and len({len(row) for row in values["input_ids"]}) > 1:
+            raise InputError("texts of different lengths make no tensor without padding; pass padding=True")
+        return dict(BatchFeature(values, tensor_type=return_tensors))
+
+    def _expanded(self, prompts: Sequence[str], tokens: Sequence[int]) -> list[str]:
+        """Return the prompts with the text of every image in place of its mark."""
+        counts = iter(tokens)
+        expanded = []
+        for prompt in prompts:
+            first, *rest = prompt.split(self.family.image_mark)
+            expanded.append(first + "".join(self.family.image_text(next(counts)) + part for part in rest))
+        return expanded
+
+    def _check_image_tokens(self, rows: Sequence[Sequence[int]], expected: int) -> None:
+        found = sum(list(row).count(self.image_token_id) for row in rows)
+        if found != expected:
+            raise InputError(
+                f"the prompts hold {found} image tokens of the {expected} of their images; "
+                "truncate less (max_length), or leave the image token out of the texts"
+            )
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Save the family's own processor, which transformers loads without this package."""
+        return self.wrapped.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, family: ImageFamily, zoom: int, cell: int, **kwargs: Any
+    ) -> HRProcessor:
+        """Return the processor of a checkpoint; `processor_for` knows the other arguments of a loaded model.
+
+        Raises:
+            CheckpointError: If the checkpoint is missing, or has no image processor or tokenizer.
+        """
+        return cls(ProcessorParts.from_pretrained(pretrained_model_name_or_path, **kwargs), family, zoom, cell)
+
+
+def processor_for(model: Any, processor: Any = None, family: ImageFamily | None = None) -> HRProcessor:
+    """Return the processor of a model that FlexAttention was attached to.
+
+    Args:
+        model: The model; `model.flexattn_settings.zoom` gives the size of the HR view.
+        processor: The family's own processor; None: that of the checkpoint that the model was loaded from.
+        family: What must be known of a family that `FAMILIES` does not list.
+
+    Raises:
+        InputError: If FlexAttention is not attached, the family is unknown, or the processor is another model's.
+        CheckpointError: If the checkpoint's processor cannot be loaded.
+    """
+    settings = getattr(model, "flexattn_settings", None)
+    if settings is None:
+        raise InputError("the model has no FlexAttention; call flexattn_cuda.attach(model, settings) first")
+    config = model.config
+    family = family or FAMILIES.get(config.model_type)
+    if family is None:
+        raise InputError(
+            f"the model family {config.model_type!r} is unknown; known: {', '.join(sorted(FAMILIES))}; "
+            "describe another one with family="
+        )
+    if family.token_types and family.token_types not in inspect.signature(type(model).forward).parameters:
+        family = replace(family, token_types=None)  # Qwen-VL before transformers 5.3
+    if processor is None and not config._name_or_path:
+        raise InputError("the model was not loaded from a checkpoint; pass its processor")
+    made = HRProcessor(
+        ProcessorParts.from_pretrained(config._name_or_path) if processor is None else processor,
+        family,
+        settings.zoom,
+        family.cell(config),
+    )
+    expected = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    if expected != made.image_token_id:
+        raise InputError(
+            f"{family.token} has the id {made.image_token_id} in the tokenizer, and {expected} in the model; "
+            "pass the processor of this model"
+        )
+    return made
+
+
+def _checked_texts(text: Any) -> list[str]:
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(one, str) for one in texts):
+        raise InputError(f"text must be a string or a list of strings, not {text!r}")
+    return list(texts)
+
+
+def _nested(pixels: torch.Tensor, counts: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return the images of each of B rows side by side, as Idefics3 takes them.
+
+    Args:
+        pixels: [n, 3, H, W].
+        counts: Images of each row; their sum is n.
+
+    Returns:
+        pixel_values [B, max(counts), 3, H, W], zero where a row has fewer images, and pixel_attention_mask
+        [B, max(counts), H, W] int64.
+    """
+    values = pixels.new_zeros((len(counts), max(counts), *pixels.shape[1:]))
+    mask = torch.zeros((len(counts), max(counts), *pixels.shape[2:]), dtype=torch.int64)
+    for row, (count, end) in enumerate(zip(counts, itertools.accumulate(counts))):
+        values[row, :count] = pixels[end - count : end]
+        mask[row, :count] = 1
+    return {"pixel_values": values, "pixel_attention_mask": mask}
+
+
+def _as_arrays(value: Any) -> Any:
+    return [one.numpy() for one in value] if isinstance(value, list) else value.numpy()
