@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexattn_cuda import ops
+    from flexattn_cuda.families.attach import attach, save_adapter, settings_for
     from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
     from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
+    from flexattn_cuda.inputs.hr_processor import processor_for
     from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
     from flexattn_cuda.mechanism.config import FlexAttnConfig
     from flexattn_cuda.mechanism.trace import LayerTrace, Trace
@@ -35,7 +37,11 @@ _HOMES = {
     "Trace": "mechanism.trace",
     "answer_file": "tasks.ask_batch",
     "ask": "tasks.ask",
+    "attach": "families.attach",
     "load": "tasks.load",
+    "processor_for": "inputs.hr_processor",
+    "save_adapter": "families.attach",
+    "settings_for": "families.attach",
 }
 
 __all__ = [
@@ -48,8 +54,12 @@ __all__ = [
     "Trace",
     "answer_file",
     "ask",
+    "attach",
     "load",
     "ops",
+    "processor_for",
+    "save_adapter",
+    "settings_for",
 ]
 
 

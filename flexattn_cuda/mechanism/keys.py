@@ -51,7 +51,7 @@ class KeyForm:
         """Normalise keys [n, Hkv*d] by the norm of a self-attention module; return [n, Hkv, d]."""
         if self.norm is NormOver.WIDTH:
             projected = norm_of(module)(projected)
-        keys = projected.unflatten(-1, (-1, head_dim))
+        keys: torch.Tensor = projected.unflatten(-1, (-1, head_dim))
         if self.norm is NormOver.HEAD:
             keys = norm_of(module)(keys)
         return keys
