@@ -133,6 +133,14 @@ class AttachedModel(HRGeneration):
         assert pixels is not None
         if input_ids is None:
             raise ValueError("images need input_ids: the image tokens say where they stand in the prompt")
+        if arguments.get("mm_encoder_outputs"):
+            raise ValueError("mm_encoder_outputs came with pixel_values_hr; pass the images as pixel_values")
+        if shape.past and not family.later_images:
+            raise ValueError(
+                f"the cache holds {shape.past} positions before these images, but a {self.config.model_type} model, "
+                "whose image tokens see each other in both directions, takes images with the first prompt alone; start "
+                "again with a new cache"
+            )
         _check_images(own, len(input_ids))
         grids = family.grids(pixels)
         is_image = image_positions(input_ids, family.image_token_id, shape, own.prompt_length)

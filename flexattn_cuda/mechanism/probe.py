@@ -20,10 +20,10 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from flexattn_cuda.mechanism.attention import NAME
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 from flexattn_cuda.mechanism.keys import KeyForm, forms_of, own_projection
-from flexattn_cuda.mechanism.rotary import RotaryTables
+from flexattn_cuda.mechanism.rotary import RotaryTables, table_kinds
 
 Rotary = Callable[[PreTrainedModel, torch.Tensor, torch.Tensor], RotaryTables]
-"""A language model, hidden states, and positions [axes, n]: the rotary tables [n, r]."""
+"""A language model, hidden states, and positions [axes, n]: the rotary tables [n, tables*r]."""
 
 _POSITIONS = (3, 11, 12)
 _TOLERANCE = 1e-4  # of the max key; float32 rounding is 1e-6, another rotation or norm changes the first digit
@@ -109,21 +109,24 @@ def _forms(text: PreTrainedModel, layers: range, rotary: Rotary, axes: int) -> T
         keys, values = (rows[0].transpose(0, 1) for rows in (kept.keys, kept.values))  # [n, Hkv, d]
         if not _relative(own_projection(module, "v_proj")(hidden), values.flatten(1)) <= _TOLERANCE:
             raise ValueError(f"the values of layer {layer} are not plain projections")
-        forms[layer] = _key_form(module, own_projection(module, "k_proj")(hidden), tables, keys, layer)
+        projected = own_projection(module, "k_proj")(hidden)
+        forms[layer] = _key_form(module, projected, tables, len(table_kinds(twin)), keys)
     unscaled = _relative(record.first, tokens) <= _TOLERANCE
     return TokenForms(1.0 if unscaled else _embedding_scale(type(text), config), forms)
 
 
-def _key_form(module: Any, projected: torch.Tensor, tables: RotaryTables, keys: torch.Tensor, layer: int) -> KeyForm:
+def _key_form(module: Any, projected: torch.Tensor, tables: RotaryTables, kinds: int, keys: torch.Tensor) -> KeyForm:
     """Return the form in which projected tokens [n, Hkv*d] become the keys [n, Hkv, d] of a module."""
-    for form in forms_of(module):
+    for form in forms_of(module, kinds):
         try:
-            ours = form.rotate(module, form.normalise(module, projected, module.head_dim), tables)
+            ours = form.rotate(module, form.normalise(module, projected, module.head_dim), form.own_tables(tables))
         except RuntimeError:  # shapes that do not fit
             continue
         if ours.shape == keys.shape and _relative(ours, keys) <= _TOLERANCE:
             return form
-    raise ValueError(f"the keys of layer {layer} are normalised or rotated in a form that flexattn does not know")
+    raise ValueError(
+        f"the keys of layer {module.layer_idx} are normalised or rotated in a form that flexattn does not know"
+    )
 
 
 def _embedding_scale(text_class: type[PreTrainedModel], config: PreTrainedConfig) -> float:
