@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -30,7 +30,7 @@ from flexattn_cuda.families.family import Family, Pixels, PromptWithImages
 from flexattn_cuda.families.generation import HRGeneration
 from flexattn_cuda.mechanism.attach import Attachment
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, rename_cache
-from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, check_keeps_all
+from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, Span, check_keeps_all
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.trace import Trace
 
@@ -96,7 +96,8 @@ class AttachedModel(HRGeneration):
     def _shared_by_rows(self, arguments: dict[str, Any]) -> tuple[str, ...]:
         if arguments.get("pixel_values_hr") is None:
             return ()
-        return ("pixel_values_hr", "valid_rect", *self.hr_family.image_arguments)
+        shared = set(self.hr_family.image_arguments) - set(self.hr_family.row_arguments)
+        return ("pixel_values_hr", "valid_rect", *shared)
 
     def _call(self, arguments: dict[str, Any]) -> Any:
         """Run the model's own forward, with the images in place and the mechanism told of them."""
@@ -147,6 +148,8 @@ class AttachedModel(HRGeneration):
         spans = image_spans(is_image[:: own.rows_per_prompt], [image.lr.cells for image in grids])
         if own.valid_rect is not None:
             check_valid_rect(own.valid_rect, [image.lr for image in grids])
+        if own.rows_per_prompt > 1:
+            arguments |= _of_prompts(arguments, family.row_arguments, spans, own.rows_per_prompt)
         lr_tokens = family.encode_lr(pixels, arguments)
         embedded = embed_text(self, input_ids, family.image_token_id)
         if arguments.get("position_ids") is None:
@@ -201,6 +204,21 @@ def _forward(model_class: type[PreTrainedModel]) -> Callable[..., Any]:
 def _restore(model_class: type[PreTrainedModel]) -> PreTrainedModel:
     restored: PreTrainedModel = object.__new__(attached_class(model_class))
     return restored
+
+
+def _of_prompts(
+    arguments: dict[str, Any], names: Sequence[str], spans: list[list[Span]], rows_per_prompt: int
+) -> dict[str, torch.Tensor]:
+    """Return those of the arguments, in which the images of a prompt come once for each of its rows, with each once."""
+    counts = torch.tensor([len(prompt) for prompt in spans])
+    first = (counts.cumsum(0) - counts) * rows_per_prompt
+    index = torch.cat([torch.arange(begin, begin + count) for begin, count in zip(first.tolist(), counts.tolist())])
+    repeated = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    return {
+        name: value[index.to(value.device)]
+        for name, value in repeated.items()
+        if len(value) == rows_per_prompt * counts.sum()
+    }
 
 
 def _check_images(own: HRArguments, rows: int) -> None:

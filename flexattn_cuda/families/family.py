@@ -48,11 +48,14 @@ class Family:
     Attributes:
         image_arguments: Arguments of the model's forward that bring the low-resolution (LR) view of the images. They
             are not passed on where this package embeds the images.
+        row_arguments: Those among them that `generate` repeats for every row of a prompt (beams, samples), because the
+            model finds positions by them.
         position_axes: Coordinates of a position: 1, or 3 for time, row and column (multi-axis RoPE).
         later_images: Whether a later call with the same key/value cache may bring images.
     """
 
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    row_arguments: ClassVar[tuple[str, ...]] = ()
     position_axes: ClassVar[int] = 1
     later_images: ClassVar[bool] = True
 
