@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from flexattn_cuda.mechanism.attention import NAME
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
+from flexattn_cuda.mechanism.context import HRArguments
 from flexattn_cuda.mechanism.keys import KeyForm, forms_of, own_projection
 from flexattn_cuda.mechanism.rotary import RotaryTables, table_kinds
 
@@ -102,7 +103,10 @@ def _forms(text: PreTrainedModel, layers: range, rotary: Rotary, axes: int) -> T
     tokens = torch.randn(1, len(_POSITIONS), width, dtype=torch.float32)
     positions = torch.tensor(_POSITIONS).expand(axes, -1)
     position_ids = positions if axes == 1 else positions[:, None]
-    twin(inputs_embeds=tokens, position_ids=position_ids, use_cache=True, **{CACHE_ARGUMENT: cache})
+    witness = _Witness()
+    twin(inputs_embeds=tokens, position_ids=position_ids, use_cache=True, flexattn=witness, **{CACHE_ARGUMENT: cache})
+    if missing := set(layers) - witness.layers:
+        raise ValueError(f"layer {min(missing)} does not hand keyword arguments on to its attention")
     tables, forms = rotary(twin, tokens, positions), {}
     for layer in layers:
         module, kept, hidden = twin.layers[layer].self_attn, cache.layers[layer], record.attention[layer][0]
@@ -146,6 +150,20 @@ def _embedding_scale(text_class: type[PreTrainedModel], config: PreTrainedConfig
     if not torch.allclose(record.first, tokens * scale, rtol=_TOLERANCE, atol=0.0):
         raise ValueError("what enters their first layer is not a multiple of the embeddings")
     return scale
+
+
+class _Witness:
+    """In place of a context: the layers whose attention it reaches."""
+
+    def __init__(self) -> None:
+        self.layers: set[int] = set()
+
+    def before_attention(self, module: Any, device: torch.device) -> HRArguments:
+        self.layers.add(module.layer_idx)
+        return HRArguments()
+
+    def after_attention(self, module: Any, attention_map: torch.Tensor) -> None:
+        """Take no map."""
 
 
 class _Recorder:
