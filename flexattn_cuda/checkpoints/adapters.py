@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from flexattn_cuda.checkpoints.files import read_json, refuse_links_outside, refusing
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.mechanism.config import FlexAttnConfig
+from flexattn_cuda.mechanism.dequantise import is_quantised, unknown_codes
 
 SETTINGS_FILE, WEIGHTS_FILE = "flexattn_adapter.json", "flexattn_adapter.safetensors"
 _FORMAT = 1
@@ -97,9 +98,13 @@ class Adapter:
 def write(
     folder: Path, settings: FlexAttnConfig, base: BaseModel, text: PreTrainedModel, layers: Iterable[int]
 ) -> None:
-    """Write an adapter: settings, and the projections of a language model's layers in their dtype."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write an adapter: settings, and the projections of a language model's layers in their dtype.
+
+    Raises:
+        CheckpointError: If the projections are quantised, or an adapter of PEFT changes them.
+    """
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in _projections(text, layers).items()}
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     content = {"format": _FORMAT, "base": asdict(base), "settings": settings.to_dict()}
     (folder / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -131,8 +136,15 @@ def _projections(text: PreTrainedModel, layers: Iterable[int]) -> dict[str, torc
     found: dict[str, Any] = {}
     for layer in layers:
         for name in ("k_proj_hd", "v_proj_hd"):
-            for kind, parameter in getattr(text.layers[layer].self_attn, name).named_parameters():
-                found[f"layers.{layer}.self_attn.{name}.{kind}"] = parameter
+            linear, path = getattr(text.layers[layer].self_attn, name), f"layers.{layer}.self_attn.{name}"
+            if type(linear).__module__.partition(".")[0] == "peft":
+                raise CheckpointError(
+                    f"{path} has an adapter of PEFT; merge it first (merge_and_unload), or save it with PEFT's "
+                    "save_pretrained"
+                )
+            if unknown_codes(linear) or is_quantised(linear):
+                raise CheckpointError(f"{path} is quantised; quantise the model before FlexAttention is attached to it")
+            found |= {f"{path}.{kind}": parameter for kind, parameter in linear.named_parameters()}
     return found
 
 

@@ -99,6 +99,10 @@ class AttachedModel(HRGeneration):
         shared = set(self.hr_family.image_arguments) - set(self.hr_family.row_arguments)
         return ("pixel_values_hr", "valid_rect", *shared)
 
+    def _supports_mm_encoder_outputs(self) -> bool:
+        """Leave the images to forward; `generate` of transformers 5.24 would encode the LR views before it."""
+        return False
+
     def _call(self, arguments: dict[str, Any]) -> Any:
         """Run the model's own forward, with the images in place and the mechanism told of them."""
         own = HRArguments.pop_from(arguments)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexattn_cuda.mechanism.dequantise import check_readable, weight_of
 from flexattn_cuda.mechanism.rotary import RotaryTables, rotate
 
 NORMS = ("k_norm", "k_layernorm", "key_layernorm")  # names that transformers' models give the norm of their keys
@@ -120,21 +121,44 @@ class Projection:
         return nn.functional.linear(tokens, self.weight, self.bias)
 
 
-def own_projection(module: Any, name: str) -> Projection:
+def own_projection(module: Any, name: str, compute_dtype: torch.dtype = torch.float32) -> Projection:
     """Return the projection of a self-attention module that makes its keys ("k_proj") or values ("v_proj").
 
-    Some models have one projection for queries, keys and values, whose rows come in this order.
+    Args:
+        module: The module.
+        name: Of the projection.
+        compute_dtype: Of the weights where those of the module are quantised.
 
     Raises:
-        ValueError: If the module has neither.
+        ValueError: If the module has no such projection, or holds its weights in a form that is not known.
+    """
+    linear, rows = _own_linear(module, name)
+    bias = None if linear.bias is None else linear.bias[rows]
+    return Projection(weight_of(linear, compute_dtype)[rows], bias)
+
+
+def empty_projection(module: Any, name: str) -> nn.Linear:
+    """Return a linear layer of the sizes of `own_projection`, never quantised, with values of its own.
+
+    Raises:
+        ValueError: As `own_projection` does.
+    """
+    linear, rows = _own_linear(module, name)
+    check_readable(linear)
+    outputs = len(range(linear.out_features)[rows])
+    return nn.Linear(linear.in_features, outputs, linear.bias is not None)
+
+
+def _own_linear(module: Any, name: str) -> tuple[Any, slice]:
+    """Return a linear layer of a self-attention module, and which of its rows make keys or values.
+
+    Some models have one layer for queries, keys and values, whose rows come in this order.
     """
     if hasattr(module, name):
-        linear = getattr(module, name)
-        return Projection(linear.weight, linear.bias)
+        return getattr(module, name), slice(None)
     fused = getattr(module, "qkv_proj", None)
     if fused is None:
         raise ValueError(f"{type(module).__name__} has no {name}")
     size = module.config.num_key_value_heads * module.head_dim
-    end = len(fused.weight) if name == "v_proj" else len(fused.weight) - size
-    bias = None if fused.bias is None else fused.bias[end - size : end]
-    return Projection(fused.weight[end - size : end], bias)
+    end = fused.out_features if name == "v_proj" else fused.out_features - size
+    return fused, slice(end - size, end)
