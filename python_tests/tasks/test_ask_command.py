@@ -47,7 +47,7 @@ def test_ask_draws_a_panel_for_each_token_and_layer(
     flexattn, checkpoint, image, tmp_path, monkeypatch, options, panels
 ):
     drawn = []
-    monkeypatch.setattr(viz, "sheet", lambda image, panels, title: drawn.append(panels) or image)
+    monkeypatch.setattr(viz, "sheet", lambda image, panels, *rest: drawn.append(panels) or image)
     ends = ("--model", checkpoint, "--max-new-tokens", 3, "--map", tmp_path / "map.png")
     assert flexattn("ask", image, QUESTION, *ends, *options)[0] == 0
     assert len(drawn[0]) == panels and len({panel.caption for panel in drawn[0]}) == panels
