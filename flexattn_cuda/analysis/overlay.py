@@ -56,10 +56,7 @@ def cells_of_pixels(
     """
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     frame = frame_of(width, height)
-    return (
-        _cells(height, frame.top, frame.height, rows),
-        _cells(width, frame.left, frame.width, columns),
-    )
+    return (_cells(height, frame.top, frame.height, rows), _cells(width, frame.left, frame.width, columns))
 
 
 def _cells(pixels: int, start: float, length: float, cells: int) -> np.ndarray:

@@ -28,7 +28,9 @@ def ask(options: AskOptions) -> None:
     from flexattn_cuda.tasks import ask as answering
     from flexattn_cuda.tasks import load as loading
 
-    model, processor = loading.load(options.model, options.device, options.dtype)
+    model, processor = loading.load(
+        options.model, options.device, options.dtype, adapter=options.adapter, quantize=options.quantize
+    )
     if options.map is not None:
         _check_layers(options.layers_to_draw, model)
     answer = answering.ask(

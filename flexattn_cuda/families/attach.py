@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
-from flexattn_cuda.checkpoints import adapters
+from flexattn_cuda.checkpoints import HubOptions, adapters
 from flexattn_cuda.families.attached import AttachedModel, attached_class
 from flexattn_cuda.families.family import Family
 from flexattn_cuda.families.registry import family_of
@@ -32,7 +32,9 @@ _PAPER_LAYERS, _PAPER_SIDE = 32, 24  # of LLaVA-7B, which the presets are made f
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def attach(model: Model, settings: FlexAttnConfig | str | Path = "paper", family: type[Family] | None = None) -> Model:
+def attach(
+    model: Model, settings: FlexAttnConfig | str | Path = "paper", family: type[Family] | None = None, **hub: Any
+) -> Model:
     """Add FlexAttention to a model, in place: its forward and generate then also take high-resolution (HR) images.
 
     The projections of HR tokens start as copies of the model's own. Without HR images the model computes what it
@@ -41,8 +43,10 @@ def attach(model: Model, settings: FlexAttnConfig | str | Path = "paper", family
     Args:
         model: A vision-language model of a known family (`families/registry.py`), in any dtype.
         settings: "paper" or "released", fitted to the model (`settings_for`); or settings, whose sizes in pixels are
-            replaced by the model's; or the folder of an adapter that `save_adapter` wrote.
+            replaced by the model's; or an adapter that `save_adapter` wrote, by its folder or hub id.
         family: Describes a model whose family is not known.
+        hub: revision, token, cache_dir, local_files_only, force_download and subfolder of an adapter, as in
+            transformers.
 
     Returns:
         The model.
@@ -54,10 +58,13 @@ def attach(model: Model, settings: FlexAttnConfig | str | Path = "paper", family
     """
     if isinstance(model, AttachedModel) or hasattr(model, "_attachment"):
         raise ValueError("FlexAttention is attached to this model already; load the model again for other settings")
+    options = HubOptions.pop_from(hub)
+    if hub:
+        raise TypeError(f"attach takes no {', '.join(hub)}")
     family = family or family_of(model)
     adapter = None
     if isinstance(settings, (str, Path)) and str(settings) not in PRESETS:
-        adapter = adapters.read(Path(settings))
+        adapter = adapters.read(settings, options)
         settings = adapter.settings
     found = settings_for(model, str(settings), family) if not isinstance(settings, FlexAttnConfig) else settings
     described = family(model, found)
@@ -107,9 +114,9 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         raise ValueError(
             f"FlexAttention is not attached to this {type(model).__name__}; call flexattn_cuda.attach first"
         )
+    model.save_adapter(Path(folder))
     family = model.hr_family
-    base = adapters.BaseModel.of(model, family.text_model)
-    adapters.write(Path(folder), family.settings, base, family.text_model, family.hr_layers)
+    adapters.write_card(Path(folder), family.settings, adapters.BaseModel.of(model, family.text_model))
 
 
 def _with_sizes(settings: FlexAttnConfig, family: Family) -> FlexAttnConfig:

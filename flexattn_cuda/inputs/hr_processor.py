@@ -93,7 +93,9 @@ class HRProcessor(ProcessorMixin):
     """
 
     def __init__(self, processor: Any, family: ImageFamily, zoom: int, cell: int, max_lr_tokens: int | None = None):
-        for name, value in dict(zoom=zoom, cell=cell, max_lr_tokens=1 if max_lr_tokens is None else max_lr_tokens).items():
+        for name, value in dict(
+            zoom=zoom, cell=cell, max_lr_tokens=1 if max_lr_tokens is None else max_lr_tokens
+        ).items():
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
         self.wrapped, self.family, self.zoom, self.cell = processor, family, zoom, cell
@@ -292,6 +294,8 @@ class HRProcessor(ProcessorMixin):
         has_bos = bool(bos) and all(text.startswith(bos) for text in texts)  # as the chat templates of Gemma write it
         options = {"add_special_tokens": not has_bos, **self.family.text_options, **options}
         return_tensors = options.pop("return_tensors")
+        if len(texts) == 1 and self.tokenizer.pad_token is None and options.get("padding") is True:
+            options["padding"] = False  # nothing to pad, and transformers would ask for a token
 
         prompts = [text if self.family.finish is None else self.family.finish(text, self.tokenizer) for text in texts]
         values = dict(self.tokenizer(self._expanded(prompts, tokens), **options))

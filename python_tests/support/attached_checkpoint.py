@@ -1,4 +1,4 @@
-"""Small checkpoints of model families in folders, as transformers itself would save them: model, processor, tokenizer."""
+"""Small checkpoints of model families in folders, as transformers saves them: model, processor, tokenizer."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ def _clip(side: int) -> dict[str, Any]:
     return {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
 
 
-_QWEN_IMAGES = made(
-    "Qwen2VLImageProcessor", patch_size=4, size={"shortest_edge": 4 * 8**2, "longest_edge": 40 * 8**2}
-)
+_QWEN_IMAGES = made("Qwen2VLImageProcessor", patch_size=4, size={"shortest_edge": 4 * 8**2, "longest_edge": 40 * 8**2})
 _QWEN = ("<|image_pad|>", _QWEN_IMAGES, _FRAME.format("<|image_pad|>"))
 
 CHECKPOINTS = {
