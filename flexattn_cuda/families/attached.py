@@ -11,12 +11,14 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
 from flexattn_cuda import profiling
+from flexattn_cuda.checkpoints import adapters
 from flexattn_cuda.families.calls import (
     cache_to_use,
     check_valid_rect,
@@ -166,6 +168,22 @@ class AttachedModel(HRGeneration):
             arguments.pop(name, None)
         arguments["inputs_embeds"] = place(embedded, is_image, lr_tokens, spans, own.rows_per_prompt)
         return NewImages(spans, grids, pixels=pixels, valid_rect=own.valid_rect, rows_per_prompt=own.rows_per_prompt)
+
+    def save_adapter(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Write settings and HR projections, out of the model's whole state if that is given."""
+        family = self.hr_family
+        weights = adapters.projections(family.text_model, family.hr_layers)
+        if state_dict is not None:
+            weights = adapters.of_state_dict(weights, state_dict)
+        adapters.write(folder, family.settings, adapters.BaseModel.of(self, family.text_model), weights)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, whose own class ignores HR projections as it loads them; the adapter beside the model,
+        which `flexattn_cuda.load` and `attach` read, keeps them."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            self.save_adapter(Path(save_directory), kwargs.get("state_dict"))
+        return saved
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as an object of the model's own class, which is attached to again."""
