@@ -116,7 +116,7 @@ def refit(model: PreTrainedModel, settings: FlexAttnConfig) -> None:
     Raises:
         ValueError: If FlexAttention is not attached to the model, or the settings do not fit.
     """
-    model = _attached(model)
+    model = attached_model(model)
     family = model.hr_family
     before, layers = family.settings, set(family.hr_layers)
     family.set_settings(_with_sizes(settings, family))
@@ -144,13 +144,13 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         ValueError: If FlexAttention is not attached to the model.
         CheckpointError: If the projections are quantised, or an adapter of PEFT changes them.
     """
-    model = _attached(model)
+    model = attached_model(model)
     model.save_adapter(Path(folder))
     family = model.hr_family
     adapters.write_card(Path(folder), family.settings, adapters.BaseModel.of(model, family.text_model))
 
 
-def _attached(model: PreTrainedModel) -> AttachedModel:
+def attached_model(model: PreTrainedModel) -> AttachedModel:
     """Return the model, out of PEFT's wrapper; ValueError if FlexAttention is not attached to it."""
     model = _base_of(model)
     if not isinstance(model, AttachedModel):

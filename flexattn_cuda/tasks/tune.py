@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from flexattn_cuda import ops
 from flexattn_cuda.analysis.overlay import cells_of_pixels
 from flexattn_cuda.errors import InputError
-from flexattn_cuda.families.attach import refit
+from flexattn_cuda.families.attach import attached_model, refit
+from flexattn_cuda.families.attached import AttachedModel
 from flexattn_cuda.inputs.hr_processor import HRProcessor
 from flexattn_cuda.inputs.image_sources import read_image
 from flexattn_cuda.mechanism.config import FlexAttnConfig
@@ -93,6 +94,7 @@ def tune(model: PreTrainedModel, processor: HRProcessor, examples: Sequence[Poin
             sees, or the share is not between 0 and 1.
         ValueError: If FlexAttention is not attached to the model.
     """
+    model = attached_model(model)
     with_box = [example.box is not None for example in examples]
     if not examples or any(with_box) != all(with_box):
         raise InputError(
@@ -152,7 +154,7 @@ class _Seen:
 
 
 @torch.no_grad()
-def _look(model: PreTrainedModel, processor: HRProcessor, example: Pointed) -> _Seen:
+def _look(model: AttachedModel, processor: HRProcessor, example: Pointed) -> _Seen:
     """Ask a question, and keep the maps of every layer."""
     image, trace = read_image(example.image), Trace(every_layer=True)
     inputs = processor(images=[image], text=processor.prompt(example.question)).to(model.device)
@@ -175,10 +177,10 @@ def _look(model: PreTrainedModel, processor: HRProcessor, example: Pointed) -> _
 
 
 @contextlib.contextmanager
-def _nothing_selected(model: PreTrainedModel) -> Iterator[None]:
+def _nothing_selected(model: AttachedModel) -> Iterator[None]:
     """Let the model attend to low-resolution tokens alone, so that its maps are its own in every layer."""
     family = model.hr_family
-    before: FlexAttnConfig = family.settings
+    before = family.settings
     family.set_settings(dataclasses.replace(before, threshold=2 * before.scale, strategy="attention"))
     try:
         yield
