@@ -15,15 +15,18 @@ checkpoint starts as `hr_init` says.
     generation     generation_config.json, checked
     weights        weights of any format, loaded into the model
     quantisation   what is quantised as it is loaded
+    hub_files      the line of code and the model card beside a saved checkpoint
     projections    how HR projections start if a checkpoint lacks them
 """
 
 from flexattn_cuda.checkpoints.config import checkpoint_format, load_config
+from flexattn_cuda.checkpoints.hub_files import AUTO_MAP, write_hub_files
 from flexattn_cuda.checkpoints.locate import HubOptions, Part, resolve_folder
 from flexattn_cuda.checkpoints.released import vision_tower_folder
 from flexattn_cuda.checkpoints.weights import load_weights, register_key_conversion
 
 __all__ = [
+    "AUTO_MAP",
     "HubOptions",
     "Part",
     "checkpoint_format",
@@ -32,4 +35,5 @@ __all__ = [
     "register_key_conversion",
     "resolve_folder",
     "vision_tower_folder",
+    "write_hub_files",
 ]

@@ -8,6 +8,7 @@ layers of its own (baselines/cross_attention.py).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -97,6 +98,14 @@ class FlexAttnLlavaForConditionalGeneration(HRGeneration, LlavaForConditionalGen
         config.check()
         model, info = checkpoints.load_weights(super().from_pretrained, folder, config, *args, hub=hub, **kwargs)
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; Auto classes load what is saved, after `import flexattn_cuda` or by trust_remote_code."""
+        self.config.auto_map = checkpoints.AUTO_MAP
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            checkpoints.write_hub_files(Path(save_directory))
+        return saved
 
     # ---------------------------------------------------------------------------------------------------- forward
 
