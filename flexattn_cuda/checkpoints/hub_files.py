@@ -12,7 +12,7 @@ AUTO_MAP = {
 }
 """For config.json: where transformers' Auto classes find this package's, with trust_remote_code=True."""
 
-_CODE = '''"""The classes that load this checkpoint, for transformers with trust_remote_code=True: pip install flexattn_cuda."""
+_CODE = '''"""For transformers with trust_remote_code=True: the classes of this checkpoint, from flexattn_cuda."""
 
 from flexattn_cuda import FlexAttnLlavaConfig, FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor
 '''
