@@ -125,8 +125,8 @@ def _base_of(model: PreTrainedModel) -> PreTrainedModel:
 def _check_unwrapped(model: PreTrainedModel) -> None:
     if _base_of(model) is not model:
         raise ValueError(
-            f"this is a {type(model).__name__} of PEFT; attach FlexAttention to the model before PEFT wraps it, or merge "
-            "the adapter first (merge_and_unload)"
+            f"this is a {type(model).__name__}; attach FlexAttention to the model before PEFT wraps it, or merge the "
+            "adapter first (merge_and_unload)"
         )
 
 

@@ -1,9 +1,9 @@
 """The weights of a linear layer as numbers, also where it holds codes of them.
 
-    kind                        what the layer holds
-    bitsandbytes, 4-bit         two codes in a byte, in one column, and scales of blocks
-    bitsandbytes, 8-bit         int8 codes, and a scale of each row
-    torchao and others          a tensor subclass with a `dequantize` of its own
+kind                        what the layer holds
+bitsandbytes, 4-bit         two codes in a byte, in one column, and scales of blocks
+bitsandbytes, 8-bit         int8 codes, and a scale of each row
+torchao and others          a tensor subclass with a `dequantize` of its own
 """
 
 from __future__ import annotations

@@ -99,7 +99,9 @@ def test_hr_on_a_4_bit_model_is_what_the_definition_says(saved, name):
 def test_cached_and_uncached_tokens_agree_on_a_quantised_model(saved, kind):
     model = flexattn_cuda.attach(load(INTERNVL, saved(INTERNVL), kind), INTERNVL.settings("paper"))
     inputs = INTERNVL.inputs((2, 1), ragged=True)
-    cached, uncached = (model.generate(**inputs, max_new_tokens=8, do_sample=False, hr_cache=hr) for hr in (True, False))
+    cached, uncached = (
+        model.generate(**inputs, max_new_tokens=8, do_sample=False, hr_cache=hr) for hr in (True, False)
+    )
     assert torch.equal(cached, uncached)
 
 
