@@ -1,8 +1,7 @@
 """Draws what the model looked at over the image: the attention map as heat, the selected regions outlined.
 
-Maps and masks are grids over the square that the image is padded to. Their cells lie on the image like this:
-
-    square side = max(W, H), image at offset ((side - W) // 2, (side - H) // 2), cell = side / grid side
+Maps and masks are grids over the frame of the view that the model saw (`inputs/frames.py`), such as the square that an
+image is padded to. Row r of a grid of R rows lies on the image at frame.top + [r, r + 1) * frame.height / R.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, features
+
+from flexattn_cuda.inputs.frames import Frame, FrameOf, padded_square
 
 MAX_SIDE = 4096  # pixels; a larger image, or a sheet of several, is scaled down
 OUTLINE = (0, 230, 255)
@@ -29,8 +30,8 @@ class Panel:
     """One overlay of a sheet.
 
     Attributes:
-        attention: [S, S] float, attention map over the LR tokens.
-        mask: [h, h] bool, the selected HR tokens.
+        attention: [rows, cols] float, attention map over the LR tokens.
+        mask: [HR rows, HR cols] bool, the selected HR tokens.
         caption: Text under the image.
     """
 
@@ -39,49 +40,64 @@ class Panel:
     caption: str = ""
 
 
-def cells_of_pixels(width: int, height: int, grid: int) -> tuple[np.ndarray, np.ndarray]:
+def cells_of_pixels(
+    width: int, height: int, grid: int | tuple[int, int], frame_of: FrameOf = padded_square
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the grid row of every pixel row and the grid column of every pixel column of an image.
 
     Args:
         width: Of the image, in pixels.
         height: Of the image, in pixels.
-        grid: Cells per side of the square.
+        grid: Rows and columns over the frame, or the side of a square.
+        frame_of: Returns the frame of an image.
 
     Returns:
-        [height] and [width] int.
+        [height] and [width] int, -1 outside of the frame.
     """
-    side = max(width, height)
-    rows = ((np.arange(height) + (side - height) // 2 + 0.5) * grid / side).astype(np.intp)
-    columns = ((np.arange(width) + (side - width) // 2 + 0.5) * grid / side).astype(np.intp)
-    return rows, columns
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    frame = frame_of(width, height)
+    return (_cells(height, frame.top, frame.height, rows), _cells(width, frame.left, frame.width, columns))
 
 
-def overlay(image: Image.Image, attention: np.ndarray, mask: np.ndarray) -> Image.Image:
+def _cells(pixels: int, start: float, length: float, cells: int) -> np.ndarray:
+    """Return the cell of every pixel of one axis."""
+    found = np.floor((np.arange(pixels) - start + 0.5) * cells / length).astype(np.intp)
+    return np.where((found >= 0) & (found < cells), found, -1)
+
+
+def overlay(
+    image: Image.Image, attention: np.ndarray, mask: np.ndarray, frame_of: FrameOf = padded_square
+) -> Image.Image:
     """Return the image with the attention map as translucent heat and the selected regions bright and outlined.
 
     Args:
         image: RGB.
-        attention: [S, S] float, drawn from its minimum to its maximum on the image.
-        mask: [h, h] bool.
+        attention: [rows, cols] float, drawn from its minimum to its maximum on the image.
+        mask: [HR rows, HR cols] bool.
+        frame_of: Returns the frame of an image.
 
     Returns:
         RGB, of the image's size.
     """
-    rows, columns = cells_of_pixels(*image.size, mask.shape[0])
-    selected = mask[rows[:, None], columns[None, :]]
+    rows, columns = cells_of_pixels(*image.size, mask.shape, frame_of)
+    selected = mask[rows[:, None], columns[None, :]] & (rows >= 0)[:, None] & (columns >= 0)
     bright = ImageEnhance.Brightness(image).enhance(BRIGHTENED)
     dim = ImageEnhance.Brightness(image).enhance(DIMMED)
     drawn = Image.composite(bright, dim, Image.fromarray(selected))
 
-    heat = _heat_of_pixels(image.size, attention)
+    frame = frame_of(*image.size)
+    heat = _heat_of_pixels(image.size, attention, frame)
     opacity = Image.fromarray((heat * (255 * HEAT_OPACITY)).astype(np.uint8))
     drawn = Image.composite(Image.fromarray(heat_colour(heat)), drawn, opacity)
 
-    drawn.paste(OUTLINE, mask=Image.fromarray(_outline(selected, max(image.size) / mask.shape[0])))
+    cell = min(frame.height / mask.shape[0], frame.width / mask.shape[1])
+    drawn.paste(OUTLINE, mask=Image.fromarray(_outline(selected, cell)))
     return drawn
 
 
-def sheet(image: Image.Image, panels: Sequence[Panel], title: str = "") -> Image.Image:
+def sheet(
+    image: Image.Image, panels: Sequence[Panel], title: str = "", frame_of: FrameOf = padded_square
+) -> Image.Image:
     """Return panels in about as many rows as columns, above a legend.
 
     The first panel's image starts at (0, 0). A single panel keeps the image's size up to MAX_SIDE.
@@ -90,6 +106,7 @@ def sheet(image: Image.Image, panels: Sequence[Panel], title: str = "") -> Image
         image: RGB; scaled down only if the panels together would exceed MAX_SIDE.
         panels: At least one.
         title: Text under the panels, such as question and answer.
+        frame_of: Returns the frame of an image.
     """
     layout = _Layout.of(image.size, [panel.caption for panel in panels])
     if layout.image_size != image.size:
@@ -99,7 +116,7 @@ def sheet(image: Image.Image, panels: Sequence[Panel], title: str = "") -> Image
     pen = ImageDraw.Draw(result)
     for number, panel in enumerate(panels):
         left, top = layout.corner(number)
-        result.paste(overlay(image, panel.attention, panel.mask), (left, top))
+        result.paste(overlay(image, panel.attention, panel.mask, frame_of), (left, top))
         for row, text in enumerate(layout.captions[number]):
             position = (left + layout.line // 4, top + image.height + row * layout.line)
             pen.text(position, text, fill=_INK, font=layout.font)
@@ -167,19 +184,32 @@ def heat_colour(heat: np.ndarray) -> np.ndarray:
     return table.round().astype(np.uint8)[(np.clip(heat, 0, 1) * 255).astype(np.uint8)]
 
 
-def _heat_of_pixels(size: tuple[int, int], attention: np.ndarray) -> np.ndarray:
-    """Return each pixel's heat in [0, 1], [H, W] float32: all 0 if the map is constant on the image or not finite."""
-    width, height = size
-    side, grid = max(size), attention.shape[0]
-    rows, columns = cells_of_pixels(width, height, grid)
-    on_image = attention[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float64)
+def _heat_of_pixels(size: tuple[int, int], attention: np.ndarray, frame: Frame) -> np.ndarray:
+    """Return each pixel's heat in [0, 1], [H, W] float32.
+
+    It is 0 outside of the frame, and everywhere if the map is constant on the image or not finite.
+    """
+    heat_of_image = np.zeros((size[1], size[0]), dtype=np.float32)
+    rows, columns = cells_of_pixels(*size, attention.shape, lambda width, height: frame)
+    inside = np.ix_(*(np.flatnonzero(cells >= 0) for cells in (rows, columns)))
+    on_image = attention[np.unique(rows[rows >= 0])][:, np.unique(columns[columns >= 0])].astype(np.float64)
     low, high = on_image.min(), on_image.max()
     if not high > low:
-        return np.zeros((height, width), dtype=np.float32)
+        return heat_of_image
     heat = np.clip((attention.astype(np.float64) - low) / (high - low), 0, 1).astype(np.float32)
-    left, top = (side - width) // 2, (side - height) // 2
-    box = tuple(x * grid / side for x in (left, top, left + width, top + height))
-    return np.asarray(Image.fromarray(heat).resize(size, Image.Resampling.BILINEAR, box=box)).clip(0, 1)
+    left, right = _span(columns, frame.left, frame.width, attention.shape[1])
+    top, bottom = _span(rows, frame.top, frame.height, attention.shape[0])
+    height, width = inside[0].size, inside[1].size
+    resized = Image.fromarray(heat).resize((width, height), Image.Resampling.BILINEAR, (left, top, right, bottom))
+    heat_of_image[inside] = np.asarray(resized).clip(0, 1)
+    return heat_of_image
+
+
+def _span(cells_of: np.ndarray, start: float, length: float, cells: int) -> tuple[float, float]:
+    """Return where the pixels inside of the frame begin and end, in cells, on one axis."""
+    inside = np.flatnonzero(cells_of >= 0)
+    begin, end = ((edge - start) * cells / length for edge in (inside[0], inside[-1] + 1))
+    return max(begin, 0.0), min(end, float(cells))
 
 
 def _outline(selected: np.ndarray, cell: float) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 flexattn_adapter.json           settings, and the base model that they were made for
 flexattn_adapter.safetensors    layers.N.self_attn.{k,v}_proj_hd.{weight,bias}
-README.md                       a model card
+README.md                       a model card, where the adapter is alone
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from flexattn_cuda.checkpoints.files import read_json, refuse_links_outside, refusing
+from flexattn_cuda.checkpoints.locate import HubOptions, is_hub_id, resolve_files
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.dequantise import is_quantised, unknown_codes
@@ -81,42 +82,60 @@ class Adapter:
         Raises:
             CheckpointError: If it has others, or of other shapes.
         """
-        projections = _projections(text, layers)
-        if wrong := sorted(set(projections) ^ set(self.weights)):
+        parameters = projections(text, layers)
+        if wrong := sorted(set(parameters) ^ set(self.weights)):
             raise CheckpointError(f"{wrong[0]} is in the adapter or in the model alone; load the model that it is for")
-        for name, parameter in projections.items():
+        for name, parameter in parameters.items():
             weight = self.weights[name]
             if weight.shape != parameter.shape:
                 raise CheckpointError(
                     f"the adapter's {name} has shape {list(weight.shape)}, the model's {list(parameter.shape)}; load "
                     "the model that the adapter is for"
                 )
-        for name, parameter in projections.items():
+        for name, parameter in parameters.items():
             parameter.copy_(self.weights[name])
 
 
-def write(
-    folder: Path, settings: FlexAttnConfig, base: BaseModel, text: PreTrainedModel, layers: Iterable[int]
-) -> None:
-    """Write an adapter: settings, and the projections of a language model's layers in their dtype.
-
-    Raises:
-        CheckpointError: If the projections are quantised, or an adapter of PEFT changes them.
-    """
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in _projections(text, layers).items()}
+def write(folder: Path, settings: FlexAttnConfig, base: BaseModel, weights: dict[str, torch.Tensor]) -> None:
+    """Write an adapter: settings, and weights by the names that `projections` gives them."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    kept = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    save_file(kept, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     content = {"format": _FORMAT, "base": asdict(base), "settings": settings.to_dict()}
     (folder / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_card(folder: Path, settings: FlexAttnConfig, base: BaseModel) -> None:
+    """Write the model card of an adapter that is alone in its folder."""
     (folder / "README.md").write_text(_card(settings, base), encoding="utf-8")
 
 
-def read(folder: Path) -> Adapter:
-    """Read an adapter.
+def is_in(folder: Path) -> bool:
+    """Return whether a folder holds an adapter."""
+    return (folder / SETTINGS_FILE).is_file()
+
+
+def find(name_or_path: str | Path, hub: HubOptions | None = None) -> Path:
+    """Return the local folder of an adapter's folder or hub id.
+
+    Raises:
+        CheckpointError: If there is no such folder, and the hub does not deliver.
+    """
+    if not Path(name_or_path).is_dir() and not is_hub_id(str(name_or_path)):
+        raise CheckpointError(
+            f"no adapter {str(name_or_path)!r}: it is neither a local folder nor a hub id, owner/name; the presets are "
+            "paper and released"
+        )
+    return resolve_files(name_or_path, (SETTINGS_FILE, WEIGHTS_FILE), hub)
+
+
+def read(name_or_path: str | Path, hub: HubOptions | None = None) -> Adapter:
+    """Read an adapter from a folder or the hub.
 
     Raises:
         CheckpointError: If there is none, or it cannot be read.
     """
+    folder = find(name_or_path, hub)
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no {SETTINGS_FILE}; pass the folder of an adapter, or paper or released")
@@ -131,7 +150,7 @@ def read(folder: Path) -> Adapter:
     return Adapter(settings, base, weights)
 
 
-def _projections(text: PreTrainedModel, layers: Iterable[int]) -> dict[str, torch.Tensor]:
+def projections(text: PreTrainedModel, layers: Iterable[int]) -> dict[str, torch.Tensor]:
     """Return the parameters of the HR projections by the names that an adapter gives them."""
     found: dict[str, Any] = {}
     for layer in layers:
@@ -146,6 +165,12 @@ def _projections(text: PreTrainedModel, layers: Iterable[int]) -> dict[str, torc
                 raise CheckpointError(f"{path} is quantised; quantise the model before FlexAttention is attached to it")
             found |= {f"{path}.{kind}": parameter for kind, parameter in linear.named_parameters()}
     return found
+
+
+def of_state_dict(names: Iterable[str], state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights of an adapter out of those of the whole model, as a sharded model gathers them."""
+    by_name = {key[key.rindex("layers.") :]: weight for key, weight in state.items() if "_proj_hd." in key}
+    return {name: by_name[name] for name in names}
 
 
 def _card(settings: FlexAttnConfig, base: BaseModel) -> str:

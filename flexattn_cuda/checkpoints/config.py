@@ -14,7 +14,7 @@ from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 
-_FORMATS = {"flexattn_llava": "flexattn", "llava": "llava", "llava_llama": "released"}
+FORMATS = {"flexattn_llava": "flexattn", "llava": "llava", "llava_llama": "released"}
 
 # Sizes that must be whole numbers from 1 up to a limit. The limits lie far beyond any model, and keep a damaged file
 # from filling the memory with modules.
@@ -43,11 +43,11 @@ def checkpoint_format(folder: str | Path) -> str:
         CheckpointError: If the folder has no readable config.json, or holds another kind of model.
     """
     model_type = read_config(Path(folder)).get("model_type")
-    if not isinstance(model_type, str) or model_type not in _FORMATS:
+    if not isinstance(model_type, str) or model_type not in FORMATS:
         raise CheckpointError(
-            f"{folder} holds a model of type {model_type!r}; this package loads {', '.join(sorted(_FORMATS))}"
+            f"{folder} holds a model of type {model_type!r}; this package loads {', '.join(sorted(FORMATS))}"
         )
-    return _FORMATS[model_type]
+    return FORMATS[model_type]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

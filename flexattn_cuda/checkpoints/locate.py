@@ -30,7 +30,7 @@ class Part(enum.Flag):
 
 _FILES = {
     Part.CONFIG: ("config.json",),
-    Part.WEIGHTS: ("generation_config.json",),
+    Part.WEIGHTS: ("generation_config.json", "flexattn_adapter.json", "flexattn_adapter.safetensors"),
     Part.IMAGES: ("preprocessor_config.json", "processor_config.json"),
     Part.TEXT: (
         "added_tokens.json",
@@ -108,6 +108,29 @@ def resolve_folder(name_or_path: str | Path, hub: HubOptions | None = None, part
         folder = _from_hub(name, hub, parts)
     refuse_links_outside(folder)
     return folder
+
+
+def resolve_files(name_or_path: str | Path, names: Iterable[str], hub: HubOptions | None = None) -> Path:
+    """Return the local folder of files that are no checkpoint, after downloading them from a hub repository.
+
+    Args:
+        name_or_path: A folder, whose subfolder is returned as it is, or a hub id.
+        names: What to download of a hub repository.
+        hub: Options of the hub; None: the defaults.
+
+    Raises:
+        CheckpointError: If there is no such folder, and the hub does not deliver.
+    """
+    name, hub = str(name_or_path), hub or HubOptions()
+    folder = Path(name, hub.subfolder)
+    if folder.is_dir():
+        return folder
+    try:
+        paths = [str(PurePosixPath(hub.subfolder, file)) for file in names]
+        return _Repository(name, hub).fetch(paths) / hub.subfolder
+    except Exception as error:  # of the hub, of the network, of the disk
+        reason = _why_not(error, hub)
+        raise CheckpointError(f"{name!r} is not a local folder, and could not be downloaded ({reason})") from error
 
 
 def is_hub_id(name: str) -> bool:
@@ -250,6 +273,7 @@ class _Repository:
                 token=self.hub.token,
                 cache_dir=self.hub.cache_dir,
                 force_download=self.hub.force_download,
+                local_files_only=self.hub.local_files_only,
                 allow_patterns=[glob.escape(path) for path in paths],
             )
         )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from flexattn_cuda.cli.runner import silence_transformers
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.inputs.questions import check_question
 from flexattn_cuda.runs.files import check_image_path
 from flexattn_cuda.tasks.options import AskOptions
+
+if TYPE_CHECKING:
+    from flexattn_cuda.tasks.models import HRModel
 
 
 def ask(options: AskOptions) -> None:
@@ -24,9 +28,11 @@ def ask(options: AskOptions) -> None:
     from flexattn_cuda.tasks import ask as answering
     from flexattn_cuda.tasks import load as loading
 
-    model, processor = loading.load(options.model, options.device, options.dtype)
+    model, processor = loading.load(
+        options.model, options.device, options.dtype, adapter=options.adapter, quantize=options.quantize
+    )
     if options.map is not None:
-        _check_layers(options.layers_to_draw, model.config)
+        _check_layers(options.layers_to_draw, model)
     answer = answering.ask(
         model,
         processor,
@@ -42,10 +48,11 @@ def ask(options: AskOptions) -> None:
         print(f"wrote {options.map}", file=sys.stderr)
 
 
-def _check_layers(layers, config) -> None:
-    if config.system != "flexattn":
+def _check_layers(layers: list[int] | str | None, model: HRModel) -> None:
+    settings = model.flexattn_settings
+    if settings is None or settings.system != "flexattn":
         raise InputError("this model has no FlexAttention, so there is no map to draw; leave --map out")
-    first, last = config.flexattn.first_layer - 1, config.text_config.num_hidden_layers - 1
+    first, last = settings.first_layer - 1, model.config.get_text_config().num_hidden_layers - 1
     if isinstance(layers, list) and not all(first <= layer <= last for layer in layers):
         raise InputError(f"--map-layers is {layers}; the layers of this model that select are {first} to {last}")
 

@@ -7,11 +7,11 @@ from flexattn_cuda.tasks.options import InfoOptions
 
 
 def info(options: InfoOptions) -> None:
-    """Print versions, the build, GPUs, and why a path cannot be used; with --model, the memory that the model needs."""
+    """Print versions, the build, GPUs, and why a path cannot be used; with --model, what the model is and needs."""
     silence_transformers()
     from flexattn_cuda.cli.console import print_all
-    from flexattn_cuda.cli.info_tables import facts_table, memory_report
+    from flexattn_cuda.cli.info_tables import facts_table, model_report
     from flexattn_cuda.tasks.load import read_checkpoint_info
 
-    checkpoint = None if options.model is None else read_checkpoint_info(options.model)
-    print_all(facts_table(), *(() if checkpoint is None else ("", *memory_report(checkpoint))))
+    checkpoint = None if options.model is None else read_checkpoint_info(options.model, options.adapter)
+    print_all(facts_table(), *(() if checkpoint is None else ("", *model_report(checkpoint))))

@@ -15,7 +15,7 @@ from flexattn_cuda import build
 from flexattn_cuda.analysis import memory
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
-from flexattn_cuda.tasks.load import CheckpointInfo
+from flexattn_cuda.tasks.load import AttachableInfo, CheckpointInfo
 
 
 def facts_table() -> Table:
@@ -43,6 +43,37 @@ def _gpu(number: int) -> str:
     properties = torch.cuda.get_device_properties(number)
     memory_size = properties.total_memory / memory.GIB
     return f"{properties.name}, sm_{properties.major}{properties.minor}, {memory_size:.1f} GiB"
+
+
+def model_report(checkpoint: CheckpointInfo | AttachableInfo) -> list[RenderableType]:
+    """Return what a model is, and the memory that it needs.
+
+    Raises:
+        CheckpointError: If the configuration cannot be built.
+    """
+    return memory_report(checkpoint) if isinstance(checkpoint, CheckpointInfo) else [_attachable_table(checkpoint)]
+
+
+def _attachable_table(found: AttachableInfo) -> Table:
+    """Return what FlexAttention attaches to."""
+    settings, side = found.settings, found.lr_side
+    lr = "of the image's aspect ratio" if side is None else f"{side} x {side}"
+    hr = f"{settings.zoom} times the rows and columns"
+    hr = hr if side is None else f"{side * settings.zoom} x {side * settings.zoom}"
+    table = Table(box=None, show_header=False, pad_edge=False, title=f"[bold]{escape(str(found.folder))}[/bold]")
+    table.title_justify = "left"
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("family", found.family)
+    table.add_row("model", escape(found.base))
+    table.add_row("adapter", "yes" if found.adapter else "none: HR projections start as copies; train them")
+    table.add_row("LR tokens", lr)
+    table.add_row("HR tokens", hr)
+    table.add_row("layers with HR", f"{found.layers[0]} to {found.layers[-1]}")
+    table.add_row("settings", ", ".join(f"{name}={value}" for name, value in settings.to_dict().items()))
+    weights = [f"{_size(found.parameters * width)} in {name}" for name, width in (("float16", 2), ("float32", 4))]
+    table.add_row("weights", ", ".join(weights))
+    return table
 
 
 def memory_report(checkpoint: CheckpointInfo) -> list[RenderableType]:

@@ -10,13 +10,14 @@ flexattn_cuda.save_adapter(model, "my-adapter")
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
-from flexattn_cuda.checkpoints import adapters
+from flexattn_cuda.checkpoints import HubOptions, adapters
 from flexattn_cuda.families.attached import AttachedModel, attached_class
 from flexattn_cuda.families.family import Family
 from flexattn_cuda.families.registry import family_of
@@ -32,7 +33,9 @@ _PAPER_LAYERS, _PAPER_SIDE = 32, 24  # of LLaVA-7B, which the presets are made f
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def attach(model: Model, settings: FlexAttnConfig | str | Path = "paper", family: type[Family] | None = None) -> Model:
+def attach(
+    model: Model, settings: FlexAttnConfig | str | Path = "paper", family: type[Family] | None = None, **hub: Any
+) -> Model:
     """Add FlexAttention to a model, in place: its forward and generate then also take high-resolution (HR) images.
 
     The projections of HR tokens start as copies of the model's own. Without HR images the model computes what it
@@ -42,8 +45,10 @@ def attach(model: Model, settings: FlexAttnConfig | str | Path = "paper", family
         model: A vision-language model of a known family (`families/registry.py`), in any dtype, or quantised with
             bitsandbytes or torchao. Adapters of PEFT come after FlexAttention.
         settings: "paper" or "released", fitted to the model (`settings_for`); or settings, whose sizes in pixels are
-            replaced by the model's; or the folder of an adapter that `save_adapter` wrote.
+            replaced by the model's; or an adapter that `save_adapter` wrote, by its folder or hub id.
         family: Describes a model whose family is not known.
+        hub: revision, token, cache_dir, local_files_only, force_download and subfolder of an adapter, as in
+            transformers.
 
     Returns:
         The model.
@@ -56,10 +61,13 @@ def attach(model: Model, settings: FlexAttnConfig | str | Path = "paper", family
     _check_unwrapped(model)
     if isinstance(model, AttachedModel) or hasattr(model, "_attachment"):
         raise ValueError("FlexAttention is attached to this model already; load the model again for other settings")
+    options = HubOptions.pop_from(hub)
+    if hub:
+        raise TypeError(f"attach takes no {', '.join(hub)}")
     family = family or family_of(model)
     adapter = None
     if isinstance(settings, (str, Path)) and str(settings) not in PRESETS:
-        adapter = adapters.read(Path(settings))
+        adapter = adapters.read(settings, options)
         settings = adapter.settings
     found = settings_for(model, str(settings), family) if not isinstance(settings, FlexAttnConfig) else settings
     described = family(model, found)
@@ -95,6 +103,36 @@ def settings_for(model: PreTrainedModel, preset: str = "paper", family: type[Fam
     return _with_sizes(dataclasses.replace(settings, first_layer=first_layer, pool=pool), described)
 
 
+def refit(model: PreTrainedModel, settings: FlexAttnConfig) -> None:
+    """Give a model that FlexAttention was attached to other settings, in place.
+
+    Layers that attend to high-resolution tokens before and after keep their projections, new ones start as copies of
+    the model's own, and the others lose theirs. A conversation that is under way keeps the settings it began with.
+
+    Args:
+        model: The model.
+        settings: Its sizes in pixels are replaced by the model's.
+
+    Raises:
+        ValueError: If FlexAttention is not attached to the model, or the settings do not fit.
+    """
+    model = attached_model(model)
+    family = model.hr_family
+    before, layers = family.settings, set(family.hr_layers)
+    family.set_settings(_with_sizes(settings, family))
+    try:
+        _check_settings(family)
+        model.attachment.add_modules(family.text_model)
+    except BaseException:
+        family.set_settings(before)
+        raise
+    _copy_projections(family, set(family.hr_layers) - layers)
+    for layer in layers - set(family.hr_layers):
+        module = family.text_model.layers[layer].self_attn
+        for name in ("k_proj_hd", "v_proj_hd", "hr_key_form"):
+            delattr(module, name)
+
+
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     """Write what `attach` added to a model, as it is now: settings, projections of HR tokens and a model card.
 
@@ -106,14 +144,20 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         ValueError: If FlexAttention is not attached to the model.
         CheckpointError: If the projections are quantised, or an adapter of PEFT changes them.
     """
+    model = attached_model(model)
+    model.save_adapter(Path(folder))
+    family = model.hr_family
+    adapters.write_card(Path(folder), family.settings, adapters.BaseModel.of(model, family.text_model))
+
+
+def attached_model(model: PreTrainedModel) -> AttachedModel:
+    """Return the model, out of PEFT's wrapper; ValueError if FlexAttention is not attached to it."""
     model = _base_of(model)
     if not isinstance(model, AttachedModel):
         raise ValueError(
             f"FlexAttention is not attached to this {type(model).__name__}; call flexattn_cuda.attach first"
         )
-    family = model.hr_family
-    base = adapters.BaseModel.of(model, family.text_model)
-    adapters.write(Path(folder), family.settings, base, family.text_model, family.hr_layers)
+    return model
 
 
 def _base_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -125,8 +169,8 @@ def _base_of(model: PreTrainedModel) -> PreTrainedModel:
 def _check_unwrapped(model: PreTrainedModel) -> None:
     if _base_of(model) is not model:
         raise ValueError(
-            f"this is a {type(model).__name__}; attach FlexAttention to the model before PEFT wraps it, or merge the "
-            "adapter first (merge_and_unload)"
+            f"this is a {type(model).__name__} of PEFT; attach FlexAttention to the model before PEFT wraps it, or "
+            "merge the adapter first (merge_and_unload)"
         )
 
 
@@ -158,7 +202,7 @@ def _install(model: PreTrainedModel, family: Family) -> None:
     text.set_attn_implementation(attention.NAME)
     try:
         attachment.install()
-        _copy_projections(family)
+        _copy_projections(family, family.hr_layers)
     except BaseException:
         text.set_attn_implementation(before)
         raise
@@ -167,13 +211,13 @@ def _install(model: PreTrainedModel, family: Family) -> None:
 
 
 @torch.no_grad()
-def _copy_projections(family: Family) -> None:
-    """Start the projections of HR tokens as copies of the model's own, on their device and in their dtype.
+def _copy_projections(family: Family, layers: Iterable[int]) -> None:
+    """Start the projections of HR tokens in some layers as copies of the model's own, on their device, in their dtype.
 
     Where the model's are quantised, they are copied as numbers in its compute dtype.
     """
     text = family.text_model
-    for layer in family.hr_layers:
+    for layer in layers:
         module = text.layers[layer].self_attn
         for name in ("k_proj", "v_proj"):
             own, projection = own_projection(module, name, text.dtype), getattr(module, f"{name}_hd")

@@ -104,6 +104,13 @@ class HRGeneration(GenerationMixin):
             model_kwargs[CACHE_ARGUMENT] = DynamicCache()
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Leave images with HR pixels to forward; transformers would encode them now, in its own format."""
+        if _brings_hr(model_kwargs):
+            return model_kwargs
+        prepared: dict[str, Any] = super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+        return prepared
+
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         """Compile decoding with a static cache only if what the images add has a fixed size too (`hr_capacity`)."""
         images = HRCache.beside(model_kwargs.get(CACHE_ARGUMENT))

@@ -26,13 +26,16 @@ from flexattn_cuda.checkpoints import HubOptions, Part, resolve_folder
 from flexattn_cuda.checkpoints.files import refusing
 from flexattn_cuda.errors import CheckpointError, InputError
 from flexattn_cuda.inputs.chat_template import read_chat_template, refuse_special_texts, special_texts
-from flexattn_cuda.inputs.image_families import FAMILIES, ImageFamily, Options, Views, view_side
+from flexattn_cuda.inputs.frames import Frame
+from flexattn_cuda.inputs.image_families import FAMILIES, ImageFamily, Options, Views, sizes_of, view_side
 from flexattn_cuda.inputs.image_sources import read_images
 from flexattn_cuda.inputs.images import flat_list
 from flexattn_cuda.inputs.questions import check_question, user_message
 
 # Arguments that transformers' own processors take beside those of their tokenizer and image processor.
 _OTHER_ARGUMENTS = ("return_mm_token_type_ids", "do_sample_frames")
+_SIZES = ("size", "min_pixels", "max_pixels")
+MAX_LR_TOKENS = 576  # of an image whose base view keeps its aspect ratio: as many as LLaVA-1.5 has
 
 
 @dataclass(frozen=True)
@@ -82,16 +85,21 @@ class HRProcessor(ProcessorMixin):
         family: What must be known of the family; `FAMILIES` lists those that are known.
         zoom: How many times the sides of the base view the HR view has, as the model's settings say.
         cell: Side in pixels of an LR cell of the model: `family.cell(model.config)`.
+        max_lr_tokens: Maximum number of LR tokens of an image, where the base view keeps the image's aspect ratio
+            (Qwen-VL); None: what the image processor's own `size` allows. A call with `size` decides for itself.
 
     Raises:
-        InputError: If `zoom` or `cell` is not a whole number of at least 1, or the tokenizer has no such image token.
+        InputError: If a number is not whole or less than 1, or the tokenizer has no such image token.
     """
 
-    def __init__(self, processor: Any, family: ImageFamily, zoom: int, cell: int):
-        for name, value in (("zoom", zoom), ("cell", cell)):
+    def __init__(self, processor: Any, family: ImageFamily, zoom: int, cell: int, max_lr_tokens: int | None = None):
+        for name, value in dict(
+            zoom=zoom, cell=cell, max_lr_tokens=1 if max_lr_tokens is None else max_lr_tokens
+        ).items():
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
         self.wrapped, self.family, self.zoom, self.cell = processor, family, zoom, cell
+        self.max_lr_tokens = max_lr_tokens
         self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
         self.chat_template = getattr(processor, "chat_template", None) or self.tokenizer.chat_template
         self.image_token = family.token
@@ -139,19 +147,23 @@ class HRProcessor(ProcessorMixin):
 
         Args:
             question: The question.
-            image: The image; needed by families whose base view keeps the image's aspect ratio (Qwen-VL).
+            image: The image, read only by families whose base view keeps its aspect ratio (Qwen-VL), which need it.
 
         Raises:
-            InputError: As `prompt` does, or if the image is needed and missing.
+            InputError: As `prompt` does, or if the image is needed and missing or cannot be read.
         """
         if image is None and self.family.native_size:
             raise InputError("the length of this family's prompts depends on the image; pass image=")
-        images = read_images(Image.new("RGB", (32, 32)) if image is None else image)
-        tokens = self._tokens(self.family.views(self.image_processor, images, {}, zoom=1))
+        images = read_images(image if self.family.native_size else Image.new("RGB", (32, 32)))
+        tokens = self._tokens(self.family.views(self.image_processor, images, self._with_limit({}), zoom=1))
         made = self._tokenized([self.prompt(question)], tokens, {"return_tensors": None})
         return len(made["input_ids"][0])
 
     # --------------------------------------------------------------------------------------------------------- inputs
+
+    def frame(self, width: int, height: int) -> Frame:
+        """Return the part of an image of width x height pixels that its views show."""
+        return self.family.frame(self.image_processor)(width, height)
 
     def __call__(
         self,
@@ -222,7 +234,15 @@ class HRProcessor(ProcessorMixin):
         for_images = {name: value for name, value in for_images.items() if value is not None}
         for_images.pop("return_tensors", None)
         self._check_image_options(for_images)
-        return for_text, for_images
+        return for_text, self._with_limit(for_images)
+
+    def _with_limit(self, options: Options) -> Options:
+        """Return options of the image processor that keep to `max_lr_tokens`, unless they name a size themselves."""
+        if self.max_lr_tokens is None or not self.family.native_size or not options.keys().isdisjoint(_SIZES):
+            return options
+        own = sizes_of(self.image_processor.size)
+        longest = min(own["longest_edge"], self.max_lr_tokens * self.cell**2)
+        return {**options, "size": {"shortest_edge": min(own["shortest_edge"], longest), "longest_edge": longest}}
 
     def _check_image_options(self, options: Options) -> None:
         base = self.family.base_view(view_side(self.image_processor, options))
@@ -274,6 +294,8 @@ class HRProcessor(ProcessorMixin):
         has_bos = bool(bos) and all(text.startswith(bos) for text in texts)  # as the chat templates of Gemma write it
         options = {"add_special_tokens": not has_bos, **self.family.text_options, **options}
         return_tensors = options.pop("return_tensors")
+        if len(texts) == 1 and self.tokenizer.pad_token is None and options.get("padding") is True:
+            options["padding"] = False  # nothing to pad, and transformers would ask for a token
 
         prompts = [text if self.family.finish is None else self.family.finish(text, self.tokenizer) for text in texts]
         values = dict(self.tokenizer(self._expanded(prompts, tokens), **options))
@@ -319,13 +341,24 @@ class HRProcessor(ProcessorMixin):
         return cls(ProcessorParts.from_pretrained(pretrained_model_name_or_path, **kwargs), family, zoom, cell)
 
 
-def processor_for(model: Any, processor: Any = None, family: ImageFamily | None = None) -> HRProcessor:
+def processor_for(
+    model: Any,
+    processor: Any = None,
+    family: ImageFamily | None = None,
+    max_lr_tokens: int | None = MAX_LR_TOKENS,
+    **hub: Any,
+) -> HRProcessor:
     """Return the processor of a model that FlexAttention was attached to.
 
     Args:
         model: The model; `model.flexattn_settings.zoom` gives the size of the HR view.
-        processor: The family's own processor; None: that of the checkpoint that the model was loaded from.
+        processor: The family's own processor, or the folder or hub id of a checkpoint that has it; None: that of the
+            checkpoint that the model was loaded from.
         family: What must be known of a family that `FAMILIES` does not list.
+        max_lr_tokens: Maximum number of LR tokens of an image, for Qwen-VL: its own processor would send an image of
+            up to 16384 tokens as it is, and the HR view would only enlarge it. None: what that processor allows.
+        hub: revision, token, cache_dir, local_files_only, force_download and subfolder, as in transformers, for a
+            processor that is loaded.
 
     Raises:
         InputError: If FlexAttention is not attached, the family is unknown, or the processor is another model's.
@@ -333,24 +366,14 @@ def processor_for(model: Any, processor: Any = None, family: ImageFamily | None 
     """
     settings = getattr(model, "flexattn_settings", None)
     if settings is None:
-        raise InputError("the model has no FlexAttention; call flexattn_cuda.attach(model, settings) first")
+        raise InputError("the model has no FlexAttention; call flexattn_cuda.attach(model) first")
     config = model.config
-    family = family or FAMILIES.get(config.model_type)
-    if family is None:
-        raise InputError(
-            f"the model family {config.model_type!r} is unknown; known: {', '.join(sorted(FAMILIES))}; "
-            "describe another one with family="
-        )
+    family = _family_of(model) if family is None else family
     if family.token_types and family.token_types not in inspect.signature(type(model).forward).parameters:
         family = replace(family, token_types=None)  # Qwen-VL before transformers 5.3
-    if processor is None and not config._name_or_path:
-        raise InputError("the model was not loaded from a checkpoint; pass its processor")
-    made = HRProcessor(
-        ProcessorParts.from_pretrained(config._name_or_path) if processor is None else processor,
-        family,
-        settings.zoom,
-        family.cell(config),
-    )
+    if processor is None or isinstance(processor, (str, Path)):
+        processor = _loaded_parts(config, processor, hub)
+    made = HRProcessor(processor, family, settings.zoom, family.cell(config), max_lr_tokens)
     expected = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
     if expected != made.image_token_id:
         raise InputError(
@@ -358,6 +381,26 @@ def processor_for(model: Any, processor: Any = None, family: ImageFamily | None 
             "pass the processor of this model"
         )
     return made
+
+
+def _family_of(model: Any) -> ImageFamily:
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        raise InputError(
+            f"the model family {kind!r} is unknown; known: {', '.join(sorted(FAMILIES))}; "
+            "describe another one with family="
+        )
+    return FAMILIES[kind]
+
+
+def _loaded_parts(config: Any, name: str | Path | None, hub: dict[str, Any]) -> ProcessorParts:
+    """Return the parts of a named checkpoint, or of the one that a model was loaded from, in the same revision."""
+    if name is None:
+        name = config._name_or_path
+        hub = {"revision": getattr(config, "_commit_hash", None), **hub}
+    if not name:
+        raise InputError("the model was not loaded from a checkpoint; pass its processor")
+    return ProcessorParts.from_pretrained(name, **hub)
 
 
 def _checked_texts(text: Any) -> list[str]:

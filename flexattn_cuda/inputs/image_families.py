@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from flexattn_cuda.inputs.frames import FrameOf, centre_square, padded_square, whole_image
 from flexattn_cuda.inputs.images import valid_rect_of
 
 Options = Mapping[str, Any]  # keyword arguments of an image processor
@@ -56,6 +57,7 @@ class ImageFamily:
         sizes: Options of the image processor that are sizes in pixels and grow with the view.
         native_size: The view keeps the image's aspect ratio, and is sent as patches with image_grid_thw.
         centred_padding: The image processor can pad images to a square, around the centre (`do_pad`).
+        stretched: The base view shows the whole image, whatever `do_center_crop` says.
         nested: The model takes pixel_values [B, images of a row, 3, H, W] and pixel_attention_mask.
         token_types: Name of the model input that is 1 at image tokens and 0 elsewhere; None: there is none.
         finish: Returns the text that is tokenized, of a prompt and the tokenizer; None: the prompt itself.
@@ -72,6 +74,7 @@ class ImageFamily:
     sizes: tuple[str, ...] = ("size", "crop_size")
     native_size: bool = False
     centred_padding: bool = False
+    stretched: bool = False
     nested: bool = False
     token_types: str | None = None
     finish: Callable[[str, Any], str] | None = None
@@ -114,10 +117,20 @@ class ImageFamily:
         self, image_processor: Any, options: Options, image: Image.Image, grid: tuple[int, int]
     ) -> tuple[int, int, int, int] | None:
         """Return (top, left, bottom, right) of an image in LR cells of a `grid`, None if the family does not pad it."""
-        can_pad = self.centred_padding and hasattr(image_processor, "pad_to_square")
-        if not can_pad or not _value(image_processor, options, "do_pad"):
+        if not self._pads(image_processor, options):
             return None
         return valid_rect_of(image.width, image.height, grid[0])
+
+    def frame(self, image_processor: Any) -> FrameOf:
+        """Return what tells the part of an image that its views show, by the configuration of the image processor."""
+        if self._pads(image_processor, {}):
+            return padded_square
+        crops = not self.stretched and _value(image_processor, {}, "do_center_crop")
+        return centre_square if crops else whole_image
+
+    def _pads(self, image_processor: Any, options: Options) -> bool:
+        can_pad = self.centred_padding and hasattr(image_processor, "pad_to_square")
+        return can_pad and bool(_value(image_processor, options, "do_pad"))
 
 
 def view_side(image_processor: Any, options: Options) -> int:
@@ -220,7 +233,7 @@ def _paligemma_text(prompt: str, tokenizer: Any) -> str:
 
 
 _LLAVA = ImageFamily(token="<image>", cell=_patch, centred_padding=True)
-_ANYRES = ImageFamily(token="<image>", cell=_patch, base_view=_one_tile)
+_ANYRES = ImageFamily(token="<image>", cell=_patch, base_view=_one_tile, stretched=True)
 _IDEFICS = ImageFamily(
     token="<image>",
     cell=_idefics_cell,

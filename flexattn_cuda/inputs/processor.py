@@ -21,6 +21,7 @@ from flexattn_cuda.checkpoints.files import read_json, refusing
 from flexattn_cuda.errors import CheckpointError, InputError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.inputs.chat_template import VICUNA_TEMPLATE, read_chat_template, refuse_special_texts, special_texts
+from flexattn_cuda.inputs.frames import Frame, padded_square
 from flexattn_cuda.inputs.image_processor import FlexAttnLlavaImageProcessor, ImageSizes
 from flexattn_cuda.inputs.images import flat_list
 from flexattn_cuda.inputs.questions import IMAGE, check_question, user_message
@@ -100,8 +101,8 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
             )
         return prompt
 
-    def prompt_length(self, question: str) -> int:
-        """Return how many positions of the sequence the prompt of `question` about one image takes."""
+    def prompt_length(self, question: str, image: Any = None) -> int:
+        """Return how many positions of the sequence the prompt of `question` about one image takes, whatever it is."""
         return len(self.expand_image_tokens(self.tokenize(self.prompt(question))))
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -142,6 +143,10 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         return expanded
 
     # --------------------------------------------------------------------------------------------------------- inputs
+
+    def frame(self, width: int, height: int) -> Frame:
+        """Return the square that an image of width x height pixels is padded to."""
+        return padded_square(width, height)
 
     def __call__(
         self,

@@ -120,11 +120,12 @@ class HRContext:
         self._unread: list[tuple[HRPool, ops.AssignedSlots]] = []  # what `finish` reads
         self._encoded_before = images.counters.encoded
         self._layout_on: dict[torch.device, RowLayout] = {}
-        self._last_map_layer = layers - 2 if self.options.trace is None else layers - 1
+        self._map_layers = range(self.config.first_layer - 1, layers - 1)
         self._traced: dict[int, LayerTrace] | None = None
         if self.options.trace is not None:
             self._traced = {}
             self.options.trace.steps.append(self._traced)
+            self._map_layers = range(0 if self.options.trace.every_layer else self._map_layers.start, layers)
 
     @property
     def config(self) -> FlexAttnConfig:
@@ -311,7 +312,8 @@ class HRContext:
     def _project(self, module: AttentionModule, tokens: torch.Tensor, device: torch.device) -> ProjectedTokens:
         """Project tokens [n], counted over prompts, -1 for none."""
         rows = self.images.tokens.gather(tokens, device)
-        form, tables = module.hr_key_form, rows.tables
+        form = module.hr_key_form
+        tables = form.own_tables(rows.tables)
         k = form.normalise(module, module.k_proj_hd(rows.features), module.head_dim)
         v = module.v_proj_hd(rows.features).unflatten(-1, (-1, module.head_dim))
         if form.rotation is not Rotation.HALF_SPLIT:  # the one form that the operators compute
@@ -326,7 +328,7 @@ class HRContext:
         return torch.full((self.rows.batch,), self.options.alpha, dtype=torch.float32, device=device)
 
     def _emits_map(self, layer: int) -> bool:
-        return self.config.first_layer - 1 <= layer <= self._last_map_layer
+        return layer in self._map_layers
 
     def _layout(self, device: torch.device) -> RowLayout:
         """Return where the images stand for every row of the batch, on a layer's device."""

@@ -38,10 +38,19 @@ class Rotation(Enum):
 
 @dataclass(frozen=True)
 class KeyForm:
-    """How a layer makes a key of a projected token. The default is LLaMA's, which the operators compute."""
+    """How a layer makes a key of a projected token. The default is LLaMA's, which the operators compute.
+
+    Attributes:
+        norm: What the norm of the keys spans.
+        rotation: How they are rotated.
+        table: Which of a model's rotary tables the layer takes, where kinds of layers have tables of their own.
+        tables: How many of them stand side by side.
+    """
 
     norm: NormOver = NormOver.NOTHING
     rotation: Rotation = Rotation.HALF_SPLIT
+    table: int = 0
+    tables: int = 1
 
     @property
     def is_plain(self) -> bool:
@@ -57,8 +66,12 @@ class KeyForm:
             keys = norm_of(module)(keys)
         return keys
 
+    def own_tables(self, tables: RotaryTables) -> RotaryTables:
+        """Return the layer's own [n, r] of a model's tables [n, tables*r]."""
+        return RotaryTables(*(table.chunk(self.tables, dim=-1)[self.table] for table in tables))
+
     def rotate(self, module: Any, keys: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
-        """Rotate keys [n, Hkv, d] by tables [n, r], as the module would; r <= d."""
+        """Rotate keys [n, Hkv, d] by the layer's tables [n, r], as the module would; r <= d."""
         if self.rotation is Rotation.NONE:
             return keys
         if self.rotation is Rotation.HALF_SPLIT:
@@ -83,13 +96,18 @@ def own_rotation(module: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]
     return function
 
 
-def forms_of(module: nn.Module) -> list[KeyForm]:
-    """Return the forms that a module's keys can have, the plainest first."""
+def forms_of(module: nn.Module, tables: int = 1) -> list[KeyForm]:
+    """Return the forms that a module's keys can have in a model with so many rotary tables, the plainest first."""
     norms = [NormOver.HEAD, NormOver.WIDTH] if any(hasattr(module, name) for name in NORMS) else []
     rotations = [Rotation.HALF_SPLIT, Rotation.NONE]
     if "apply_rotary_pos_emb" in vars(sys.modules[type(module).__module__]):
         rotations.append(Rotation.OWN)
-    return [KeyForm(norm, rotation) for norm in [NormOver.NOTHING, *norms] for rotation in rotations]
+    return [
+        KeyForm(norm, rotation, table, tables)
+        for norm in [NormOver.NOTHING, *norms]
+        for rotation in rotations
+        for table in range(tables)
+    ]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ answer.draw("overlay.png")
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +20,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from flexattn_cuda.analysis import overlay as viz
 from flexattn_cuda.errors import InputError
-from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
-from flexattn_cuda.inputs.images import as_image, open_image, upright_rgb
-from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
+from flexattn_cuda.inputs.frames import FrameOf, padded_square
+from flexattn_cuda.inputs.image_sources import read_image
 from flexattn_cuda.mechanism.trace import Trace
 from flexattn_cuda.runs.files import check_image_path, os_errors_as_input_errors
+from flexattn_cuda.tasks.models import HRModel, QuestionProcessor, max_positions
 from flexattn_cuda.tasks.options import MAX_NEW_TOKENS
 
 # ---------------------------------------------------------------------------------------------------------- answers
@@ -42,6 +41,7 @@ class Answer:
         question: The question.
         image: The image, upright.
         trace: What every step looked at, if it was recorded; trace.steps[t] belongs to tokens[t].
+        frame_of: Tells which part of an image the model saw.
     """
 
     text: str
@@ -50,6 +50,7 @@ class Answer:
     question: str
     image: Image.Image
     trace: Trace | None = field(default=None, repr=False)
+    frame_of: FrameOf = field(default=padded_square, repr=False)
 
     def draw(
         self,
@@ -78,7 +79,7 @@ class Answer:
         recorded = sorted(self.trace.steps[0])
         layers = recorded[:1] if layer is None else _chosen(layer, recorded, "layer")
         panels = [self._panel(step, number) for step in steps for number in layers]
-        sheet = viz.sheet(self.image, panels, title=f"{self.question}\n\u201c{self.text}\u201d")
+        sheet = viz.sheet(self.image, panels, f"{self.question}\n\u201c{self.text}\u201d", self.frame_of)
         if path is not None:
             with os_errors_as_input_errors(Path(path)):
                 sheet.save(path)
@@ -109,9 +110,9 @@ def _chosen(wanted: int | Sequence[int] | str, available: Sequence[int], what: s
 
 
 def ask(
-    model: FlexAttnLlavaForConditionalGeneration,
-    processor: FlexAttnLlavaProcessor,
-    image: str | Path | Image.Image,
+    model: HRModel,
+    processor: QuestionProcessor,
+    image: Any,
     question: str,
     max_new_tokens: int = MAX_NEW_TOKENS,
     on_text: Callable[[str], None] | None = None,
@@ -120,9 +121,9 @@ def ask(
     """Answer a question about an image, greedily: each token is the most probable one.
 
     Args:
-        model: The model, as `load` returns it.
-        processor: Its processor.
-        image: An image file or a PIL image.
+        model: The model, as `load` returns it, or one that FlexAttention was attached to.
+        processor: Its processor, as `load` or `processor_for` returns it.
+        image: A file, URL, PIL image or what else `inputs.image_sources.read_image` takes.
         question: The question.
         max_new_tokens: Maximum length of the answer in tokens.
         on_text: Called with each piece of the answer as soon as it is known.
@@ -133,9 +134,10 @@ def ask(
     """
     if image is None:
         raise InputError("there is a question but no image; pass an image file or a PIL image")
+    _check_attached(model)
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be a whole number of at least 1")
-    image = open_image(image) if isinstance(image, (str, os.PathLike)) else upright_rgb(as_image(image))
+    image = read_image(image)
     recorded = Trace() if trace else None
     streamer = _TextPieces(processor.tokenizer, on_text)
     [tokens] = generate_answers(model, processor, [image], [question], max_new_tokens, streamer, recorded)
@@ -146,12 +148,13 @@ def ask(
         question=question,
         image=image,
         trace=recorded,
+        frame_of=processor.frame,
     )
 
 
 def generate_answers(
-    model: FlexAttnLlavaForConditionalGeneration,
-    processor: FlexAttnLlavaProcessor,
+    model: HRModel,
+    processor: QuestionProcessor,
     images: Sequence[Image.Image],
     questions: Sequence[str],
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -175,11 +178,10 @@ def generate_answers(
     Raises:
         InputError: If a question cannot be asked, or a prompt is too long for the model.
     """
-    max_positions = model.config.text_config.max_position_embeddings
-    limits = [min(max_new_tokens, max_positions - prompt_length(model, processor, question)) for question in questions]
     prompts = [processor.prompt(question) for question in questions]
     inputs = processor(images=list(images), text=prompts).to(model.device)
-    ends = end_ids(model, processor)
+    limits = [min(max_new_tokens, _room(model, length)) for length in inputs["attention_mask"].sum(1).tolist()]
+    ends, pad = end_ids(model, processor), processor.tokenizer.pad_token_id
     ids = model.generate(
         **inputs,
         max_new_tokens=max(limits),
@@ -189,7 +191,7 @@ def generate_answers(
         top_p=None,
         top_k=None,
         eos_token_id=ends,
-        pad_token_id=processor.tokenizer.pad_token_id,
+        pad_token_id=ends[0] if pad is None else pad,
         streamer=streamer,
         flexattn_trace=trace,
     )
@@ -198,28 +200,41 @@ def generate_answers(
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
 
 
-def end_ids(model: FlexAttnLlavaForConditionalGeneration, processor: FlexAttnLlavaProcessor) -> list[int]:
+def end_ids(model: HRModel, processor: QuestionProcessor) -> list[int]:
     """Return the token ids that end an answer."""
     end = model.generation_config.eos_token_id
     return [processor.tokenizer.eos_token_id] if end is None else [end] if isinstance(end, int) else list(end)
 
 
-def answer_text(processor: FlexAttnLlavaProcessor, tokens: Sequence[int]) -> str:
+def answer_text(processor: QuestionProcessor, tokens: Sequence[int]) -> str:
     """Decode the token ids of an answer."""
     return processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
-def prompt_length(
-    model: FlexAttnLlavaForConditionalGeneration, processor: FlexAttnLlavaProcessor, question: str
-) -> int:
-    """Return the length of a question's prompt in tokens; raise InputError if it leaves no room for an answer."""
-    length = processor.prompt_length(question)
-    max_positions = model.config.text_config.max_position_embeddings
-    if length >= max_positions:
-        raise InputError(
-            f"the question is too long: its prompt takes {length} tokens, and the model has {max_positions} positions"
-        )
+def prompt_length(model: HRModel, processor: QuestionProcessor, question: str, image: Any = None) -> int:
+    """Return the length of a question's prompt in tokens.
+
+    Raises:
+        InputError: If it leaves no room for an answer, or the image is needed and cannot be read.
+    """
+    length = processor.prompt_length(question, image)
+    _room(model, length)
     return length
+
+
+def _room(model: HRModel, length: int) -> int:
+    """Return the maximum length of an answer to a prompt of so many tokens; raise InputError if that is none."""
+    limit = max_positions(model)
+    if length >= limit:
+        raise InputError(
+            f"the question is too long: its prompt takes {length} tokens, and the model has {limit} positions"
+        )
+    return limit - length
+
+
+def _check_attached(model: Any) -> None:
+    if not hasattr(model, "flexattn_settings"):
+        raise InputError(f"this {type(model).__name__} has no FlexAttention; call flexattn_cuda.attach(model) first")
 
 
 class _TextPieces(BaseStreamer):

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from flexattn_cuda import checkpoints
-from flexattn_cuda.checkpoints.files import first_line
+from flexattn_cuda.checkpoints import HubOptions, adapters
+from flexattn_cuda.checkpoints.config import FORMATS, read_config
+from flexattn_cuda.checkpoints.files import first_line, refusing
 from flexattn_cuda.devices import choose_device, choose_dtype
 from flexattn_cuda.errors import CheckpointError, InputError
+from flexattn_cuda.families.attach import attach, settings_for
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig, as_system
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
+from flexattn_cuda.families.registry import FAMILIES, family_of
+from flexattn_cuda.inputs.hr_processor import processor_for
 from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
 from flexattn_cuda.mechanism.config import FlexAttnConfig
+from flexattn_cuda.tasks.models import HRModel, QuestionProcessor
+from flexattn_cuda.tasks.options import QUANTIZATIONS
 
 DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / "default"
 
@@ -25,36 +35,83 @@ def load(
     dtype: str | torch.dtype | None = None,
     flexattn: FlexAttnConfig | None = None,
     system: str | None = None,
-) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
+    adapter: str | Path | None = None,
+    quantize: str | None = None,
+    **hub: Any,
+) -> tuple[HRModel, QuestionProcessor]:
     """Load a model, ready to answer, and its processor.
 
+    A checkpoint in one of this package's three formats becomes its own LLaVA. One of another known family (or, with
+    `adapter` or `quantize`, of transformers' LLaVA) becomes transformers' own model, to which FlexAttention is
+    attached: with the adapter that lies in its folder, or the preset "paper".
+
     Args:
-        model: Checkpoint folder or hub id in any of the three formats; by default the small model of this package.
+        model: Checkpoint folder or hub id; by default the small model of this package.
         device: "cpu", "cuda" or "cuda:N"; None and "auto" are the GPU if it can be used, and the CPU otherwise.
         dtype: Data type of the weights by name or as torch's; None and "auto" keep the checkpoint's.
-        flexattn: Settings of the mechanism that replace the checkpoint's.
-        system: One of `mechanism.config.SYSTEMS`, to load the checkpoint as (`families.llava.config.as_system`).
+        flexattn: Settings of the mechanism that replace the checkpoint's or the preset.
+        system: One of `mechanism.config.SYSTEMS`, to load this package's LLaVA as (`families.llava.config.as_system`).
+        adapter: Folder or hub id of what `save_adapter` wrote; in place of `flexattn`.
+        quantize: "4bit" or "8bit", to quantise the weights by bitsandbytes.
+        hub: revision, token, cache_dir, local_files_only, force_download and subfolder of the checkpoint, as in
+            transformers.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, or it cannot be loaded.
-        InputError: If the device, the dtype or the system is unknown or cannot be used here, or `flexattn` is not a
-            FlexAttnConfig.
+        CheckpointError: If there is no such checkpoint or adapter, it cannot be loaded, or they do not fit together.
+        InputError: If an option is unknown or cannot be used here.
     """
     if not isinstance(flexattn, FlexAttnConfig | None):
         raise InputError(
             f"flexattn is a {type(flexattn).__name__}; it must be a FlexAttnConfig, such as FlexAttnConfig.released()"
         )
-    device, dtype = choose_device(device), choose_dtype(dtype)
-    folder = checkpoint_folder(model)
+    options = HubOptions.pop_from(hub)
+    if hub:
+        raise TypeError(f"load takes no {', '.join(hub)}")
+    wanted = _Wanted(choose_device(device), choose_dtype(dtype), flexattn, system, adapter, quantize)
+    folder = checkpoint_folder(model, options)
+    kind = _known_type(folder)
+    only_attached = adapter is not None or quantize is not None
+    if kind in FAMILIES and (kind not in FORMATS or only_attached):
+        return _load_attached(folder, wanted)
+    if only_attached:
+        raise InputError(
+            f"{folder} is a checkpoint of this package, with HR projections of its own; leave out adapter and quantize"
+        )
+    return _load_llava(folder, wanted)
+
+
+def _known_type(folder: Path) -> str:
+    """Return the type of a checkpoint's model; raise CheckpointError unless it can be loaded or attached to."""
+    kind = read_config(folder).get("model_type")
+    known = sorted({*FORMATS, *FAMILIES})
+    if kind not in known:
+        raise CheckpointError(f"{folder} holds a model of type {kind!r}; known: {', '.join(known)}")
+    return str(kind)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What `load` was asked for beside the checkpoint."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    flexattn: FlexAttnConfig | None
+    system: str | None
+    adapter: str | Path | None
+    quantize: str | None
+
+
+def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
+    """Load a checkpoint in one of the three formats as this package's LLaVA."""
     config = checkpoints.load_config(folder)
-    if system is not None:
+    if wanted.system is not None:
         try:
-            config = as_system(config, system)
+            config = as_system(config, wanted.system)
         except ValueError as error:
             raise InputError(str(error)) from None
     try:
         loaded = FlexAttnLlavaForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=dtype or "auto", flexattn=flexattn
+            folder, config=config, dtype=wanted.dtype or "auto", flexattn=wanted.flexattn
         )
     except CheckpointError:
         raise
@@ -62,7 +119,55 @@ def load(
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     processor = FlexAttnLlavaProcessor.from_pretrained(folder, config=loaded.config)
     _check_vocabulary(folder, loaded, processor)
-    return loaded.eval().to(device), processor
+    return loaded.eval().to(wanted.device), processor
+
+
+def _load_attached(folder: Path, wanted: _Wanted) -> tuple[HRModel, QuestionProcessor]:
+    """Load transformers' own model, and attach FlexAttention to it."""
+    if wanted.system is not None:
+        raise InputError(f"system is {wanted.system!r}, but {folder} is no LLaVA of this package; leave system out")
+    if wanted.adapter is not None and wanted.flexattn is not None:
+        raise InputError("flexattn and adapter exclude each other: an adapter has settings of its own")
+    options: dict[str, Any] = {"dtype": wanted.dtype or "auto"}
+    if wanted.quantize is not None:
+        options |= {"quantization_config": quantization(wanted.quantize, wanted.dtype), "device_map": wanted.device}
+    with refusing(f"{folder} cannot be loaded", InputError):
+        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    found = folder if adapters.is_in(folder) else "paper"
+    settings = wanted.adapter or wanted.flexattn or found
+    try:
+        attach(model, settings)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"FlexAttention cannot be attached to {folder}: {first_line(error)}") from error
+    if wanted.quantize is None:
+        model.to(wanted.device)
+    return model.eval(), processor_for(model)
+
+
+def quantization(kind: str, dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
+    """Return transformers' description of a quantisation.
+
+    Args:
+        kind: One of `QUANTIZATIONS`: "4bit" (NF4, double quantisation) or "8bit".
+        dtype: Of the arithmetic in 4 bits; by default bfloat16.
+
+    Raises:
+        InputError: If there is no such quantisation, or bitsandbytes is missing.
+    """
+    if kind not in QUANTIZATIONS:
+        raise InputError(f"quantize is {kind!r}; allowed: {', '.join(QUANTIZATIONS)}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"quantize is {kind!r}, but bitsandbytes is missing; run pip install bitsandbytes")
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype or torch.bfloat16,
+    )
 
 
 def _check_vocabulary(
@@ -79,7 +184,7 @@ def _check_vocabulary(
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A checkpoint as far as its configuration describes it.
+    """A checkpoint of this package's LLaVA, as far as its configuration describes it.
 
     Attributes:
         folder: Where it is.
@@ -92,20 +197,75 @@ class CheckpointInfo:
     config: FlexAttnLlavaConfig
 
 
-def read_checkpoint_info(model: str | Path) -> CheckpointInfo:
+@dataclass(frozen=True)
+class AttachableInfo:
+    """A checkpoint of another family, as far as its configuration describes it.
+
+    Attributes:
+        folder: Where it is.
+        family: Of the model.
+        base: Its parts in words.
+        settings: Of the adapter, or else the preset "paper" fitted to the model.
+        adapter: Whether there is an adapter.
+        lr_side: Side of the LR grid; None where it follows from the image.
+        layers: Layers that attend to HR tokens.
+        parameters: Of the model, without HR projections.
+    """
+
+    folder: Path
+    family: str
+    base: str
+    settings: FlexAttnConfig
+    adapter: bool
+    lr_side: int | None
+    layers: range
+    parameters: int
+
+
+def read_checkpoint_info(model: str | Path, adapter: str | Path | None = None) -> CheckpointInfo | AttachableInfo:
     """Read the configuration of a checkpoint folder or hub id, without its weights.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, or its configuration cannot be used.
+        CheckpointError: If there is no such checkpoint or adapter, its configuration cannot be used, or they do not
+            fit together.
     """
     folder = checkpoints.resolve_folder(model, parts=checkpoints.Part.CONFIG)
-    return CheckpointInfo(folder, checkpoints.checkpoint_format(folder), checkpoints.load_config(folder))
+    kind = _known_type(folder)
+    if kind in FORMATS and adapter is None:
+        return CheckpointInfo(folder, checkpoints.checkpoint_format(folder), checkpoints.load_config(folder))
+    if kind not in FAMILIES:
+        raise InputError(f"{folder} is a checkpoint of this package, with HR projections of its own; leave out adapter")
+    if adapter is None and adapters.is_in(folder):
+        adapter = folder
+    return _attachable(folder, None if adapter is None else adapters.read(adapter))
 
 
-def checkpoint_folder(model: str | Path | None) -> Path:
+def _attachable(folder: Path, adapter: adapters.Adapter | None) -> AttachableInfo:
+    with refusing(f"{folder} cannot be used", InputError):
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+        settings = settings_for(model) if adapter is None else adapter.settings
+        family = family_of(model)(model, settings)
+    base = adapters.BaseModel.of(model, family.text_model)
+    if adapter is not None:
+        adapter.check_base(base)
+    return AttachableInfo(
+        folder=folder,
+        family=config.model_type,
+        base=str(base),
+        settings=settings,
+        adapter=adapter is not None,
+        lr_side=family.lr_side,
+        layers=family.hr_layers,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def checkpoint_folder(model: str | Path | None, hub: HubOptions | None = None) -> Path:
     """Return the folder of a checkpoint folder or hub id; None is the small model of this package.
 
     Raises:
         CheckpointError: If there is no such checkpoint.
     """
-    return checkpoints.resolve_folder(DEFAULT_MODEL if model is None else model)
+    return checkpoints.resolve_folder(DEFAULT_MODEL if model is None else model, hub)

@@ -14,6 +14,7 @@ from flexattn_cuda.mechanism.config import SYSTEMS
 from flexattn_cuda.runs.options import Option, Options
 
 MAX_NEW_TOKENS = 256
+QUANTIZATIONS = ("4bit", "8bit")
 SCHEDULES = (  # those of transformers that need no arguments
     "linear",
     "cosine",
@@ -32,6 +33,18 @@ Dtype = Annotated[
     str,
     Option("Data type of the model: auto (the checkpoint's own), float32, float16, bfloat16 or float64.", fixed=True),
 ]
+Adapter = Annotated[
+    str | None,
+    Option("Folder or hub id of an adapter for the model, as save_adapter writes it.", metavar="DIR", fixed=True),
+]
+Quantize = Annotated[
+    str | None,
+    Option(
+        f"Quantise the weights of the model by bitsandbytes: {' or '.join(QUANTIZATIONS)}.",
+        choices=QUANTIZATIONS,
+        fixed=True,
+    ),
+]
 MaxNewTokens = Annotated[int, Option("Maximum length of an answer in tokens.", minimum=1, fixed=True)]
 
 
@@ -45,6 +58,8 @@ class AskOptions(Options):
     image: Annotated[Path, Option("Image file: PNG, JPEG, ...", positional=True, metavar="IMAGE")]
     question: Annotated[str, Option("Question about the image.", positional=True, metavar="QUESTION")]
     model: Model = None
+    adapter: Adapter = None
+    quantize: Quantize = None
     map: Annotated[
         Path | None,
         Option("Save the image with the attention map and the selected regions drawn over it.", metavar="FILE"),
@@ -109,6 +124,8 @@ class BatchOptions(Options):
         Path, Option("JSON Lines file to write the answers to.", flags=("--output", "-o"), metavar="OUT.jsonl")
     ]
     model: Model = None
+    adapter: Adapter = None
+    quantize: Quantize = None
     batch_size: Annotated[int, Option("Number of questions per batch.", minimum=1)] = 8
     device: Device = "auto"
     dtype: Dtype = "auto"
@@ -217,7 +234,13 @@ class TrainOptions(Options):
 class InfoOptions(Options):
     """Options of `flexattn info`."""
 
-    model: Annotated[str | None, Option("Checkpoint folder or hub id whose memory to estimate.")] = None
+    model: Annotated[str | None, Option("Checkpoint folder or hub id to describe, and its memory.")] = None
+    adapter: Adapter = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter is not None and self.model is None:
+            raise InputError("--adapter needs --model, the model that the adapter is for")
 
 
 @dataclass(frozen=True, kw_only=True)

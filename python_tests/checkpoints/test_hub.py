@@ -57,9 +57,12 @@ class FakeHub:
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         force_download: bool = False,
+        local_files_only: bool = False,
         allow_patterns: Sequence[str] | None = None,
     ) -> str:
         self.forced |= force_download
+        if local_files_only:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
         revision = revision or "main"
         home = Path(cache_dir or self.cache) / f"models--{name.replace('/', '--')}"
         commit = hashlib.sha1(revision.encode()).hexdigest()

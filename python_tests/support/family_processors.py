@@ -45,13 +45,18 @@ def tokenizer(mark: str) -> PreTrainedTokenizerFast:
     made = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )
-    made.chat_template = (
+    made.chat_template = chat_template(mark)
+    return made
+
+
+def chat_template(mark: str) -> str:
+    """Return a chat template that writes `mark` for an image."""
+    return (
         "{% for message in messages %}USER: {% for part in message['content'] %}{% if part['type'] == 'image' %}"
         + f"{{{{ '{mark}' }}}}"
         + "{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
         "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
     )
-    return made
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def test_ask_draws_a_panel_for_each_token_and_layer(
     flexattn, checkpoint, image, tmp_path, monkeypatch, options, panels
 ):
     drawn = []
-    monkeypatch.setattr(viz, "sheet", lambda image, panels, title: drawn.append(panels) or image)
+    monkeypatch.setattr(viz, "sheet", lambda image, panels, *rest: drawn.append(panels) or image)
     ends = ("--model", checkpoint, "--max-new-tokens", 3, "--map", tmp_path / "map.png")
     assert flexattn("ask", image, QUESTION, *ends, *options)[0] == 0
     assert len(drawn[0]) == panels and len({panel.caption for panel in drawn[0]}) == panels
@@ -100,7 +100,7 @@ def test_a_map_that_cannot_be_written_is_refused(flexattn, image, tmp_path):
 
 
 def test_a_map_is_refused_before_the_model_is_loaded(flexattn, image, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "map.png").mkdir()
     assert "it is a folder" in refused(flexattn("ask", image, QUESTION, "--map", tmp_path / "map.png"))
 
@@ -138,7 +138,7 @@ def test_checkpoints_that_cannot_be_used_are_refused(flexattn, image, tmp_path, 
 
 
 def test_a_gpu_without_enough_memory_is_reported(flexattn, image, monkeypatch):
-    def load(*_):
+    def load(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(loading, "load", load)

@@ -30,7 +30,7 @@ from flexattn_cuda.tasks import load as loading
 )
 def test_what_cannot_be_used_is_refused_in_one_sentence(flexattn, folder, monkeypatch, arguments, says):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     before = write(folder / "q.jsonl", some(2)).read_bytes()
     (folder / "empty.jsonl").write_text("\n\n")
     assert says in refused(flexattn("ask-batch", *arguments))

@@ -130,7 +130,7 @@ def test_what_a_resumed_run_must_repeat():
     free = {"output", "gradient_checkpointing", "broken", "check_only", "save_every", "keep", "log_every", "workers"}
     free |= {"device", "tensorboard", "restart", "data"}  # the data by what it holds, not by its path
     assert {declared.name for declared in declared_options(TrainOptions)} - fixed(TrainOptions) == free
-    assert fixed(BatchOptions) == {"model", "dtype", "max_new_tokens"}
+    assert fixed(BatchOptions) == {"model", "adapter", "quantize", "dtype", "max_new_tokens"}
 
 
 # ------------------------------------------------------------------------------------------------- particular tasks

@@ -237,6 +237,11 @@ class FlexAttnLlavaForConditionalGeneration(HRGeneration, LlavaForConditionalGen
         return encode_images(self.model, pixel_values), hr_features
 
     @property
+    def flexattn_settings(self) -> FlexAttnConfig | None:
+        """Settings of the mechanism; None for plain LLaVA."""
+        return self.config.flexattn
+
+    @property
     def _selects(self) -> bool:
         return self.config.system == "flexattn"
 

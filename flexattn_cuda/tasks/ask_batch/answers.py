@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from flexattn_cuda.errors import InputError
-from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.inputs.images import open_image
-from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
 from flexattn_cuda.runs.progress import Progress
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks.ask_batch.journal import Journal
-from flexattn_cuda.tasks.ask_batch.lines import Lines, Result, Results, usable_lines
+from flexattn_cuda.tasks.ask_batch.lines import Line, Lines, Result, Results, usable_lines
+from flexattn_cuda.tasks.models import HRModel, QuestionProcessor
 from flexattn_cuda.tasks.options import BatchOptions
 
 Batch = list[int]  # numbers of lines
@@ -36,8 +36,8 @@ class Plan:
 class BatchModel:
     """A model with its processor, and how it is to answer."""
 
-    model: FlexAttnLlavaForConditionalGeneration
-    processor: FlexAttnLlavaProcessor
+    model: HRModel
+    processor: QuestionProcessor
     options: BatchOptions
 
     def plan(self, lines: Lines, done: Results) -> Plan:
@@ -49,9 +49,11 @@ class BatchModel:
         too_long: Results = {}
         for number in sorted(usable_lines(lines) - done.keys()):
             try:
-                lengths[number] = answering.prompt_length(self.model, self.processor, lines[number].question)
+                line = lines[number]
+                image = self._image_path(line)
+                lengths[number] = answering.prompt_length(self.model, self.processor, line.question, image)
             except InputError as error:
-                too_long[number] = Result(error=str(error))
+                too_long[number] = Result(error=" ".join(str(error).split()))
         order = sorted(lengths, key=lambda number: (-lengths[number], number))
         size = self.options.batch_size
         return Plan([order[start : start + size] for start in range(0, len(order), size)], too_long)
@@ -76,7 +78,7 @@ class BatchModel:
         images = {}
         for number, line in lines.items():
             try:
-                images[number] = open_image(self.options.input.parent / line.image)
+                images[number] = open_image(self._image_path(line))
             except InputError as error:
                 results[number] = Result(error=" ".join(str(error).split()))
         if not images:
@@ -93,3 +95,6 @@ class BatchModel:
             ) from None
         texts = (answering.answer_text(self.processor, tokens) for tokens in answers)
         return results | {number: Result(answer=text) for number, text in zip(images, texts)}
+
+    def _image_path(self, line: Line) -> Path:
+        return self.options.input.parent / line.image

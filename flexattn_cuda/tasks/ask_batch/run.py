@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flexattn_cuda import devices
+from flexattn_cuda.checkpoints import adapters
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.runs.files import check_writable, fsync_file, fsync_folder, os_errors_as_input_errors
 from flexattn_cuda.runs.fingerprint import Fingerprint
@@ -116,7 +117,8 @@ def answer_questions(options: BatchOptions, progress: bool = False) -> Totals:
     with Processes() as processes:
         device = processes.device(options.device)
         state = processes.broadcast_from_rank0(lambda: _start_or_resume(options))
-        batch_model = BatchModel(*loading.load(options.model, device, options.dtype), options)
+        loaded = loading.load(options.model, device, options.dtype, adapter=options.adapter, quantize=options.quantize)
+        batch_model = BatchModel(*loaded, options)
         plan = processes.broadcast_from_rank0(lambda: batch_model.plan(state.lines, state.results))
         share = plan.batches[processes.rank :: processes.count]
         what = "questions" if processes.count == 1 else f"questions of the first of {processes.count} processes"
@@ -151,6 +153,7 @@ def _start_or_resume(options: BatchOptions) -> RunState:
             "hash": hashlib.blake2b(content).hexdigest(),
         },
         model=_checkpoint_hash(loading.checkpoint_folder(options.model)),
+        adapter=None if options.adapter is None else _checkpoint_hash(adapters.find(options.adapter)),
     )
     if options.restart:
         for path in journal_paths(options.output):
