@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from flexattn_cuda.families.registry import FAMILIES, family_of
 from flexattn_cuda.inputs.hr_processor import processor_for
 from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
 from flexattn_cuda.mechanism.config import FlexAttnConfig
+from flexattn_cuda.tasks import lora
 from flexattn_cuda.tasks.models import HRModel, QuestionProcessor
 from flexattn_cuda.tasks.options import QUANTIZATIONS
 
@@ -51,7 +52,8 @@ def load(
         dtype: Data type of the weights by name or as torch's; None and "auto" keep the checkpoint's.
         flexattn: Settings of the mechanism that replace the checkpoint's or the preset.
         system: One of `mechanism.config.SYSTEMS`, to load this package's LLaVA as (`families.llava.config.as_system`).
-        adapter: Folder or hub id of what `save_adapter` wrote; in place of `flexattn`.
+        adapter: Folder or hub id of what `save_adapter` wrote, or the folder of what `flexattn train --lora` wrote for
+            this package's LLaVA; in place of `flexattn`.
         quantize: "4bit" or "8bit", to quantise the weights by bitsandbytes.
         hub: revision, token, cache_dir, local_files_only, force_download and subfolder of the checkpoint, as in
             transformers.
@@ -70,6 +72,8 @@ def load(
     wanted = _Wanted(choose_device(device), choose_dtype(dtype), flexattn, system, adapter, quantize)
     folder = checkpoint_folder(model, options)
     kind = _known_type(folder)
+    if adapter is not None and kind in FORMATS and _is_of_llava(adapter):
+        return _load_llava_with_lora(folder, Path(adapter), wanted)
     only_attached = adapter is not None or quantize is not None
     if kind in FAMILIES and (kind not in FORMATS or only_attached):
         return _load_attached(folder, wanted)
@@ -120,6 +124,22 @@ def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditio
     processor = FlexAttnLlavaProcessor.from_pretrained(folder, config=loaded.config)
     _check_vocabulary(folder, loaded, processor)
     return loaded.eval().to(wanted.device), processor
+
+
+def _is_of_llava(adapter: str | Path) -> bool:
+    """Return whether an adapter is one that `flexattn train --lora` wrote, for this package's LLaVA."""
+    folder = Path(adapter)
+    return adapters.is_in(folder) and adapters.read(folder).base.model_type == FlexAttnLlavaConfig.model_type
+
+
+def _load_llava_with_lora(folder: Path, adapter: Path, wanted: _Wanted) -> tuple[HRModel, QuestionProcessor]:
+    if wanted.flexattn is not None or wanted.system is not None or wanted.quantize is not None:
+        raise InputError("an adapter that was trained with --lora takes no flexattn, system and quantize beside it")
+    found, config = adapters.read(adapter), checkpoints.load_config(folder)
+    found.check_base(adapters.BaseModel.of_config(config, config.text_config))
+    model, processor = _load_llava(folder, replace(wanted, flexattn=found.settings))
+    found.load_into(model.model.language_model, model.config.hr_layers)
+    return (lora.merge(model, adapter) if lora.is_in(adapter) else model), processor
 
 
 def _load_attached(folder: Path, wanted: _Wanted) -> tuple[HRModel, QuestionProcessor]:
