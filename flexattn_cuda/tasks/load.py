@@ -77,10 +77,8 @@ def load(
     only_attached = adapter is not None or quantize is not None
     if kind in FAMILIES and (kind not in FORMATS or only_attached):
         return _load_attached(folder, wanted)
-    if only_attached:
-        raise InputError(
-            f"{folder} is a checkpoint of this package, with HR projections of its own; leave out adapter and quantize"
-        )
+    if adapter is not None:
+        raise InputError(f"{folder} is a checkpoint of this package, with HR projections of its own; leave out adapter")
     return _load_llava(folder, wanted)
 
 
@@ -104,6 +102,16 @@ class _Wanted:
     adapter: str | Path | None
     quantize: str | None
 
+    def weights(self) -> dict[str, Any]:
+        """Return the arguments of `from_pretrained` that say what the weights are to be."""
+        options: dict[str, Any] = {"dtype": self.dtype or "auto"}
+        if self.quantize is None:
+            return options
+        return options | {
+            "quantization_config": quantization(self.quantize, self.dtype),
+            "device_map": self.device,  # bitsandbytes moves no weights afterwards
+        }
+
 
 def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
     """Load a checkpoint in one of the three formats as this package's LLaVA."""
@@ -115,7 +123,7 @@ def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditio
             raise InputError(str(error)) from None
     try:
         loaded = FlexAttnLlavaForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=wanted.dtype or "auto", flexattn=wanted.flexattn
+            folder, config=config, flexattn=wanted.flexattn, **wanted.weights()
         )
     except CheckpointError:
         raise
@@ -123,7 +131,9 @@ def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditio
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     processor = FlexAttnLlavaProcessor.from_pretrained(folder, config=loaded.config)
     _check_vocabulary(folder, loaded, processor)
-    return loaded.eval().to(wanted.device), processor
+    if wanted.quantize is None:
+        loaded.to(wanted.device)
+    return loaded.eval(), processor
 
 
 def _is_of_llava(adapter: str | Path) -> bool:
@@ -148,11 +158,8 @@ def _load_attached(folder: Path, wanted: _Wanted) -> tuple[HRModel, QuestionProc
         raise InputError(f"system is {wanted.system!r}, but {folder} is no LLaVA of this package; leave system out")
     if wanted.adapter is not None and wanted.flexattn is not None:
         raise InputError("flexattn and adapter exclude each other: an adapter has settings of its own")
-    options: dict[str, Any] = {"dtype": wanted.dtype or "auto"}
-    if wanted.quantize is not None:
-        options |= {"quantization_config": quantization(wanted.quantize, wanted.dtype), "device_map": wanted.device}
     with refusing(f"{folder} cannot be loaded", InputError):
-        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, **options)
+        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, **wanted.weights())
     found = folder if adapters.is_in(folder) else "paper"
     settings = wanted.adapter or wanted.flexattn or found
     try:
