@@ -31,6 +31,17 @@ def threads(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
+def codes_in_order(monkeypatch) -> None:
+    """Keep bitsandbytes from giving 4-bit codes another order, which it does on CPUs with bfloat16 instructions.
+
+    It does so at the first call, for sizes that tiny models do not have, and computes in bfloat16 from then on.
+    """
+    from bitsandbytes.nn import modules
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
+
+
+@pytest.fixture
 def flexattn(monkeypatch, capsys):
     """flexattn(*arguments) -> (exit code, stdout, stderr)."""
     from flexattn_cuda import cli

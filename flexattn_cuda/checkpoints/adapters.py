@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexattn_cuda.checkpoints.files import read_json, refuse_links_outside, refusing
 from flexattn_cuda.checkpoints.locate import HubOptions, is_hub_id, resolve_files
@@ -48,13 +48,17 @@ class BaseModel:
     @classmethod
     def of(cls, model: PreTrainedModel, text: PreTrainedModel) -> BaseModel:
         """Describe a model and its language model."""
-        config = text.config
+        return cls.of_config(model.config, text.config)
+
+    @classmethod
+    def of_config(cls, config: PreTrainedConfig, text: PreTrainedConfig) -> BaseModel:
+        """Describe a model by its configuration and that of its language model."""
         return cls(
-            name=str(getattr(model.config, "_name_or_path", "")),
-            model_type=model.config.model_type,
-            text_type=config.model_type,
-            hidden_size=config.hidden_size,
-            layers=config.num_hidden_layers,
+            name=str(getattr(config, "_name_or_path", "")),
+            model_type=config.model_type,
+            text_type=text.model_type,
+            hidden_size=text.hidden_size,
+            layers=text.num_hidden_layers,
         )
 
     def __str__(self) -> str:

@@ -64,7 +64,7 @@ def load_weights(
     if kwargs.get("quantization_config") is not None:
         kwargs["quantization_config"] = without_projections(kwargs["quantization_config"])
     elif form != "flexattn" and getattr(config, "quantization_config", None) is not None:
-        config.quantization_config = without_projections(config.quantization_config)
+        config.quantization_config = without_projections(config.quantization_config).to_dict()
     model, info = _read_weights(loader, folder, *args, config=config, **kwargs)
     # transformers would save with the names it loaded from; this model is saved in its own format only.
     model._weight_conversions = None

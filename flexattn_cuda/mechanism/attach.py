@@ -140,6 +140,7 @@ class Attachment:
 
     def _before_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Hook:
         """Build the context of a call. Whatever can be refused is refused before anything kept is changed."""
+        _check_not_bypassed(kwargs)
         request: HRRequest = kwargs.pop("flexattn_request", None) or HRRequest()
         sequence = _sequence(args, kwargs)
         cache = rename_cache(kwargs)
@@ -240,6 +241,15 @@ class Attachment:
                 f"high-resolution tokens need attention implementation {attention.NAME!r} on the language model, but "
                 f"it is {used!r}; call set_attn_implementation({attention.NAME!r}) on it"
             )
+
+
+def _check_not_bypassed(arguments: dict[str, Any]) -> None:
+    """Raise ValueError if HR images come down as they are: they would be ignored without a word."""
+    if arguments.get("pixel_values_hr") is not None:
+        raise ValueError(
+            "pixel_values_hr reached the language model past the forward of the model, which alone puts HR images to "
+            "use; trainers of TRL do so for a loss of their own: see flexattn_cuda.tasks.trl.with_model_loss"
+        )
 
 
 def _positions(position_ids: torch.Tensor | None, row: int, span: Span, past: int, axes: int) -> torch.Tensor:

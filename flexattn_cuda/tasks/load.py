@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from flexattn_cuda.families.registry import FAMILIES, family_of
 from flexattn_cuda.inputs.hr_processor import processor_for
 from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
 from flexattn_cuda.mechanism.config import FlexAttnConfig
+from flexattn_cuda.tasks import lora
 from flexattn_cuda.tasks.models import HRModel, QuestionProcessor
 from flexattn_cuda.tasks.options import QUANTIZATIONS
 
@@ -51,7 +52,8 @@ def load(
         dtype: Data type of the weights by name or as torch's; None and "auto" keep the checkpoint's.
         flexattn: Settings of the mechanism that replace the checkpoint's or the preset.
         system: One of `mechanism.config.SYSTEMS`, to load this package's LLaVA as (`families.llava.config.as_system`).
-        adapter: Folder or hub id of what `save_adapter` wrote; in place of `flexattn`.
+        adapter: Folder or hub id of what `save_adapter` wrote, or the folder of what `flexattn train --lora` wrote for
+            this package's LLaVA; in place of `flexattn`.
         quantize: "4bit" or "8bit", to quantise the weights by bitsandbytes.
         hub: revision, token, cache_dir, local_files_only, force_download and subfolder of the checkpoint, as in
             transformers.
@@ -70,13 +72,13 @@ def load(
     wanted = _Wanted(choose_device(device), choose_dtype(dtype), flexattn, system, adapter, quantize)
     folder = checkpoint_folder(model, options)
     kind = _known_type(folder)
+    if adapter is not None and kind in FORMATS and _is_of_llava(adapter):
+        return _load_llava_with_lora(folder, Path(adapter), wanted)
     only_attached = adapter is not None or quantize is not None
     if kind in FAMILIES and (kind not in FORMATS or only_attached):
         return _load_attached(folder, wanted)
-    if only_attached:
-        raise InputError(
-            f"{folder} is a checkpoint of this package, with HR projections of its own; leave out adapter and quantize"
-        )
+    if adapter is not None:
+        raise InputError(f"{folder} is a checkpoint of this package, with HR projections of its own; leave out adapter")
     return _load_llava(folder, wanted)
 
 
@@ -100,6 +102,16 @@ class _Wanted:
     adapter: str | Path | None
     quantize: str | None
 
+    def weights(self) -> dict[str, Any]:
+        """Return the arguments of `from_pretrained` that say what the weights are to be."""
+        options: dict[str, Any] = {"dtype": self.dtype or "auto"}
+        if self.quantize is None:
+            return options
+        return options | {
+            "quantization_config": quantization(self.quantize, self.dtype),
+            "device_map": self.device,  # bitsandbytes moves no weights afterwards
+        }
+
 
 def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
     """Load a checkpoint in one of the three formats as this package's LLaVA."""
@@ -111,7 +123,7 @@ def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditio
             raise InputError(str(error)) from None
     try:
         loaded = FlexAttnLlavaForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=wanted.dtype or "auto", flexattn=wanted.flexattn
+            folder, config=config, flexattn=wanted.flexattn, **wanted.weights()
         )
     except CheckpointError:
         raise
@@ -119,7 +131,25 @@ def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditio
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     processor = FlexAttnLlavaProcessor.from_pretrained(folder, config=loaded.config)
     _check_vocabulary(folder, loaded, processor)
-    return loaded.eval().to(wanted.device), processor
+    if wanted.quantize is None:
+        loaded.to(wanted.device)
+    return loaded.eval(), processor
+
+
+def _is_of_llava(adapter: str | Path) -> bool:
+    """Return whether an adapter is one that `flexattn train --lora` wrote, for this package's LLaVA."""
+    folder = Path(adapter)
+    return adapters.is_in(folder) and adapters.read(folder).base.model_type == FlexAttnLlavaConfig.model_type
+
+
+def _load_llava_with_lora(folder: Path, adapter: Path, wanted: _Wanted) -> tuple[HRModel, QuestionProcessor]:
+    if wanted.flexattn is not None or wanted.system is not None or wanted.quantize is not None:
+        raise InputError("an adapter that was trained with --lora takes no flexattn, system and quantize beside it")
+    found, config = adapters.read(adapter), checkpoints.load_config(folder)
+    found.check_base(adapters.BaseModel.of_config(config, config.text_config))
+    model, processor = _load_llava(folder, replace(wanted, flexattn=found.settings))
+    found.load_into(model.model.language_model, model.config.hr_layers)
+    return (lora.merge(model, adapter) if lora.is_in(adapter) else model), processor
 
 
 def _load_attached(folder: Path, wanted: _Wanted) -> tuple[HRModel, QuestionProcessor]:
@@ -128,11 +158,8 @@ def _load_attached(folder: Path, wanted: _Wanted) -> tuple[HRModel, QuestionProc
         raise InputError(f"system is {wanted.system!r}, but {folder} is no LLaVA of this package; leave system out")
     if wanted.adapter is not None and wanted.flexattn is not None:
         raise InputError("flexattn and adapter exclude each other: an adapter has settings of its own")
-    options: dict[str, Any] = {"dtype": wanted.dtype or "auto"}
-    if wanted.quantize is not None:
-        options |= {"quantization_config": quantization(wanted.quantize, wanted.dtype), "device_map": wanted.device}
     with refusing(f"{folder} cannot be loaded", InputError):
-        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, **options)
+        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, **wanted.weights())
     found = folder if adapters.is_in(folder) else "paper"
     settings = wanted.adapter or wanted.flexattn or found
     try:

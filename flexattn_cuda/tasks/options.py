@@ -211,6 +211,15 @@ class TrainOptions(Options):
             fixed=True,
         ),
     ] = "all"
+    lora: Annotated[
+        int | None,
+        Option(
+            "Rank of a LoRA adapter to train in place of the weights, on queries, keys, values and HR projections.",
+            minimum=1,
+            metavar="R",
+            fixed=True,
+        ),
+    ] = None
     precision: Annotated[
         str,
         Option(
@@ -244,6 +253,10 @@ class TrainOptions(Options):
         super().__post_init__()
         if self.epochs is not None and self.steps is not None:
             raise InputError("--epochs and --steps exclude each other; leave one of them out")
+        if self.lora is not None and self.train == "projector":
+            raise InputError(
+                "--lora adapts attention, not the projector; leave one of --lora and --train projector out"
+            )
         if self.save_every % self.log_every:
             raise InputError(
                 f"save every is {self.save_every} and log every is {self.log_every}; "

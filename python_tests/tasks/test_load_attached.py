@@ -190,3 +190,13 @@ def test_info_refuses_the_adapter_of_another_model(flexattn, trained, tmp_path):
     other = CHECKPOINTS["qwen2_vl"].save(tmp_path / "other")
     said = refused(flexattn("info", "--model", other, "--adapter", tmp_path / "adapter"))
     assert "the adapter is for internvl" in said and "but this model is qwen2_vl" in said
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_models_are_quantised_on_request_but_for_hr_projections(codes_in_order, folder, checkpoint, kind):
+    for saved, model_type in ((folder, "internvl"), (checkpoint, "flexattn_llava")):
+        model, processor = load(saved, "cpu", "float32", quantize=kind)
+        module = model.model.language_model.layers[-1].self_attn
+        assert model.config.model_type == model_type and not model.training
+        assert type(module.k_proj_hd) is torch.nn.Linear and type(module.k_proj) is not torch.nn.Linear
+        assert answer(model, processor)

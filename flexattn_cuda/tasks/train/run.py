@@ -12,13 +12,14 @@ from pathlib import Path
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from flexattn_cuda.checkpoints import adapters
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.runs.files import locked_folder, make_writable_folder, os_errors_as_input_errors, write_atomically
 from flexattn_cuda.runs.fingerprint import Fingerprint
 from flexattn_cuda.runs.processes import Processes
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks import load as loading
-from flexattn_cuda.tasks import training_data
+from flexattn_cuda.tasks import lora, training_data
 from flexattn_cuda.tasks.options import TrainOptions
 from flexattn_cuda.tasks.train.arguments import start_processes, training_arguments
 from flexattn_cuda.tasks.train.broken_list import BrokenList, print_summary
@@ -115,7 +116,10 @@ class TrainingRun:
         options = self._options
         dtype = None if options.check_only else self._machine.weights
         self._model, self._processor = loading.load(options.model, "cpu", dtype, system=options.system)
-        choose_trained(self._model, options.train)
+        if options.lora is None:
+            choose_trained(self._model, options.train)
+        else:
+            self._add_lora(options.lora)
         self._check_optimizer()
         if options.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -128,6 +132,18 @@ class TrainingRun:
             max_length=options.max_length or max_positions,
             ends=answering.end_ids(self._model, self._processor),
         )
+
+    def _add_lora(self, rank: int) -> None:
+        base, text = self._model, self._model.model.language_model
+        if base.config.system != "flexattn":
+            raise InputError(f"--lora needs FlexAttention, but the system is {base.config.system}; leave --lora out")
+        self._beside_lora = partial(
+            adapters.write,
+            settings=base.config.flexattn,
+            base=adapters.BaseModel.of(base, text),
+            weights=adapters.projections(text, base.config.hr_layers),
+        )
+        self._model = lora.wrap(base, rank, self._options.train)
 
     def _check_optimizer(self) -> None:
         try:
@@ -190,6 +206,8 @@ class TrainingRun:
         trainer.remove_callback(ProgressCallback)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model()
+        if options.lora is not None and self._processes.rank == 0:
+            self._beside_lora(options.output)
         if self._progress:
             print(f"wrote {options.output}", file=sys.stderr)
         return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
@@ -213,6 +231,8 @@ class TrainingRun:
 
 def _check_requirements(options: TrainOptions) -> None:
     require_accelerate()
+    if options.lora is not None:
+        lora.require_peft()
     if options.tensorboard:
         require_tensorboard()
     transformers_optimizer(options.optimizer)

@@ -66,7 +66,7 @@ def choose_trained(model: nn.Module, part: str) -> None:
 
 
 class FlexAttnTrainer(Trainer):
-    """transformers' Trainer for `FlexAttnLlavaForConditionalGeneration`.
+    """transformers' Trainer for `FlexAttnLlavaForConditionalGeneration`, or PEFT's wrapper of one.
 
     A batch is what the model's `forward` takes, with labels: pixels, or `image_features` and `hr_features` that were
     encoded before. In training, the attention to HR tokens is weighted with `FlexAttnConfig.alpha` of the epochs done.
@@ -80,7 +80,7 @@ class FlexAttnTrainer(Trainer):
     """
 
     def __init__(self, model: FlexAttnLlavaForConditionalGeneration, args: TrainingArguments, **kwargs: Any):
-        model.loss_function = answer_loss
+        getattr(model, "get_base_model", lambda: model)().loss_function = answer_loss
         super().__init__(model, args, **kwargs)
 
     @property
@@ -111,9 +111,10 @@ class FlexAttnTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load through the model class: transformers skips weights whose names in the file differ from the model's."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they keep states of their own
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.model if model is None else model
+        has_own_form = self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(model, "peft_config")
+        if has_own_form:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
         return None
