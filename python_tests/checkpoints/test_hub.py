@@ -16,8 +16,10 @@ import pytest
 import tiny_checkpoint
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES
 from typer.testing import CliRunner
 
+import flexattn_cuda
 from flexattn_cuda import FlexAttnLlavaForConditionalGeneration as Model
 from flexattn_cuda import FlexAttnLlavaProcessor as Processor
 from flexattn_cuda.checkpoints import HubOptions, Part, load_config, resolve_folder
@@ -292,3 +294,20 @@ def test_a_repository_that_holds_no_checkpoint(hub):
     with pytest.raises(CheckpointError, match=r"config\.json is not in that hub repository"):
         read_checkpoint_info(NAME)
     assert not hub.cached()
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+def test_an_adapter_is_fetched_without_the_rest_of_its_repository(hub, tmp_path):
+    family = FAMILIES["internvl_qwen2"]
+    flexattn_cuda.save_adapter(flexattn_cuda.attach(family.model(), family.settings()), tmp_path / "repo" / "part")
+    (tmp_path / "repo" / "part" / "model.safetensors").touch()
+    hub.folders["owner/adapter"] = tmp_path / "repo"
+    options = dict(revision="v1", token="secret", subfolder="part")
+    model = flexattn_cuda.attach(family.model(), "owner/adapter", **options)
+    assert model.flexattn_settings == family.settings()
+    files = {"part/flexattn_adapter.json", "part/flexattn_adapter.safetensors"}
+    assert hub.cached("owner/adapter", "v1") == files and ("owner/adapter", "v1", "secret") in hub.asked
+    with pytest.raises(CheckpointError, match="'owner/adapter' is not a local folder, and could not be downloaded"):
+        flexattn_cuda.attach(family.model(), "owner/adapter", local_files_only=True)
