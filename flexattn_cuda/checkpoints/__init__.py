@@ -14,6 +14,7 @@ checkpoint starts as `hr_init` says.
     released       the released format: names, configuration, vision tower
     generation     generation_config.json, checked
     weights        weights of any format, loaded into the model
+    quantisation   what is quantised as it is loaded
     projections    how HR projections start if a checkpoint lacks them
 """
 

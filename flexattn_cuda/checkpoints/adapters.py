@@ -21,6 +21,7 @@ from flexattn_cuda.checkpoints.files import read_json, refuse_links_outside, ref
 from flexattn_cuda.checkpoints.locate import HubOptions, is_hub_id, resolve_files
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.mechanism.config import FlexAttnConfig
+from flexattn_cuda.mechanism.dequantise import is_quantised, unknown_codes
 
 SETTINGS_FILE, WEIGHTS_FILE = "flexattn_adapter.json", "flexattn_adapter.safetensors"
 _FORMAT = 1
@@ -154,8 +155,15 @@ def projections(text: PreTrainedModel, layers: Iterable[int]) -> dict[str, torch
     found: dict[str, Any] = {}
     for layer in layers:
         for name in ("k_proj_hd", "v_proj_hd"):
-            for kind, parameter in getattr(text.layers[layer].self_attn, name).named_parameters():
-                found[f"layers.{layer}.self_attn.{name}.{kind}"] = parameter
+            linear, path = getattr(text.layers[layer].self_attn, name), f"layers.{layer}.self_attn.{name}"
+            if type(linear).__module__.partition(".")[0] == "peft":
+                raise CheckpointError(
+                    f"{path} has an adapter of PEFT; merge it first (merge_and_unload), or save it with PEFT's "
+                    "save_pretrained"
+                )
+            if unknown_codes(linear) or is_quantised(linear):
+                raise CheckpointError(f"{path} is quantised; quantise the model before FlexAttention is attached to it")
+            found |= {f"{path}.{kind}": parameter for kind, parameter in linear.named_parameters()}
     return found
 
 

@@ -9,9 +9,7 @@ import torch
 
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
-
-# Others hold codes: int8 with a scale for each row, two 4-bit codes in a byte, 8-bit floats with a scale.
-_NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from flexattn_cuda.mechanism.dequantise import is_quantised, unknown_codes, weight_of
 
 
 def is_projection(name: str) -> bool:
@@ -28,17 +26,18 @@ def layer_of(name: str) -> int:
 def start_projections(model: Any, names: Iterable[str], config: FlexAttnLlavaConfig) -> None:
     """Start the named projections as `hr_init` says; the output of LLaVA-XAttn's cross-attention always starts at zero.
 
+    Copies of quantised weights are copies of the numbers that their codes stand for.
+
     Raises:
-        CheckpointError: If the weights are quantised: codes are not numbers that a projection could start from.
+        CheckpointError: If the projections are quantised themselves, or what they start from is in an unknown way.
     """
-    weights = dict(model.named_parameters())
     kv_heads = model.config.text_config.num_key_value_heads
     for name in sorted(names):
-        weight = _numbers(weights, name)
+        weight = _unquantised(model, name)
         if name.endswith("cross_attn.o_proj.weight"):
             weight.zero_()
         elif config.flexattn.hr_init == "copy":
-            weight.copy_(_with_heads(_numbers(weights, _source(name)), len(weight), kv_heads))
+            weight.copy_(_with_heads(_numbers(model, _source(name), weight.dtype), len(weight), kv_heads))
 
 
 def _source(name: str) -> str:
@@ -47,15 +46,33 @@ def _source(name: str) -> str:
     return name.replace("cross_attn.", "self_attn.")
 
 
-def _numbers(weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    weight = weights.get(name)
-    if weight is None or weight.dtype not in _NUMBERS:
-        held = "is absent" if weight is None else f"holds {str(weight.dtype).removeprefix('torch.')} codes"
-        raise CheckpointError(
-            f"the HR projections cannot start from quantised weights: {name} {held}; load the checkpoint without "
-            "quantisation, save it with save_pretrained, and quantise what was saved"
-        )
-    return weight
+def _unquantised(model: Any, name: str) -> torch.Tensor:
+    """Return the weight or bias of a projection, which can be written."""
+    module, kind = _module_and_kind(model, name)
+    if kind == "weight" and is_quantised(module):
+        raise _cannot_start(name, "is quantised")
+    return getattr(module, kind)
+
+
+def _numbers(model: Any, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """Return the values of a weight or bias, of this dtype where they are quantised."""
+    module, kind = _module_and_kind(model, name)
+    return weight_of(module, dtype) if kind == "weight" else getattr(module, kind)
+
+
+def _module_and_kind(model: Any, name: str) -> tuple[Any, str]:
+    path, _, kind = name.rpartition(".")
+    module = model.get_submodule(path)
+    if held := unknown_codes(module):
+        raise _cannot_start(name, held)
+    return module, kind
+
+
+def _cannot_start(name: str, held: str) -> CheckpointError:
+    return CheckpointError(
+        f"the HR projections cannot start from quantised weights: {name} {held}; load the checkpoint without "
+        "quantisation, save it with save_pretrained, and quantise what was saved"
+    )
 
 
 def _with_heads(weight: torch.Tensor, rows: int, kv_heads: int) -> torch.Tensor:

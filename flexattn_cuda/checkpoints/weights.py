@@ -14,6 +14,7 @@ from flexattn_cuda.checkpoints.files import first_line, refusing
 from flexattn_cuda.checkpoints.generation import check_generation_config
 from flexattn_cuda.checkpoints.locate import HubOptions, Part, weight_files
 from flexattn_cuda.checkpoints.projections import is_projection, layer_of, start_projections
+from flexattn_cuda.checkpoints.quantisation import without_projections
 from flexattn_cuda.checkpoints.released import KEY_MAPPING, vision_tower_folder
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
@@ -45,7 +46,7 @@ def load_weights(
         folder: The checkpoint's local folder.
         config: The configuration of the model; it may be of another system than the checkpoint's.
         hub: Options for a vision tower on the hub, which the released format may name.
-        kwargs: For `loader`: dtype, device_map, ...
+        kwargs: For `loader`: dtype, device_map, quantization_config, ...
 
     Returns:
         The model, and transformers' loading info.
@@ -60,6 +61,10 @@ def load_weights(
     if names := _key_mapping(form):
         kwargs["key_mapping"] = names | (kwargs.get("key_mapping") or {})
     _check_amount(folder, config, kwargs.get("variant"))
+    if kwargs.get("quantization_config") is not None:
+        kwargs["quantization_config"] = without_projections(kwargs["quantization_config"])
+    elif form != "flexattn" and getattr(config, "quantization_config", None) is not None:
+        config.quantization_config = without_projections(config.quantization_config)
     model, info = _read_weights(loader, folder, *args, config=config, **kwargs)
     # transformers would save with the names it loaded from; this model is saved in its own format only.
     model._weight_conversions = None

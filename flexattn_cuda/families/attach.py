@@ -41,7 +41,8 @@ def attach(
     computed before.
 
     Args:
-        model: A vision-language model of a known family (`families/registry.py`), in any dtype.
+        model: A vision-language model of a known family (`families/registry.py`), in any dtype, or quantised with
+            bitsandbytes or torchao. Adapters of PEFT come after FlexAttention.
         settings: "paper" or "released", fitted to the model (`settings_for`); or settings, whose sizes in pixels are
             replaced by the model's; or an adapter that `save_adapter` wrote, by its folder or hub id.
         family: Describes a model whose family is not known.
@@ -52,10 +53,11 @@ def attach(
         The model.
 
     Raises:
-        ValueError: If the family or the language model is not supported, FlexAttention is attached already, or the
-            settings do not fit.
+        ValueError: If the family or the language model is not supported, FlexAttention is attached already, PEFT wraps
+            the model, its weights are quantised in an unknown way, or the settings do not fit.
         CheckpointError: If the folder holds no adapter, or one of another base model.
     """
+    _check_unwrapped(model)
     if isinstance(model, AttachedModel) or hasattr(model, "_attachment"):
         raise ValueError("FlexAttention is attached to this model already; load the model again for other settings")
     options = HubOptions.pop_from(hub)
@@ -104,12 +106,14 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     """Write what `attach` added to a model, as it is now: settings, projections of HR tokens and a model card.
 
     Args:
-        model: One that FlexAttention was attached to.
+        model: One that FlexAttention was attached to, or PEFT's wrapper of one.
         folder: Made if it is missing; `attach(model, folder)` reads it.
 
     Raises:
         ValueError: If FlexAttention is not attached to the model.
+        CheckpointError: If the projections are quantised, or an adapter of PEFT changes them.
     """
+    model = _base_of(model)
     if not isinstance(model, AttachedModel):
         raise ValueError(
             f"FlexAttention is not attached to this {type(model).__name__}; call flexattn_cuda.attach first"
@@ -117,6 +121,20 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     model.save_adapter(Path(folder))
     family = model.hr_family
     adapters.write_card(Path(folder), family.settings, adapters.BaseModel.of(model, family.text_model))
+
+
+def _base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model inside the wrapper that PEFT puts around it, if there is one."""
+    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base
+
+
+def _check_unwrapped(model: PreTrainedModel) -> None:
+    if _base_of(model) is not model:
+        raise ValueError(
+            f"this is a {type(model).__name__} of PEFT; attach FlexAttention to the model before PEFT wraps it, or "
+            "merge the adapter first (merge_and_unload)"
+        )
 
 
 def _with_sizes(settings: FlexAttnConfig, family: Family) -> FlexAttnConfig:
@@ -157,11 +175,15 @@ def _install(model: PreTrainedModel, family: Family) -> None:
 
 @torch.no_grad()
 def _copy_projections(family: Family) -> None:
-    """Start the projections of HR tokens as copies of the model's own, on their device and in their dtype."""
+    """Start the projections of HR tokens as copies of the model's own, on their device and in their dtype.
+
+    Where the model's are quantised, they are copied as numbers in its compute dtype.
+    """
+    text = family.text_model
     for layer in family.hr_layers:
-        module = family.text_model.layers[layer].self_attn
+        module = text.layers[layer].self_attn
         for name in ("k_proj", "v_proj"):
-            own, projection = own_projection(module, name), getattr(module, f"{name}_hd")
+            own, projection = own_projection(module, name, text.dtype), getattr(module, f"{name}_hd")
             projection.to(own.weight.device, own.weight.dtype)
             projection.weight.copy_(own.weight)
             if own.bias is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +32,7 @@ from flexattn_cuda.families.family import Family, Pixels, PromptWithImages
 from flexattn_cuda.families.generation import HRGeneration
 from flexattn_cuda.mechanism.attach import Attachment
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, rename_cache
-from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, check_keeps_all
+from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, Span, check_keeps_all
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.trace import Trace
 
@@ -98,7 +98,12 @@ class AttachedModel(HRGeneration):
     def _shared_by_rows(self, arguments: dict[str, Any]) -> tuple[str, ...]:
         if arguments.get("pixel_values_hr") is None:
             return ()
-        return ("pixel_values_hr", "valid_rect", *self.hr_family.image_arguments)
+        shared = set(self.hr_family.image_arguments) - set(self.hr_family.row_arguments)
+        return ("pixel_values_hr", "valid_rect", *shared)
+
+    def _supports_mm_encoder_outputs(self) -> bool:
+        """Leave the images to forward; `generate` of transformers 5.24 would encode the LR views before it."""
+        return False
 
     def _call(self, arguments: dict[str, Any]) -> Any:
         """Run the model's own forward, with the images in place and the mechanism told of them."""
@@ -135,12 +140,22 @@ class AttachedModel(HRGeneration):
         assert pixels is not None
         if input_ids is None:
             raise ValueError("images need input_ids: the image tokens say where they stand in the prompt")
+        if arguments.get("mm_encoder_outputs"):
+            raise ValueError("mm_encoder_outputs came with pixel_values_hr; pass the images as pixel_values")
+        if shape.past and not family.later_images:
+            raise ValueError(
+                f"the cache holds {shape.past} positions before these images, but a {self.config.model_type} model, "
+                "whose image tokens see each other in both directions, takes images with the first prompt alone; start "
+                "again with a new cache"
+            )
         _check_images(own, len(input_ids))
         grids = family.grids(pixels)
         is_image = image_positions(input_ids, family.image_token_id, shape, own.prompt_length)
         spans = image_spans(is_image[:: own.rows_per_prompt], [image.lr.cells for image in grids])
         if own.valid_rect is not None:
             check_valid_rect(own.valid_rect, [image.lr for image in grids])
+        if own.rows_per_prompt > 1:
+            arguments |= _of_prompts(arguments, family.row_arguments, spans, own.rows_per_prompt)
         lr_tokens = family.encode_lr(pixels, arguments)
         embedded = embed_text(self, input_ids, family.image_token_id)
         if arguments.get("position_ids") is None:
@@ -165,10 +180,9 @@ class AttachedModel(HRGeneration):
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, whose own class ignores HR projections as it loads them; the adapter beside the model,
         which `flexattn_cuda.load` and `attach` read, keeps them."""
-        saved = super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             self.save_adapter(Path(save_directory), kwargs.get("state_dict"))
-        return saved
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as an object of the model's own class, which is attached to again."""
@@ -211,6 +225,21 @@ def _forward(model_class: type[PreTrainedModel]) -> Callable[..., Any]:
 def _restore(model_class: type[PreTrainedModel]) -> PreTrainedModel:
     restored: PreTrainedModel = object.__new__(attached_class(model_class))
     return restored
+
+
+def _of_prompts(
+    arguments: dict[str, Any], names: Sequence[str], spans: list[list[Span]], rows_per_prompt: int
+) -> dict[str, torch.Tensor]:
+    """Return those of the arguments, in which the images of a prompt come once for each of its rows, with each once."""
+    counts = torch.tensor([len(prompt) for prompt in spans])
+    first = (counts.cumsum(0) - counts) * rows_per_prompt
+    index = torch.cat([torch.arange(begin, begin + count) for begin, count in zip(first.tolist(), counts.tolist())])
+    repeated = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    return {
+        name: value[index.to(value.device)]
+        for name, value in repeated.items()
+        if len(value) == rows_per_prompt * counts.sum()
+    }
 
 
 def _check_images(own: HRArguments, rows: int) -> None:

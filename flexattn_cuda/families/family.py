@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from flexattn_cuda import profiling
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.grid import Grid, ImageGrids
-from flexattn_cuda.mechanism.rotary import RotaryTables
+from flexattn_cuda.mechanism.rotary import RotaryTables, model_tables
 
 Pixels = torch.Tensor | Sequence[torch.Tensor]
 """Images [n, 3, height, width], or n of them [3, height, width] where sizes differ; float, normalised."""
@@ -48,11 +48,16 @@ class Family:
     Attributes:
         image_arguments: Arguments of the model's forward that bring the low-resolution (LR) view of the images. They
             are not passed on where this package embeds the images.
+        row_arguments: Those among them that `generate` repeats for every row of a prompt (beams, samples), because the
+            model finds positions by them.
         position_axes: Coordinates of a position: 1, or 3 for time, row and column (multi-axis RoPE).
+        later_images: Whether a later call with the same key/value cache may bring images.
     """
 
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    row_arguments: ClassVar[tuple[str, ...]] = ()
     position_axes: ClassVar[int] = 1
+    later_images: ClassVar[bool] = True
 
     def __init__(self, model: PreTrainedModel, settings: FlexAttnConfig) -> None:
         self.model = model
@@ -121,9 +126,8 @@ class Family:
         return [tile for row in image.chunk(tiles.rows, dim=1) for tile in row.chunk(tiles.cols, dim=2)]
 
     def rotary(self, text: PreTrainedModel, sequence: torch.Tensor, positions: torch.Tensor) -> RotaryTables:
-        """Return the rotary tables [n, r] of a language model at positions [axes, n]; dtype as `sequence`."""
-        cos, sin = text.rotary_emb(sequence, position_ids=positions)
-        return RotaryTables(cos[0], sin[0])
+        """Return the rotary tables [n, tables*r] of a language model at positions [axes, n]; dtype as `sequence`."""
+        return model_tables(text, sequence, positions)
 
     def position_ids(self, prompt: PromptWithImages) -> torch.Tensor | None:
         """Return the positions of a prompt where they depend on its images; None where the model counts."""

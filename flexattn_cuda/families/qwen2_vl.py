@@ -19,6 +19,7 @@ class Qwen2VL(Family):
     """A token takes a square of patches; the HR image is cut into zoom x zoom tiles of the LR view's size."""
 
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+    row_arguments: ClassVar[tuple[str, ...]] = ("image_grid_thw", "mm_token_type_ids")
     position_axes: ClassVar[int] = 3
 
     @property

@@ -6,14 +6,16 @@ from transformers import PreTrainedModel
 
 from flexattn_cuda.families.family import Family
 from flexattn_cuda.families.qwen2_vl import Qwen2VL
-from flexattn_cuda.families.towers import BaseView, Idefics3, InternVL, LlavaTower
+from flexattn_cuda.families.towers import BaseView, Gemma3, Idefics3, InternVL, LlavaTower, PaliGemma
 
 FAMILIES: dict[str, type[Family]] = {
+    "gemma3": Gemma3,
     "idefics3": Idefics3,
     "internvl": InternVL,
     "llava": LlavaTower,
     "llava_next": BaseView,
     "llava_onevision": BaseView,
+    "paligemma": PaliGemma,
     "qwen2_5_vl": Qwen2VL,
     "qwen2_vl": Qwen2VL,
     "smolvlm": Idefics3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any, ClassVar
 
@@ -35,6 +36,22 @@ class InternVL(LlavaTower):
     @property
     def lr_size(self) -> int:
         return _side(self.model.config.vision_config.image_size)
+
+
+class PaliGemma(LlavaTower):
+    """PaliGemma: the tokens of the prompt see each other in both directions."""
+
+    later_images: ClassVar[bool] = False
+
+
+class Gemma3(LlavaTower):
+    """Gemma3: patches are averaged to a fixed number of tokens, and an image's see each other in both directions."""
+
+    later_images: ClassVar[bool] = False
+
+    @property
+    def lr_side(self) -> int:
+        return math.isqrt(self.model.config.mm_tokens_per_image)
 
 
 class BaseView(FixedTower):

@@ -24,7 +24,7 @@ from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.context import ContextOptions, HRContext
 from flexattn_cuda.mechanism.counts import ReadBack, read_counts
 from flexattn_cuda.mechanism.grid import ABSENT, Grid, ImageGrids
-from flexattn_cuda.mechanism.keys import own_projection
+from flexattn_cuda.mechanism.keys import empty_projection
 from flexattn_cuda.mechanism.layout import ImageLayout
 from flexattn_cuda.mechanism.probe import token_forms
 from flexattn_cuda.mechanism.rotary import RotaryTables, hr_positions, hr_rotary_tables
@@ -93,7 +93,8 @@ class Attachment:
         """Add what the mechanism needs to the language model, whose attention implementation is "flexattn" already.
 
         Raises:
-            ValueError: If the language model's keys are made in a way that is not supported.
+            ValueError: If the language model's keys are made in a way that is not supported, or its weights are
+                quantised in one; the model stays as it was.
         """
         text = self.family.text_model
         self.add_modules(text)
@@ -104,13 +105,16 @@ class Attachment:
         """Add the projections of HR tokens, beside those of self-attention."""
         forms = token_forms(text, self.family.hr_layers, self.family.rotary, self.family.position_axes)
         self.embedding_scale = forms.scale
+        modules = {layer: text.layers[layer].self_attn for layer in forms.keys}
+        added = {
+            (layer, name): empty_projection(module, name)
+            for layer, module in modules.items()
+            for name in ("k_proj", "v_proj")
+        }
         for layer, form in forms.keys.items():
-            module = text.layers[layer].self_attn
-            module.hr_key_form = form
-            for name in ("k_proj", "v_proj"):
-                own = own_projection(module, name)
-                outputs, inputs = own.weight.shape
-                setattr(module, f"{name}_hd", nn.Linear(inputs, outputs, own.bias is not None))
+            modules[layer].hr_key_form = form
+        for (layer, name), projection in added.items():
+            setattr(modules[layer], f"{name}_hd", projection)
 
     def context(self, images: HRCache, call: HRCall) -> dict[str, Any]:
         """Return the keyword arguments that carry the context to the layers; none if no row sees HR tokens."""

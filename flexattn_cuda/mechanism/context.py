@@ -311,7 +311,8 @@ class HRContext:
     def _project(self, module: AttentionModule, tokens: torch.Tensor, device: torch.device) -> ProjectedTokens:
         """Project tokens [n], counted over prompts, -1 for none."""
         rows = self.images.tokens.gather(tokens, device)
-        form, tables = module.hr_key_form, rows.tables
+        form = module.hr_key_form
+        tables = form.own_tables(rows.tables)
         k = form.normalise(module, module.k_proj_hd(rows.features), module.head_dim)
         v = module.v_proj_hd(rows.features).unflatten(-1, (-1, module.head_dim))
         if form.rotation is not Rotation.HALF_SPLIT:  # the one form that the operators compute

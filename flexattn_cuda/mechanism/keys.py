@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexattn_cuda.mechanism.dequantise import check_readable, weight_of
 from flexattn_cuda.mechanism.rotary import RotaryTables, rotate
 
 NORMS = ("k_norm", "k_layernorm", "key_layernorm")  # names that transformers' models give the norm of their keys
@@ -37,10 +38,19 @@ class Rotation(Enum):
 
 @dataclass(frozen=True)
 class KeyForm:
-    """How a layer makes a key of a projected token. The default is LLaMA's, which the operators compute."""
+    """How a layer makes a key of a projected token. The default is LLaMA's, which the operators compute.
+
+    Attributes:
+        norm: What the norm of the keys spans.
+        rotation: How they are rotated.
+        table: Which of a model's rotary tables the layer takes, where kinds of layers have tables of their own.
+        tables: How many of them stand side by side.
+    """
 
     norm: NormOver = NormOver.NOTHING
     rotation: Rotation = Rotation.HALF_SPLIT
+    table: int = 0
+    tables: int = 1
 
     @property
     def is_plain(self) -> bool:
@@ -56,8 +66,12 @@ class KeyForm:
             keys = norm_of(module)(keys)
         return keys
 
+    def own_tables(self, tables: RotaryTables) -> RotaryTables:
+        """Return the layer's own [n, r] of a model's tables [n, tables*r]."""
+        return RotaryTables(*(table.chunk(self.tables, dim=-1)[self.table] for table in tables))
+
     def rotate(self, module: Any, keys: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
-        """Rotate keys [n, Hkv, d] by tables [n, r], as the module would; r <= d."""
+        """Rotate keys [n, Hkv, d] by the layer's tables [n, r], as the module would; r <= d."""
         if self.rotation is Rotation.NONE:
             return keys
         if self.rotation is Rotation.HALF_SPLIT:
@@ -82,13 +96,18 @@ def own_rotation(module: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]
     return function
 
 
-def forms_of(module: nn.Module) -> list[KeyForm]:
-    """Return the forms that a module's keys can have, the plainest first."""
+def forms_of(module: nn.Module, tables: int = 1) -> list[KeyForm]:
+    """Return the forms that a module's keys can have in a model with so many rotary tables, the plainest first."""
     norms = [NormOver.HEAD, NormOver.WIDTH] if any(hasattr(module, name) for name in NORMS) else []
     rotations = [Rotation.HALF_SPLIT, Rotation.NONE]
     if "apply_rotary_pos_emb" in vars(sys.modules[type(module).__module__]):
         rotations.append(Rotation.OWN)
-    return [KeyForm(norm, rotation) for norm in [NormOver.NOTHING, *norms] for rotation in rotations]
+    return [
+        KeyForm(norm, rotation, table, tables)
+        for norm in [NormOver.NOTHING, *norms]
+        for rotation in rotations
+        for table in range(tables)
+    ]
 
 
 @dataclass(frozen=True)
@@ -102,21 +121,44 @@ class Projection:
         return nn.functional.linear(tokens, self.weight, self.bias)
 
 
-def own_projection(module: Any, name: str) -> Projection:
+def own_projection(module: Any, name: str, compute_dtype: torch.dtype = torch.float32) -> Projection:
     """Return the projection of a self-attention module that makes its keys ("k_proj") or values ("v_proj").
 
-    Some models have one projection for queries, keys and values, whose rows come in this order.
+    Args:
+        module: The module.
+        name: Of the projection.
+        compute_dtype: Of the weights where those of the module are quantised.
 
     Raises:
-        ValueError: If the module has neither.
+        ValueError: If the module has no such projection, or holds its weights in a form that is not known.
+    """
+    linear, rows = _own_linear(module, name)
+    bias = None if linear.bias is None else linear.bias[rows]
+    return Projection(weight_of(linear, compute_dtype)[rows], bias)
+
+
+def empty_projection(module: Any, name: str) -> nn.Linear:
+    """Return a linear layer of the sizes of `own_projection`, never quantised, with values of its own.
+
+    Raises:
+        ValueError: As `own_projection` does.
+    """
+    linear, rows = _own_linear(module, name)
+    check_readable(linear)
+    outputs = len(range(linear.out_features)[rows])
+    return nn.Linear(linear.in_features, outputs, linear.bias is not None)
+
+
+def _own_linear(module: Any, name: str) -> tuple[Any, slice]:
+    """Return a linear layer of a self-attention module, and which of its rows make keys or values.
+
+    Some models have one layer for queries, keys and values, whose rows come in this order.
     """
     if hasattr(module, name):
-        linear = getattr(module, name)
-        return Projection(linear.weight, linear.bias)
+        return getattr(module, name), slice(None)
     fused = getattr(module, "qkv_proj", None)
     if fused is None:
         raise ValueError(f"{type(module).__name__} has no {name}")
     size = module.config.num_key_value_heads * module.head_dim
-    end = len(fused.weight) if name == "v_proj" else len(fused.weight) - size
-    bias = None if fused.bias is None else fused.bias[end - size : end]
-    return Projection(fused.weight[end - size : end], bias)
+    end = fused.out_features if name == "v_proj" else fused.out_features - size
+    return fused, slice(end - size, end)

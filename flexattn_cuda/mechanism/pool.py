@@ -30,12 +30,17 @@ class Projections(Protocol):
 
 
 def are_plain(projections: Projections, like: torch.Tensor) -> bool:
-    """Whether keys and values are products with weights of the dtype and on the device of `like`, keys as LLaMA's."""
+    """Whether keys and values are products with weights of the dtype and on the device of `like`, keys as LLaMA's.
+
+    They are not where a layer has an adapter (LoRA is a layer of another class) or quantised weights (torchao's are
+    tensors of another class).
+    """
     device = like.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return False
     return projections.hr_key_form.is_plain and all(
         type(linear) is nn.Linear
+        and type(linear.weight) in (nn.Parameter, torch.Tensor)
         and (linear.weight.dtype, linear.weight.device) == (like.dtype, like.device)
         and not (linear._forward_hooks or linear._forward_pre_hooks)
         for linear in (projections.k_proj_hd, projections.v_proj_hd)

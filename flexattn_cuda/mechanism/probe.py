@@ -19,11 +19,12 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from flexattn_cuda.mechanism.attention import NAME
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
+from flexattn_cuda.mechanism.context import HRArguments
 from flexattn_cuda.mechanism.keys import KeyForm, forms_of, own_projection
-from flexattn_cuda.mechanism.rotary import RotaryTables
+from flexattn_cuda.mechanism.rotary import RotaryTables, table_kinds
 
 Rotary = Callable[[PreTrainedModel, torch.Tensor, torch.Tensor], RotaryTables]
-"""A language model, hidden states, and positions [axes, n]: the rotary tables [n, r]."""
+"""A language model, hidden states, and positions [axes, n]: the rotary tables [n, tables*r]."""
 
 _POSITIONS = (3, 11, 12)
 _TOLERANCE = 1e-4  # of the max key; float32 rounding is 1e-6, another rotation or norm changes the first digit
@@ -102,28 +103,34 @@ def _forms(text: PreTrainedModel, layers: range, rotary: Rotary, axes: int) -> T
     tokens = torch.randn(1, len(_POSITIONS), width, dtype=torch.float32)
     positions = torch.tensor(_POSITIONS).expand(axes, -1)
     position_ids = positions if axes == 1 else positions[:, None]
-    twin(inputs_embeds=tokens, position_ids=position_ids, use_cache=True, **{CACHE_ARGUMENT: cache})
+    witness = _Witness()
+    twin(inputs_embeds=tokens, position_ids=position_ids, use_cache=True, flexattn=witness, **{CACHE_ARGUMENT: cache})
+    if missing := set(layers) - witness.layers:
+        raise ValueError(f"layer {min(missing)} does not hand keyword arguments on to its attention")
     tables, forms = rotary(twin, tokens, positions), {}
     for layer in layers:
         module, kept, hidden = twin.layers[layer].self_attn, cache.layers[layer], record.attention[layer][0]
         keys, values = (rows[0].transpose(0, 1) for rows in (kept.keys, kept.values))  # [n, Hkv, d]
         if not _relative(own_projection(module, "v_proj")(hidden), values.flatten(1)) <= _TOLERANCE:
             raise ValueError(f"the values of layer {layer} are not plain projections")
-        forms[layer] = _key_form(module, own_projection(module, "k_proj")(hidden), tables, keys, layer)
+        projected = own_projection(module, "k_proj")(hidden)
+        forms[layer] = _key_form(module, projected, tables, len(table_kinds(twin)), keys)
     unscaled = _relative(record.first, tokens) <= _TOLERANCE
     return TokenForms(1.0 if unscaled else _embedding_scale(type(text), config), forms)
 
 
-def _key_form(module: Any, projected: torch.Tensor, tables: RotaryTables, keys: torch.Tensor, layer: int) -> KeyForm:
+def _key_form(module: Any, projected: torch.Tensor, tables: RotaryTables, kinds: int, keys: torch.Tensor) -> KeyForm:
     """Return the form in which projected tokens [n, Hkv*d] become the keys [n, Hkv, d] of a module."""
-    for form in forms_of(module):
+    for form in forms_of(module, kinds):
         try:
-            ours = form.rotate(module, form.normalise(module, projected, module.head_dim), tables)
+            ours = form.rotate(module, form.normalise(module, projected, module.head_dim), form.own_tables(tables))
         except RuntimeError:  # shapes that do not fit
             continue
         if ours.shape == keys.shape and _relative(ours, keys) <= _TOLERANCE:
             return form
-    raise ValueError(f"the keys of layer {layer} are normalised or rotated in a form that flexattn does not know")
+    raise ValueError(
+        f"the keys of layer {module.layer_idx} are normalised or rotated in a form that flexattn does not know"
+    )
 
 
 def _embedding_scale(text_class: type[PreTrainedModel], config: PreTrainedConfig) -> float:
@@ -143,6 +150,20 @@ def _embedding_scale(text_class: type[PreTrainedModel], config: PreTrainedConfig
     if not torch.allclose(record.first, tokens * scale, rtol=_TOLERANCE, atol=0.0):
         raise ValueError("what enters their first layer is not a multiple of the embeddings")
     return scale
+
+
+class _Witness:
+    """In place of a context: the layers whose attention it reaches."""
+
+    def __init__(self) -> None:
+        self.layers: set[int] = set()
+
+    def before_attention(self, module: Any, device: torch.device) -> HRArguments:
+        self.layers.add(module.layer_idx)
+        return HRArguments()
+
+    def after_attention(self, module: Any, attention_map: torch.Tensor) -> None:
+        """Take no map."""
 
 
 class _Recorder:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -15,6 +16,22 @@ class RotaryTables(NamedTuple):
 
     cos: torch.Tensor
     sin: torch.Tensor
+
+
+def table_kinds(text: Any) -> list[str | None]:
+    """Return the kinds of layers of a language model that have rotary tables of their own; [None] if all share one."""
+    if "layer_type" not in inspect.signature(text.rotary_emb.forward).parameters:
+        return [None]
+    return sorted(set(text.config.layer_types))
+
+
+def model_tables(text: Any, sequence: torch.Tensor, positions: torch.Tensor) -> RotaryTables:
+    """Return a language model's rotary tables [n, tables*r] at positions [1, n], those of its kinds side by side."""
+    made = [
+        text.rotary_emb(sequence, position_ids=positions, **({} if kind is None else {"layer_type": kind}))
+        for kind in table_kinds(text)
+    ]
+    return RotaryTables(*(torch.cat(tables, dim=-1)[0] for tables in zip(*made)))
 
 
 def hr_rotary_tables(tables: RotaryTables, lr_grid: Grid, hr_grid: Grid, mode: str = "bicubic") -> RotaryTables:

@@ -8,7 +8,7 @@ import tiny_checkpoint
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModel, Cache, DynamicCache, LlamaConfig, LlamaModel, MistralConfig
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaModel, MistralConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -125,42 +125,6 @@ def test_a_cache_with_a_window_is_refused_before_anything_is_computed(monkeypatc
     cache = Cache(layers=[DynamicSlidingWindowLayer(sliding_window=16) for _ in range(5)])
     with pytest.raises(ValueError, match="keeps a window of 16 positions, but this call ends at position 49"):
         model(**image_question(), past_key_values=cache)
-
-
-# ------------------------------------------------------------------------------------------------ other language models
-
-TINY = dict(
-    hidden_size=64,
-    intermediate_size=64,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    num_hidden_layers=5,
-    vocab_size=96,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-OTHERS = {
-    "GptOssConfig": "attention sinks",
-    "DeepseekV3Config": "v has shape",  # keys and values of different sizes
-    "GPTNeoXConfig": "no attribute 'self_attn'",
-    "PersimmonConfig": "PersimmonAttention has no v_proj",  # one projection whose rows are in another order
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_language_model_whose_keys_are_made_in_another_way_is_refused(name):
-    config = getattr(transformers, name)(**TINY)
-    AutoModel.from_config(config)  # transformers itself builds it
-    with pytest.raises(ValueError, match=f"does not support language models of type .*{OTHERS[name]}"):
-        with_text_model(config)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "Qwen2Config"])
-def test_language_models_whose_keys_are_llamas_are_accepted(name):
-    model = with_text_model(getattr(transformers, name)(**TINY))
-    assert model(**image_question()).logits.isfinite().all()
 
 
 def test_the_check_of_the_keys_draws_no_random_numbers():

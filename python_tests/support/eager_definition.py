@@ -86,7 +86,6 @@ def hr_projections(text: PreTrainedModel, settings: FlexAttnConfig) -> dict[int,
     }
 
 
-@torch.no_grad()
 def definition(
     model: PreTrainedModel,
     family: Family,
@@ -98,7 +97,7 @@ def definition(
     prompt_length: int | None = None,
     alpha: float = 1.0,
 ) -> Outcome:
-    """Compute one uncached call.
+    """Compute one uncached call; differentiable in the weights of the language model and the HR projections.
 
     Args:
         model: A model of transformers' own class, to which nothing is attached.
@@ -112,12 +111,14 @@ def definition(
     """
     text = family.text_model(model)
     embeddings = model.get_input_embeddings()(inputs["input_ids"])
-    is_image = (inputs["input_ids"] == model.config.image_token_id)[..., None]
+    is_image = inputs["input_ids"] == model.config.image_token_id
+    if prompt_length is not None:
+        is_image[:, prompt_length:] = False  # a token that the model wrote is no image
     if is_image.any():
-        embeddings = embeddings.masked_scatter(is_image, family.lr_tokens(model, inputs))
+        embeddings = embeddings.masked_scatter(is_image[..., None], family.lr_tokens(model, inputs))
     owner = row_owners(settings, embeddings.shape[:2], labels, prompt_length)
     call = _Call(text, settings, projections or hr_projections(text, settings), owner, alpha)
-    call.images = place_images(model, family, inputs, settings.zoom)
+    call.images = place_images(model, family, inputs, settings.zoom, is_image)
     call.embeddings, call.position_ids = embeddings, inputs["position_ids"]
     arguments = {name: inputs[name] for name in _SEQUENCE_ARGUMENTS if name in inputs}
     with call.running():
@@ -125,14 +126,15 @@ def definition(
     return Outcome(logits, owner, call.maps, call.masks, call.margin)
 
 
+@torch.no_grad()  # no gradient flows through HR tokens
 def place_images(
-    model: PreTrainedModel, family: Family, inputs: Mapping[str, Any], zoom: int
+    model: PreTrainedModel, family: Family, inputs: Mapping[str, Any], zoom: int, is_image: torch.Tensor
 ) -> list[list[PlacedImage]]:
-    """Return the images of every prompt, with their HR tokens."""
+    """Return the images of every prompt, with their HR tokens; `is_image` [B, N] marks their LR tokens."""
     grids = family.grids_of(inputs)
     images = iter(zip(range(len(grids)), grids, inputs.get("pixel_values_hr", ())))
     placed: list[list[PlacedImage]] = []
-    for row in inputs["input_ids"] == model.config.image_token_id:
+    for row in is_image:
         placed.append([])
         positions = row.nonzero().flatten().tolist()
         while positions:
@@ -273,6 +275,7 @@ class _Call:
         owner = self.owner[row]
         return selected[owner.clamp(min=0)] & (owner >= 0)[:, None]
 
+    @torch.no_grad()
     def _select(self, layer: int, probabilities: torch.Tensor) -> None:
         """Turn a layer's probabilities [B, N, keys], summed over the heads, into selections."""
         self.maps[layer], self.masks[layer] = [], []
