@@ -42,8 +42,8 @@ def load(
     """Load a model, ready to answer, and its processor.
 
     A checkpoint in one of this package's three formats becomes its own LLaVA. One of another known family (or, with
-    `adapter` or `quantize`, of transformers' LLaVA) becomes transformers' own model, to which FlexAttention is
-    attached: with the adapter that lies in its folder, or the preset "paper".
+    `adapter`, of transformers' LLaVA) becomes transformers' own model, to which FlexAttention is attached: with the
+    adapter that lies in its folder, or the preset "paper".
 
     Args:
         model: Checkpoint folder or hub id; by default the small model of this package.
@@ -70,14 +70,15 @@ def load(
     wanted = _Wanted(choose_device(device), choose_dtype(dtype), flexattn, system, adapter, quantize)
     folder = checkpoint_folder(model, options)
     kind = _known_type(folder)
-    only_attached = adapter is not None or quantize is not None
-    if kind in FAMILIES and (kind not in FORMATS or only_attached):
+    if kind in FAMILIES and (kind not in FORMATS or adapter is not None):
         return _load_attached(folder, wanted)
-    if only_attached:
-        raise InputError(
-            f"{folder} is a checkpoint of this package, with HR projections of its own; leave out adapter and quantize"
-        )
+    _refuse_adapter(folder, adapter)
     return _load_llava(folder, wanted)
+
+
+def _refuse_adapter(folder: Path, adapter: str | Path | None) -> None:
+    if adapter is not None:
+        raise InputError(f"{folder} is a checkpoint of this package, with HR projections of its own; leave out adapter")
 
 
 def _known_type(folder: Path) -> str:
@@ -100,6 +101,17 @@ class _Wanted:
     adapter: str | Path | None
     quantize: str | None
 
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of transformers' `from_pretrained`."""
+        options: dict[str, Any] = {"dtype": self.dtype or "auto"}
+        if self.quantize is not None:
+            options |= {"quantization_config": quantization(self.quantize, self.dtype), "device_map": self.device}
+        return options
+
+    def placed(self, model: Any) -> Any:
+        """Return a loaded model on the device, where a quantised one is already, ready to answer."""
+        return model.eval() if self.quantize is not None else model.eval().to(self.device)
+
 
 def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
     """Load a checkpoint in one of the three formats as this package's LLaVA."""
@@ -109,9 +121,10 @@ def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditio
             config = as_system(config, wanted.system)
         except ValueError as error:
             raise InputError(str(error)) from None
+    options = wanted.options()
     try:
         loaded = FlexAttnLlavaForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=wanted.dtype or "auto", flexattn=wanted.flexattn
+            folder, config=config, flexattn=wanted.flexattn, **options
         )
     except CheckpointError:
         raise
@@ -119,7 +132,7 @@ def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditio
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     processor = FlexAttnLlavaProcessor.from_pretrained(folder, config=loaded.config)
     _check_vocabulary(folder, loaded, processor)
-    return loaded.eval().to(wanted.device), processor
+    return wanted.placed(loaded), processor
 
 
 def _load_attached(folder: Path, wanted: _Wanted) -> tuple[HRModel, QuestionProcessor]:
@@ -128,11 +141,8 @@ def _load_attached(folder: Path, wanted: _Wanted) -> tuple[HRModel, QuestionProc
         raise InputError(f"system is {wanted.system!r}, but {folder} is no LLaVA of this package; leave system out")
     if wanted.adapter is not None and wanted.flexattn is not None:
         raise InputError("flexattn and adapter exclude each other: an adapter has settings of its own")
-    options: dict[str, Any] = {"dtype": wanted.dtype or "auto"}
-    if wanted.quantize is not None:
-        options |= {"quantization_config": quantization(wanted.quantize, wanted.dtype), "device_map": wanted.device}
     with refusing(f"{folder} cannot be loaded", InputError):
-        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, **options)
+        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, **wanted.options())
     found = folder if adapters.is_in(folder) else "paper"
     settings = wanted.adapter or wanted.flexattn or found
     try:
@@ -141,9 +151,7 @@ def _load_attached(folder: Path, wanted: _Wanted) -> tuple[HRModel, QuestionProc
         raise
     except ValueError as error:
         raise CheckpointError(f"FlexAttention cannot be attached to {folder}: {first_line(error)}") from error
-    if wanted.quantize is None:
-        model.to(wanted.device)
-    return model.eval(), processor_for(model)
+    return wanted.placed(model), processor_for(model)
 
 
 def quantization(kind: str, dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
@@ -234,7 +242,7 @@ def read_checkpoint_info(model: str | Path, adapter: str | Path | None = None) -
     if kind in FORMATS and adapter is None:
         return CheckpointInfo(folder, checkpoints.checkpoint_format(folder), checkpoints.load_config(folder))
     if kind not in FAMILIES:
-        raise InputError(f"{folder} is a checkpoint of this package, with HR projections of its own; leave out adapter")
+        _refuse_adapter(folder, adapter)
     if adapter is None and adapters.is_in(folder):
         adapter = folder
     return _attachable(folder, None if adapter is None else adapters.read(adapter))

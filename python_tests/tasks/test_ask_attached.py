@@ -166,4 +166,4 @@ def test_options_that_cannot_be_used_are_refused(folders, flexattn, image, tmp_p
 
 def test_an_adapter_of_this_package_s_own_model_is_refused(checkpoint, flexattn, image, tmp_path):
     said = refused(flexattn("ask", image, QUESTION, "--model", checkpoint, "--adapter", tmp_path))
-    assert "is a checkpoint of this package, with HR projections of its own; leave out adapter and quantize" in said
+    assert "is a checkpoint of this package, with HR projections of its own; leave out adapter" in said
