@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexattn_cuda import ops
-    from flexattn_cuda.families.attach import attach, save_adapter, settings_for
+    from flexattn_cuda.families.attach import attach, refit, save_adapter, settings_for
     from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
     from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
     from flexattn_cuda.inputs.hr_processor import processor_for
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flexattn_cuda.tasks.ask import Answer, ask
     from flexattn_cuda.tasks.ask_batch import answer_file
     from flexattn_cuda.tasks.load import load
+    from flexattn_cuda.tasks.tune import Pointed, Tuning, tune
 
 __version__ = "0.1.0"
 
@@ -34,14 +35,18 @@ _HOMES = {
     "FlexAttnLlavaForConditionalGeneration": "families.llava.model",
     "FlexAttnLlavaProcessor": "inputs.processor",
     "LayerTrace": "mechanism.trace",
+    "Pointed": "tasks.tune",
     "Trace": "mechanism.trace",
+    "Tuning": "tasks.tune",
     "answer_file": "tasks.ask_batch",
     "ask": "tasks.ask",
     "attach": "families.attach",
     "load": "tasks.load",
     "processor_for": "inputs.hr_processor",
     "save_adapter": "families.attach",
+    "refit": "families.attach",
     "settings_for": "families.attach",
+    "tune": "tasks.tune",
 }
 
 __all__ = [
@@ -51,15 +56,19 @@ __all__ = [
     "FlexAttnLlavaForConditionalGeneration",
     "FlexAttnLlavaProcessor",
     "LayerTrace",
+    "Pointed",
     "Trace",
+    "Tuning",
     "answer_file",
     "ask",
     "attach",
     "load",
     "ops",
     "processor_for",
+    "refit",
     "save_adapter",
     "settings_for",
+    "tune",
 ]
 
 

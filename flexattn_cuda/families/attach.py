@@ -10,6 +10,7 @@ flexattn_cuda.save_adapter(model, "my-adapter")
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,6 +103,36 @@ def settings_for(model: PreTrainedModel, preset: str = "paper", family: type[Fam
     return _with_sizes(dataclasses.replace(settings, first_layer=first_layer, pool=pool), described)
 
 
+def refit(model: PreTrainedModel, settings: FlexAttnConfig) -> None:
+    """Give a model that FlexAttention was attached to other settings, in place.
+
+    Layers that attend to high-resolution tokens before and after keep their projections, new ones start as copies of
+    the model's own, and the others lose theirs. A conversation that is under way keeps the settings it began with.
+
+    Args:
+        model: The model.
+        settings: Its sizes in pixels are replaced by the model's.
+
+    Raises:
+        ValueError: If FlexAttention is not attached to the model, or the settings do not fit.
+    """
+    model = attached_model(model)
+    family = model.hr_family
+    before, layers = family.settings, set(family.hr_layers)
+    family.set_settings(_with_sizes(settings, family))
+    try:
+        _check_settings(family)
+        model.attachment.add_modules(family.text_model)
+    except BaseException:
+        family.set_settings(before)
+        raise
+    _copy_projections(family, set(family.hr_layers) - layers)
+    for layer in layers - set(family.hr_layers):
+        module = family.text_model.layers[layer].self_attn
+        for name in ("k_proj_hd", "v_proj_hd", "hr_key_form"):
+            delattr(module, name)
+
+
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     """Write what `attach` added to a model, as it is now: settings, projections of HR tokens and a model card.
 
@@ -113,14 +144,20 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         ValueError: If FlexAttention is not attached to the model.
         CheckpointError: If the projections are quantised, or an adapter of PEFT changes them.
     """
+    model = attached_model(model)
+    model.save_adapter(Path(folder))
+    family = model.hr_family
+    adapters.write_card(Path(folder), family.settings, adapters.BaseModel.of(model, family.text_model))
+
+
+def attached_model(model: PreTrainedModel) -> AttachedModel:
+    """Return the model, out of PEFT's wrapper; ValueError if FlexAttention is not attached to it."""
     model = _base_of(model)
     if not isinstance(model, AttachedModel):
         raise ValueError(
             f"FlexAttention is not attached to this {type(model).__name__}; call flexattn_cuda.attach first"
         )
-    model.save_adapter(Path(folder))
-    family = model.hr_family
-    adapters.write_card(Path(folder), family.settings, adapters.BaseModel.of(model, family.text_model))
+    return model
 
 
 def _base_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -165,7 +202,7 @@ def _install(model: PreTrainedModel, family: Family) -> None:
     text.set_attn_implementation(attention.NAME)
     try:
         attachment.install()
-        _copy_projections(family)
+        _copy_projections(family, family.hr_layers)
     except BaseException:
         text.set_attn_implementation(before)
         raise
@@ -174,13 +211,13 @@ def _install(model: PreTrainedModel, family: Family) -> None:
 
 
 @torch.no_grad()
-def _copy_projections(family: Family) -> None:
-    """Start the projections of HR tokens as copies of the model's own, on their device and in their dtype.
+def _copy_projections(family: Family, layers: Iterable[int]) -> None:
+    """Start the projections of HR tokens in some layers as copies of the model's own, on their device, in their dtype.
 
     Where the model's are quantised, they are copied as numbers in its compute dtype.
     """
     text = family.text_model
-    for layer in family.hr_layers:
+    for layer in layers:
         module = text.layers[layer].self_attn
         for name in ("k_proj", "v_proj"):
             own, projection = own_projection(module, name, text.dtype), getattr(module, f"{name}_hd")

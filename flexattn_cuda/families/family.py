@@ -68,6 +68,10 @@ class Family:
         """Settings of the mechanism."""
         return self._settings
 
+    def set_settings(self, settings: FlexAttnConfig) -> None:
+        """Change the settings of the mechanism; the projections of the layers stay as they are."""
+        self._settings = settings
+
     @property
     def text_model(self) -> PreTrainedModel:
         """The language model without its head."""

@@ -102,17 +102,18 @@ class Attachment:
         text.register_forward_hook(self._after_text_model, with_kwargs=True)
 
     def add_modules(self, text: PreTrainedModel) -> None:
-        """Add the projections of HR tokens, beside those of self-attention."""
+        """Add the projections of HR tokens, beside those of self-attention, to the layers that lack them."""
         forms = token_forms(text, self.family.hr_layers, self.family.rotary, self.family.position_axes)
         self.embedding_scale = forms.scale
-        modules = {layer: text.layers[layer].self_attn for layer in forms.keys}
+        attentions = {layer: text.layers[layer].self_attn for layer in forms.keys}
+        modules = {layer: module for layer, module in attentions.items() if not hasattr(module, "k_proj_hd")}
         added = {
             (layer, name): empty_projection(module, name)
             for layer, module in modules.items()
             for name in ("k_proj", "v_proj")
         }
-        for layer, form in forms.keys.items():
-            modules[layer].hr_key_form = form
+        for layer, module in modules.items():
+            module.hr_key_form = forms.keys[layer]
         for (layer, name), projection in added.items():
             setattr(modules[layer], f"{name}_hd", projection)
 

@@ -120,11 +120,12 @@ class HRContext:
         self._unread: list[tuple[HRPool, ops.AssignedSlots]] = []  # what `finish` reads
         self._encoded_before = images.counters.encoded
         self._layout_on: dict[torch.device, RowLayout] = {}
-        self._last_map_layer = layers - 2 if self.options.trace is None else layers - 1
+        self._map_layers = range(self.config.first_layer - 1, layers - 1)
         self._traced: dict[int, LayerTrace] | None = None
         if self.options.trace is not None:
             self._traced = {}
             self.options.trace.steps.append(self._traced)
+            self._map_layers = range(0 if self.options.trace.every_layer else self._map_layers.start, layers)
 
     @property
     def config(self) -> FlexAttnConfig:
@@ -327,7 +328,7 @@ class HRContext:
         return torch.full((self.rows.batch,), self.options.alpha, dtype=torch.float32, device=device)
 
     def _emits_map(self, layer: int) -> bool:
-        return self.config.first_layer - 1 <= layer <= self._last_map_layer
+        return layer in self._map_layers
 
     def _layout(self, device: torch.device) -> RowLayout:
         """Return where the images stand for every row of the batch, on a layer's device."""

@@ -40,6 +40,8 @@ class Trace:
             first answer token) and step t the call that predicts answer token t. Layers are counted from 0; the first
             is the layer before the first one with HR tokens. The last layer's map is recorded too, although nothing
             attends to what it selects.
+        every_layer: Record the maps of the layers before that one too, although nothing attends to what they select.
     """
 
     steps: list[dict[int, LayerTrace]] = field(default_factory=list)
+    every_layer: bool = False

@@ -225,3 +225,25 @@ def test_a_preset_is_fitted_to_the_model(family, preset, share):
     assert (settings.threshold, settings.hr_rows) == (made.threshold, made.hr_rows)
     if not family.any_size:
         assert settings.highres_size == 3 * settings.lowres_size == 3 * family.lr_images(1)[0].shape[-1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first_layer", [1, 4])
+def test_a_model_with_other_settings_is_one_that_was_attached_with_them(first_layer):
+    family = FAMILIES["internvl_qwen3"]
+    settings = family.settings("paper", first_layer=first_layer)
+    model = flexattn_cuda.attach(family.model(), family.settings("released"))
+    flexattn_cuda.refit(model, settings)
+    wanted = flexattn_cuda.attach(family.model(), settings)
+    inputs = family.inputs((1, 2))
+    assert model.flexattn_settings == wanted.flexattn_settings
+    assert torch.equal(model(**inputs).logits, wanted(**inputs).logits)
+    assert model.state_dict().keys() == wanted.state_dict().keys()
+
+
+def test_settings_that_do_not_fit_leave_a_model_as_it_was():
+    model = flexattn_cuda.attach(FAMILIES["internvl_qwen3"].model(), "paper")
+    before = model.flexattn_settings
+    with pytest.raises(ValueError, match="first_layer is 9, but the language model has layers 0 to 4"):
+        flexattn_cuda.refit(model, FlexAttnConfig.released())
+    assert model.flexattn_settings == before
