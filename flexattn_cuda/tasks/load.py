@@ -76,6 +76,22 @@ def load(
     return _load_llava(folder, wanted)
 
 
+def load_llava(
+    model: str | Path | None,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    system: str | None = None,
+) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
+    """Load this package's LLaVA and its processor; arguments as in `load`.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, it is of another family, or it cannot be loaded.
+        InputError: If an option is unknown or cannot be used here.
+    """
+    wanted = _Wanted(choose_device(device), choose_dtype(dtype), None, system, None, None)
+    return _load_llava(checkpoint_folder(model), wanted)
+
+
 def _refuse_adapter(folder: Path, adapter: str | Path | None) -> None:
     if adapter is not None:
         raise InputError(f"{folder} is a checkpoint of this package, with HR projections of its own; leave out adapter")
@@ -162,12 +178,13 @@ def quantization(kind: str, dtype: torch.dtype | None = None) -> BitsAndBytesCon
         dtype: Of the arithmetic in 4 bits; by default bfloat16.
 
     Raises:
-        InputError: If there is no such quantisation, or bitsandbytes is missing.
+        InputError: If there is no such quantisation, or bitsandbytes or accelerate is missing.
     """
     if kind not in QUANTIZATIONS:
         raise InputError(f"quantize is {kind!r}; allowed: {', '.join(QUANTIZATIONS)}")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"quantize is {kind!r}, but bitsandbytes is missing; run pip install bitsandbytes")
+    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"quantize is {kind!r}, but {missing[0]} is missing; run pip install {' '.join(missing)}")
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -230,22 +247,33 @@ class AttachableInfo:
     parameters: int
 
 
-def read_checkpoint_info(model: str | Path, adapter: str | Path | None = None) -> CheckpointInfo | AttachableInfo:
-    """Read the configuration of a checkpoint folder or hub id, without its weights.
+def describe(model: str | Path, adapter: str | Path | None = None) -> CheckpointInfo | AttachableInfo:
+    """Read the configuration of a checkpoint folder or hub id, and of an adapter for it, without weights.
 
     Raises:
         CheckpointError: If there is no such checkpoint or adapter, its configuration cannot be used, or they do not
             fit together.
+        InputError: If the checkpoint takes no adapter.
     """
     folder = checkpoints.resolve_folder(model, parts=checkpoints.Part.CONFIG)
     kind = _known_type(folder)
     if kind in FORMATS and adapter is None:
-        return CheckpointInfo(folder, checkpoints.checkpoint_format(folder), checkpoints.load_config(folder))
+        return read_checkpoint_info(folder)
     if kind not in FAMILIES:
         _refuse_adapter(folder, adapter)
     if adapter is None and adapters.is_in(folder):
         adapter = folder
     return _attachable(folder, None if adapter is None else adapters.read(adapter))
+
+
+def read_checkpoint_info(model: str | Path) -> CheckpointInfo:
+    """Read the configuration of a checkpoint of this package's LLaVA, a folder or hub id, without its weights.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or its configuration cannot be used.
+    """
+    folder = checkpoints.resolve_folder(model, parts=checkpoints.Part.CONFIG)
+    return CheckpointInfo(folder, checkpoints.checkpoint_format(folder), checkpoints.load_config(folder))
 
 
 def _attachable(folder: Path, adapter: adapters.Adapter | None) -> AttachableInfo:

@@ -156,7 +156,7 @@ def test_a_quantised_load_passes_transformers_its_configuration(folder, monkeypa
 
 def test_quantisation_without_bitsandbytes_is_refused(folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="quantize is '8bit', but bitsandbytes is missing; run pip install"):
+    with pytest.raises(InputError, match="quantize is '8bit', but bitsandbytes is missing; run pip install bit"):
         load(folder, "cpu", quantize="8bit")
     with pytest.raises(InputError, match="quantize is '3bit'; allowed: 4bit, 8bit"):
         quantization("3bit")
@@ -190,3 +190,11 @@ def test_info_refuses_the_adapter_of_another_model(flexattn, trained, tmp_path):
     other = CHECKPOINTS["qwen2_vl"].save(tmp_path / "other")
     said = refused(flexattn("info", "--model", other, "--adapter", tmp_path / "adapter"))
     assert "the adapter is for internvl" in said and "but this model is qwen2_vl" in said
+
+
+def test_commands_for_this_package_s_llava_refuse_other_families(flexattn, folder, files, tmp_path):
+    data, images = files
+    train = ("train", "--data", data, "--images", images, "--output", tmp_path / "out", "--device", "cpu")
+    for command in (("flops",), train):
+        said = refused(flexattn(*command, "--model", folder))
+        assert "a model of type 'internvl'; this package loads flexattn_llava, llava, llava_llama" in said
