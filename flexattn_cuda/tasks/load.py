@@ -71,7 +71,11 @@ def load(
     folder = checkpoint_folder(model, options)
     kind = _known_type(folder)
     if kind in FAMILIES and (kind not in FORMATS or adapter is not None):
-        return _load_attached(folder, wanted)
+        loaded, processor = _load_attached(folder, wanted)
+        loaded.config._name_or_path = str(
+            model
+        )  # an adapter names its base: a hub id rather than a folder of the cache
+        return loaded, processor
     _refuse_adapter(folder, adapter)
     return _load_llava(folder, wanted)
 
