@@ -16,6 +16,7 @@ from flexattn_cuda.cli.info import info
 from flexattn_cuda.cli.options import as_command
 from flexattn_cuda.cli.runner import run_app
 from flexattn_cuda.cli.train import train
+from flexattn_cuda.cli.tune import tune
 
 app = typer.Typer(
     help="Ask questions about large images: a vision-language model with FlexAttention (Li et al., ECCV 2024).",
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (ask, ask_batch, train, demo, info, flops, convert):
+for command in (ask, ask_batch, tune, train, demo, info, flops, convert):
     app.command()(as_command(command))
 
 

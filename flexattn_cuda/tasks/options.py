@@ -48,6 +48,30 @@ Quantize = Annotated[
 MaxNewTokens = Annotated[int, Option("Maximum length of an answer in tokens.", minimum=1, fixed=True)]
 
 
+# --------------------------------------------------------------------------------------------------------- tuning
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(Options):
+    """Options of `flexattn tune`."""
+
+    questions: Annotated[
+        Path,
+        Option(
+            'JSON lines with "image" (relative to the file), "question" and perhaps "box": [left, top, right, bottom].',
+            positional=True,
+            metavar="FILE",
+        ),
+    ]
+    out: Annotated[Path, Option("Folder of the adapter to write.", metavar="DIR")]
+    model: Annotated[str, Option("Checkpoint folder or hub id of a model of a known family.")]
+    adapter: Adapter = None
+    share: Annotated[float, Option("Share of the high-resolution tokens to select.", above=0, below=1)] = 0.1
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    quantize: Quantize = None
+
+
 # --------------------------------------------------------------------------------------------------------- asking
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,6 @@ from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.grid import pooled_sizes
 from flexattn_cuda.mechanism.trace import LayerTrace, Trace
 
-SHARE = 0.1  # of the high-resolution tokens, the paper's "about 10 %"
 _STEPS = 20  # of the search for a threshold, which halves the interval
 
 
@@ -76,7 +76,7 @@ class Tuning:
         return self.settings.first_layer - 1
 
 
-def tune(model: PreTrainedModel, processor: HRProcessor, examples: Sequence[Pointed], share: float = SHARE) -> Tuning:
+def tune(model: PreTrainedModel, processor: HRProcessor, examples: Sequence[Pointed], share: float = 0.1) -> Tuning:
     """Choose the first layer with high-resolution (HR) tokens and the threshold by the maps of the model itself.
 
     The layer before the first one with HR tokens becomes the one whose map localises best, and the threshold the one
@@ -87,7 +87,7 @@ def tune(model: PreTrainedModel, processor: HRProcessor, examples: Sequence[Poin
         model: One that FlexAttention was attached to.
         processor: Its processor.
         examples: Questions, all of them with a box or none.
-        share: Of the HR tokens that are to be selected, between 0 and 1.
+        share: Of the HR tokens that are to be selected, between 0 and 1; the paper's is about 0.1.
 
     Raises:
         InputError: If there are no examples, only some have a box, a box shows nothing of the image that the model
@@ -110,6 +110,34 @@ def tune(model: PreTrainedModel, processor: HRProcessor, examples: Sequence[Poin
     refit(model, dataclasses.replace(settings, threshold=threshold))
     measure = "boxes" if all(with_box) else "entropy"
     return Tuning(model.flexattn_settings, measure, scores, reached)
+
+
+def read_examples(path: Path) -> list[Pointed]:
+    """Read questions from JSON lines with "image" (relative to the file), "question" and perhaps "box".
+
+    Raises:
+        InputError: If the file cannot be read, or a line is not such an object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
+    return [_read_example(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _read_example(path: Path, number: int, line: str) -> Pointed:
+    try:
+        record = json.loads(line)
+        image, question, box = record["image"], record["question"], record.get("box")
+        if not isinstance(image, str) or not isinstance(question, str):
+            raise TypeError("image and question must be strings")
+        if box is not None and (len(box) != 4 or not all(isinstance(edge, (int, float)) for edge in box)):
+            raise TypeError("a box is [left, top, right, bottom] in pixels")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f'line {number} of {path} is not an object with "image", "question" and perhaps "box": {error}'
+        ) from None
+    return Pointed(path.parent / image, question, None if box is None else tuple(box))
 
 
 @dataclass(frozen=True)

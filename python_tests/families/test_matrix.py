@@ -7,6 +7,7 @@ support/eager_definition.py does on a twin to which nothing is attached, which k
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -98,6 +99,26 @@ def test_so_it_does_in_float32(family, preset):
     wanted = expected(family, preset, inputs)
     assert wanted.margin > 1e-5  # otherwise rounding errors may select otherwise: choose another seed
     assert_close(attached(**inputs, flexattn_trace=trace).logits, wanted.logits, inputs["attention_mask"].bool(), 1e-4)
+    assert_same_selections(trace, wanted, attached)
+
+
+@torch.no_grad()
+@presets
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_images_of_any_aspect_ratio_share_a_batch(name, preset):
+    """1:3, 3:1 and 4:3, in prompts of one batch."""
+    cell = FAMILIES[name].unit[0]
+    views = tuple((cell * rows, cell * cols) for rows, cols in ((2, 6), (6, 2), (4, 3)))
+    family = dataclasses.replace(FAMILIES[name], views=views)
+    plain, attached = (
+        family.model(dtype=torch.float64),
+        flexattn_cuda.attach(family.model(dtype=torch.float64), family.settings(preset)),
+    )
+    inputs, trace = family.inputs((1, 1, 1), ragged=True, dtype=torch.float64), Trace()
+    assert [tuple(image.shape[1:]) for image in inputs["pixel_values_hr"]] == [(2 * h, 2 * w) for h, w in views]
+    settings = attached.flexattn_settings
+    wanted = definition(plain, family, inputs, settings, hr_projections(family.text_model(attached), settings))
+    assert_close(attached(**inputs, flexattn_trace=trace).logits, wanted.logits, inputs["attention_mask"].bool(), 1e-9)
     assert_same_selections(trace, wanted, attached)
 
 
