@@ -9,6 +9,7 @@ import typer
 import flexattn_cuda
 from flexattn_cuda.cli.ask import ask
 from flexattn_cuda.cli.ask_batch import ask_batch
+from flexattn_cuda.cli.convert import convert
 from flexattn_cuda.cli.demo import demo
 from flexattn_cuda.cli.flops import flops
 from flexattn_cuda.cli.info import info
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (ask, ask_batch, tune, train, demo, info, flops):
+for command in (ask, ask_batch, tune, train, demo, info, flops, convert):
     app.command()(as_command(command))
 
 

@@ -11,7 +11,7 @@ def info(options: InfoOptions) -> None:
     silence_transformers()
     from flexattn_cuda.cli.console import print_all
     from flexattn_cuda.cli.info_tables import facts_table, model_report
-    from flexattn_cuda.tasks.load import read_checkpoint_info
+    from flexattn_cuda.tasks.load import describe
 
-    checkpoint = None if options.model is None else read_checkpoint_info(options.model, options.adapter)
+    checkpoint = None if options.model is None else describe(options.model, options.adapter)
     print_all(facts_table(), *(() if checkpoint is None else ("", *model_report(checkpoint))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from typing import NoReturn
@@ -41,9 +42,10 @@ def _fail(message: str) -> NoReturn:
 
 
 def silence_transformers() -> None:
-    """Import transformers and keep its warnings and progress bars off the terminal."""
+    """Import transformers and keep its warnings and progress bars, and those of bitsandbytes, off the terminal."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every layer that computes in 8 bits

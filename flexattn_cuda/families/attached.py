@@ -180,10 +180,9 @@ class AttachedModel(HRGeneration):
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, whose own class ignores HR projections as it loads them; the adapter beside the model,
         which `flexattn_cuda.load` and `attach` read, keeps them."""
-        saved = super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             self.save_adapter(Path(save_directory), kwargs.get("state_dict"))
-        return saved
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as an object of the model's own class, which is attached to again."""

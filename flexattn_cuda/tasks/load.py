@@ -43,8 +43,8 @@ def load(
     """Load a model, ready to answer, and its processor.
 
     A checkpoint in one of this package's three formats becomes its own LLaVA. One of another known family (or, with
-    `adapter` or `quantize`, of transformers' LLaVA) becomes transformers' own model, to which FlexAttention is
-    attached: with the adapter that lies in its folder, or the preset "paper".
+    `adapter`, of transformers' LLaVA) becomes transformers' own model, to which FlexAttention is attached: with the
+    adapter that lies in its folder, or the preset "paper".
 
     Args:
         model: Checkpoint folder or hub id; by default the small model of this package.
@@ -74,12 +74,33 @@ def load(
     kind = _known_type(folder)
     if adapter is not None and kind in FORMATS and _is_of_llava(adapter):
         return _load_llava_with_lora(folder, Path(adapter), wanted)
-    only_attached = adapter is not None or quantize is not None
-    if kind in FAMILIES and (kind not in FORMATS or only_attached):
-        return _load_attached(folder, wanted)
+    if kind in FAMILIES and (kind not in FORMATS or adapter is not None):
+        loaded, processor = _load_attached(folder, wanted)
+        loaded.config._name_or_path = str(model)  # an adapter names its base: a hub id, not a folder of the cache
+        return loaded, processor
+    _refuse_adapter(folder, adapter)
+    return _load_llava(folder, wanted)
+
+
+def load_llava(
+    model: str | Path | None,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    system: str | None = None,
+) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
+    """Load this package's LLaVA and its processor; arguments as in `load`.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, it is of another family, or it cannot be loaded.
+        InputError: If an option is unknown or cannot be used here.
+    """
+    wanted = _Wanted(choose_device(device), choose_dtype(dtype), None, system, None, None)
+    return _load_llava(checkpoint_folder(model), wanted)
+
+
+def _refuse_adapter(folder: Path, adapter: str | Path | None) -> None:
     if adapter is not None:
         raise InputError(f"{folder} is a checkpoint of this package, with HR projections of its own; leave out adapter")
-    return _load_llava(folder, wanted)
 
 
 def _known_type(folder: Path) -> str:
@@ -102,15 +123,16 @@ class _Wanted:
     adapter: str | Path | None
     quantize: str | None
 
-    def weights(self) -> dict[str, Any]:
-        """Return the arguments of `from_pretrained` that say what the weights are to be."""
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of transformers' `from_pretrained`."""
         options: dict[str, Any] = {"dtype": self.dtype or "auto"}
-        if self.quantize is None:
-            return options
-        return options | {
-            "quantization_config": quantization(self.quantize, self.dtype),
-            "device_map": self.device,  # bitsandbytes moves no weights afterwards
-        }
+        if self.quantize is not None:
+            options |= {"quantization_config": quantization(self.quantize, self.dtype), "device_map": self.device}
+        return options
+
+    def placed(self, model: Any) -> Any:
+        """Return a loaded model on the device, where a quantised one is already, ready to answer."""
+        return model.eval() if self.quantize is not None else model.eval().to(self.device)
 
 
 def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
@@ -121,9 +143,10 @@ def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditio
             config = as_system(config, wanted.system)
         except ValueError as error:
             raise InputError(str(error)) from None
+    options = wanted.options()
     try:
         loaded = FlexAttnLlavaForConditionalGeneration.from_pretrained(
-            folder, config=config, flexattn=wanted.flexattn, **wanted.weights()
+            folder, config=config, flexattn=wanted.flexattn, **options
         )
     except CheckpointError:
         raise
@@ -131,9 +154,7 @@ def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditio
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     processor = FlexAttnLlavaProcessor.from_pretrained(folder, config=loaded.config)
     _check_vocabulary(folder, loaded, processor)
-    if wanted.quantize is None:
-        loaded.to(wanted.device)
-    return loaded.eval(), processor
+    return wanted.placed(loaded), processor
 
 
 def _is_of_llava(adapter: str | Path) -> bool:
@@ -159,7 +180,7 @@ def _load_attached(folder: Path, wanted: _Wanted) -> tuple[HRModel, QuestionProc
     if wanted.adapter is not None and wanted.flexattn is not None:
         raise InputError("flexattn and adapter exclude each other: an adapter has settings of its own")
     with refusing(f"{folder} cannot be loaded", InputError):
-        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, **wanted.weights())
+        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, **wanted.options())
     found = folder if adapters.is_in(folder) else "paper"
     settings = wanted.adapter or wanted.flexattn or found
     try:
@@ -168,9 +189,7 @@ def _load_attached(folder: Path, wanted: _Wanted) -> tuple[HRModel, QuestionProc
         raise
     except ValueError as error:
         raise CheckpointError(f"FlexAttention cannot be attached to {folder}: {first_line(error)}") from error
-    if wanted.quantize is None:
-        model.to(wanted.device)
-    return model.eval(), processor_for(model)
+    return wanted.placed(model), processor_for(model)
 
 
 def quantization(kind: str, dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
@@ -181,12 +200,13 @@ def quantization(kind: str, dtype: torch.dtype | None = None) -> BitsAndBytesCon
         dtype: Of the arithmetic in 4 bits; by default bfloat16.
 
     Raises:
-        InputError: If there is no such quantisation, or bitsandbytes is missing.
+        InputError: If there is no such quantisation, or bitsandbytes or accelerate is missing.
     """
     if kind not in QUANTIZATIONS:
         raise InputError(f"quantize is {kind!r}; allowed: {', '.join(QUANTIZATIONS)}")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"quantize is {kind!r}, but bitsandbytes is missing; run pip install bitsandbytes")
+    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"quantize is {kind!r}, but {missing[0]} is missing; run pip install {' '.join(missing)}")
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -249,22 +269,33 @@ class AttachableInfo:
     parameters: int
 
 
-def read_checkpoint_info(model: str | Path, adapter: str | Path | None = None) -> CheckpointInfo | AttachableInfo:
-    """Read the configuration of a checkpoint folder or hub id, without its weights.
+def describe(model: str | Path, adapter: str | Path | None = None) -> CheckpointInfo | AttachableInfo:
+    """Read the configuration of a checkpoint folder or hub id, and of an adapter for it, without weights.
 
     Raises:
         CheckpointError: If there is no such checkpoint or adapter, its configuration cannot be used, or they do not
             fit together.
+        InputError: If the checkpoint takes no adapter.
     """
     folder = checkpoints.resolve_folder(model, parts=checkpoints.Part.CONFIG)
     kind = _known_type(folder)
     if kind in FORMATS and adapter is None:
-        return CheckpointInfo(folder, checkpoints.checkpoint_format(folder), checkpoints.load_config(folder))
+        return read_checkpoint_info(folder)
     if kind not in FAMILIES:
-        raise InputError(f"{folder} is a checkpoint of this package, with HR projections of its own; leave out adapter")
+        _refuse_adapter(folder, adapter)
     if adapter is None and adapters.is_in(folder):
         adapter = folder
     return _attachable(folder, None if adapter is None else adapters.read(adapter))
+
+
+def read_checkpoint_info(model: str | Path) -> CheckpointInfo:
+    """Read the configuration of a checkpoint of this package's LLaVA, a folder or hub id, without its weights.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or its configuration cannot be used.
+    """
+    folder = checkpoints.resolve_folder(model, parts=checkpoints.Part.CONFIG)
+    return CheckpointInfo(folder, checkpoints.checkpoint_format(folder), checkpoints.load_config(folder))
 
 
 def _attachable(folder: Path, adapter: adapters.Adapter | None) -> AttachableInfo:

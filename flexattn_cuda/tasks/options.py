@@ -171,6 +171,14 @@ class DemoOptions(Options):
     max_new_tokens: MaxNewTokens = 64
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(Options):
+    """Options of `flexattn convert`."""
+
+    model: Annotated[str, Option("Checkpoint folder or hub id with .bin weights.", positional=True, metavar="MODEL")]
+    output: Annotated[Path, Option("New folder to write the checkpoint to.", flags=("--output", "-o"), metavar="DIR")]
+
+
 # ------------------------------------------------------------------------------------------------------- training
 
 

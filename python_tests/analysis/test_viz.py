@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flexattn_cuda.analysis import overlay as viz
+from flexattn_cuda.inputs.frames import centre_square, whole_image
 
 GREY = 100
 DIM, BRIGHT = round(GREY * viz.DIMMED), round(GREY * viz.BRIGHTENED)
@@ -169,3 +170,48 @@ def test_the_same_input_gives_the_same_image():
     panels = [viz.Panel(attention, mask(12, (3, 3), (4, 4)), "caption")]
     first, second = (viz.sheet(grey(100, 80), panels, title="title").tobytes() for _ in range(2))
     assert first == second
+
+
+# -------------------------------------------------------------------------------------------------------------- frames
+
+
+@pytest.mark.parametrize(
+    "frame_of, size, grid, cell, box",
+    [
+        (whole_image, (120, 60), (6, 12), (2, 3), (30, 20, 40, 30)),
+        (whole_image, (60, 120), (12, 4), (11, 0), (0, 110, 15, 120)),
+        (centre_square, (120, 60), (6, 6), (0, 0), (30, 0, 40, 10)),
+        (centre_square, (120, 60), (6, 6), (5, 5), (80, 50, 90, 60)),
+        (centre_square, (60, 120), (6, 6), (5, 2), (20, 80, 30, 90)),
+    ],
+)
+def test_a_region_is_marked_where_the_view_shows_it(frame_of, size, grid, cell, box):
+    chosen = np.zeros(grid, dtype=bool)
+    chosen[cell] = True
+    expected = np.zeros((size[1], size[0]), dtype=bool)
+    left, top, right, bottom = box
+    expected[top:bottom, left:right] = True
+    assert np.array_equal(marked(viz.overlay(grey(*size), np.zeros(grid), chosen, frame_of)), expected)
+
+
+@pytest.mark.parametrize(
+    "frame_of, size, peak", [(whole_image, (120, 60), (35, 50)), (centre_square, (120, 60), (55, 50))]
+)
+def test_heat_lies_in_the_frame(frame_of, size, peak):
+    attention = np.zeros((6, 12) if frame_of is whole_image else (6, 6))
+    attention[5, 3 if frame_of is whole_image else 2] = 1
+    drawn = pixels(viz.overlay(grey(*size), attention, np.zeros((6, 6), dtype=bool), frame_of))
+    redness = drawn[:, :, 0] - drawn[:, :, 2]
+    y, x = np.unravel_index(redness.argmax(), redness.shape)
+    assert redness.max() > 60 and abs(x + 0.5 - peak[0]) <= 5 and y >= peak[1]
+    if frame_of is centre_square:
+        assert np.abs(redness[:, :30]).max() == np.abs(redness[:, 90:]).max() == 0
+
+
+def test_a_sheet_of_scaled_panels_keeps_the_frame():
+    image = grey(2 * viz.MAX_SIDE, 600)
+    chosen = np.zeros((6, 6), dtype=bool)
+    chosen[:, 0] = True
+    drawn = viz.sheet(image, [viz.Panel(np.zeros((6, 6)), chosen)], frame_of=centre_square)
+    columns = np.flatnonzero(marked(drawn.crop((0, 0, viz.MAX_SIDE, 300))).any(0))
+    assert columns[0] == (viz.MAX_SIDE - 300) // 2 and columns[-1] == columns[0] + 49

@@ -14,10 +14,13 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import tiny_checkpoint
+from attached_checkpoint import CHECKPOINTS
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES
 from typer.testing import CliRunner
 
+import flexattn_cuda
 from flexattn_cuda import FlexAttnLlavaForConditionalGeneration as Model
 from flexattn_cuda import FlexAttnLlavaProcessor as Processor
 from flexattn_cuda.checkpoints import HubOptions, Part, load_config, resolve_folder
@@ -292,3 +295,34 @@ def test_a_repository_that_holds_no_checkpoint(hub):
     with pytest.raises(CheckpointError, match=r"config\.json is not in that hub repository"):
         read_checkpoint_info(NAME)
     assert not hub.cached()
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+def test_an_adapter_is_fetched_without_the_rest_of_its_repository(hub, tmp_path):
+    family = FAMILIES["internvl_qwen2"]
+    flexattn_cuda.save_adapter(flexattn_cuda.attach(family.model(), family.settings()), tmp_path / "repo" / "part")
+    (tmp_path / "repo" / "part" / "model.safetensors").touch()
+    hub.folders["owner/adapter"] = tmp_path / "repo"
+    options = dict(revision="v1", token="secret", subfolder="part")
+    model = flexattn_cuda.attach(family.model(), "owner/adapter", **options)
+    assert model.flexattn_settings == family.settings()
+    files = {"part/flexattn_adapter.json", "part/flexattn_adapter.safetensors"}
+    assert hub.cached("owner/adapter", "v1") == files and ("owner/adapter", "v1", "secret") in hub.asked
+    with pytest.raises(CheckpointError, match="'owner/adapter' is not a local folder, and could not be downloaded"):
+        flexattn_cuda.attach(family.model(), "owner/adapter", local_files_only=True)
+
+
+def test_a_model_of_another_family_is_fetched_whole_and_its_adapter_names_it(hub, tmp_path):
+    hub.folders["owner/internvl"] = CHECKPOINTS["internvl_qwen2"].save(tmp_path / "internvl")
+    model, _ = load("owner/internvl", "cpu", revision="v1")
+    flexattn_cuda.save_adapter(model, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "flexattn_adapter.json").read_text())["base"]["name"] == "owner/internvl"
+    assert 'base_model: "owner/internvl"' in (tmp_path / "adapter" / "README.md").read_text()
+    cached = hub.cached("owner/internvl", "v1")
+    assert {"model.safetensors", "preprocessor_config.json", "tokenizer.json"} <= cached
+    model.save_pretrained(tmp_path / "internvl")
+    whole, _ = load("owner/internvl", "cpu", revision="v2")
+    assert "flexattn_adapter.json" in hub.cached("owner/internvl", "v2")
+    assert whole.flexattn_settings == model.flexattn_settings

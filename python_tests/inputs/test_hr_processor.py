@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import ProcessorMixin
 
 from flexattn_cuda.errors import CheckpointError, InputError
+from flexattn_cuda.inputs.frames import centre_square, padded_square, whole_image
 from flexattn_cuda.inputs.hr_processor import HRProcessor, ProcessorParts, processor_for
 from flexattn_cuda.inputs.image_families import FAMILIES, ImageFamily
 from flexattn_cuda.inputs.image_sources import read_image
@@ -402,3 +403,76 @@ def test_a_model_and_processor_that_do_not_fit_are_refused():
         HRProcessor(parts, FAMILIES["llava"], zoom=0, cell=14)
     with pytest.raises(InputError, match="the tokenizer has no token <x>"):
         HRProcessor(parts, ImageFamily(token="<x>", cell=len), zoom=2, cell=14)
+
+
+# -------------------------------------------------------------------------------------------------- what a view shows
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("size", [(300, 180), (120, 400)])
+def test_the_frame_is_the_part_of_the_image_that_the_view_shows(name, size):
+    processor = hr_processor(name)
+    view = processor(ramp(*size), processor.prompt(QUESTION))["pixel_values_hr"][0].permute(1, 2, 0).numpy()
+    levels = (view * processor.image_processor.image_std + processor.image_processor.image_mean) * 255
+    frame = processor.frame(*size)
+    at = [round(share * side) for share, side in zip((0.3, 0.7), view.shape[:2])]  # row, column
+    for axis, (start, length) in enumerate(((frame.top, frame.height), (frame.left, frame.width))):
+        pixel = start + (at[axis] + 0.5) / view.shape[axis] * length
+        channel = 1 - axis  # green grows downwards, red to the right
+        expected = 40 + LEVELS * pixel / size[1 - axis]
+        assert abs(levels[at[0], at[1], channel] - expected) < 4
+
+
+def test_padded_images_lie_in_the_frame_of_their_padding():
+    image_processor = transformers.LlavaImageProcessor(**families.CLIP, do_pad=True)
+    assert FAMILIES["llava"].frame(image_processor) is padded_square
+    assert FAMILIES["llava"].frame(transformers.LlavaImageProcessor(**families.CLIP, do_pad=False)) is centre_square
+    assert FAMILIES["llava_next"].frame(image_processor) is whole_image
+
+
+# ---------------------------------------------------------------------------------------------- the limit of LR tokens
+
+
+def limited(limit, **options):
+    """Return the LR tokens of a large image under a limit."""
+    images = transformers.Qwen2VLImageProcessor(size={"shortest_edge": 28**2, "longest_edge": 28**2 * 2000})
+    parts = ProcessorParts(images, families.parts("qwen2_5_vl").tokenizer)
+    processor = processor_for(families.model("qwen2_5_vl", parts), parts, max_lr_tokens=limit)
+    large = ramp(2000, 1000)
+    features = processor(large, processor.prompt(QUESTION), **options)
+    count = int((features["input_ids"] == processor.image_token_id).sum())
+    rows, columns = features["image_grid_thw"][0, 1:].tolist()
+    assert features["pixel_values_hr"][0].shape == (3, rows * 14 * ZOOM, columns * 14 * ZOOM)
+    assert options or processor.prompt_length(QUESTION, large) == features["input_ids"].shape[1]
+    return count
+
+
+def test_a_large_image_takes_as_many_lr_tokens_as_the_limit_allows():
+    assert 60 <= limited(80) <= 80
+    assert 1900 <= limited(None) <= 2000
+    assert 1000 <= limited(80, size={"shortest_edge": 28**2, "longest_edge": 28**2 * 1100}) <= 1100
+    parts = families.parts("qwen2_5_vl")
+    assert processor_for(families.model("qwen2_5_vl", parts), parts).max_lr_tokens == 576
+
+
+@pytest.mark.parametrize("limit", [0, 2.5])
+def test_a_limit_that_is_no_number_of_tokens_is_refused(limit):
+    with pytest.raises(InputError, match="max_lr_tokens is .*; it must be a whole number of at least 1"):
+        limited(limit)
+
+
+# ------------------------------------------------------------------------------------------------- a named checkpoint
+
+
+def test_the_processor_of_a_named_checkpoint_is_loaded(tmp_path):
+    parts = families.parts("internvl")
+    model = families.model("internvl", parts)
+    folder = tmp_path / "repository" / "part"
+    model.config.save_pretrained(folder)
+    parts.save_pretrained(folder)
+    named = processor_for(model, tmp_path / "repository", subfolder="part")
+    assert named.prompt(QUESTION) == processor_for(model, parts).prompt(QUESTION)
+    model.config._name_or_path = str(folder)
+    assert processor_for(model).prompt(QUESTION) == named.prompt(QUESTION)
+    with pytest.raises(CheckpointError, match="no checkpoint 'owner/name'"):
+        processor_for(model, "owner/name", local_files_only=True)

@@ -16,6 +16,8 @@ import flexattn_cuda
 from flexattn_cuda import Trace
 from flexattn_cuda.analysis import overlay as viz
 from flexattn_cuda.errors import InputError
+from flexattn_cuda.families.family import FixedTower
+from flexattn_cuda.inputs.image_families import ImageFamily
 from flexattn_cuda.tasks.ask import ask, generate_answers
 from flexattn_cuda.tasks.load import load
 
@@ -63,7 +65,7 @@ def test_a_map_is_drawn_over_what_the_view_shows(folders, name):
     expected = viz.overlay(answer.image, attention, mask, processor.frame)
     assert np.array_equal(np.asarray(answer.draw())[:120, :160], np.asarray(expected))
     rows, columns = viz.cells_of_pixels(160, 120, mask.shape, processor.frame)
-    cropped = name == "llava"  # CLIP's image processor crops to the central square
+    cropped = name in ("llava", "vipllava")  # CLIP's image processor crops to the central square
     assert (columns >= 0).sum() == (120 if cropped else 160) and (rows >= 0).all()
 
 
@@ -167,3 +169,25 @@ def test_options_that_cannot_be_used_are_refused(folders, flexattn, image, tmp_p
 def test_an_adapter_of_this_package_s_own_model_is_refused(checkpoint, flexattn, image, tmp_path):
     said = refused(flexattn("ask", image, QUESTION, "--model", checkpoint, "--adapter", tmp_path))
     assert "is a checkpoint of this package, with HR projections of its own; leave out adapter" in said
+
+
+# ------------------------------------------------------------------------------------------------ a family of one's own
+
+
+class MyTower(FixedTower):
+    """A family as the documentation describes one."""
+
+    def encode(self, pixels):
+        tokens = self.model.model.get_image_features(pixel_values=pixels.to(self.model.dtype))
+        tokens = getattr(tokens, "pooler_output", tokens)
+        return tokens if isinstance(tokens, torch.Tensor) else torch.stack(list(tokens))
+
+
+def test_a_family_that_the_user_describes_can_be_asked(folders):
+    expected = ask(*attached(folders("llava_siglip")), question_files.image(), QUESTION, max_new_tokens=4)
+    model = AutoModelForImageTextToText.from_pretrained(folders("llava_siglip"))
+    model.config.model_type = "my_vlm"
+    flexattn_cuda.attach(model, family=MyTower)
+    images = ImageFamily(token="<image>", cell=lambda config: config.vision_config.patch_size)
+    processor = flexattn_cuda.processor_for(model, family=images)
+    assert ask(model, processor, question_files.image(), QUESTION, max_new_tokens=4).tokens == expected.tokens

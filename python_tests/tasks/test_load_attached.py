@@ -47,7 +47,7 @@ def answer(model, processor) -> list[int]:
     return ask(model, processor, image(), QUESTION, max_new_tokens=6).tokens
 
 
-@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name != "llava"])
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name not in ("llava", "llava_siglip")])
 def test_a_checkpoint_of_a_known_family_loads_with_the_paper_s_settings(tmp_path, name):
     model, processor = load(CHECKPOINTS[name].save(tmp_path), "cpu")
     assert isinstance(model, AttachedModel) and isinstance(processor, HRProcessor)
@@ -156,7 +156,7 @@ def test_a_quantised_load_passes_transformers_its_configuration(folder, monkeypa
 
 def test_quantisation_without_bitsandbytes_is_refused(folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="quantize is '8bit', but bitsandbytes is missing; run pip install"):
+    with pytest.raises(InputError, match="quantize is '8bit', but bitsandbytes is missing; run pip install bit"):
         load(folder, "cpu", quantize="8bit")
     with pytest.raises(InputError, match="quantize is '3bit'; allowed: 4bit, 8bit"):
         quantization("3bit")
@@ -200,3 +200,11 @@ def test_models_are_quantised_on_request_but_for_hr_projections(codes_in_order, 
         assert model.config.model_type == model_type and not model.training
         assert type(module.k_proj_hd) is torch.nn.Linear and type(module.k_proj) is not torch.nn.Linear
         assert answer(model, processor)
+
+
+def test_commands_for_this_package_s_llava_refuse_other_families(flexattn, folder, files, tmp_path):
+    data, images = files
+    train = ("train", "--data", data, "--images", images, "--output", tmp_path / "out", "--device", "cpu")
+    for command in (("flops",), train):
+        said = refused(flexattn(*command, "--model", folder))
+        assert "a model of type 'internvl'; this package loads flexattn_llava, llava, llava_llama" in said

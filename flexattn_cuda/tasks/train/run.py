@@ -115,7 +115,7 @@ class TrainingRun:
     def _load_model(self) -> None:
         options = self._options
         dtype = None if options.check_only else self._machine.weights
-        self._model, self._processor = loading.load(options.model, "cpu", dtype, system=options.system)
+        self._model, self._processor = loading.load_llava(options.model, "cpu", dtype, options.system)
         if options.lora is None:
             choose_trained(self._model, options.train)
         else:

@@ -1,0 +1,86 @@
+"""What cannot be attached, or be asked of an attached model, is refused in one sentence that says what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tiny_families import FAMILIES
+
+import flexattn_cuda
+from flexattn_cuda import FlexAttnConfig
+
+
+def attached(name: str):
+    """Return a model with FlexAttention, and inputs with one image."""
+    family = FAMILIES[name]
+    return flexattn_cuda.attach(family.model(), family.settings()), family.inputs()
+
+
+def test_a_family_that_is_not_known_is_refused_with_what_to_do():
+    model = transformers.BertModel(transformers.BertConfig(num_hidden_layers=1))
+    for call in (flexattn_cuda.attach, flexattn_cuda.settings_for):
+        with pytest.raises(ValueError, match="type 'bert'; it knows .*internvl, .* subclass of .* pass it as family="):
+            call(model)
+
+
+def test_a_model_is_attached_to_once():
+    model, _ = attached("internvl_qwen2")
+    with pytest.raises(ValueError, match="already; load the model again for other settings"):
+        flexattn_cuda.attach(model)
+
+
+def test_a_preset_or_folder_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="no adapter 'papr': .* the presets are paper and released"):
+        flexattn_cuda.attach(FAMILIES["internvl_qwen2"].model(), "papr")
+
+
+def test_an_argument_that_is_no_option_of_the_hub_is_refused():
+    with pytest.raises(TypeError, match="attach takes no revison"):
+        flexattn_cuda.attach(FAMILIES["internvl_qwen2"].model(), revison="main")
+
+
+def test_the_adapter_of_another_base_is_refused(tmp_path):
+    flexattn_cuda.save_adapter(attached("internvl_qwen2")[0], tmp_path)
+    for name in ("internvl_qwen3", "llava_onevision"):
+        with pytest.raises(ValueError, match="the adapter is for internvl .* but this model is .*; load"):
+            flexattn_cuda.attach(FAMILIES[name].model(), tmp_path)
+
+
+def test_a_model_without_flexattention_has_no_adapter_to_save(tmp_path):
+    with pytest.raises(ValueError, match="not attached to this InternVL.*; call flexattn_cuda.attach first"):
+        flexattn_cuda.save_adapter(FAMILIES["internvl_qwen2"].model(), tmp_path)
+
+
+def test_tiles_of_the_model_s_own_are_refused():
+    model, inputs = attached("llava_next")
+    inputs["pixel_values"] = inputs["pixel_values"][:, None].repeat(1, 3, 1, 1, 1)
+    with pytest.raises(ValueError, match="3 views of 1 images: .* own; use flexattn_cuda.processor_for"):
+        model(**inputs)
+
+
+def test_a_video_beside_images_is_refused():
+    model, inputs = attached("qwen2_5_vl")
+    with pytest.raises(ValueError, match="pixel_values_videos came with high-resolution images"):
+        model(**inputs, pixel_values_videos=torch.zeros(8, 96))
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("internvl_qwen2", "with zoom 2 this model takes"),
+        ("qwen2_vl", "24 image tokens, but every image takes 54 of them .*; build prompts with the model's processor"),
+    ],
+)
+def test_an_image_of_another_zoom_is_refused(name, says):
+    model, inputs = attached(name)
+    height, width = FAMILIES[name].views[0]
+    inputs["pixel_values_hr"] = [torch.zeros(3, 3 * height, 3 * width)]
+    with pytest.raises(ValueError, match=says):
+        model(**inputs)
+
+
+def test_settings_that_do_not_fit_the_model_are_refused():
+    for settings, says in ((FlexAttnConfig.released(), "layers 0 to 4"), (FlexAttnConfig.hd(), "only 'flexattn'")):
+        with pytest.raises(ValueError, match=says):
+            flexattn_cuda.attach(FAMILIES["internvl_qwen2"].model(), settings)
