@@ -64,8 +64,8 @@ def test_a_step_reads_once():
     cache, token = settled_cache(model)
     with bench_decode.watch(model.config.flexattn.first_layer) as step:
         model(input_ids=token, past_key_values=cache)
-    # attention.py looks at a mask on the CPU alone, and only where transformers passes one.
-    assert [place.split(":")[0] for place in step.waits if not place.startswith("attention.py")] == ["context.py"]
+    # masks.py looks at a mask on the CPU alone, and only where transformers passes one.
+    assert [place.split(":")[0] for place in step.waits if not place.startswith("masks.py")] == ["context.py"]
 
 
 def questions():
