@@ -55,7 +55,8 @@ def attach(
 
     Raises:
         ValueError: If the family or the language model is not supported, FlexAttention is attached already, PEFT wraps
-            the model, its weights are quantised in an unknown way, or the settings do not fit.
+            the model, its weights are quantised in an unknown way, the settings do not fit, or a preset would start
+            afresh a model that was saved with an adapter.
         CheckpointError: If the folder holds no adapter, or one of another base model.
     """
     _check_unwrapped(model)
@@ -69,6 +70,8 @@ def attach(
     if isinstance(settings, (str, Path)) and str(settings) not in PRESETS:
         adapter = adapters.read(settings, options)
         settings = adapter.settings
+    elif isinstance(settings, (str, Path)):
+        _check_no_adapter(model)
     found = settings_for(model, str(settings), family) if not isinstance(settings, FlexAttnConfig) else settings
     described = family(model, found)
     described = family(model, _with_sizes(found, described))
@@ -171,6 +174,15 @@ def _check_unwrapped(model: PreTrainedModel) -> None:
         raise ValueError(
             f"this is a {type(model).__name__} of PEFT; attach FlexAttention to the model before PEFT wraps it, or "
             "merge the adapter first (merge_and_unload)"
+        )
+
+
+def _check_no_adapter(model: PreTrainedModel) -> None:
+    folder = str(getattr(model.config, "_name_or_path", ""))
+    if folder and adapters.is_in(Path(folder)):
+        raise ValueError(
+            f"{folder} holds an adapter of this model; attach(model, {folder!r}) takes it up, and attach(model, "
+            "settings_for(model)) starts with new projections"
         )
 
 

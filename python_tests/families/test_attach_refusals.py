@@ -84,3 +84,11 @@ def test_settings_that_do_not_fit_the_model_are_refused():
     for settings, says in ((FlexAttnConfig.released(), "layers 0 to 4"), (FlexAttnConfig.hd(), "only 'flexattn'")):
         with pytest.raises(ValueError, match=says):
             flexattn_cuda.attach(FAMILIES["internvl_qwen2"].model(), settings)
+
+
+def test_a_preset_does_not_replace_the_adapter_that_was_saved_with_the_model(tmp_path):
+    flexattn_cuda.attach(FAMILIES["internvl_qwen2"].model()).save_pretrained(tmp_path)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds an adapter of this model; attach.* takes it up"):
+        flexattn_cuda.attach(model)
+    flexattn_cuda.attach(model, tmp_path)
