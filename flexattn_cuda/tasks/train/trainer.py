@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from flexattn_cuda.checkpoints import adapters
 from flexattn_cuda.checkpoints.projections import is_projection
 from flexattn_cuda.errors import InputError
-from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
+from flexattn_cuda.families.attach import attached_model, save_adapter
 from flexattn_cuda.tasks.train.checkpoints import checkpoint_folder, last_complete_checkpoint, mark_complete
 from flexattn_cuda.tasks.training_data import IGNORED
 
@@ -66,7 +67,8 @@ def choose_trained(model: nn.Module, part: str) -> None:
 
 
 class FlexAttnTrainer(Trainer):
-    """transformers' Trainer for `FlexAttnLlavaForConditionalGeneration`, or PEFT's wrapper of one.
+    """transformers' Trainer for `FlexAttnLlavaForConditionalGeneration`, a model that FlexAttention was attached to, or
+    PEFT's wrapper of either.
 
     A batch is what the model's `forward` takes, with labels: pixels, or `image_features` and `hr_features` that were
     encoded before. In training, the attention to HR tokens is weighted with `FlexAttnConfig.alpha` of the epochs done.
@@ -79,20 +81,24 @@ class FlexAttnTrainer(Trainer):
         InputError: If the loss or the norm of its gradient becomes NaN or infinite while training.
     """
 
-    def __init__(self, model: FlexAttnLlavaForConditionalGeneration, args: TrainingArguments, **kwargs: Any):
+    def __init__(self, model: PreTrainedModel, args: TrainingArguments, **kwargs: Any):
         getattr(model, "get_base_model", lambda: model)().loss_function = answer_loss
         super().__init__(model, args, **kwargs)
 
     @property
     def hr_alpha(self) -> float:
         """The weight of the attention to HR tokens in the next step."""
-        settings = self.accelerator.unwrap_model(self.model).config.flexattn
+        settings = self.accelerator.unwrap_model(self.model).flexattn_settings
         return 1.0 if settings is None else settings.alpha(self.state.epoch or 0.0)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
             inputs = {**inputs, "hr_alpha": self.hr_alpha}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if model.training and isinstance(loss, torch.Tensor) and not loss.requires_grad:
+            # Nothing that is trained took part: HR projections, in a batch without images.
+            loss = loss + sum(weight.sum() * 0 for weight in model.parameters() if weight.requires_grad)
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log(logs, *args, **kwargs)
@@ -124,3 +130,15 @@ class FlexAttnTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # every process writes a part of its own
         if self.args.should_save:
             mark_complete(checkpoint_folder(self.args.output_dir, self.state.global_step))
+
+
+class AdapterTrainer(FlexAttnTrainer):
+    """Trains the HR projections of a model that FlexAttention was attached to: what it writes are adapters."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if self.args.should_save:
+            save_adapter(self.model, self.args.output_dir if output_dir is None else output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        family = attached_model(self.model if model is None else model).hr_family
+        adapters.read(resume_from_checkpoint).load_into(family.text_model, family.hr_layers)
