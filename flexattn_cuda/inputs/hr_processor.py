@@ -201,11 +201,6 @@ class HRProcessor(ProcessorMixin):
         """Name of the model input that is 1 at image tokens and 0 elsewhere; None: there is none."""
         return self.family.token_types
 
-    @property
-    def nests_images(self) -> bool:
-        """Whether a batch holds the images of each row side by side, see `nested_images`."""
-        return self.family.nested
-
     @cached_property
     def image_tokens(self) -> int | None:
         """Image tokens of one image in the sequence; None: they depend on the image (Qwen-VL)."""
@@ -224,7 +219,8 @@ class HRProcessor(ProcessorMixin):
         return patches // int(self.image_processor.merge_size) ** 2
 
     def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Any]:
-        """Return what the model takes of upright RGB images, one after the other also where it nests them."""
+        """Return what the model takes of upright RGB images, one after the other: [n, 3, H, W] in every family, which
+        the forward of a model that FlexAttention was attached to takes too."""
         options = self._with_limit({})
         return self._image_inputs(self.family.views(self.image_processor, images, options, self.zoom), images, options)
 
@@ -279,8 +275,8 @@ class HRProcessor(ProcessorMixin):
             views = self.family.views(self.image_processor, flat, for_images, self.zoom)
             tokens = self._tokens(views)
             values = self._image_inputs(views, flat, for_images)
-            if self.nests_images:
-                values |= nested_images(values["pixel_values"], marks)
+            if self.family.nested:
+                values |= _nested(values["pixel_values"], marks)
         if return_tensors != "pt":
             values = {name: _as_arrays(value) for name, value in values.items()}
         features = BatchFeature(dict(self._tokenized(texts, tokens, for_text)))
@@ -474,7 +470,7 @@ def _checked_texts(text: Any) -> list[str]:
     return list(texts)
 
 
-def nested_images(pixels: torch.Tensor, counts: Sequence[int]) -> dict[str, torch.Tensor]:
+def _nested(pixels: torch.Tensor, counts: Sequence[int]) -> dict[str, torch.Tensor]:
     """Return the images of each of B rows side by side, as Idefics3 takes them.
 
     Args:

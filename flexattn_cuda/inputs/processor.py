@@ -49,7 +49,6 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
     """
 
     token_types: str | None = None  # the model takes no input that marks image tokens
-    nests_images = False  # and the images of a batch in one list
 
     def __init__(
         self,

@@ -61,9 +61,6 @@ class TrainingProcessor(QuestionProcessor, Protocol):
     def token_types(self) -> str | None: ...
 
     @property
-    def nests_images(self) -> bool: ...
-
-    @property
     def pad_id(self) -> int: ...
 
     @property

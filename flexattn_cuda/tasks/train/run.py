@@ -214,7 +214,7 @@ class TrainingRun:
             self._model,
             self._arguments,
             train_dataset=self._dataset(broken),
-            data_collator=training_data.Collator.of(self._processor),
+            data_collator=training_data.Collator(self._processor.pad_id, self._processor.token_types),
             processing_class=self._processor,
             callbacks=self._callbacks(),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,6 +67,20 @@ def choose_trained(model: nn.Module, part: str) -> None:
         raise InputError("this system has no projections for high-resolution tokens to train; choose another part")
 
 
+def _answer_loss_of(model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Return `answer_loss` in a form that gradients can be asked of, also where nothing that is trained took part: HR
+    projections, in a batch without images.
+
+    It is called inside the model's forward, where torch's DistributedDataParallel finds out which weights take part.
+    """
+    loss = answer_loss(*args, **kwargs)
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        for weight in model.parameters():
+            if weight.requires_grad:
+                loss = loss + 0 * weight.sum()
+    return loss
+
+
 class FlexAttnTrainer(Trainer):
     """transformers' Trainer for `FlexAttnLlavaForConditionalGeneration`, a model that FlexAttention was attached to, or
     PEFT's wrapper of either.
@@ -82,7 +97,7 @@ class FlexAttnTrainer(Trainer):
     """
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, **kwargs: Any):
-        getattr(model, "get_base_model", lambda: model)().loss_function = answer_loss
+        getattr(model, "get_base_model", lambda: model)().loss_function = partial(_answer_loss_of, model)
         super().__init__(model, args, **kwargs)
 
     @property
@@ -94,11 +109,7 @@ class FlexAttnTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
             inputs = {**inputs, "hr_alpha": self.hr_alpha}
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if model.training and isinstance(loss, torch.Tensor) and not loss.requires_grad:
-            # Nothing that is trained took part: HR projections, in a batch without images.
-            loss = loss + sum(weight.sum() * 0 for weight in model.parameters() if weight.requires_grad)
-        return loss
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log(logs, *args, **kwargs)

@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from flexattn_cuda.errors import InputError
-from flexattn_cuda.inputs.hr_processor import nested_images
 from flexattn_cuda.inputs.images import open_image
 from flexattn_cuda.tasks.models import TrainingProcessor
 from flexattn_cuda.tasks.training_data.labels import IGNORED, LabelledIds
@@ -82,17 +81,10 @@ class Collator:
     Args:
         pad_id: The token id to pad with.
         token_types: Name of a further feature [N], padded with 0.
-        nested: Whether the model takes the pixels of each record's images side by side, see `nested_images`.
     """
 
     pad_id: int
     token_types: str | None = None
-    nested: bool = False
-
-    @classmethod
-    def of(cls, processor: TrainingProcessor) -> Collator:
-        """Return the collator of what a processor makes."""
-        return cls(processor.pad_id, processor.token_types, processor.nests_images)
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         paddings = {"input_ids": self.pad_id, "labels": IGNORED}
@@ -105,11 +97,7 @@ class Collator:
         ones = [torch.ones_like(record["input_ids"]) for record in records]
         batch["attention_mask"] = pad_sequence(ones, batch_first=True)
         others = dict.fromkeys(name for record in records for name in record if name not in batch)
-        batch |= {name: _joined([record[name] for record in records if name in record]) for name in others}
-        if self.nested and "pixel_values" in batch:
-            counts = [len(record.get("pixel_values", ())) for record in records]
-            batch |= nested_images(batch["pixel_values"], counts)
-        return batch
+        return batch | {name: _joined([record[name] for record in records if name in record]) for name in others}
 
 
 def _joined(values: Sequence[Any]) -> Any:
