@@ -26,6 +26,7 @@ from flexattn_cuda.tasks import training_data as data
 from flexattn_cuda.tasks.ask import ask
 from flexattn_cuda.tasks.load import load, load_attached
 from flexattn_cuda.tasks.options import TrainOptions
+from flexattn_cuda.tasks.train import answer_loss
 from flexattn_cuda.tasks.training_data import BrokenRecordError, Collator, Conversation, Conversations, Turn
 
 ADAPTER = {"flexattn_adapter.json", "flexattn_adapter.safetensors", "README.md"}
@@ -164,14 +165,16 @@ def test_a_batch_has_the_loss_of_its_records_alone(tmp_path, files, name):
     """Records with two images, one and none, of different shapes, padded on the right."""
     model, processor, records = items(save(tmp_path / "model", name), files)
     collate = Collator(processor.pad_id, processor.token_types)
-    model.double()
+    model.double().loss_function = answer_loss
     losses, answers = [], []
     for number in range(4):
         batch = collate([records[number]])
         answers.append(int((batch["labels"] != data.IGNORED).sum()))
         losses.append(float(model(**batch).loss) * answers[-1])
-    together = float(model(**collate([records[number] for number in range(4)])).loss)
-    assert together == pytest.approx(sum(losses) / sum(answers), rel=1e-5)
+    batch = collate([records[number] for number in range(4)])
+    assert float(model(**batch).loss) == pytest.approx(sum(losses) / sum(answers), rel=1e-5)
+    of_a_step = model(**batch, num_items_in_batch=torch.tensor(20)).loss  # that more batches or processes share
+    assert float(of_a_step) == pytest.approx(sum(losses) / 20, rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------- runs

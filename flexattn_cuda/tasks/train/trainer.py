@@ -99,6 +99,7 @@ class FlexAttnTrainer(Trainer):
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, **kwargs: Any):
         getattr(model, "get_base_model", lambda: model)().loss_function = partial(_answer_loss_of, model)
         super().__init__(model, args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # some models say no, but hand them to the loss all the same
 
     @property
     def hr_alpha(self) -> float:
