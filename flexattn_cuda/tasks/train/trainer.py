@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -67,18 +66,32 @@ def choose_trained(model: nn.Module, part: str) -> None:
         raise InputError("this system has no projections for high-resolution tokens to train; choose another part")
 
 
-def _answer_loss_of(model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Return `answer_loss` in a form that gradients can be asked of, also where nothing that is trained took part: HR
-    projections, in a batch without images.
+class _AnswerLoss:
+    """`answer_loss` in place of a model's own loss function.
 
-    It is called inside the model's forward, where torch's DistributedDataParallel finds out which weights take part.
+    Attributes:
+        answers: Number of answer tokens to divide by in a model that does not hand it on.
+        computed: Whether the model has called it.
     """
-    loss = answer_loss(*args, **kwargs)
-    if torch.is_grad_enabled() and not loss.requires_grad:
-        for weight in model.parameters():
-            if weight.requires_grad:
-                loss = loss + 0 * weight.sum()
-    return loss
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self.answers: torch.Tensor | int | None = None
+        self.computed = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the loss, in a form that gradients can be asked of, also where nothing that is trained took part: HR
+        projections, in a batch without images.
+
+        It is called inside the model's forward, where DistributedDataParallel finds out which weights take part.
+        """
+        self.computed = True
+        loss = answer_loss(*args, **{"num_items_in_batch": self.answers, **kwargs})
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            for weight in self._model.parameters():
+                if weight.requires_grad:
+                    loss = loss + 0 * weight.sum()
+        return loss
 
 
 class FlexAttnTrainer(Trainer):
@@ -93,13 +106,15 @@ class FlexAttnTrainer(Trainer):
     is preceded by an entry of the loss.
 
     Raises:
-        InputError: If the loss or the norm of its gradient becomes NaN or infinite while training.
+        InputError: If the loss or the norm of its gradient becomes NaN or infinite while training, or the model
+            computes its loss without its loss function (Gemma3 in transformers 5.0).
     """
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, **kwargs: Any):
-        getattr(model, "get_base_model", lambda: model)().loss_function = partial(_answer_loss_of, model)
+        self._loss = _AnswerLoss(model)
+        getattr(model, "get_base_model", lambda: model)().loss_function = self._loss
         super().__init__(model, args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # some models say no, but hand them to the loss all the same
+        self.model_accepts_loss_kwargs = True  # whatever the model says: see _AnswerLoss
 
     @property
     def hr_alpha(self) -> float:
@@ -107,10 +122,21 @@ class FlexAttnTrainer(Trainer):
         settings = self.accelerator.unwrap_model(self.model).flexattn_settings
         return 1.0 if settings is None else settings.alpha(self.state.epoch or 0.0)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         if model.training:
             inputs = {**inputs, "hr_alpha": self.hr_alpha}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        self._loss.answers, self._loss.computed = num_items_in_batch, False
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self._loss.computed:
+            kind = self.accelerator.unwrap_model(model).config.model_type
+            raise InputError(f"this version of transformers computes the loss of {kind} by itself; install a newer one")
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log(logs, *args, **kwargs)
