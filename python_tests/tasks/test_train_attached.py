@@ -218,6 +218,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folders, files, tmp_path, nam
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@families
+def test_recomputing_activations_and_accumulating_batches_change_no_loss(folders, files, tmp_path, name):
+    options = dict(steps=3, batch_size=4, optimizer="sgd", schedule="constant", learning_rate=0.5, precision="float64")
+    plain = train_adapter(files, tmp_path / "plain", folders(name), **options)
+    options |= dict(batch_size=1, accumulate=4, gradient_checkpointing=True)
+    assert train_adapter(files, tmp_path / "parts", folders(name), **options) == pytest.approx(plain, rel=1e-5)
+
+
+@families
+def test_bfloat16_learns_and_keeps_float32_projections(folders, files, tmp_path, name):
+    losses = train_adapter(files, tmp_path / "out", folders(name), precision="bfloat16")
+    assert losses[6] < losses[1]
+    saved = load_file(tmp_path / "out" / "flexattn_adapter.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+
+
 def test_a_batch_without_images_is_trained_on(folders, files, tmp_path):
     files[0].write_text(json.dumps([record(None, "what is", "w23")]))
     losses = train_adapter(files, tmp_path / "out", folders("internvl_qwen2"), steps=2, batch_size=1)
