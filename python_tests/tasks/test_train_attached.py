@@ -190,8 +190,8 @@ def test_the_loss_of_a_step_is_that_of_its_records_divided_by_all_its_answer_tok
 @families
 def test_hr_projections_alone_are_trained_and_the_adapter_answers(folders, files, tmp_path, flexattn, name):
     folder, output = folders(name), tmp_path / "out"
-    losses = train_adapter(files, output, folder)
-    assert losses[6] < losses[1]
+    losses = train_adapter(files, output, folder, batch_size=4)  # all records: losses can be compared
+    assert losses[6] < 0.9 * losses[1]
     assert {path.name for path in output.iterdir() if path.is_file()} - {"run.json", "loss.csv"} >= ADAPTER
     assert not list(output.rglob("model*.safetensors"))
     begun, trained = (load(folder, "cpu", adapter=one)[0] for one in (folder / "start", output))
@@ -228,8 +228,8 @@ def test_recomputing_activations_and_accumulating_batches_change_no_loss(folders
 
 @families
 def test_bfloat16_learns_and_keeps_float32_projections(folders, files, tmp_path, name):
-    losses = train_adapter(files, tmp_path / "out", folders(name), precision="bfloat16")
-    assert losses[6] < losses[1]
+    losses = train_adapter(files, tmp_path / "out", folders(name), precision="bfloat16", batch_size=4)
+    assert losses[6] < 0.9 * losses[1]
     saved = load_file(tmp_path / "out" / "flexattn_adapter.safetensors")
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
 
@@ -261,8 +261,8 @@ def test_two_processes_train_like_one_with_twice_the_batch(folders, files, tmp_p
 @pytest.mark.parametrize("name", [*FAMILIES, "smolvlm"])
 def test_lora_is_trained_on_queries_keys_values_and_hr_projections(folders, files, tmp_path, name):
     folder, whole, resumed = folders(name), tmp_path / "whole", tmp_path / "resumed"
-    losses = train_adapter(files, whole, folder, lora=4)
-    assert losses[6] < losses[1] and not list(whole.rglob("model*.safetensors"))
+    losses = train_adapter(files, whole, folder, lora=4, batch_size=4)
+    assert losses[6] < 0.9 * losses[1] and not list(whole.rglob("model*.safetensors"))
     before, after = (dict(load(folder, "cpu", adapter=one)[0].named_parameters()) for one in (folder / "start", whole))
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert {key.split(".")[-2] for key in changed} == {"q_proj", "k_proj", "v_proj", "k_proj_hd", "v_proj_hd"}
@@ -270,7 +270,7 @@ def test_lora_is_trained_on_queries_keys_values_and_hr_projections(folders, file
 
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / "checkpoint-6")
-    assert train_adapter(files, resumed, folder, lora=4) == losses
+    assert train_adapter(files, resumed, folder, lora=4, batch_size=4) == losses
     ours, theirs = (load_file(one / "adapter_model.safetensors") for one in (resumed, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
