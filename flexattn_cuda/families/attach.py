@@ -136,19 +136,20 @@ def refit(model: PreTrainedModel, settings: FlexAttnConfig) -> None:
             delattr(module, name)
 
 
-def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
+def save_adapter(model: PreTrainedModel, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
     """Write what `attach` added to a model, as it is now: settings, projections of HR tokens and a model card.
 
     Args:
         model: One that FlexAttention was attached to, or PEFT's wrapper of one.
         folder: Made if it is missing; `attach(model, folder)` reads it.
+        state_dict: The model's whole state, where its own parameters are shards.
 
     Raises:
         ValueError: If FlexAttention is not attached to the model.
         CheckpointError: If the projections are quantised, or an adapter of PEFT changes them.
     """
     model = attached_model(model)
-    model.save_adapter(Path(folder))
+    model.save_adapter(Path(folder), state_dict)
     family = model.hr_family
     adapters.write_card(Path(folder), family.settings, adapters.BaseModel.of(model, family.text_model))
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from flexattn_cuda.families.family import FixedTower
+from flexattn_cuda.families.family import FixedTower, Pixels
 
 # Older transformers replace the tower's forward functions while they record its hidden states.
 _ONE_AT_A_TIME = threading.Lock()
@@ -84,6 +84,12 @@ class Idefics3(FixedTower):
     @property
     def lr_side(self) -> int:
         return super().lr_side // int(self.model.config.scale_factor)
+
+    def encode_lr(self, pixels_hr: Pixels, arguments: dict[str, Any]) -> list[torch.Tensor]:
+        views, mask = arguments.get("pixel_values"), arguments.get("pixel_attention_mask")
+        if views is not None and views.ndim == 5 and mask is not None:  # a row with fewer images than others is padded
+            arguments = arguments | {"pixel_values": views[mask.flatten(2).any(-1)]}
+        return super().encode_lr(pixels_hr, arguments)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         # Not by get_image_features, which takes an image of zeros for padding and drops it.

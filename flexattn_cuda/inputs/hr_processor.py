@@ -14,6 +14,7 @@ import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -128,19 +129,46 @@ class HRProcessor(ProcessorMixin):
         """
         check_question(question)
         message, mark = user_message(question, images), self.family.image_mark
-        special = [*special_texts(self.tokenizer), mark, self.image_token]
-        refuse_special_texts([message], special, self.tokenizer.eos_token)
-        if self.chat_template is None and self.family.bare_prompt is None:
-            raise InputError("the checkpoint has no chat template; write the prompt yourself, or set chat_template")
-        if self.chat_template is None:
-            return str(self.family.bare_prompt).format(images=mark * images, question=question)
+        if self.chat_template is None and self.family.bare_prompt is not None:
+            self._refuse_special_texts([message])
+            return self.family.bare_prompt.format(images=mark * images, question=question)
         with refusing("the chat template of the checkpoint fails", InputError):
-            prompt: str = self.apply_chat_template([message], add_generation_prompt=True)
+            prompt = self.conversation_text([message], add_generation_prompt=True)
         if prompt.count(mark) != images:
             raise CheckpointError(
                 f"the chat template of the checkpoint writes {prompt.count(mark)} {mark} marks for {images} images"
             )
         return prompt
+
+    def conversation_text(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        """Return the text of a conversation, with one mark of the family for every image.
+
+        Raises:
+            InputError: If a message contains the text of a special token, or there is no chat template.
+        """
+        self._refuse_special_texts(messages)
+        if self.chat_template is None:
+            raise InputError("the checkpoint has no chat template; write the prompt yourself, or set chat_template")
+        text: str = self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+        return text
+
+    def conversation_ids(self, text: str, image_tokens: Sequence[int]) -> list[int]:
+        """Return the ids of the text of a conversation, as a call would.
+
+        Args:
+            text: As `conversation_text` or `prompt` returns it.
+            image_tokens: Number of image tokens of each of its images.
+
+        Raises:
+            InputError: If images and marks do not match.
+        """
+        self._check_marks([text.count(self.family.image_mark)], None, len(image_tokens))
+        ids: list[int] = self._tokenized([text], image_tokens, {"return_tensors": None})["input_ids"][0]
+        return ids
+
+    def _refuse_special_texts(self, messages: list[dict[str, Any]]) -> None:
+        special = [*special_texts(self.tokenizer), self.family.image_mark, self.image_token]
+        refuse_special_texts(messages, special, self.tokenizer.eos_token)
 
     def prompt_length(self, question: str, image: Any = None) -> int:
         """Return how many positions of the sequence the prompt of `question` about one image takes.
@@ -154,12 +182,47 @@ class HRProcessor(ProcessorMixin):
         """
         if image is None and self.family.native_size:
             raise InputError("the length of this family's prompts depends on the image; pass image=")
-        images = read_images(image if self.family.native_size else Image.new("RGB", (32, 32)))
-        tokens = self._tokens(self.family.views(self.image_processor, images, self._with_limit({}), zoom=1))
-        made = self._tokenized([self.prompt(question)], tokens, {"return_tensors": None})
-        return len(made["input_ids"][0])
+        tokens = self.image_tokens
+        if tokens is None:
+            [read] = read_images(image)
+            tokens = self.image_tokens_of(*read.size)
+        return len(self.conversation_ids(self.prompt(question), [tokens]))
 
     # --------------------------------------------------------------------------------------------------------- inputs
+
+    @property
+    def pad_id(self) -> int:
+        """The id of the padding, where the attention mask is 0."""
+        tokenizer = self.tokenizer
+        return next((one for one in (tokenizer.pad_token_id, tokenizer.unk_token_id) if one is not None), 0)
+
+    @property
+    def token_types(self) -> str | None:
+        """Name of the model input that is 1 at image tokens and 0 elsewhere; None: there is none."""
+        return self.family.token_types
+
+    @cached_property
+    def image_tokens(self) -> int | None:
+        """Image tokens of one image in the sequence; None: they depend on the image (Qwen-VL)."""
+        if self.family.native_size:
+            return None
+        any_image = [Image.new("RGB", (32, 32))]
+        return self._tokens(self.family.views(self.image_processor, any_image, {}, zoom=1))[0]
+
+    def image_tokens_of(self, width: int, height: int) -> int:
+        """Return the image tokens of an image of width x height pixels."""
+        if self.image_tokens is not None:
+            return self.image_tokens
+        size = sizes_of(self._with_limit({}).get("size", self.image_processor.size))
+        limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        patches: int = self.image_processor.get_number_of_image_patches(height, width, limits)
+        return patches // int(self.image_processor.merge_size) ** 2
+
+    def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Any]:
+        """Return what the model takes of upright RGB images, one after the other: [n, 3, H, W] in every family, which
+        the forward of a model that FlexAttention was attached to takes too."""
+        options = self._with_limit({})
+        return self._image_inputs(self.family.views(self.image_processor, images, options, self.zoom), images, options)
 
     def frame(self, width: int, height: int) -> Frame:
         """Return the part of an image of width x height pixels that its views show."""
@@ -211,7 +274,9 @@ class HRProcessor(ProcessorMixin):
         if flat:
             views = self.family.views(self.image_processor, flat, for_images, self.zoom)
             tokens = self._tokens(views)
-            values = self._image_inputs(views, flat, for_images, marks)
+            values = self._image_inputs(views, flat, for_images)
+            if self.family.nested:
+                values |= _nested(values["pixel_values"], marks)
         if return_tensors != "pt":
             values = {name: _as_arrays(value) for name, value in values.items()}
         features = BatchFeature(dict(self._tokenized(texts, tokens, for_text)))
@@ -269,13 +334,8 @@ class HRProcessor(ProcessorMixin):
         """Return the number of image tokens of each image: the LR cells of its base view."""
         return [(height // self.cell) * (width // self.cell) for height, width in views.sides]
 
-    def _image_inputs(
-        self, views: Views, images: Sequence[Image.Image], options: Options, marks: Sequence[int]
-    ) -> dict[str, Any]:
-        values: dict[str, Any] = dict(views.inputs)
-        if self.family.nested:
-            values |= _nested(values["pixel_values"], marks)
-        values["pixel_values_hr"] = views.hr
+    def _image_inputs(self, views: Views, images: Sequence[Image.Image], options: Options) -> dict[str, Any]:
+        values: dict[str, Any] = {**views.inputs, "pixel_values_hr": views.hr}
         grids = [(height // self.cell, width // self.cell) for height, width in views.sides]
         rects = [
             self.family.valid_rect(self.image_processor, options, image, grid) for image, grid in zip(images, grids)

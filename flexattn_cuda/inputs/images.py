@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from flexattn_cuda.errors import InputError
 
 _MAX_SIDE = 65_535  # pixels, as a JPEG can hold; beyond it the padded square alone would fill the memory
 _BAND_PIXELS = 1 << 24  # pixels of the padded square that are held at a time
+_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -26,11 +29,29 @@ def open_image(path: str | Path) -> Image.Image:
     Raises:
         InputError: If the file is missing, empty, damaged, not an image, or too large.
     """
+    with _opened(path) as image:
+        return upright_rgb(image)
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Return (width, height) in pixels of the image that `open_image` would read, mostly without decoding it.
+
+    Raises:
+        InputError: If the file is missing, empty or not an image.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) in _ON_ITS_SIDE else (width, height)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file; errors of opening and of decoding it in the block become InputErrors that name it."""
     path = Path(path)
     _check_file(path)
     try:
         with Image.open(path) as image:
-            return upright_rgb(image)
+            yield image
     except InputError as error:
         raise InputError(f"the image {path} cannot be used: {error}") from None
     except Image.DecompressionBombError:
@@ -86,12 +107,16 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image
 
 
-def _turned(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
     try:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # SyntaxError, struct.error, ...: an EXIF block that no one can read turns nothing
-        return image
-    if not turned:
+        return 1
+    return orientation
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    if _orientation(image) == 1:
         return image
     upright = ImageOps.exif_transpose(image)
     return image if upright is None else upright

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from flexattn_cuda.checkpoints import HubOptions, Part, checkpoint_format, load_config, resolve_folder
@@ -47,6 +48,8 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         InputError: If the tokenizer has no "<image>" token and no `image_token_id` is given.
     """
 
+    token_types: str | None = None  # the model takes no input that marks image tokens
+
     def __init__(
         self,
         image_processor: FlexAttnLlavaImageProcessor,
@@ -70,6 +73,10 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         """Image tokens of one image in the sequence: S*S, with LLaVA-HD S*S + h*h."""
         return self.image_processor.image_tokens
 
+    def image_tokens_of(self, width: int, height: int) -> int:
+        """Return the image tokens of an image of width x height pixels: `image_tokens`, whatever its size."""
+        return self.image_tokens
+
     @property
     def pad_id(self) -> int:
         """The id of the padding, where the attention mask is 0."""
@@ -84,6 +91,11 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         """
         refuse_special_texts(conversation, special_texts(self.tokenizer), self.tokenizer.eos_token)
         return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def conversation_text(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        """Return the text of a conversation, see `apply_chat_template`."""
+        text: str = self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+        return text
 
     def prompt(self, question: str, images: int = 1) -> str:
         """Return the prompt that asks `question` about `images` images, up to where the answer begins.
@@ -115,6 +127,11 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
             ids += [RELEASED_IMAGE_ID] + self.tokenizer(part, add_special_tokens=False)["input_ids"]
         return ids
 
+    def conversation_ids(self, text: str, image_tokens: Sequence[int]) -> list[int]:
+        """Return the ids of the text of a conversation, whose images all take `self.image_tokens` tokens each."""
+        ids: list[int] = self.expand_image_tokens(self.tokenize(text))
+        return ids
+
     def expand_image_tokens(self, ids: Sequence[int] | torch.Tensor) -> Any:
         """Return the ids of one prompt with `image_tokens` ids for every image.
 
@@ -143,6 +160,10 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         return expanded
 
     # --------------------------------------------------------------------------------------------------------- inputs
+
+    def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Any]:
+        """Return what the model takes of images."""
+        return dict(self.image_processor(images))
 
     def frame(self, width: int, height: int) -> Frame:
         """Return the square that an image of width x height pixels is padded to."""

@@ -17,10 +17,11 @@ from flexattn_cuda.checkpoints.files import first_line, refusing
 from flexattn_cuda.devices import choose_device, choose_dtype
 from flexattn_cuda.errors import CheckpointError, InputError
 from flexattn_cuda.families.attach import attach, settings_for
+from flexattn_cuda.families.attached import AttachedModel
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig, as_system
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.families.registry import FAMILIES, family_of
-from flexattn_cuda.inputs.hr_processor import processor_for
+from flexattn_cuda.inputs.hr_processor import HRProcessor, processor_for
 from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.tasks import lora
@@ -52,8 +53,8 @@ def load(
         dtype: Data type of the weights by name or as torch's; None and "auto" keep the checkpoint's.
         flexattn: Settings of the mechanism that replace the checkpoint's or the preset.
         system: One of `mechanism.config.SYSTEMS`, to load this package's LLaVA as (`families.llava.config.as_system`).
-        adapter: Folder or hub id of what `save_adapter` wrote, or the folder of what `flexattn train --lora` wrote for
-            this package's LLaVA; in place of `flexattn`.
+        adapter: Folder or hub id of what `save_adapter` or `flexattn train --adapter-only` wrote, or the folder of what
+            `flexattn train --lora` wrote; in place of `flexattn`.
         quantize: "4bit" or "8bit", to quantise the weights by bitsandbytes.
         hub: revision, token, cache_dir, local_files_only, force_download and subfolder of the checkpoint, as in
             transformers.
@@ -95,7 +96,38 @@ def load_llava(
         InputError: If an option is unknown or cannot be used here.
     """
     wanted = _Wanted(choose_device(device), choose_dtype(dtype), None, system, None, None)
-    return _load_llava(checkpoint_folder(model), wanted)
+    folder = checkpoint_folder(model)
+    kind = read_config(folder).get("model_type")
+    if kind in FAMILIES and kind not in FORMATS:
+        raise CheckpointError(
+            f"{folder} holds a model of type {kind!r}, of which only an adapter can be trained; pass --adapter-only"
+        )
+    return _load_llava(folder, wanted)
+
+
+def load_attached(
+    model: str | Path | None,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    adapter: str | Path | None = None,
+) -> tuple[AttachedModel, HRProcessor]:
+    """Load transformers' own model, with FlexAttention attached, and its processor; arguments as in `load`.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint or adapter, it cannot be loaded, or they do not fit together.
+        InputError: If the checkpoint is one that only this package loads.
+    """
+    folder = checkpoint_folder(model)
+    if _known_type(folder) not in FAMILIES:
+        raise InputError(
+            f"{folder} is a checkpoint of this package, with HR projections of its own; train them with --train hr in "
+            "place of --adapter-only"
+        )
+    loaded, processor = _load_attached(
+        folder, _Wanted(choose_device(device), choose_dtype(dtype), None, None, adapter, None)
+    )
+    loaded.config._name_or_path = str(model)  # an adapter names its base: a hub id, not a folder of the cache
+    return loaded, processor
 
 
 def _refuse_adapter(folder: Path, adapter: str | Path | None) -> None:
@@ -173,7 +205,7 @@ def _load_llava_with_lora(folder: Path, adapter: Path, wanted: _Wanted) -> tuple
     return (lora.merge(model, adapter) if lora.is_in(adapter) else model), processor
 
 
-def _load_attached(folder: Path, wanted: _Wanted) -> tuple[HRModel, QuestionProcessor]:
+def _load_attached(folder: Path, wanted: _Wanted) -> tuple[AttachedModel, HRProcessor]:
     """Load transformers' own model, and attach FlexAttention to it."""
     if wanted.system is not None:
         raise InputError(f"system is {wanted.system!r}, but {folder} is no LLaVA of this package; leave system out")
@@ -189,7 +221,10 @@ def _load_attached(folder: Path, wanted: _Wanted) -> tuple[HRModel, QuestionProc
         raise
     except ValueError as error:
         raise CheckpointError(f"FlexAttention cannot be attached to {folder}: {first_line(error)}") from error
-    return wanted.placed(model), processor_for(model)
+    processor = processor_for(model)
+    if wanted.adapter is not None and lora.is_in(Path(wanted.adapter)):
+        model = lora.merge(model, Path(wanted.adapter))
+    return wanted.placed(model), processor
 
 
 def quantization(kind: str, dtype: torch.dtype | None = None) -> BitsAndBytesConfig:

@@ -1,4 +1,4 @@
-"""LoRA on this package's LLaVA: small matrices that are trained beside weights that stay as they are.
+"""LoRA on models with FlexAttention: small matrices that are trained beside weights that stay as they are.
 
 What `flexattn train --lora` writes is an adapter of PEFT and one of FlexAttention in one folder: the first holds what
 was trained, the second the settings and the projections of high-resolution (HR) tokens that it was trained beside.
@@ -7,6 +7,7 @@ was trained, the second the settings and the projections of high-resolution (HR)
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,7 @@ from flexattn_cuda.checkpoints.files import refusing
 from flexattn_cuda.errors import InputError
 
 _FILE = "adapter_config.json"  # PEFT's name
-# By part that is trained. The vision tower has layers of the same names.
-_TARGETS = {
-    "all": r".*language_model\..*\.self_attn\.([qkv]_proj|[kv]_proj_hd)",
-    "hr": r".*language_model\..*\.self_attn\.[kv]_proj_hd",
-}
+_TARGETS = {"all": "([qkv]_proj|[kv]_proj_hd)", "hr": "[kv]_proj_hd"}  # by part that is trained
 
 
 def require_peft() -> None:
@@ -29,17 +26,20 @@ def require_peft() -> None:
         raise InputError("LoRA needs the package peft: pip install 'flexattn_cuda[train]'")
 
 
-def wrap(model: PreTrainedModel, rank: int, part: str) -> Any:
+def wrap(model: PreTrainedModel, text: PreTrainedModel, rank: int, part: str) -> Any:
     """Return PEFT's wrapper of a model, which trains the matrices of LoRA alone.
 
     Args:
         model: A model with FlexAttention.
+        text: Its language model. The vision tower has layers of the same names.
         rank: Of the matrices; what they add is scaled by two, as in LLaVA's recipe.
         part: "all" (queries, keys, values and the HR projections) or "hr" (the HR projections).
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_TARGETS[part], task_type="CAUSAL_LM")
+    name = next(name for name, module in model.named_modules() if module is text)
+    targets = rf"{re.escape(name)}\.layers\.\d+\.self_attn\.{_TARGETS[part]}"
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, GenerationConfig, PreTrainedConfig
 
 from flexattn_cuda.inputs.frames import Frame
@@ -44,6 +45,34 @@ class QuestionProcessor(Protocol):
     def frame(self, width: int, height: int) -> Frame: ...
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None) -> BatchFeature: ...
+
+
+class TrainingProcessor(QuestionProcessor, Protocol):
+    """A processor that also turns conversations into what a model is trained on.
+
+    Attributes:
+        image_token_id: The id of an image token.
+        token_types: Name of the model input that is 1 at image tokens and 0 elsewhere; None: there is none.
+    """
+
+    image_token_id: int
+
+    @property
+    def token_types(self) -> str | None: ...
+
+    @property
+    def pad_id(self) -> int: ...
+
+    @property
+    def image_tokens(self) -> int | None: ...
+
+    def image_tokens_of(self, width: int, height: int) -> int: ...
+
+    def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Any]: ...
+
+    def conversation_text(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str: ...
+
+    def conversation_ids(self, text: str, image_tokens: Sequence[int]) -> list[int]: ...
 
 
 def max_positions(model: HRModel) -> int:

@@ -192,6 +192,18 @@ class TrainOptions(Options):
         Path, Option("Folder to write checkpoints and the model to.", flags=("--output", "-o"), metavar="DIR")
     ]
     model: Model = None
+    adapter_only: Annotated[
+        bool,
+        Option(
+            "Train an adapter for a model of any known family: its HR projections, or with --lora LoRA.", fixed=True
+        ),
+    ] = False
+    adapter: Annotated[
+        str | None,
+        Option(
+            "Adapter to start from, with --adapter-only; by default the paper's settings.", metavar="DIR", fixed=True
+        ),
+    ] = None
     system: Annotated[
         str | None, Option(f"Train the checkpoint as another system: {', '.join(SYSTEMS)}.", fixed=True)
     ] = None
@@ -265,11 +277,22 @@ class TrainOptions(Options):
             raise InputError(
                 "--lora adapts attention, not the projector; leave one of --lora and --train projector out"
             )
+        self._check_adapter_only()
         if self.save_every % self.log_every:
             raise InputError(
                 f"save every is {self.save_every} and log every is {self.log_every}; "
                 "a checkpoint must fall on an entry of the loss, so make the first a multiple of the second"
             )
+
+    def _check_adapter_only(self) -> None:
+        if self.adapter is not None and not self.adapter_only:
+            raise InputError("--adapter is where training an adapter starts from; pass --adapter-only, or leave it out")
+        if self.adapter_only and self.model is None:
+            raise InputError("--adapter-only needs --model, the model that the adapter is for")
+        if self.adapter_only and self.system is not None:
+            raise InputError("--system is for models of this package; leave one of --system and --adapter-only out")
+        if self.adapter_only and self.train == "projector":
+            raise InputError("an adapter has no projector; leave one of --train projector and --adapter-only out")
 
 
 # ----------------------------------------------------------------------------------------------------------- facts

@@ -15,7 +15,7 @@ from flexattn_cuda.checkpoints import load_config
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.inputs import images
 from flexattn_cuda.inputs.image_processor import FlexAttnLlavaImageProcessor
-from flexattn_cuda.inputs.images import open_image, square_resized, upright_rgb, valid_rect_of
+from flexattn_cuda.inputs.images import image_size, open_image, square_resized, upright_rgb, valid_rect_of
 
 VECTORS = Path(__file__).parents[1] / "data" / "reference_vectors"
 GREY = (122, 116, 104)
@@ -139,6 +139,7 @@ def test_an_image_is_turned_upright_once(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned a quarter to the left
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    assert image_size(tmp_path / "turned.jpg") == open_image(tmp_path / "turned.jpg").size == (20, 40)
     image = open_image(tmp_path / "turned.jpg")
     assert image.size == upright_rgb(image).size == (20, 40)
 

@@ -78,6 +78,18 @@ def test_a_batch_is_answered_as_its_questions_alone(folders, name):
     assert generate_answers(model, processor, images, questions, 4) == alone
 
 
+@checkpoints
+@torch.no_grad()
+def test_prompts_of_a_batch_may_have_different_numbers_of_images(folders, name):
+    model, processor = attached(folders(name))
+    images = [[question_files.image(seed=0), question_files.image(96, 96, seed=1)], [question_files.image(seed=2)]]
+    texts = [processor.prompt(QUESTION, images=len(some)) for some in images]
+    logits = model(**processor(images=images, text=texts)).logits
+    for row, (some, text) in enumerate(zip(images, texts)):
+        alone = model(**processor(images=some, text=text)).logits[0]
+        assert (logits[row, -len(alone) :] - alone).abs().max() <= 1e-4 * alone.abs().max()
+
+
 def test_any_of_several_end_tokens_ends_an_answer(folders):
     model, processor = attached(folders("internvl_qwen2"))
     tokens = ask(model, processor, question_files.image(), QUESTION, max_new_tokens=6).tokens

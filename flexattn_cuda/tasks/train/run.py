@@ -8,18 +8,24 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from flexattn_cuda.checkpoints import adapters
 from flexattn_cuda.errors import InputError
+from flexattn_cuda.families.attached import AttachedModel
+from flexattn_cuda.families.llava.family import LlavaFamily
+from flexattn_cuda.inputs.hr_processor import HRProcessor
 from flexattn_cuda.runs.files import locked_folder, make_writable_folder, os_errors_as_input_errors, write_atomically
 from flexattn_cuda.runs.fingerprint import Fingerprint
 from flexattn_cuda.runs.processes import Processes
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks import load as loading
 from flexattn_cuda.tasks import lora, training_data
+from flexattn_cuda.tasks.models import max_positions
 from flexattn_cuda.tasks.options import TrainOptions
 from flexattn_cuda.tasks.train.arguments import start_processes, training_arguments
 from flexattn_cuda.tasks.train.broken_list import BrokenList, print_summary
@@ -35,7 +41,7 @@ from flexattn_cuda.tasks.train.requirements import (
     require_tensorboard,
     transformers_optimizer,
 )
-from flexattn_cuda.tasks.train.trainer import FlexAttnTrainer, choose_trained
+from flexattn_cuda.tasks.train.trainer import AdapterTrainer, FlexAttnTrainer, choose_trained
 from flexattn_cuda.tasks.training_data import Broken
 
 
@@ -115,35 +121,44 @@ class TrainingRun:
     def _load_model(self) -> None:
         options = self._options
         dtype = None if options.check_only else self._machine.weights
-        self._model, self._processor = loading.load_llava(options.model, "cpu", dtype, options.system)
+        if options.adapter_only:
+            model, self._processor = _load_attached(options, dtype)
+        else:
+            model, self._processor = loading.load_llava(options.model, "cpu", dtype, options.system)
+        self._model: Any = model
         if options.lora is None:
-            choose_trained(self._model, options.train)
+            choose_trained(self._model, "hr" if options.adapter_only else options.train)
         else:
             self._add_lora(options.lora)
         self._check_optimizer()
         if options.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        max_positions = self._model.config.text_config.max_position_embeddings
-        if options.max_length is not None and options.max_length > max_positions:
-            raise InputError(f"max length is {options.max_length}; the model has {max_positions} positions")
+        positions = max_positions(self._model)
+        if options.max_length is not None and options.max_length > positions:
+            raise InputError(f"max length is {options.max_length}; the model has {positions} positions")
         self._encode = partial(
             training_data.encode,
             self._processor,
-            max_length=options.max_length or max_positions,
+            max_length=options.max_length or positions,
             ends=answering.end_ids(self._model, self._processor),
+            images=options.images,
         )
 
     def _add_lora(self, rank: int) -> None:
-        base, text = self._model, self._model.model.language_model
-        if base.config.system != "flexattn":
+        base = self._model
+        if isinstance(base, AttachedModel):
+            family = base.hr_family
+        elif base.config.system == "flexattn":
+            family = LlavaFamily(base)
+        else:
             raise InputError(f"--lora needs FlexAttention, but the system is {base.config.system}; leave --lora out")
         self._beside_lora = partial(
             adapters.write,
-            settings=base.config.flexattn,
-            base=adapters.BaseModel.of(base, text),
-            weights=adapters.projections(text, base.config.hr_layers),
+            settings=family.settings,
+            base=adapters.BaseModel.of(base, family.text_model),
+            weights=adapters.projections(family.text_model, family.hr_layers),
         )
-        self._model = lora.wrap(base, rank, self._options.train)
+        self._model = lora.wrap(base, family.text_model, rank, self._options.train)
 
     def _check_optimizer(self) -> None:
         try:
@@ -194,11 +209,12 @@ class TrainingRun:
     def fit(self, checkpoint: Path | None, broken: list[Broken]) -> dict[int, float]:
         """Train, save the model, and return the loss by step."""
         options = self._options
-        trainer = FlexAttnTrainer(
+        trainer_class = AdapterTrainer if options.adapter_only and options.lora is None else FlexAttnTrainer
+        trainer = trainer_class(
             self._model,
             self._arguments,
             train_dataset=self._dataset(broken),
-            data_collator=training_data.Collator(self._processor.pad_id),
+            data_collator=training_data.Collator(self._processor.pad_id, self._processor.token_types),
             processing_class=self._processor,
             callbacks=self._callbacks(),
         )
@@ -242,6 +258,21 @@ def _check_output(options: TrainOptions) -> None:
     model = loading.DEFAULT_MODEL if options.model is None else Path(options.model)
     if options.output.resolve() == model.resolve():
         raise InputError(f"the output {options.output} is the folder of the model; choose another folder")
+    if options.adapter is not None and options.output.resolve() == Path(options.adapter).resolve():
+        raise InputError(f"the output {options.output} is the folder of the adapter; choose another folder")
+
+
+def _load_attached(options: TrainOptions, dtype: torch.dtype | None) -> tuple[AttachedModel, HRProcessor]:
+    """Load a model to train an adapter for; raise InputError if it cannot be trained."""
+    if options.adapter is not None and lora.is_in(Path(options.adapter)):
+        raise InputError(f"the adapter in {options.adapter} was trained with --lora; start from one that was not")
+    model, processor = loading.load_attached(options.model, "cpu", dtype, options.adapter)
+    if processor.family.finish is not None:
+        raise InputError(
+            f"adapters for {model.config.model_type} cannot be trained: the end of its prompts and the mask of its "
+            "answers are of a form of their own"
+        )
+    return model, processor
 
 
 def _checkpoint_to_resume(output: Path, fingerprint: Fingerprint, restart: bool) -> Path | None:

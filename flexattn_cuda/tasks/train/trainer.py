@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from flexattn_cuda.checkpoints import adapters
 from flexattn_cuda.checkpoints.projections import is_projection
 from flexattn_cuda.errors import InputError
-from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
+from flexattn_cuda.families.attach import attached_model, save_adapter
 from flexattn_cuda.tasks.train.checkpoints import checkpoint_folder, last_complete_checkpoint, mark_complete
 from flexattn_cuda.tasks.training_data import IGNORED
 
@@ -65,8 +66,37 @@ def choose_trained(model: nn.Module, part: str) -> None:
         raise InputError("this system has no projections for high-resolution tokens to train; choose another part")
 
 
+class _AnswerLoss:
+    """`answer_loss` in place of a model's own loss function.
+
+    Attributes:
+        answers: Number of answer tokens to divide by in a model that does not hand it on.
+        computed: Whether the model has called it.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self.answers: torch.Tensor | int | None = None
+        self.computed = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the loss, in a form that gradients can be asked of, also where nothing that is trained took part: HR
+        projections, in a batch without images.
+
+        It is called inside the model's forward, where DistributedDataParallel finds out which weights take part.
+        """
+        self.computed = True
+        loss = answer_loss(*args, **{"num_items_in_batch": self.answers, **kwargs})
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            for weight in self._model.parameters():
+                if weight.requires_grad:
+                    loss = loss + 0 * weight.sum()
+        return loss
+
+
 class FlexAttnTrainer(Trainer):
-    """transformers' Trainer for `FlexAttnLlavaForConditionalGeneration`, or PEFT's wrapper of one.
+    """transformers' Trainer for `FlexAttnLlavaForConditionalGeneration`, a model that FlexAttention was attached to, or
+    PEFT's wrapper of either.
 
     A batch is what the model's `forward` takes, with labels: pixels, or `image_features` and `hr_features` that were
     encoded before. In training, the attention to HR tokens is weighted with `FlexAttnConfig.alpha` of the epochs done.
@@ -76,23 +106,37 @@ class FlexAttnTrainer(Trainer):
     is preceded by an entry of the loss.
 
     Raises:
-        InputError: If the loss or the norm of its gradient becomes NaN or infinite while training.
+        InputError: If the loss or the norm of its gradient becomes NaN or infinite while training, or the model
+            computes its loss without its loss function (Gemma3 in transformers 5.0).
     """
 
-    def __init__(self, model: FlexAttnLlavaForConditionalGeneration, args: TrainingArguments, **kwargs: Any):
-        getattr(model, "get_base_model", lambda: model)().loss_function = answer_loss
+    def __init__(self, model: PreTrainedModel, args: TrainingArguments, **kwargs: Any):
+        self._loss = _AnswerLoss(model)
+        getattr(model, "get_base_model", lambda: model)().loss_function = self._loss
         super().__init__(model, args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # whatever the model says: see _AnswerLoss
 
     @property
     def hr_alpha(self) -> float:
         """The weight of the attention to HR tokens in the next step."""
-        settings = self.accelerator.unwrap_model(self.model).config.flexattn
+        settings = self.accelerator.unwrap_model(self.model).flexattn_settings
         return 1.0 if settings is None else settings.alpha(self.state.epoch or 0.0)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         if model.training:
             inputs = {**inputs, "hr_alpha": self.hr_alpha}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        self._loss.answers, self._loss.computed = num_items_in_batch, False
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self._loss.computed:
+            kind = self.accelerator.unwrap_model(model).config.model_type
+            raise InputError(f"this version of transformers computes the loss of {kind} by itself; install a newer one")
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log(logs, *args, **kwargs)
@@ -124,3 +168,15 @@ class FlexAttnTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # every process writes a part of its own
         if self.args.should_save:
             mark_complete(checkpoint_folder(self.args.output_dir, self.state.global_step))
+
+
+class AdapterTrainer(FlexAttnTrainer):
+    """Trains the HR projections of a model that FlexAttention was attached to: what it writes are adapters."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if self.args.should_save:
+            save_adapter(self.model, self.args.output_dir if output_dir is None else output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        family = attached_model(self.model if model is None else model).hr_family
+        adapters.read(resume_from_checkpoint).load_into(family.text_model, family.hr_layers)

@@ -37,8 +37,9 @@ def check(
         progress: Print progress on stderr, and every broken record as soon as it is found.
     """
     run = _Check(progress)
-    run.check_conversations(records, encode)
+    run.check_form(records)
     run.check_images(Path(images), verdicts)
+    run.check_conversations(records, encode)
     return [run.broken[number] for number in sorted(run.broken)]
 
 
@@ -50,14 +51,23 @@ class _Check:
         self._progress = progress
         self._users: dict[str, list[int]] = {}  # the records of each image
 
+    def check_form(self, records: Sequence[Any]) -> None:
+        with Progress(len(records), "records read", self._progress) as progress:
+            for number, record in enumerate(records):
+                try:
+                    for image in parse(record).images:
+                        self._users.setdefault(image, []).append(number)
+                except BrokenRecordError as error:
+                    self._add(number, error, progress)
+                progress.advance(1)
+
     def check_conversations(self, records: Sequence[Any], encode: Callable[[Conversation], Any]) -> None:
+        """Encode the records that are not broken yet, whose images can be read."""
         with Progress(len(records), "records checked", self._progress) as progress:
             for number, record in enumerate(records):
                 try:
-                    conversation = parse(record)
-                    encode(conversation)
-                    for image in conversation.images:
-                        self._users.setdefault(image, []).append(number)
+                    if number not in self.broken:
+                        encode(parse(record))
                 except BrokenRecordError as error:
                     self._add(number, error, progress)
                 except InputError as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
+from flexattn_cuda.inputs.images import image_size
 from flexattn_cuda.inputs.questions import user_message
+from flexattn_cuda.tasks.models import TrainingProcessor
 from flexattn_cuda.tasks.training_data.records import BrokenRecordError, Conversation, Turn
 
 IGNORED = -100  # the label of a position that nothing is learned from
@@ -36,16 +38,30 @@ class _TokenizedTurn:
 
 
 def encode(
-    processor: FlexAttnLlavaProcessor, conversation: Conversation, max_length: int, ends: Sequence[int] | None = None
+    processor: TrainingProcessor,
+    conversation: Conversation,
+    max_length: int,
+    ends: Sequence[int] | None = None,
+    images: str | Path = ".",
 ) -> LabelledIds:
     """Return `labelled_ids` of a conversation.
 
+    Args:
+        processor: The model's processor.
+        conversation: The conversation.
+        max_length: Maximum number of tokens.
+        ends: Ids that end an answer; by default the tokenizer's end-of-sequence id.
+        images: Folder that the paths of the images are relative to; read where their size decides how many tokens they
+            take.
+
     Raises:
         BrokenRecordError: If the chat template cannot render it, or it is longer than `max_length` tokens.
+        InputError: If a text or an image cannot be used.
     """
-    ids, labels = labelled_ids(processor, conversation.turns, ends)
+    tokens = _image_tokens(processor, [Path(images, image) for image in conversation.images])
+    ids, labels = labelled_ids(processor, conversation.turns, ends, tokens)
     image_tokens = ids.count(processor.image_token_id)
-    if image_tokens != len(conversation.images) * processor.image_tokens:
+    if image_tokens != sum(tokens):
         raise BrokenRecordError(
             "conversation that the chat template cannot render",
             f"the model's chat template makes {image_tokens} image tokens for {len(conversation.images)} images",
@@ -61,8 +77,17 @@ def encode(
     return LabelledIds(ids, labels)
 
 
+def _image_tokens(processor: TrainingProcessor, images: Sequence[Path]) -> list[int]:
+    if processor.image_tokens is not None:
+        return [processor.image_tokens] * len(images)
+    return [processor.image_tokens_of(*image_size(image)) for image in images]
+
+
 def labelled_ids(
-    processor: FlexAttnLlavaProcessor, turns: Sequence[Turn], ends: Sequence[int] | None = None
+    processor: TrainingProcessor,
+    turns: Sequence[Turn],
+    ends: Sequence[int] | None = None,
+    image_tokens: Sequence[int] | None = None,
 ) -> LabelledIds:
     """Tokenize a conversation and label its answers, each with its end.
 
@@ -72,62 +97,78 @@ def labelled_ids(
         processor: The model's processor.
         turns: The conversation.
         ends: Ids that end an answer; by default the tokenizer's end-of-sequence id.
+        image_tokens: Number of image tokens of each image; by default what every image takes, whatever its size.
 
     Raises:
         BrokenRecordError: If the chat template cannot render such a conversation.
     """
+    if image_tokens is None:
+        image_tokens = _image_tokens(processor, [Path()] * sum(turn.images for turn in turns))
     ends = [processor.tokenizer.eos_token_id] if ends is None else list(ends)
-    eos = processor.tokenizer.eos_token or ""
+    tokenizer = _TurnTokenizer(processor, turns, ends, image_tokens)
     # Some templates leave it to the training code to end an answer, and some render questions alone.
     tokenized = (
-        _tokenize_by_template(processor, turns, ends, end_text="")
-        or _tokenize_by_template(processor, turns, ends, end_text=eos)
-        or [_tokenize_single_turn(processor, turns, ends[0])]
+        tokenizer.by_template(end_text="")
+        or tokenizer.by_template(end_text=processor.tokenizer.eos_token or "")
+        or [tokenizer.single_turn()]
     )
     ids: list[int] = []
     labels: list[int] = []
     for turn in tokenized:
-        prompt = processor.expand_image_tokens(turn.prompt)
-        ids += [*prompt, *turn.answer]
-        labels += [IGNORED] * len(prompt) + turn.answer
+        ids += [*turn.prompt, *turn.answer]
+        labels += [IGNORED] * len(turn.prompt) + turn.answer
     return LabelledIds(ids, labels)
 
 
-def _tokenize_by_template(
-    processor: FlexAttnLlavaProcessor, turns: Sequence[Turn], ends: list[int], end_text: str
-) -> list[_TokenizedTurn] | None:
-    """Tokenize turns by the chat template; None if it cannot serve.
+@dataclass(frozen=True)
+class _TurnTokenizer:
+    """Turns a conversation into ids, turn by turn."""
 
-    It can if the ids of the conversation so far begin with those of the prompt before, and every answer has an end.
-    """
-    messages: list[dict[str, Any]] = []
-    tokenized: list[_TokenizedTurn] = []
-    before: list[int] = []
-    for turn in turns:
-        messages.append(user_message(turn.question, turn.images))
-        try:
-            prompt = processor.tokenize(processor.apply_chat_template(messages, add_generation_prompt=True))
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer + end_text}]})
-            whole = processor.tokenize(processor.apply_chat_template(messages))
-        except TemplateError:
-            return None
-        if prompt[: len(before)] != before or whole[: len(prompt)] != prompt:
-            return None
-        answer = whole[len(prompt) :]
-        last = next((position for position in reversed(range(len(answer))) if answer[position] in ends), None)
-        if last is None:
-            return None
-        tokenized.append(_TokenizedTurn(prompt[len(before) :], answer[: last + 1]))
-        before = whole[: len(prompt) + last + 1]
-    return tokenized
+    processor: TrainingProcessor
+    turns: Sequence[Turn]
+    ends: list[int]
+    image_tokens: Sequence[int]
 
+    def by_template(self, end_text: str) -> list[_TokenizedTurn] | None:
+        """Tokenize turns by the chat template; None if it cannot serve.
 
-def _tokenize_single_turn(processor: FlexAttnLlavaProcessor, turns: Sequence[Turn], end: int) -> _TokenizedTurn:
-    if len(turns) > 1:
-        raise BrokenRecordError(
-            "conversation that the chat template cannot render",
-            f"the model's chat template renders single questions only; this conversation has {len(turns)}",
-        )
-    [turn] = turns
-    prompt = processor.tokenize(processor.prompt(turn.question, turn.images))
-    return _TokenizedTurn(prompt, [*processor.tokenizer(turn.answer, add_special_tokens=False)["input_ids"], end])
+        It can if the ids of the conversation so far begin with those of the prompt before, and every answer has an end.
+        """
+        messages: list[dict[str, Any]] = []
+        tokenized: list[_TokenizedTurn] = []
+        before: list[int] = []
+        images = 0
+        for turn in self.turns:
+            images += turn.images
+            messages.append(user_message(turn.question, turn.images))
+            try:
+                prompt = self._ids(messages, images, add_generation_prompt=True)
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer + end_text}]})
+                whole = self._ids(messages, images)
+            except TemplateError:
+                return None
+            if prompt[: len(before)] != before or whole[: len(prompt)] != prompt:
+                return None
+            answer = whole[len(prompt) :]
+            last = next((position for position in reversed(range(len(answer))) if answer[position] in self.ends), None)
+            if last is None:
+                return None
+            tokenized.append(_TokenizedTurn(prompt[len(before) :], answer[: last + 1]))
+            before = whole[: len(prompt) + last + 1]
+        return tokenized
+
+    def _ids(self, messages: list[dict[str, Any]], images: int, add_generation_prompt: bool = False) -> list[int]:
+        text = self.processor.conversation_text(messages, add_generation_prompt)
+        return self.processor.conversation_ids(text, self.image_tokens[:images])
+
+    def single_turn(self) -> _TokenizedTurn:
+        """Tokenize the prompt of a question, then its answer and an end."""
+        if len(self.turns) > 1:
+            raise BrokenRecordError(
+                "conversation that the chat template cannot render",
+                f"the model's chat template renders single questions only; this conversation has {len(self.turns)}",
+            )
+        [turn] = self.turns
+        prompt = self.processor.conversation_ids(self.processor.prompt(turn.question, turn.images), self.image_tokens)
+        answer = self.processor.tokenizer(turn.answer, add_special_tokens=False)["input_ids"]
+        return _TokenizedTurn(prompt, [*answer, self.ends[0]])
