@@ -137,6 +137,15 @@ class Family:
         """Return the positions of a prompt where they depend on its images; None where the model counts."""
         return None
 
+    @property
+    def position_offsets(self) -> torch.Tensor | None:
+        """Distance of positions from a plain count, which the model keeps from call to call; None if it keeps none."""
+        return None
+
+    @position_offsets.setter
+    def position_offsets(self, offsets: torch.Tensor) -> None:
+        raise NotImplementedError
+
 
 class FixedTower(Family):
     """A model whose vision tower takes squares of one size: the LR view is one, an HR image zoom x zoom of them."""

@@ -17,6 +17,9 @@ OWN_ARGUMENTS = (
     "flexattn_trace", "hr_alpha", "hr_cache", "hr_capacity", "tiles_on_demand",
 )  # fmt: skip
 
+# Newer transformers find the positions of a prompt before they repeat its rows for beams, older ones in every call.
+POSITIONS_COME_FIRST = hasattr(GenerationMixin, "_prepare_position_ids_for_generation")
+
 
 class HRGeneration(GenerationMixin):
     """Mixed into a model of transformers, in front of its own class.

@@ -11,15 +11,19 @@ from transformers import PreTrainedModel
 
 from flexattn_cuda import profiling
 from flexattn_cuda.families.family import Family, Pixels, PromptWithImages
+from flexattn_cuda.families.generation import POSITIONS_COME_FIRST
 from flexattn_cuda.mechanism.grid import Grid, ImageGrids
 from flexattn_cuda.mechanism.rotary import RotaryTables
+
+# Older transformers find the positions of a row by the sizes of its images; newer ones would repeat these one by one.
+_REPEATED = () if POSITIONS_COME_FIRST else ("image_grid_thw",)
 
 
 class Qwen2VL(Family):
     """A token takes a square of patches; the HR image is cut into zoom x zoom tiles of the LR view's size."""
 
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
-    row_arguments: ClassVar[tuple[str, ...]] = ("image_grid_thw", "mm_token_type_ids")
+    row_arguments: ClassVar[tuple[str, ...]] = ("mm_token_type_ids", *_REPEATED)
     position_axes: ClassVar[int] = 3
 
     @property
@@ -90,6 +94,16 @@ class Qwen2VL(Family):
         inner.rope_deltas = deltas.repeat_interleave(every, 0)
         repeated: torch.Tensor = positions.repeat_interleave(every, 1)
         return repeated
+
+    @property
+    def position_offsets(self) -> torch.Tensor | None:
+        """Those of the conversation that the model ran last, [rows, 1]."""
+        offsets: torch.Tensor | None = self.model.model.rope_deltas
+        return offsets
+
+    @position_offsets.setter
+    def position_offsets(self, offsets: torch.Tensor) -> None:
+        self.model.model.rope_deltas = offsets
 
     @property
     def _merge(self) -> int:

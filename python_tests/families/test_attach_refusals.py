@@ -84,3 +84,21 @@ def test_settings_that_do_not_fit_the_model_are_refused():
     for settings, says in ((FlexAttnConfig.released(), "layers 0 to 4"), (FlexAttnConfig.hd(), "only 'flexattn'")):
         with pytest.raises(ValueError, match=says):
             flexattn_cuda.attach(FAMILIES["internvl_qwen2"].model(), settings)
+
+
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        ({"pixel_values_hr": "image.jpg"}, "is a str; it must be a tensor or a list of tensors"),
+        ({"pixel_values_hr": [[0.5]]}, "is a list; it must be a tensor or a list of tensors"),
+        ({"pixel_values_hr": torch.zeros(0, 3, 64, 64)}, "holds no images"),
+        ({"pixel_values_hr": torch.zeros(1, 3, 64, 64, dtype=torch.uint8)}, "torch.uint8; it must be normalised"),
+        ({"inputs_embeds": torch.zeros(1, 27, 64)}, "pass input_ids alone"),
+        ({"attention_mask": torch.arange(27)[None] < 25}, "padding on the right, .* pad on the left"),
+    ],
+)
+def test_images_that_would_be_misread_are_refused(changed, says):
+    model, inputs = attached("internvl_qwen2")
+    assert inputs["input_ids"].shape == (1, 27)
+    with pytest.raises(ValueError, match=says):
+        model(**inputs | changed)
