@@ -163,9 +163,21 @@ class AttachedModel(HRGeneration):
         return output
 
     def _resume(self, cache: Cache | None) -> None:
-        """Give the model the position offsets of this conversation; it may have run another one since."""
+        """Give the model the position offsets of this conversation; it may have run another one since.
+
+        Raises:
+            ValueError: If `refit` has taken projections that the conversation needs.
+        """
         images = HRCache.beside(cache)
-        if images is not None and images.position_offsets is not None:
+        if images is None:
+            return
+        began, now = images.settings.first_layer, self.flexattn_settings.first_layer
+        if began < now:
+            raise ValueError(
+                f"this conversation began with high-resolution tokens from layer {began} on, but refit has moved them "
+                f"to layer {now}; start again with a new cache"
+            )
+        if images.position_offsets is not None:
             self.hr_family.position_offsets = images.position_offsets
 
     def _embed_images(self, own: HRArguments, arguments: dict[str, Any], shape: CallShape) -> NewImages:
@@ -295,9 +307,9 @@ def _check_images(own: HRArguments, arguments: dict[str, Any]) -> None:
             f"pixel_values_hr is {dtypes.pop()}; it must be normalised, in floating point: use the model's processor"
         )
     mask = arguments.get("attention_mask")
-    if arguments.get("labels") is None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        if not bool(mask[:, -1].all()):
-            raise ValueError(
-                "attention_mask has padding on the right, where the row that sees high-resolution tokens should be; "
-                "pad on the left (padding_side='left'), or pass labels"
-            )
+    padded = isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, -1].all())
+    if padded and arguments.get("labels") is None:
+        raise ValueError(
+            "attention_mask has padding on the right, where the row that sees high-resolution tokens should be; pad on "
+            "the left (padding_side='left'), or pass labels"
+        )

@@ -37,7 +37,7 @@ def weight_of(linear: Any, compute_dtype: torch.dtype) -> torch.Tensor:
 
 def check_readable(linear: Any) -> None:
     """Raise ValueError where `weight_of` would."""
-    if type(linear).__module__.partition(".")[0] == "peft":
+    if is_changed_by_peft(linear):
         raise ValueError(
             "an adapter of PEFT changes the model's keys or values; attach FlexAttention first and the adapter after "
             "it, or merge the adapter (merge_and_unload)"
@@ -47,6 +47,11 @@ def check_readable(linear: Any) -> None:
             f"the weight of {type(linear).__name__} {held} that flexattn cannot read; quantise with bitsandbytes or "
             "torchao, or not at all"
         )
+
+
+def is_changed_by_peft(linear: Any) -> bool:
+    """Return whether an adapter of PEFT has taken the place of a layer."""
+    return type(linear).__module__.partition(".")[0] == "peft"
 
 
 def unknown_codes(linear: Any) -> str | None:
@@ -60,7 +65,7 @@ def unknown_codes(linear: Any) -> str | None:
 
 
 def is_quantised(linear: Any) -> bool:
-    """Whether a layer holds codes that `weight_of` can read."""
+    """Return whether a layer holds codes that `weight_of` can read."""
     return _is_bitsandbytes(linear) or _dequantises_itself(linear.weight)
 
 

@@ -9,6 +9,7 @@ from tiny_families import FAMILIES
 
 import flexattn_cuda
 from flexattn_cuda import FlexAttnConfig
+from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 
 
 def attached(name: str):
@@ -84,6 +85,42 @@ def test_settings_that_do_not_fit_the_model_are_refused():
     for settings, says in ((FlexAttnConfig.released(), "layers 0 to 4"), (FlexAttnConfig.hd(), "only 'flexattn'")):
         with pytest.raises(ValueError, match=says):
             flexattn_cuda.attach(FAMILIES["internvl_qwen2"].model(), settings)
+
+
+@pytest.mark.parametrize(
+    "model, says",
+    [
+        ("OpenGVLab/InternVL3-1B-hf", "model is a str; load it by Auto"),
+        (FAMILIES["internvl_qwen2"].model().model, "InternVLModel has no language head; load it by Auto"),
+    ],
+    ids=["name", "no_head"],
+)
+def test_what_is_no_model_that_answers_is_refused(model, says):
+    with pytest.raises(ValueError, match=says):
+        flexattn_cuda.attach(model)
+
+
+def test_an_adapter_that_does_not_fit_leaves_a_model_as_it_was(tmp_path):
+    flexattn_cuda.save_adapter(attached("internvl_qwen2")[0], tmp_path)
+    settings_file = tmp_path / "flexattn_adapter.json"
+    settings_file.write_text(settings_file.read_text().replace('"first_layer": 2', '"first_layer": 1'))
+    model = FAMILIES["internvl_qwen2"].model()
+    names, implementation = model.state_dict().keys(), model.model.language_model.config._attn_implementation
+    with pytest.raises(ValueError, match=r"layers\.1\..* is in the adapter or in the model alone"):
+        flexattn_cuda.attach(model, tmp_path)
+    assert model.state_dict().keys() == names and not hasattr(model, "attachment")
+    assert model.model.language_model.config._attn_implementation == implementation
+    flexattn_cuda.attach(model)
+
+
+@torch.no_grad()
+def test_a_conversation_whose_layers_refit_has_emptied_is_refused():
+    model, inputs = attached("internvl_qwen2")
+    cache = transformers.DynamicCache()
+    model(**inputs, use_cache=True, **{CACHE_ARGUMENT: cache})
+    flexattn_cuda.refit(model, FAMILIES["internvl_qwen2"].settings(first_layer=4))
+    with pytest.raises(ValueError, match="began with .* from layer 2 on, but refit has moved them to layer 4; start"):
+        model(input_ids=torch.tensor([[5]]), use_cache=True, **{CACHE_ARGUMENT: cache})
 
 
 @pytest.mark.parametrize(
