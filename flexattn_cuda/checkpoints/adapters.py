@@ -123,7 +123,7 @@ def find(name_or_path: str | Path, hub: HubOptions | None = None) -> Path:
     """Return the local folder of an adapter's folder or hub id.
 
     Raises:
-        CheckpointError: If there is no such folder, and the hub does not deliver.
+        CheckpointError: If there is no such folder, and the hub has no such adapter or cannot be reached.
     """
     if not Path(name_or_path).is_dir() and not is_hub_id(str(name_or_path)):
         raise CheckpointError(

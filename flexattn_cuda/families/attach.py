@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from flexattn_cuda.checkpoints import HubOptions, adapters
@@ -59,9 +58,9 @@ def attach(
             the model, its weights are quantised in an unknown way, or the settings do not fit.
         CheckpointError: If the folder holds no adapter, or one of another base model.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}; load it by AutoModelForImageTextToText.from_pretrained")
     _check_unwrapped(model)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model is a {type(model).__name__}; load it by AutoModelForImageTextToText.from_pretrained")
     if isinstance(model, AttachedModel) or hasattr(model, "_attachment"):
         raise ValueError("FlexAttention is attached to this model already; load the model again for other settings")
     options = HubOptions.pop_from(hub)

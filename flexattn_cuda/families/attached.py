@@ -40,7 +40,7 @@ from flexattn_cuda.mechanism.trace import Trace
 
 
 @dataclass(frozen=True)
-class HRArguments:
+class ForwardArguments:
     """What the forward of an attached model takes beside its own arguments.
 
     Attributes:
@@ -80,8 +80,8 @@ class HRArguments:
             raise ValueError("valid_rect came without pixel_values_hr, whose images it is about; pass both")
 
     @classmethod
-    def pop_from(cls, arguments: dict[str, Any]) -> HRArguments:
-        """Take them out of the arguments of a call; ValueError if they mean nothing."""
+    def pop_from(cls, arguments: dict[str, Any]) -> ForwardArguments:
+        """Take these out of the arguments of a call; raise ValueError if one is out of range, or lacks another."""
         return cls(**{field.name: arguments.pop(field.name) for field in fields(cls) if field.name in arguments})
 
 
@@ -103,10 +103,12 @@ class AttachedModel(HRGeneration):
         shared = set(self.hr_family.image_arguments) - set(self.hr_family.row_arguments)
         return ("pixel_values_hr", "valid_rect", *shared)
 
-    def prepare_inputs_for_generation(self, input_ids: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
-        """As in transformers; older versions leave the positions of images to forward."""
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, is_first_iteration: bool = False, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers; with older versions the positions of images are left to forward."""
         self._resume(kwargs.get(CACHE_ARGUMENT))
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration, inputs_embeds, **kwargs)
         if not POSITIONS_COME_FIRST and self._images_shape_positions(inputs):
             inputs.pop("position_ids", None)
         return inputs
@@ -125,12 +127,12 @@ class AttachedModel(HRGeneration):
         return functional.pad(positions, (past, 0))  # nothing reads the positions of what is in the cache
 
     def _images_shape_positions(self, arguments: dict[str, Any]) -> bool:
-        """Whether a call brings images that the positions of its tokens depend on."""
+        """Return whether a call brings images that the positions of its tokens depend on."""
         return arguments.get("pixel_values_hr") is not None and self.hr_family.position_axes > 1
 
     def _call(self, arguments: dict[str, Any]) -> Any:
         """Run the model's own forward, with the images in place and the mechanism told of them."""
-        own = HRArguments.pop_from(arguments)
+        own = ForwardArguments.pop_from(arguments)
         cache = rename_cache(arguments)
         sequence = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
         if sequence is None:
@@ -180,7 +182,7 @@ class AttachedModel(HRGeneration):
         if images.position_offsets is not None:
             self.hr_family.position_offsets = images.position_offsets
 
-    def _embed_images(self, own: HRArguments, arguments: dict[str, Any], shape: CallShape) -> NewImages:
+    def _embed_images(self, own: ForwardArguments, arguments: dict[str, Any], shape: CallShape) -> NewImages:
         """Replace token ids and images among the arguments by embeddings; return what the mechanism must know."""
         family, input_ids, pixels = self.hr_family, arguments.get("input_ids"), own.pixel_values_hr
         assert pixels is not None
@@ -224,8 +226,11 @@ class AttachedModel(HRGeneration):
         adapters.write(folder, family.settings, adapters.BaseModel.of(self, family.text_model), weights)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, whose own class ignores HR projections as it loads them; the adapter beside the model,
-        which `flexattn_cuda.load` and `attach` read, keeps them."""
+        """Save the model as transformers does, and the adapter beside it.
+
+        transformers' own class ignores the HR projections when it loads the model; `flexattn_cuda.load` and `attach`
+        read them from the adapter.
+        """
         if kwargs.get("is_main_process", True):
             self.save_adapter(Path(save_directory), kwargs.get("state_dict"))
         return super().save_pretrained(save_directory, *args, **kwargs)
@@ -258,7 +263,9 @@ def _forward(model_class: type[PreTrainedModel]) -> Callable[..., Any]:
     parameters = list(signature.parameters.values())
     named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
     rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
-    added = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default) for f in fields(HRArguments)]
+    added = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default) for f in fields(ForwardArguments)
+    ]
 
     @functools.wraps(model_class.forward)
     def forward(self: AttachedModel, *args: Any, **kwargs: Any) -> Any:
@@ -276,7 +283,7 @@ def _restore(model_class: type[PreTrainedModel]) -> PreTrainedModel:
 def _of_prompts(
     arguments: dict[str, Any], names: Sequence[str], spans: list[list[Span]], rows_per_prompt: int
 ) -> dict[str, torch.Tensor]:
-    """Return those of the arguments, in which the images of a prompt come once for each of its rows, with each once."""
+    """Return named arguments with the images of each prompt once; `generate` repeats them for each of its rows."""
     counts = torch.tensor([len(prompt) for prompt in spans])
     first = (counts.cumsum(0) - counts) * rows_per_prompt
     index = torch.cat([torch.arange(begin, begin + count) for begin, count in zip(first.tolist(), counts.tolist())])
@@ -288,7 +295,7 @@ def _of_prompts(
     }
 
 
-def _check_images(own: HRArguments, arguments: dict[str, Any]) -> None:
+def _check_images(own: ForwardArguments, arguments: dict[str, Any]) -> None:
     """Raise ValueError for images, or a batch, that would be misread."""
     rows, pixels = len(arguments["input_ids"]), own.pixel_values_hr
     if arguments.get("inputs_embeds") is not None:

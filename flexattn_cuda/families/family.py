@@ -49,7 +49,7 @@ class Family:
         image_arguments: Arguments of the model's forward that bring the low-resolution (LR) view of the images. They
             are not passed on where this package embeds the images.
         row_arguments: Those among them that `generate` repeats for every row of a prompt (beams, samples), because the
-            model finds positions by them.
+            model derives positions from them.
         position_axes: Coordinates of a position: 1, or 3 for time, row and column (multi-axis RoPE).
         later_images: Whether a later call with the same key/value cache may bring images.
     """
@@ -96,7 +96,7 @@ class Family:
 
     @property
     def lr_size(self) -> int | None:
-        """Side in pixels of the LR view, likewise."""
+        """Side of the LR view in pixels, if all images have the same."""
         return None
 
     def grids(self, pixels_hr: Pixels) -> list[ImageGrids]:

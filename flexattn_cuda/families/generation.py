@@ -157,6 +157,6 @@ def _brings_hr(arguments: dict[str, Any]) -> bool:
 
 
 def _spells(tokenizer: Any, text: str) -> bool:
-    """Whether a tokenizer gives a text back, as transformers needs it to match stop strings."""
+    """Return whether a tokenizer gives a text back, which transformers needs to match stop strings."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return text in tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids))

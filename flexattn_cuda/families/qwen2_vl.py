@@ -33,19 +33,17 @@ class Qwen2VL(Family):
         return int(vision.patch_size * vision.spatial_merge_size)
 
     def grids(self, pixels_hr: Pixels) -> list[ImageGrids]:
-        zoom, size = self.settings.zoom, self.token_size
+        zoom = self.settings.zoom
+        unit = zoom * self.token_size
         grids = []
         for image in pixels_hr:
-            if (
-                image.ndim != 3
-                or image.shape[0] != 3
-                or any(side % (zoom * size) or not side for side in image.shape[1:])
-            ):
+            sides = image.shape[1:]
+            if image.ndim != 3 or image.shape[0] != 3 or any(side == 0 or side % unit for side in sides):
                 raise ValueError(
                     f"an image of pixel_values_hr has shape {list(image.shape)}; with zoom {zoom} this model takes [3, "
-                    f"height, width] in multiples of {zoom * size}"
+                    f"height, width] in multiples of {unit}"
                 )
-            lr = Grid(*(side // (zoom * size) for side in image.shape[1:]))
+            lr = Grid(*(side // unit for side in sides))
             grids.append(ImageGrids(lr, Grid(zoom * lr.rows, zoom * lr.cols), Grid(zoom, zoom)))
         return grids
 
@@ -128,9 +126,8 @@ class Qwen2VL(Family):
             n, channels, height // patch // merge, merge, patch, width // patch // merge, merge, patch
         )
         squares = squares.permute(0, 2, 5, 3, 6, 1, 4, 7)  # [n, rows, cols, row in token, col in token, 3, p, p]
-        still = squares.unsqueeze(6).expand(
-            *squares.shape[:6], frames, patch, patch
-        )  # an image is the same frame twice
+        # To the tower an image is a video whose frames are all the same.
+        still = squares.unsqueeze(6).expand(*squares.shape[:6], frames, patch, patch)
         return still.reshape(-1, channels * frames * patch * patch)
 
 

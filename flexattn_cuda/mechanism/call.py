@@ -138,7 +138,7 @@ class HRRequest:
 
 
 def can_rewind(cache: Cache | None) -> bool:
-    """Whether the latest positions can be taken out of a key/value cache again."""
+    """Return whether the latest positions can be taken out of a key/value cache again."""
     return cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 

@@ -70,7 +70,7 @@ def is_quantised(linear: Any) -> bool:
 
 
 def _is_bitsandbytes(linear: Any) -> bool:
-    """Whether bitsandbytes has quantised a layer. It is not imported for this, and may store codes in any dtype."""
+    """Return whether bitsandbytes has quantised a layer, without importing it; its codes may be of any dtype."""
     weight = linear.weight
     if type(weight).__name__ == "Params4bit":
         return getattr(weight, "quant_state", None) is not None
@@ -83,8 +83,8 @@ def _is_bitsandbytes(linear: Any) -> bool:
 def _of_bitsandbytes(linear: Any) -> torch.Tensor:
     weight = linear.weight
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        # Some CPUs order the codes anew at the first call. What dequantises does not know that order, what multiplies
-        # does.
+        # Some CPUs reorder the codes at the first call. The function that dequantises does not know that order; the one
+        # that multiplies does.
         identity = torch.eye(linear.in_features, dtype=torch.bfloat16)
         product: torch.Tensor = bitsandbytes.bnb.matmul_4bit(identity, weight.data, quant_state=weight.quant_state)
         return product.T

@@ -16,7 +16,7 @@ from flexattn_cuda.checkpoints.files import refusing
 from flexattn_cuda.errors import InputError
 
 _FILE = "adapter_config.json"  # PEFT's name
-# By part that is trained. The vision tower has layers of the same names.
+# By part to train. The patterns name the language model because the vision tower has layers of the same names.
 _TARGETS = {
     "all": r".*language_model\..*\.self_attn\.([qkv]_proj|[kv]_proj_hd)",
     "hr": r".*language_model\..*\.self_attn\.[kv]_proj_hd",
