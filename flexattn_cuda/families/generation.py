@@ -120,8 +120,11 @@ class HRGeneration(GenerationMixin):
         grows = images is not None and images.capacity is None
         if _brings_hr(model_kwargs):
             grows = self._selects and model_kwargs.get("hr_capacity") is None
+        # A compiled step could not refuse a layer that drops positions (`check_keeps_all`).
+        slides = any(getattr(model_kwargs.get(CACHE_ARGUMENT), "is_sliding", ()))
+        has_images = images is not None or _brings_hr(model_kwargs)
         compiles: bool = super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-        return compiles and not grows
+        return compiles and not grows and not (has_images and slides)
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

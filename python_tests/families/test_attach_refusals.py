@@ -114,6 +114,24 @@ def test_an_adapter_that_does_not_fit_leaves_a_model_as_it_was(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
+def test_a_static_cache_that_would_drop_positions_is_refused(name):
+    model, inputs = attached(name)
+    del inputs["position_ids"]
+    with pytest.raises(ValueError, match="keeps a window of 16 positions, .* no cache_implementation"):
+        model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+
+
+@pytest.mark.parametrize("name, compiles", [("gemma3", False), ("internvl_qwen2", True)])
+def test_decoding_is_not_compiled_where_a_step_could_not_refuse_a_window(name, compiles, monkeypatch):
+    monkeypatch.setattr(transformers.GenerationMixin, "_valid_auto_compile_criteria", lambda *_: True)
+    model, inputs = attached(name)
+    cache = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    arguments = inputs | {"hr_capacity": 99, CACHE_ARGUMENT: cache}
+    assert model._valid_auto_compile_criteria(arguments, model.generation_config) == compiles
+
+
+@torch.no_grad()
 def test_a_conversation_whose_layers_refit_has_emptied_is_refused():
     model, inputs = attached("internvl_qwen2")
     cache = transformers.DynamicCache()
