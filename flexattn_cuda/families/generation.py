@@ -43,8 +43,8 @@ class HRGeneration(GenerationMixin):
         """As in transformers; `flexattn_trace=Trace()` records what every step looked at.
 
         Raises:
-            ValueError: If `assistant_early_exit` is asked for, or `stop_strings` with a tokenizer that cannot spell
-                them.
+            ValueError: If `assistant_early_exit` is asked for, `prefill_chunk_size` with HR images, or `stop_strings`
+                with a tokenizer that cannot spell them.
         """
         self._check_generation(kwargs)
         cache = rename_cache(kwargs)
@@ -67,6 +67,8 @@ class HRGeneration(GenerationMixin):
 
         if option("assistant_early_exit") is not None:
             raise ValueError("assistant_early_exit is not supported; use assistant_model or prompt_lookup_num_tokens")
+        if option("prefill_chunk_size") is not None and _brings_hr(options):
+            raise ValueError("prefill_chunk_size would cut a prompt through its images; leave it out with HR images")
         tokenizer = options.get("tokenizer")
         if option("stop_strings") is not None and tokenizer is not None and not _spells(tokenizer, "abcdef"):
             raise ValueError(

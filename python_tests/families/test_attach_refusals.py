@@ -122,6 +122,12 @@ def test_a_static_cache_that_would_drop_positions_is_refused(name):
         model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
 
 
+def test_a_prompt_with_images_is_not_read_in_chunks():
+    model, inputs = attached("internvl_qwen2")
+    with pytest.raises(ValueError, match="prefill_chunk_size would cut a prompt through its images"):
+        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
+
+
 @pytest.mark.parametrize("name, compiles", [("gemma3", False), ("internvl_qwen2", True)])
 def test_decoding_is_not_compiled_where_a_step_could_not_refuse_a_window(name, compiles, monkeypatch):
     monkeypatch.setattr(transformers.GenerationMixin, "_valid_auto_compile_criteria", lambda *_: True)
