@@ -21,7 +21,7 @@ from flexattn_cuda.checkpoints.files import read_json, refuse_links_outside, ref
 from flexattn_cuda.checkpoints.locate import HubOptions, is_hub_id, resolve_files
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.mechanism.config import FlexAttnConfig
-from flexattn_cuda.mechanism.dequantise import is_quantised, unknown_codes
+from flexattn_cuda.mechanism.dequantise import is_changed_by_peft, is_quantised, unknown_codes
 
 SETTINGS_FILE, WEIGHTS_FILE = "flexattn_adapter.json", "flexattn_adapter.safetensors"
 _FORMAT = 1
@@ -123,7 +123,7 @@ def find(name_or_path: str | Path, hub: HubOptions | None = None) -> Path:
     """Return the local folder of an adapter's folder or hub id.
 
     Raises:
-        CheckpointError: If there is no such folder, and the hub does not deliver.
+        CheckpointError: If there is no such folder, and the hub has no such adapter or cannot be reached.
     """
     if not Path(name_or_path).is_dir() and not is_hub_id(str(name_or_path)):
         raise CheckpointError(
@@ -160,7 +160,7 @@ def projections(text: PreTrainedModel, layers: Iterable[int]) -> dict[str, torch
     for layer in layers:
         for name in ("k_proj_hd", "v_proj_hd"):
             linear, path = getattr(text.layers[layer].self_attn, name), f"layers.{layer}.self_attn.{name}"
-            if type(linear).__module__.partition(".")[0] == "peft":
+            if is_changed_by_peft(linear):
                 raise CheckpointError(
                     f"{path} has an adapter of PEFT; merge it first (merge_and_unload), or save it with PEFT's "
                     "save_pretrained"

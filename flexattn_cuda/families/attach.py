@@ -60,12 +60,16 @@ def attach(
         CheckpointError: If the folder holds no adapter, or one of another base model.
     """
     _check_unwrapped(model)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model is a {type(model).__name__}; load it by AutoModelForImageTextToText.from_pretrained")
     if isinstance(model, AttachedModel) or hasattr(model, "_attachment"):
         raise ValueError("FlexAttention is attached to this model already; load the model again for other settings")
     options = HubOptions.pop_from(hub)
     if hub:
         raise TypeError(f"attach takes no {', '.join(hub)}")
     family = family or family_of(model)
+    if not model.can_generate():
+        raise ValueError(f"{type(model).__name__} has no language head; load it by AutoModelForImageTextToText")
     adapter = None
     if isinstance(settings, (str, Path)) and str(settings) not in PRESETS:
         adapter = adapters.read(settings, options)
@@ -78,9 +82,7 @@ def attach(
     _check_settings(described)
     if adapter is not None:
         adapter.check_base(adapters.BaseModel.of(model, described.text_model))
-    _install(model, described)
-    if adapter is not None:
-        adapter.load_into(described.text_model, described.hr_layers)
+    _install(model, described, adapter)
     return model
 
 
@@ -110,7 +112,8 @@ def refit(model: PreTrainedModel, settings: FlexAttnConfig) -> None:
     """Give a model that FlexAttention was attached to other settings, in place.
 
     Layers that attend to high-resolution tokens before and after keep their projections, new ones start as copies of
-    the model's own, and the others lose theirs. A conversation that is under way keeps the settings it began with.
+    the model's own, and the others lose theirs. A conversation that is under way keeps the settings it began with; it
+    is refused if a layer that it needs has lost its projections.
 
     Args:
         model: The model.
@@ -130,10 +133,7 @@ def refit(model: PreTrainedModel, settings: FlexAttnConfig) -> None:
         family.set_settings(before)
         raise
     _copy_projections(family, set(family.hr_layers) - layers)
-    for layer in layers - set(family.hr_layers):
-        module = family.text_model.layers[layer].self_attn
-        for name in ("k_proj_hd", "v_proj_hd", "hr_key_form"):
-            delattr(module, name)
+    _remove_projections(family, layers - set(family.hr_layers))
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -206,19 +206,23 @@ def _check_settings(family: Family) -> None:
         )
 
 
-def _install(model: PreTrainedModel, family: Family) -> None:
+def _install(model: PreTrainedModel, family: Family, adapter: adapters.Adapter | None) -> None:
     """Replace the class of the model, and add projections and hooks; a refusal leaves the model as it was."""
-    text = family.text_model
+    text, layers = family.text_model, family.hr_layers
     check_cache_argument(type(text).forward)
     attachment = Attachment(family)
     before = text.config._attn_implementation
     text.set_attn_implementation(attention.NAME)
     try:
-        attachment.install()
-        _copy_projections(family, family.hr_layers)
+        attachment.add_modules(text)
+        _copy_projections(family, layers)
+        if adapter is not None:
+            adapter.load_into(text, layers)
     except BaseException:
+        _remove_projections(family, layers)
         text.set_attn_implementation(before)
         raise
+    attachment.add_hooks()
     model.__class__ = attached_class(type(model))
     model.attachment, model.hr_family = attachment, family
 
@@ -238,3 +242,12 @@ def _copy_projections(family: Family, layers: Iterable[int]) -> None:
             projection.weight.copy_(own.weight)
             if own.bias is not None:
                 projection.bias.copy_(own.bias)
+
+
+def _remove_projections(family: Family, layers: Iterable[int]) -> None:
+    """Undo what `Attachment.add_modules` did to some layers, where it did."""
+    for layer in layers:
+        module = family.text_model.layers[layer].self_attn
+        for name in ("k_proj_hd", "v_proj_hd", "hr_key_form"):
+            if hasattr(module, name):
+                delattr(module, name)

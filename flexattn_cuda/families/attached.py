@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
+from torch.nn import functional
+from transformers import Cache, PreTrainedModel
 
 from flexattn_cuda import profiling
 from flexattn_cuda.checkpoints import adapters
@@ -29,8 +30,9 @@ from flexattn_cuda.families.calls import (
     place,
 )
 from flexattn_cuda.families.family import Family, Pixels, PromptWithImages
-from flexattn_cuda.families.generation import HRGeneration
+from flexattn_cuda.families.generation import POSITIONS_COME_FIRST, HRGeneration
 from flexattn_cuda.mechanism.attach import Attachment
+from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, rename_cache
 from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, Span, check_keeps_all
 from flexattn_cuda.mechanism.config import FlexAttnConfig
@@ -38,7 +40,7 @@ from flexattn_cuda.mechanism.trace import Trace
 
 
 @dataclass(frozen=True)
-class HRArguments:
+class ForwardArguments:
     """What the forward of an attached model takes beside its own arguments.
 
     Attributes:
@@ -78,8 +80,8 @@ class HRArguments:
             raise ValueError("valid_rect came without pixel_values_hr, whose images it is about; pass both")
 
     @classmethod
-    def pop_from(cls, arguments: dict[str, Any]) -> HRArguments:
-        """Take them out of the arguments of a call; ValueError if they mean nothing."""
+    def pop_from(cls, arguments: dict[str, Any]) -> ForwardArguments:
+        """Take these out of the arguments of a call; raise ValueError if one is out of range, or lacks another."""
         return cls(**{field.name: arguments.pop(field.name) for field in fields(cls) if field.name in arguments})
 
 
@@ -101,13 +103,36 @@ class AttachedModel(HRGeneration):
         shared = set(self.hr_family.image_arguments) - set(self.hr_family.row_arguments)
         return ("pixel_values_hr", "valid_rect", *shared)
 
-    def _supports_mm_encoder_outputs(self) -> bool:
-        """Leave the images to forward; `generate` of transformers 5.24 would encode the LR views before it."""
-        return False
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, is_first_iteration: bool = False, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers; with older versions the positions of images are left to forward."""
+        self._resume(kwargs.get(CACHE_ARGUMENT))
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration, inputs_embeds, **kwargs)
+        if not POSITIONS_COME_FIRST and self._images_shape_positions(inputs):
+            inputs.pop("position_ids", None)
+        return inputs
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
+        """As in newer transformers, which takes image tokens for text in a later turn, or without mm_token_type_ids."""
+        cache = model_kwargs.get(CACHE_ARGUMENT)
+        self._resume(cache)
+        if not self._images_shape_positions(model_kwargs):
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        family, past = self.hr_family, 0 if cache is None else int(cache.get_seq_length())
+        new_ids = model_kwargs.get("input_ids", inputs_tensor)[:, past - model_kwargs["prompt_length"] :]
+        grids = family.grids(model_kwargs["pixel_values_hr"])
+        positions = family.position_ids(PromptWithImages(new_ids, model_kwargs.get("attention_mask"), grids, 1, past))
+        assert positions is not None
+        return functional.pad(positions, (past, 0))  # nothing reads the positions of what is in the cache
+
+    def _images_shape_positions(self, arguments: dict[str, Any]) -> bool:
+        """Return whether a call brings images that the positions of its tokens depend on."""
+        return arguments.get("pixel_values_hr") is not None and self.hr_family.position_axes > 1
 
     def _call(self, arguments: dict[str, Any]) -> Any:
         """Run the model's own forward, with the images in place and the mechanism told of them."""
-        own = HRArguments.pop_from(arguments)
+        own = ForwardArguments.pop_from(arguments)
         cache = rename_cache(arguments)
         sequence = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
         if sequence is None:
@@ -117,6 +142,8 @@ class AttachedModel(HRGeneration):
             use_cache, cache = cache_to_use(self, arguments.get("use_cache"), cache, have_hr)
             arguments |= {"use_cache": use_cache, CACHE_ARGUMENT: cache}
         shape = CallShape.of(sequence, cache, own.prompt_length, arguments.get("cache_position"))
+        if shape.past:
+            self._resume(cache)
         if have_hr:
             check_keeps_all(cache, shape.past + shape.queries)
             new = self._embed_images(own, arguments, shape)
@@ -132,9 +159,30 @@ class AttachedModel(HRGeneration):
             on_demand=own.tiles_on_demand and may_wait(cache, own.hr_capacity),
         )
         with profiling.phase(shape.phase):
-            return self.attached_to.forward(self, **arguments)
+            output = self.attached_to.forward(self, **arguments)
+        if new is not None and (images := HRCache.beside(cache)) is not None:
+            images.position_offsets = self.hr_family.position_offsets
+        return output
 
-    def _embed_images(self, own: HRArguments, arguments: dict[str, Any], shape: CallShape) -> NewImages:
+    def _resume(self, cache: Cache | None) -> None:
+        """Give the model the position offsets of this conversation; it may have run another one since.
+
+        Raises:
+            ValueError: If `refit` has taken projections that the conversation needs.
+        """
+        images = HRCache.beside(cache)
+        if images is None:
+            return
+        began, now = images.settings.first_layer, self.flexattn_settings.first_layer
+        if began < now:
+            raise ValueError(
+                f"this conversation began with high-resolution tokens from layer {began} on, but refit has moved them "
+                f"to layer {now}; start again with a new cache"
+            )
+        if images.position_offsets is not None:
+            self.hr_family.position_offsets = images.position_offsets
+
+    def _embed_images(self, own: ForwardArguments, arguments: dict[str, Any], shape: CallShape) -> NewImages:
         """Replace token ids and images among the arguments by embeddings; return what the mechanism must know."""
         family, input_ids, pixels = self.hr_family, arguments.get("input_ids"), own.pixel_values_hr
         assert pixels is not None
@@ -148,7 +196,7 @@ class AttachedModel(HRGeneration):
                 "whose image tokens see each other in both directions, takes images with the first prompt alone; start "
                 "again with a new cache"
             )
-        _check_images(own, len(input_ids))
+        _check_images(own, arguments)
         grids = family.grids(pixels)
         is_image = image_positions(input_ids, family.image_token_id, shape, own.prompt_length)
         spans = image_spans(is_image[:: own.rows_per_prompt], [image.lr.cells for image in grids])
@@ -178,8 +226,11 @@ class AttachedModel(HRGeneration):
         adapters.write(folder, family.settings, adapters.BaseModel.of(self, family.text_model), weights)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, whose own class ignores HR projections as it loads them; the adapter beside the model,
-        which `flexattn_cuda.load` and `attach` read, keeps them."""
+        """Save the model as transformers does, and the adapter beside it.
+
+        transformers' own class ignores the HR projections when it loads the model; `flexattn_cuda.load` and `attach`
+        read them from the adapter.
+        """
         if kwargs.get("is_main_process", True):
             self.save_adapter(Path(save_directory), kwargs.get("state_dict"))
         return super().save_pretrained(save_directory, *args, **kwargs)
@@ -212,7 +263,9 @@ def _forward(model_class: type[PreTrainedModel]) -> Callable[..., Any]:
     parameters = list(signature.parameters.values())
     named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
     rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
-    added = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default) for f in fields(HRArguments)]
+    added = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default) for f in fields(ForwardArguments)
+    ]
 
     @functools.wraps(model_class.forward)
     def forward(self: AttachedModel, *args: Any, **kwargs: Any) -> Any:
@@ -230,7 +283,7 @@ def _restore(model_class: type[PreTrainedModel]) -> PreTrainedModel:
 def _of_prompts(
     arguments: dict[str, Any], names: Sequence[str], spans: list[list[Span]], rows_per_prompt: int
 ) -> dict[str, torch.Tensor]:
-    """Return those of the arguments, in which the images of a prompt come once for each of its rows, with each once."""
+    """Return named arguments with the images of each prompt once; `generate` repeats them for each of its rows."""
     counts = torch.tensor([len(prompt) for prompt in spans])
     first = (counts.cumsum(0) - counts) * rows_per_prompt
     index = torch.cat([torch.arange(begin, begin + count) for begin, count in zip(first.tolist(), counts.tolist())])
@@ -242,9 +295,28 @@ def _of_prompts(
     }
 
 
-def _check_images(own: HRArguments, rows: int) -> None:
+def _check_images(own: ForwardArguments, arguments: dict[str, Any]) -> None:
+    """Raise ValueError for images, or a batch, that would be misread."""
+    rows, pixels = len(arguments["input_ids"]), own.pixel_values_hr
+    if arguments.get("inputs_embeds") is not None:
+        raise ValueError("both input_ids and inputs_embeds came with pixel_values_hr; pass input_ids alone")
     if own.rows_per_prompt < 1 or rows % own.rows_per_prompt:
         raise ValueError(f"the batch has {rows} rows, which are not prompts of {own.rows_per_prompt} rows each")
-    assert own.pixel_values_hr is not None
-    if not len(own.pixel_values_hr):
+    if not isinstance(pixels, (torch.Tensor, list, tuple)) or not all(isinstance(one, torch.Tensor) for one in pixels):
+        raise ValueError(
+            f"pixel_values_hr is a {type(pixels).__name__}; it must be a tensor or a list of tensors, as "
+            "flexattn_cuda.processor_for(model) makes them of images"
+        )
+    if not len(pixels):
         raise ValueError("pixel_values_hr holds no images; leave it out for prompts without")
+    if dtypes := {image.dtype for image in pixels if not image.is_floating_point()}:
+        raise ValueError(
+            f"pixel_values_hr is {dtypes.pop()}; it must be normalised, in floating point: use the model's processor"
+        )
+    mask = arguments.get("attention_mask")
+    padded = isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, -1].all())
+    if padded and arguments.get("labels") is None:
+        raise ValueError(
+            "attention_mask has padding on the right, where the row that sees high-resolution tokens should be; pad on "
+            "the left (padding_side='left'), or pass labels"
+        )

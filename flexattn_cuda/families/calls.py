@@ -25,7 +25,7 @@ def cache_to_use(
 
 
 def may_wait(cache: Cache | None, hr_capacity: int | None) -> bool:
-    """Whether tiles can be encoded when a selection reaches them: not in fixed shapes, nor with gradients."""
+    """Return whether tiles can be encoded when a selection reaches them: not in fixed shapes, nor with gradients."""
     kept = HRCache.beside(cache)
     capacity = hr_capacity if kept is None else kept.capacity
     return capacity is None and not torch.is_grad_enabled()
@@ -87,7 +87,7 @@ def place(
 ) -> torch.Tensor:
     """Return the embeddings [B, N, D] with the tokens [*, D] of n images in place.
 
-    The images are in the order of the prompts; so many adjacent rows of the batch repeat each prompt.
+    The images are in the order of the prompts; `rows_per_prompt` adjacent rows of the batch repeat each prompt.
     """
     numbers = torch.arange(len(images)).split([len(prompt) for prompt in spans])
     order = [number for group in numbers for _ in range(rows_per_prompt) for number in group.tolist()]

@@ -49,7 +49,7 @@ class Family:
         image_arguments: Arguments of the model's forward that bring the low-resolution (LR) view of the images. They
             are not passed on where this package embeds the images.
         row_arguments: Those among them that `generate` repeats for every row of a prompt (beams, samples), because the
-            model finds positions by them.
+            model derives positions from them.
         position_axes: Coordinates of a position: 1, or 3 for time, row and column (multi-axis RoPE).
         later_images: Whether a later call with the same key/value cache may bring images.
     """
@@ -96,7 +96,7 @@ class Family:
 
     @property
     def lr_size(self) -> int | None:
-        """Side in pixels of the LR view, likewise."""
+        """Side of the LR view in pixels, if all images have the same."""
         return None
 
     def grids(self, pixels_hr: Pixels) -> list[ImageGrids]:
@@ -136,6 +136,15 @@ class Family:
     def position_ids(self, prompt: PromptWithImages) -> torch.Tensor | None:
         """Return the positions of a prompt where they depend on its images; None where the model counts."""
         return None
+
+    @property
+    def position_offsets(self) -> torch.Tensor | None:
+        """Distance of positions from a plain count, which the model keeps from call to call; None if it keeps none."""
+        return None
+
+    @position_offsets.setter
+    def position_offsets(self, offsets: torch.Tensor) -> None:
+        raise NotImplementedError
 
 
 class FixedTower(Family):

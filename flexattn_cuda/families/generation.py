@@ -17,6 +17,9 @@ OWN_ARGUMENTS = (
     "flexattn_trace", "hr_alpha", "hr_cache", "hr_capacity", "tiles_on_demand",
 )  # fmt: skip
 
+# Newer transformers find the positions of a prompt before they repeat its rows for beams, older ones in every call.
+POSITIONS_COME_FIRST = hasattr(GenerationMixin, "_prepare_position_ids_for_generation")
+
 
 class HRGeneration(GenerationMixin):
     """Mixed into a model of transformers, in front of its own class.
@@ -40,8 +43,8 @@ class HRGeneration(GenerationMixin):
         """As in transformers; `flexattn_trace=Trace()` records what every step looked at.
 
         Raises:
-            ValueError: If `assistant_early_exit` is asked for, or `stop_strings` with a tokenizer that cannot spell
-                them.
+            ValueError: If `assistant_early_exit` is asked for, `prefill_chunk_size` with HR images, or `stop_strings`
+                with a tokenizer that cannot spell them.
         """
         self._check_generation(kwargs)
         cache = rename_cache(kwargs)
@@ -64,6 +67,8 @@ class HRGeneration(GenerationMixin):
 
         if option("assistant_early_exit") is not None:
             raise ValueError("assistant_early_exit is not supported; use assistant_model or prompt_lookup_num_tokens")
+        if option("prefill_chunk_size") is not None and _brings_hr(options):
+            raise ValueError("prefill_chunk_size would cut a prompt through its images; leave it out with HR images")
         tokenizer = options.get("tokenizer")
         if option("stop_strings") is not None and tokenizer is not None and not _spells(tokenizer, "abcdef"):
             raise ValueError(
@@ -117,8 +122,11 @@ class HRGeneration(GenerationMixin):
         grows = images is not None and images.capacity is None
         if _brings_hr(model_kwargs):
             grows = self._selects and model_kwargs.get("hr_capacity") is None
+        # A compiled step could not refuse a layer that drops positions (`check_keeps_all`).
+        slides = any(getattr(model_kwargs.get(CACHE_ARGUMENT), "is_sliding", ()))
+        has_images = images is not None or _brings_hr(model_kwargs)
         compiles: bool = super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-        return compiles and not grows
+        return compiles and not grows and not (has_images and slides)
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -154,6 +162,6 @@ def _brings_hr(arguments: dict[str, Any]) -> bool:
 
 
 def _spells(tokenizer: Any, text: str) -> bool:
-    """Whether a tokenizer gives a text back, as transformers needs it to match stop strings."""
+    """Return whether a tokenizer gives a text back, which transformers needs to match stop strings."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return text in tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids))

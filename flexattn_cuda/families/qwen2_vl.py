@@ -11,15 +11,19 @@ from transformers import PreTrainedModel
 
 from flexattn_cuda import profiling
 from flexattn_cuda.families.family import Family, Pixels, PromptWithImages
+from flexattn_cuda.families.generation import POSITIONS_COME_FIRST
 from flexattn_cuda.mechanism.grid import Grid, ImageGrids
 from flexattn_cuda.mechanism.rotary import RotaryTables
+
+# Older transformers find the positions of a row by the sizes of its images; newer ones would repeat these one by one.
+_REPEATED = () if POSITIONS_COME_FIRST else ("image_grid_thw",)
 
 
 class Qwen2VL(Family):
     """A token takes a square of patches; the HR image is cut into zoom x zoom tiles of the LR view's size."""
 
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
-    row_arguments: ClassVar[tuple[str, ...]] = ("image_grid_thw", "mm_token_type_ids")
+    row_arguments: ClassVar[tuple[str, ...]] = ("mm_token_type_ids", *_REPEATED)
     position_axes: ClassVar[int] = 3
 
     @property
@@ -29,19 +33,17 @@ class Qwen2VL(Family):
         return int(vision.patch_size * vision.spatial_merge_size)
 
     def grids(self, pixels_hr: Pixels) -> list[ImageGrids]:
-        zoom, size = self.settings.zoom, self.token_size
+        zoom = self.settings.zoom
+        unit = zoom * self.token_size
         grids = []
         for image in pixels_hr:
-            if (
-                image.ndim != 3
-                or image.shape[0] != 3
-                or any(side % (zoom * size) or not side for side in image.shape[1:])
-            ):
+            sides = image.shape[1:]
+            if image.ndim != 3 or image.shape[0] != 3 or any(side == 0 or side % unit for side in sides):
                 raise ValueError(
                     f"an image of pixel_values_hr has shape {list(image.shape)}; with zoom {zoom} this model takes [3, "
-                    f"height, width] in multiples of {zoom * size}"
+                    f"height, width] in multiples of {unit}"
                 )
-            lr = Grid(*(side // (zoom * size) for side in image.shape[1:]))
+            lr = Grid(*(side // unit for side in sides))
             grids.append(ImageGrids(lr, Grid(zoom * lr.rows, zoom * lr.cols), Grid(zoom, zoom)))
         return grids
 
@@ -92,6 +94,16 @@ class Qwen2VL(Family):
         return repeated
 
     @property
+    def position_offsets(self) -> torch.Tensor | None:
+        """Those of the conversation that the model ran last, [rows, 1]."""
+        offsets: torch.Tensor | None = self.model.model.rope_deltas
+        return offsets
+
+    @position_offsets.setter
+    def position_offsets(self, offsets: torch.Tensor) -> None:
+        self.model.model.rope_deltas = offsets
+
+    @property
     def _merge(self) -> int:
         return int(self.model.config.vision_config.spatial_merge_size)
 
@@ -114,9 +126,8 @@ class Qwen2VL(Family):
             n, channels, height // patch // merge, merge, patch, width // patch // merge, merge, patch
         )
         squares = squares.permute(0, 2, 5, 3, 6, 1, 4, 7)  # [n, rows, cols, row in token, col in token, 3, p, p]
-        still = squares.unsqueeze(6).expand(
-            *squares.shape[:6], frames, patch, patch
-        )  # an image is the same frame twice
+        # To the tower an image is a video whose frames are all the same.
+        still = squares.unsqueeze(6).expand(*squares.shape[:6], frames, patch, patch)
         return still.reshape(-1, channels * frames * patch * patch)
 
 

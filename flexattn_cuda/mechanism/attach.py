@@ -96,8 +96,12 @@ class Attachment:
             ValueError: If the language model's keys are made in a way that is not supported, or its weights are
                 quantised in one; the model stays as it was.
         """
+        self.add_modules(self.family.text_model)
+        self.add_hooks()
+
+    def add_hooks(self) -> None:
+        """Build the context of every call of the language model from now on."""
         text = self.family.text_model
-        self.add_modules(text)
         text.register_forward_pre_hook(self._before_text_model, with_kwargs=True)
         text.register_forward_hook(self._after_text_model, with_kwargs=True)
 

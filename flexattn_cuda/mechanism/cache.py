@@ -48,6 +48,7 @@ class HRCache:
         counters: Work done so far.
         encoded_lately: Whether the latest call encoded a tile.
         unfinished: Whether a call is under way or ended in an error, so that some layers lack keys.
+        position_offsets: Distance of the conversation's positions from a plain count, where its family keeps one.
     """
 
     settings: FlexAttnConfig
@@ -62,6 +63,7 @@ class HRCache:
     counters: Counters = field(default_factory=Counters)
     encoded_lately: bool = False
     unfinished: bool = False
+    position_offsets: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.capacity is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import Cache
@@ -138,7 +138,7 @@ class HRRequest:
 
 
 def can_rewind(cache: Cache | None) -> bool:
-    """Whether the latest positions can be taken out of a key/value cache again."""
+    """Return whether the latest positions can be taken out of a key/value cache again."""
     return cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
@@ -171,10 +171,16 @@ def check_keeps_all(cache: Cache | None, length: int) -> None:
         ValueError: If it keeps the latest positions alone.
     """
     for layer in getattr(cache, "layers", ()):
-        window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None
+        window = _window(layer) if getattr(layer, "is_sliding", False) else None
         if window is not None and length > window:
             raise ValueError(
                 f"the key/value cache keeps a window of {window} positions, but this call ends at position {length}, "
                 "and with high-resolution images flexattn attention needs all of them; pass DynamicCache() without a "
-                "config"
+                "config, and no cache_implementation"
             )
+
+
+def _window(layer: Any) -> int | None:
+    """Return how many positions a layer of a cache keeps; one of fixed size knows no window, only its length."""
+    window: int | None = getattr(layer, "sliding_window", None)
+    return getattr(layer, "max_cache_len", None) if window is None else window

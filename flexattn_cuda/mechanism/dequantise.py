@@ -37,7 +37,7 @@ def weight_of(linear: Any, compute_dtype: torch.dtype) -> torch.Tensor:
 
 def check_readable(linear: Any) -> None:
     """Raise ValueError where `weight_of` would."""
-    if type(linear).__module__.partition(".")[0] == "peft":
+    if is_changed_by_peft(linear):
         raise ValueError(
             "an adapter of PEFT changes the model's keys or values; attach FlexAttention first and the adapter after "
             "it, or merge the adapter (merge_and_unload)"
@@ -47,6 +47,11 @@ def check_readable(linear: Any) -> None:
             f"the weight of {type(linear).__name__} {held} that flexattn cannot read; quantise with bitsandbytes or "
             "torchao, or not at all"
         )
+
+
+def is_changed_by_peft(linear: Any) -> bool:
+    """Return whether an adapter of PEFT has taken the place of a layer."""
+    return type(linear).__module__.partition(".")[0] == "peft"
 
 
 def unknown_codes(linear: Any) -> str | None:
@@ -60,12 +65,12 @@ def unknown_codes(linear: Any) -> str | None:
 
 
 def is_quantised(linear: Any) -> bool:
-    """Whether a layer holds codes that `weight_of` can read."""
+    """Return whether a layer holds codes that `weight_of` can read."""
     return _is_bitsandbytes(linear) or _dequantises_itself(linear.weight)
 
 
 def _is_bitsandbytes(linear: Any) -> bool:
-    """Whether bitsandbytes has quantised a layer. It is not imported for this, and may store codes in any dtype."""
+    """Return whether bitsandbytes has quantised a layer, without importing it; its codes may be of any dtype."""
     weight = linear.weight
     if type(weight).__name__ == "Params4bit":
         return getattr(weight, "quant_state", None) is not None
@@ -78,8 +83,8 @@ def _is_bitsandbytes(linear: Any) -> bool:
 def _of_bitsandbytes(linear: Any) -> torch.Tensor:
     weight = linear.weight
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        # Some CPUs order the codes anew at the first call. What dequantises does not know that order, what multiplies
-        # does.
+        # Some CPUs reorder the codes at the first call. The function that dequantises does not know that order; the one
+        # that multiplies does.
         identity = torch.eye(linear.in_features, dtype=torch.bfloat16)
         product: torch.Tensor = bitsandbytes.bnb.matmul_4bit(identity, weight.data, quant_state=weight.quant_state)
         return product.T

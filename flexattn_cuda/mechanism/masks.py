@@ -154,7 +154,7 @@ def _parts(mask_function: Callable[..., Any], window: int | None) -> _Parts:
 
 def _operands(mask_function: Callable[..., Any], combine: Callable[..., Any]) -> tuple[Any, ...]:
     """Return the functions that `or_masks` or `and_masks` has combined; (None,) if it has not."""
-    example = combine(causal_mask_function, causal_mask_function)  # of which the code alone is looked at
+    example = combine(causal_mask_function, causal_mask_function)  # only its code is compared
     if getattr(mask_function, "__code__", None) is not example.__code__:
         return (None,)
     operands: tuple[Any, ...] = inspect.getclosurevars(mask_function).nonlocals["mask_functions"]
@@ -187,7 +187,7 @@ def _block_ranges(overlay: Callable[..., Any], length: int, batch: int, device: 
 
 
 def _same_closure(one: object, other: object) -> bool:
-    """Whether two values are equal, functions by their code and what they enclose."""
+    """Return whether two values are equal; functions are if their code and what they enclose are."""
     code, expected = getattr(one, "__code__", None), getattr(other, "__code__", None)
     if code is None or code is not expected:
         return one == other

@@ -52,8 +52,8 @@ def hr_rotary_tables(tables: RotaryTables, lr_grid: Grid, hr_grid: Grid, mode: s
 def hr_positions(positions: torch.Tensor, lr_grid: Grid, hr_grid: Grid) -> torch.Tensor:
     """Return the coordinates of the HR tokens between those of the LR tokens (multi-axis RoPE).
 
-    HR cell i of h lies at (i + 1/2) * S/h - 1/2 between the centers of S LR cells, and beyond the outermost ones where
-    they end. Coordinates are linear in it.
+    HR cell i of h lies at (i + 1/2) * S/h - 1/2, counted in LR cells from the center of the first of S. Coordinates are
+    linear in this, also beyond the outermost centers.
 
     Args:
         positions: [axes, S_h*S_w], coordinates of the LR tokens, equidistant along rows and along columns.
@@ -69,9 +69,7 @@ def hr_positions(positions: torch.Tensor, lr_grid: Grid, hr_grid: Grid) -> torch
         along_rows = grid[:, 1:2, :1] - first
     if lr_grid.cols > 1:
         along_cols = grid[:, :1, 1:2] - first
-    row, col = (
-        (torch.arange(many, device=grid.device) + 0.5) * few / many - 0.5 for few, many in zip(lr_grid, hr_grid)
-    )
+    row, col = ((torch.arange(hr, device=grid.device) + 0.5) * lr / hr - 0.5 for lr, hr in zip(lr_grid, hr_grid))
     return (first + row[:, None] * along_rows + col * along_cols).flatten(1)
 
 

@@ -236,6 +236,7 @@ def _ranking(attention_map: np.ndarray, inside: np.ndarray) -> float:
 
 
 def _sharpness(attention_map: np.ndarray) -> float:
+    """Return 1 minus the entropy of a map over that of a flat one: 0 for a flat map, 1 for a single cell."""
     p = attention_map[attention_map > 0] / attention_map.sum()
     return float(1 + (p * np.log(p)).sum() / np.log(attention_map.size))
 

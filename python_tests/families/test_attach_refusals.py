@@ -9,6 +9,7 @@ from tiny_families import FAMILIES
 
 import flexattn_cuda
 from flexattn_cuda import FlexAttnConfig
+from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 
 
 def attached(name: str):
@@ -92,3 +93,81 @@ def test_a_preset_does_not_replace_the_adapter_that_was_saved_with_the_model(tmp
     with pytest.raises(ValueError, match="holds an adapter of this model; attach.* takes it up"):
         flexattn_cuda.attach(model)
     flexattn_cuda.attach(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "model, says",
+    [
+        ("OpenGVLab/InternVL3-1B-hf", "model is a str; load it by Auto"),
+        (FAMILIES["internvl_qwen2"].model().model, "InternVLModel has no language head; load it by Auto"),
+    ],
+    ids=["name", "no_head"],
+)
+def test_what_is_no_model_that_answers_is_refused(model, says):
+    with pytest.raises(ValueError, match=says):
+        flexattn_cuda.attach(model)
+
+
+def test_an_adapter_that_does_not_fit_leaves_a_model_as_it_was(tmp_path):
+    flexattn_cuda.save_adapter(attached("internvl_qwen2")[0], tmp_path)
+    settings_file = tmp_path / "flexattn_adapter.json"
+    settings_file.write_text(settings_file.read_text().replace('"first_layer": 2', '"first_layer": 1'))
+    model = FAMILIES["internvl_qwen2"].model()
+    names, implementation = model.state_dict().keys(), model.model.language_model.config._attn_implementation
+    with pytest.raises(ValueError, match=r"layers\.1\..* is in the adapter or in the model alone"):
+        flexattn_cuda.attach(model, tmp_path)
+    assert model.state_dict().keys() == names and not hasattr(model, "attachment")
+    assert model.model.language_model.config._attn_implementation == implementation
+    flexattn_cuda.attach(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
+def test_a_static_cache_that_would_drop_positions_is_refused(name):
+    model, inputs = attached(name)
+    del inputs["position_ids"]
+    with pytest.raises(ValueError, match="keeps a window of 16 positions, .* no cache_implementation"):
+        model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+
+
+def test_a_prompt_with_images_is_not_read_in_chunks():
+    model, inputs = attached("internvl_qwen2")
+    with pytest.raises(ValueError, match="prefill_chunk_size would cut a prompt through its images"):
+        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
+
+
+@pytest.mark.parametrize("name, compiles", [("gemma3", False), ("internvl_qwen2", True)])
+def test_decoding_is_not_compiled_where_a_step_could_not_refuse_a_window(name, compiles, monkeypatch):
+    monkeypatch.setattr(transformers.GenerationMixin, "_valid_auto_compile_criteria", lambda *_: True)
+    model, inputs = attached(name)
+    cache = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    arguments = inputs | {"hr_capacity": 99, CACHE_ARGUMENT: cache}
+    assert model._valid_auto_compile_criteria(arguments, model.generation_config) == compiles
+
+
+@torch.no_grad()
+def test_a_conversation_whose_layers_refit_has_emptied_is_refused():
+    model, inputs = attached("internvl_qwen2")
+    cache = transformers.DynamicCache()
+    model(**inputs, use_cache=True, **{CACHE_ARGUMENT: cache})
+    flexattn_cuda.refit(model, FAMILIES["internvl_qwen2"].settings(first_layer=4))
+    with pytest.raises(ValueError, match="began with .* from layer 2 on, but refit has moved them to layer 4; start"):
+        model(input_ids=torch.tensor([[5]]), use_cache=True, **{CACHE_ARGUMENT: cache})
+
+
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        ({"pixel_values_hr": "image.jpg"}, "is a str; it must be a tensor or a list of tensors"),
+        ({"pixel_values_hr": [[0.5]]}, "is a list; it must be a tensor or a list of tensors"),
+        ({"pixel_values_hr": torch.zeros(0, 3, 64, 64)}, "holds no images"),
+        ({"pixel_values_hr": torch.zeros(1, 3, 64, 64, dtype=torch.uint8)}, "torch.uint8; it must be normalised"),
+        ({"inputs_embeds": torch.zeros(1, 27, 64)}, "pass input_ids alone"),
+        ({"attention_mask": torch.arange(27)[None] < 25}, "padding on the right, .* pad on the left"),
+    ],
+)
+def test_images_that_would_be_misread_are_refused(changed, says):
+    model, inputs = attached("internvl_qwen2")
+    assert inputs["input_ids"].shape == (1, 27)
+    with pytest.raises(ValueError, match=says):
+        model(**inputs | changed)

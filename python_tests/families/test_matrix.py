@@ -172,6 +172,29 @@ def test_beams_share_the_images_of_their_prompt(family):
         assert torch.equal(found[2 * row : 2 * row + 2, length:], expected_rows[:, length:])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_beams_of_prompts_with_different_numbers_of_images_need_no_cache(name):
+    family = FAMILIES[name]
+    attached = twins(family, "released")[1]
+    inputs = family.inputs((1, 2), ragged=True, dtype=torch.float64)
+    cached, uncached = (answer(family, attached, inputs, num_beams=2, use_cache=use).sequences for use in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+@torch.no_grad()
+@families
+def test_beams_without_hr_images_are_those_of_the_original(family):
+    """In transformers' own format: it must encode plain images itself, before it repeats the rows."""
+    plain, attached = twins(family, "released")
+    plain.set_attn_implementation("eager")
+    inputs = family.plain_inputs((1,), dtype=torch.float64)
+    found, wanted = (
+        answer(family, model, inputs, num_beams=2, output_scores=True).sequences_scores for model in (attached, plain)
+    )
+    assert (found - wanted).abs().max() <= 1e-4
+
+
 _OF_ROWS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
