@@ -208,23 +208,32 @@ def _check_settings(family: Family) -> None:
 
 def _install(model: PreTrainedModel, family: Family, adapter: adapters.Adapter | None) -> None:
     """Replace the class of the model, and add projections and hooks; a refusal leaves the model as it was."""
-    text, layers = family.text_model, family.hr_layers
+    text = family.text_model
     check_cache_argument(type(text).forward)
     attachment = Attachment(family)
     before = text.config._attn_implementation
     text.set_attn_implementation(attention.NAME)
     try:
-        attachment.add_modules(text)
-        _copy_projections(family, layers)
-        if adapter is not None:
-            adapter.load_into(text, layers)
+        _add_projections(attachment, family, adapter)
     except BaseException:
-        _remove_projections(family, layers)
         text.set_attn_implementation(before)
         raise
     attachment.add_hooks()
     model.__class__ = attached_class(type(model))
     model.attachment, model.hr_family = attachment, family
+
+
+def _add_projections(attachment: Attachment, family: Family, adapter: adapters.Adapter | None) -> None:
+    """Add the projections of HR tokens, copies of the model's own or an adapter's; a refusal adds none."""
+    text, layers = family.text_model, family.hr_layers
+    attachment.add_modules(text)  # all of them or none
+    try:
+        _copy_projections(family, layers)
+        if adapter is not None:
+            adapter.load_into(text, layers)
+    except BaseException:
+        _remove_projections(family, layers)
+        raise
 
 
 @torch.no_grad()
