@@ -256,7 +256,7 @@ def _copy_projections(family: Family, layers: Iterable[int]) -> None:
 def _remove_projections(family: Family, layers: Iterable[int]) -> None:
     """Undo what `Attachment.add_modules` did to some layers, where it did."""
     for layer in layers:
-        module = family.text_model.layers[layer].self_attn
+        module = getattr(family.text_model.layers[layer], "self_attn", None)  # a model without one is refused
         for name in ("k_proj_hd", "v_proj_hd", "hr_key_form"):
             if hasattr(module, name):
                 delattr(module, name)
