@@ -11,6 +11,10 @@ import typer
 
 from flexattn_cuda.errors import CheckpointError, InputError
 
+# Loggers of packages that transformers imports where they are installed. They tell what they could not load, and that
+# a layer computes in 8 bits.
+_TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
+
 
 def run_app(app: typer.Typer, name: str) -> None:
     """Run a command line.
@@ -42,10 +46,11 @@ def _fail(message: str) -> NoReturn:
 
 
 def silence_transformers() -> None:
-    """Import transformers and keep its warnings and progress bars, and those of bitsandbytes, off the terminal."""
+    """Import transformers and keep warnings and progress bars, also those of what it imports, off the terminal."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every layer that computes in 8 bits
