@@ -78,7 +78,7 @@ def attach(
         _check_no_adapter(model)
     found = settings_for(model, str(settings), family) if not isinstance(settings, FlexAttnConfig) else settings
     described = family(model, found)
-    described = family(model, _with_sizes(found, described))
+    described.set_settings(_with_sizes(found, described))
     _check_settings(described)
     if adapter is not None:
         adapter.check_base(adapters.BaseModel.of(model, described.text_model))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 
 from flexattn_cuda import profiling
 from flexattn_cuda.checkpoints import adapters
+from flexattn_cuda.families.arguments import ForwardArguments
 from flexattn_cuda.families.calls import (
     cache_to_use,
     check_valid_rect,
@@ -29,60 +30,13 @@ from flexattn_cuda.families.calls import (
     may_wait,
     place,
 )
-from flexattn_cuda.families.family import Family, Pixels, PromptWithImages
+from flexattn_cuda.families.family import Family, PromptWithImages
 from flexattn_cuda.families.generation import POSITIONS_COME_FIRST, HRGeneration
 from flexattn_cuda.mechanism.attach import Attachment
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, rename_cache
 from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, Span, check_keeps_all
 from flexattn_cuda.mechanism.config import FlexAttnConfig
-from flexattn_cuda.mechanism.trace import Trace
-
-
-@dataclass(frozen=True)
-class ForwardArguments:
-    """What the forward of an attached model takes beside its own arguments.
-
-    Attributes:
-        pixel_values_hr: The n images of the prompts in high resolution, in their order: [n, 3, zoom*s, zoom*s], or n
-            tensors [3, zoom*H, zoom*W] where sizes differ; float, normalised. Without them no row sees HR tokens.
-        valid_rect: [n, 4] int, (top, left, bottom, right) of each image inside its padding, in cells of its LR grid,
-            half-open; the whole grid when absent.
-        rows_per_prompt: This many adjacent rows of the batch are beams of one prompt, which share its images.
-            `generate` sets it.
-        prompt_length: Positions of the sequence up to the end of the prompt, where that is not the end of this call or,
-            with a cache, of the previous one. `generate` sets it.
-        flexattn_trace: Records maps and selections.
-        hr_alpha: Weight of the attention with HR tokens, 0 to 1.
-        hr_cache: Keep the keys and values of HR tokens beside the key/value cache; if False, and where gradients are
-            recorded, every call projects what it attends to.
-        hr_capacity: Slots of each layer's pool of HR keys, which then never grows (CUDA graphs, compiled decoding).
-        tiles_on_demand: Encode a tile when a selection first reaches it; if False, and where gradients are recorded,
-            encode all tiles at once.
-    """
-
-    pixel_values_hr: Pixels | None = None
-    valid_rect: torch.Tensor | None = None
-    rows_per_prompt: int = 1
-    prompt_length: int | None = None
-    flexattn_trace: Trace | None = None
-    hr_alpha: float = 1.0
-    hr_cache: bool = True
-    hr_capacity: int | None = None
-    tiles_on_demand: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.hr_alpha <= 1:  # NaN too
-            raise ValueError(f"hr_alpha is {self.hr_alpha}; it must be a weight from 0 to 1")
-        if self.hr_capacity is not None and self.hr_capacity < 1:
-            raise ValueError(f"hr_capacity is {self.hr_capacity}; it must be at least 1, or None for pools that grow")
-        if self.pixel_values_hr is None and self.valid_rect is not None:
-            raise ValueError("valid_rect came without pixel_values_hr, whose images it is about; pass both")
-
-    @classmethod
-    def pop_from(cls, arguments: dict[str, Any]) -> ForwardArguments:
-        """Take these out of the arguments of a call; raise ValueError if one is out of range, or lacks another."""
-        return cls(**{field.name: arguments.pop(field.name) for field in fields(cls) if field.name in arguments})
 
 
 class AttachedModel(HRGeneration):

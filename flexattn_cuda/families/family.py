@@ -125,10 +125,6 @@ class Family:
         """Encode tiles [n, 3, height, width] into their tokens [n, tokens of a tile, D], without gradients."""
         return self.encode(tiles)
 
-    def cut_into_tiles(self, image: torch.Tensor, tiles: Grid) -> list[torch.Tensor]:
-        """Cut an image [3, height, width] into a grid of equal views, row-major."""
-        return [tile for row in image.chunk(tiles.rows, dim=1) for tile in row.chunk(tiles.cols, dim=2)]
-
     def rotary(self, text: PreTrainedModel, sequence: torch.Tensor, positions: torch.Tensor) -> RotaryTables:
         """Return the rotary tables [n, tables*r] of a language model at positions [axes, n]; dtype as `sequence`."""
         return model_tables(text, sequence, positions)
@@ -174,7 +170,7 @@ class FixedTower(Family):
     def encode_lr(self, pixels_hr: Pixels, arguments: dict[str, Any]) -> list[torch.Tensor]:
         views, size = arguments.get("pixel_values"), self.lr_size
         if views is None:
-            views = smaller(torch.stack(list(pixels_hr)), size)
+            views = scaled_down(torch.stack(list(pixels_hr)), size, size)
         views = views.flatten(0, -4)  # some families have [prompts, views, 3, s, s]
         if len(views) != len(pixels_hr):
             raise ValueError(
@@ -187,7 +183,7 @@ class FixedTower(Family):
             return list(self.encode(views))
 
 
-def smaller(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """Scale images [n, 3, s, s] down to [n, 3, size, size], with antialiasing, in float32 or float64."""
+def scaled_down(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Scale images [n, 3, H, W] down to [n, 3, height, width], with antialiasing, in float32 or float64."""
     pixels = pixels if pixels.dtype == torch.float64 else pixels.float()
-    return functional.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+    return functional.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False, antialias=True)

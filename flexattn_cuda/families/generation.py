@@ -3,19 +3,18 @@ them, and what is made of them lives beside the key/value cache."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from transformers import DynamicCache, GenerationMixin
 
+from flexattn_cuda.families.arguments import ForwardArguments
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, rename_cache
 
-# Arguments that this package adds to a model's forward.
-OWN_ARGUMENTS = (
-    "pixel_values_hr", "image_features", "hr_features", "valid_rect", "rows_per_prompt", "prompt_length",
-    "flexattn_trace", "hr_alpha", "hr_cache", "hr_capacity", "tiles_on_demand",
-)  # fmt: skip
+# Arguments that this package adds to a model's forward; the features are those of its own LLaVA alone.
+OWN_ARGUMENTS = (*(field.name for field in fields(ForwardArguments)), "image_features", "hr_features")
 
 # Newer transformers find the positions of a prompt before they repeat its rows for beams, older ones in every call.
 POSITIONS_COME_FIRST = hasattr(GenerationMixin, "_prepare_position_ids_for_generation")

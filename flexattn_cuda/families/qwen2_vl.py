@@ -6,11 +6,10 @@ import inspect
 from typing import Any, ClassVar
 
 import torch
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from flexattn_cuda import profiling
-from flexattn_cuda.families.family import Family, Pixels, PromptWithImages
+from flexattn_cuda.families.family import Family, Pixels, PromptWithImages, scaled_down
 from flexattn_cuda.families.generation import POSITIONS_COME_FIRST
 from flexattn_cuda.mechanism.grid import Grid, ImageGrids
 from flexattn_cuda.mechanism.rotary import RotaryTables
@@ -53,7 +52,9 @@ class Qwen2VL(Family):
             raise ValueError("pixel_values_videos came with high-resolution images; ask about images or about a video")
         with profiling.phase("encode_images"):
             if patches is None:
-                return [self.encode(self._smaller(image))[0] for image in pixels_hr]
+                zoom = self.settings.zoom
+                views = (scaled_down(image[None], *(side // zoom for side in image.shape[1:])) for image in pixels_hr)
+                return [self.encode(view)[0] for view in views]
             expected = [[1, *(side * self._merge for side in image.lr)] for image in self.grids(pixels_hr)]
             if sizes is None or sizes.tolist() != expected:
                 raise ValueError(
@@ -111,11 +112,6 @@ class Qwen2VL(Family):
         """Return the tokens [n, D] of each image of the packed patches."""
         features = self.model.model.get_image_features(patches, sizes)
         return list(getattr(features, "pooler_output", features))
-
-    def _smaller(self, image: torch.Tensor) -> torch.Tensor:
-        size = [side // self.settings.zoom for side in image.shape[1:]]
-        image = image if image.dtype == torch.float64 else image.float()
-        return functional.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=True)
 
     def _patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """Cut images [n, 3, height, width] into the patches [*, 3*t*p*p] that the tower takes, a token's together."""

@@ -30,7 +30,7 @@ from flexattn_cuda.inputs.chat_template import read_chat_template, refuse_specia
 from flexattn_cuda.inputs.frames import Frame
 from flexattn_cuda.inputs.image_families import FAMILIES, ImageFamily, Options, Views, sizes_of, view_side
 from flexattn_cuda.inputs.image_sources import read_images
-from flexattn_cuda.inputs.images import flat_list
+from flexattn_cuda.inputs.marks import check_marks, checked_texts
 from flexattn_cuda.inputs.questions import check_question, user_message
 
 # Arguments that transformers' own processors take beside those of their tokenizer and image processor.
@@ -162,7 +162,8 @@ class HRProcessor(ProcessorMixin):
         Raises:
             InputError: If images and marks do not match.
         """
-        self._check_marks([text.count(self.family.image_mark)], None, len(image_tokens))
+        mark = self.family.image_mark
+        check_marks(mark, [text.count(mark)], None, len(image_tokens))
         ids: list[int] = self._tokenized([text], image_tokens, {"return_tensors": None})["input_ids"][0]
         return ids
 
@@ -263,12 +264,12 @@ class HRProcessor(ProcessorMixin):
         """
         if videos is not None or audio is not None:
             raise InputError("FlexAttention takes images and text; leave out videos and audio")
-        texts = _checked_texts(text)
+        texts = checked_texts(text, self.family.image_mark)
         for_text, for_images = self._sorted_options(kwargs)
         for_text = {"padding": padding, "padding_side": padding_side, "return_tensors": return_tensors, **for_text}
         marks = [one.count(self.family.image_mark) for one in texts]
         flat = read_images(images)
-        self._check_marks(marks, images, len(flat))
+        check_marks(self.family.image_mark, marks, images, len(flat))
         values: dict[str, Any] = {}
         tokens: list[int] = []
         if flat:
@@ -316,19 +317,6 @@ class HRProcessor(ProcessorMixin):
                 raise InputError(f"{name}={options[name]!r} would send tiles of the model's own; leave it out")
         if options.get("do_resize", True) is False:
             raise InputError("do_resize=False leaves no larger view of an image; leave it out")
-
-    def _check_marks(self, marks: Sequence[int], images: Any, count: int) -> None:
-        """Raise InputError if images do not match the marks, in all or text by text."""
-        mark = self.family.image_mark
-        if sum(marks) != count:
-            raise InputError(
-                f"the text has {sum(marks)} {mark} marks, but {count} images came with it; "
-                "put one mark into the text for every image"
-            )
-        if isinstance(images, (list, tuple)) and images and all(isinstance(part, (list, tuple)) for part in images):
-            given = [len(flat_list(part)) for part in images]
-            if given != list(marks):
-                raise InputError(f"the texts have {list(marks)} {mark} marks, but {given} images came, text by text")
 
     def _tokens(self, views: Views) -> list[int]:
         """Return the number of image tokens of each image: the LR cells of its base view."""
@@ -461,13 +449,6 @@ def _loaded_parts(config: Any, name: str | Path | None, hub: dict[str, Any]) -> 
     if not name:
         raise InputError("the model was not loaded from a checkpoint; pass its processor")
     return ProcessorParts.from_pretrained(name, **hub)
-
-
-def _checked_texts(text: Any) -> list[str]:
-    texts = [text] if isinstance(text, str) else text
-    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(one, str) for one in texts):
-        raise InputError(f"text must be a string or a list of strings, not {text!r}")
-    return list(texts)
 
 
 def _nested(pixels: torch.Tensor, counts: Sequence[int]) -> dict[str, torch.Tensor]:

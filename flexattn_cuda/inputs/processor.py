@@ -25,6 +25,7 @@ from flexattn_cuda.inputs.chat_template import VICUNA_TEMPLATE, read_chat_templa
 from flexattn_cuda.inputs.frames import Frame, padded_square
 from flexattn_cuda.inputs.image_processor import FlexAttnLlavaImageProcessor, ImageSizes
 from flexattn_cuda.inputs.images import flat_list
+from flexattn_cuda.inputs.marks import check_marks, checked_texts
 from flexattn_cuda.inputs.questions import IMAGE, check_question, user_message
 from flexattn_cuda.inputs.tokenizers import load_tokenizer
 
@@ -201,8 +202,8 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
             raise TypeError(f"FlexAttnLlavaProcessor takes no {', '.join(unknown)}")
         if padding_side not in ("left", "right"):
             raise InputError(f"padding_side is {padding_side!r}; allowed: left, right")
-        texts, flat = _checked_texts(text), flat_list(images)
-        _check_marks(texts, images, len(flat))
+        texts, flat = checked_texts(text, IMAGE), flat_list(images)
+        check_marks(IMAGE, [one.count(IMAGE) for one in texts], images, len(flat))
 
         rows = [self._row(one, add_special_tokens) for one in texts]
         if return_tensors == "pt" and not padding and len({len(row) for row in rows}) > 1:
@@ -293,26 +294,3 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
 
 
 AutoProcessor.register(FlexAttnLlavaConfig, FlexAttnLlavaProcessor)
-
-
-def _checked_texts(text: Any) -> list[str]:
-    if text is None:
-        raise InputError(f"there is no text; every image needs a prompt with an {IMAGE} mark")
-    texts = [text] if isinstance(text, str) else text
-    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(one, str) for one in texts):
-        raise InputError(f"text must be a string or a list of strings, not {text!r}")
-    return list(texts)
-
-
-def _check_marks(texts: list[str], images: Any, count: int) -> None:
-    """Raise InputError if images do not match the marks, in all or text by text."""
-    marks = [text.count(IMAGE) for text in texts]
-    if sum(marks) != count:
-        raise InputError(
-            f"the text has {sum(marks)} {IMAGE} marks, but {count} images came with it; "
-            "put one mark into the text for every image"
-        )
-    if isinstance(images, (list, tuple)) and images and all(isinstance(part, (list, tuple)) for part in images):
-        given = [len(flat_list(part)) for part in images]
-        if given != marks:
-            raise InputError(f"the texts have {marks} {IMAGE} marks, but {given} images came with them, text by text")

@@ -23,7 +23,7 @@ from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, Span, 
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.context import ContextOptions, HRContext
 from flexattn_cuda.mechanism.counts import ReadBack, read_counts
-from flexattn_cuda.mechanism.grid import ABSENT, Grid, ImageGrids
+from flexattn_cuda.mechanism.grid import ABSENT, ImageGrids, cut_into_tiles
 from flexattn_cuda.mechanism.keys import empty_projection
 from flexattn_cuda.mechanism.layout import ImageLayout
 from flexattn_cuda.mechanism.probe import token_forms
@@ -55,9 +55,6 @@ class Family(Protocol):
 
     def rotary(self, text: PreTrainedModel, sequence: torch.Tensor, positions: torch.Tensor) -> RotaryTables:
         """Return the rotary tables [n, r] at positions [axes, n], of the dtype and on the device of `sequence`."""
-
-    def cut_into_tiles(self, image: torch.Tensor, tiles: Grid) -> list[torch.Tensor]:
-        """Cut an image [3, height, width] into a grid of equal tiles, row-major."""
 
     def encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
         """Encode tiles [n, 3, height, width] into their tokens [n, tokens of a tile, D], without gradients."""
@@ -204,7 +201,7 @@ class Attachment:
                 tokens.features[prompt, first : first + grids.hr.cells] = features.to(tokens.features)
             elif new.pixels is not None:
                 pixels = new.pixels[number].clone()  # the caller may reuse the tensor
-                tiles = self.family.cut_into_tiles(pixels, grids.tiles)
+                tiles = cut_into_tiles(pixels, grids.tiles)
                 tokens.waiting |= {Tile(prompt, image, tile): pixels for tile, pixels in enumerate(tiles)}
         if not request.on_demand:
             tokens.encode(range(tokens.tile_count), self._encode_tiles)

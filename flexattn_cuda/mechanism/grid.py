@@ -74,6 +74,11 @@ def pooled_sizes(sizes: torch.Tensor, side: int) -> torch.Tensor:
     return torch.where(longer > side, pooled, sizes)
 
 
+def cut_into_tiles(image: torch.Tensor, tiles: Grid) -> list[torch.Tensor]:
+    """Cut an image [3, height, width] into a grid of equal views, row-major."""
+    return [tile for row in image.chunk(tiles.rows, dim=1) for tile in row.chunk(tiles.cols, dim=2)]
+
+
 def max_cells(grids: Iterable[Grid]) -> int:
     """Return the number of cells of the largest grid, 0 if there is none."""
     return max((grid.cells for grid in grids), default=0)

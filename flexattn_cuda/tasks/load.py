@@ -76,9 +76,7 @@ def load(
     if adapter is not None and kind in FORMATS and _is_of_llava(adapter):
         return _load_llava_with_lora(folder, Path(adapter), wanted)
     if kind in FAMILIES and (kind not in FORMATS or adapter is not None):
-        loaded, processor = _load_attached(folder, wanted)
-        loaded.config._name_or_path = str(model)  # an adapter names its base: a hub id, not a folder of the cache
-        return loaded, processor
+        return _load_attached(folder, wanted, str(model))
     _refuse_adapter(folder, adapter)
     return _load_llava(folder, wanted)
 
@@ -123,11 +121,8 @@ def load_attached(
             f"{folder} is a checkpoint of this package, with HR projections of its own; train them with --train hr in "
             "place of --adapter-only"
         )
-    loaded, processor = _load_attached(
-        folder, _Wanted(choose_device(device), choose_dtype(dtype), None, None, adapter, None)
-    )
-    loaded.config._name_or_path = str(model)  # an adapter names its base: a hub id, not a folder of the cache
-    return loaded, processor
+    wanted = _Wanted(choose_device(device), choose_dtype(dtype), None, None, adapter, None)
+    return _load_attached(folder, wanted, str(model))
 
 
 def _refuse_adapter(folder: Path, adapter: str | Path | None) -> None:
@@ -205,8 +200,8 @@ def _load_llava_with_lora(folder: Path, adapter: Path, wanted: _Wanted) -> tuple
     return (lora.merge(model, adapter) if lora.is_in(adapter) else model), processor
 
 
-def _load_attached(folder: Path, wanted: _Wanted) -> tuple[AttachedModel, HRProcessor]:
-    """Load transformers' own model, and attach FlexAttention to it."""
+def _load_attached(folder: Path, wanted: _Wanted, name: str) -> tuple[AttachedModel, HRProcessor]:
+    """Load transformers' own model, which the user knows by `name`, and attach FlexAttention to it."""
     if wanted.system is not None:
         raise InputError(f"system is {wanted.system!r}, but {folder} is no LLaVA of this package; leave system out")
     if wanted.adapter is not None and wanted.flexattn is not None:
@@ -224,6 +219,7 @@ def _load_attached(folder: Path, wanted: _Wanted) -> tuple[AttachedModel, HRProc
     processor = processor_for(model)
     if wanted.adapter is not None and lora.is_in(Path(wanted.adapter)):
         model = lora.merge(model, Path(wanted.adapter))
+    model.config._name_or_path = name  # an adapter names its base: a hub id, not a folder of the cache
     return wanted.placed(model), processor
 
 

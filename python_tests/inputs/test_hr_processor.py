@@ -317,11 +317,11 @@ def test_tiles_of_the_models_own_are_refused(name, option):
     "arguments, message",
     [
         ({"images": WIDE, "text": "what"}, "the text has 0 <image> marks, but 1 images"),
-        ({"images": [[WIDE, WIDE], []], "text": ["<image>", "<image>"]}, "came, text by text"),
+        ({"images": [[WIDE, WIDE], []], "text": ["<image>", "<image>"]}, "came with them, text by text"),
         ({"images": WIDE, "text": "<image>", "do_resize": False}, "leaves no larger view"),
         ({"images": WIDE, "text": "<image> what", "truncation": True, "max_length": 5}, "5 image tokens of the 16"),
         ({"videos": [WIDE], "text": "what"}, "leave out videos"),
-        ({"text": None}, "must be a string"),
+        ({"text": None}, "there is no text; every image needs a prompt"),
         ({"text": ["what", "what is"], "padding": False}, "pass padding=True"),
     ],
 )

@@ -56,9 +56,6 @@ class PlainFamily:
         cos, sin = text.rotary_emb(sequence, position_ids=positions)
         return RotaryTables(cos[0], sin[0])
 
-    def cut_into_tiles(self, image: torch.Tensor, tiles: Grid) -> list[torch.Tensor]:
-        return [tile for row in image.chunk(tiles.rows, 1) for tile in row.chunk(tiles.cols, 2)]
-
     @torch.no_grad()
     def encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
         self.tiles_encoded += len(tiles)

@@ -10,7 +10,7 @@ import torch
 from transformers import LlavaModel
 
 from flexattn_cuda import profiling
-from flexattn_cuda.mechanism.grid import Grid
+from flexattn_cuda.mechanism.grid import Grid, cut_into_tiles
 
 # The tower's image size is set for the duration of a call, and older transformers replace its forward functions while
 # they record its hidden states.
@@ -36,11 +36,6 @@ def encode_images(model: LlavaModel, pixels: torch.Tensor) -> torch.Tensor:
             return_dict=True,
         )
     return torch.stack(list(features.pooler_output))
-
-
-def cut_into_tiles(image: torch.Tensor, tiles: Grid) -> list[torch.Tensor]:
-    """Cut an image [3, height, width] into a grid of equal views, row-major."""
-    return [tile for row in image.chunk(tiles.rows, dim=1) for tile in row.chunk(tiles.cols, dim=2)]
 
 
 @profiling.in_phase("encode_tiles")
