@@ -10,6 +10,9 @@ import torch
 from flexattn_cuda.families.family import Pixels
 from flexattn_cuda.mechanism.trace import Trace
 
+IMAGE_ARGUMENTS = ("pixel_values_hr", "image_features", "hr_features")
+"""Those that bring images, which come with a prompt alone."""
+
 
 @dataclass(frozen=True)
 class ForwardArguments:
@@ -18,6 +21,9 @@ class ForwardArguments:
     Attributes:
         pixel_values_hr: The n images of the prompts in high resolution, in their order: [n, 3, zoom*s, zoom*s], or n
             tensors [3, zoom*H, zoom*W] where sizes differ; float, normalised. Without them no row sees HR tokens.
+        image_features: n times [S_h*S_w, D] from `encode`, in place of pixels: LR tokens of images that are asked about
+            more than once. Families whose images all have one size take them.
+        hr_features: n times [h*w, D], likewise; without them no row sees HR tokens.
         valid_rect: [n, 4] int, (top, left, bottom, right) of each image inside its padding, in cells of its LR grid,
             half-open; the whole grid when absent.
         rows_per_prompt: This many adjacent rows of the batch are beams of one prompt, which share its images.
@@ -34,6 +40,8 @@ class ForwardArguments:
     """
 
     pixel_values_hr: Pixels | None = None
+    image_features: Pixels | None = None
+    hr_features: Pixels | None = None
     valid_rect: torch.Tensor | None = None
     rows_per_prompt: int = 1
     prompt_length: int | None = None
@@ -48,8 +56,22 @@ class ForwardArguments:
             raise ValueError(f"hr_alpha is {self.hr_alpha}; it must be a weight from 0 to 1")
         if self.hr_capacity is not None and self.hr_capacity < 1:
             raise ValueError(f"hr_capacity is {self.hr_capacity}; it must be at least 1, or None for pools that grow")
-        if self.pixel_values_hr is None and self.valid_rect is not None:
+        if self.pixel_values_hr is not None and (self.image_features is not None or self.hr_features is not None):
+            raise ValueError("pass either pixels or features of the images")
+        if self.hr_features is not None and self.image_features is None:
+            raise ValueError("hr_features need image_features: the low-resolution tokens of the same images")
+        if not self.have_hr and self.valid_rect is not None:
             raise ValueError("valid_rect came without pixel_values_hr, whose images it is about; pass both")
+
+    @property
+    def have_hr(self) -> bool:
+        """Whether images come in high resolution."""
+        return self.pixel_values_hr is not None or self.hr_features is not None
+
+    @property
+    def have_images(self) -> bool:
+        """Whether images come that this package embeds."""
+        return self.have_hr or self.image_features is not None
 
     @classmethod
     def pop_from(cls, arguments: dict[str, Any]) -> ForwardArguments:

@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedModel
 
 from flexattn_cuda import profiling
 from flexattn_cuda.checkpoints import adapters
-from flexattn_cuda.families.arguments import ForwardArguments
+from flexattn_cuda.families.arguments import IMAGE_ARGUMENTS, ForwardArguments
 from flexattn_cuda.families.calls import (
     cache_to_use,
     check_valid_rect,
@@ -30,13 +30,14 @@ from flexattn_cuda.families.calls import (
     may_wait,
     place,
 )
-from flexattn_cuda.families.family import Family, PromptWithImages
+from flexattn_cuda.families.family import Family, Pixels, PromptWithImages
 from flexattn_cuda.families.generation import POSITIONS_COME_FIRST, HRGeneration
 from flexattn_cuda.mechanism.attach import Attachment
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, rename_cache
 from flexattn_cuda.mechanism.call import CallShape, HRRequest, NewImages, Span, check_keeps_all
 from flexattn_cuda.mechanism.config import FlexAttnConfig
+from flexattn_cuda.mechanism.grid import ImageGrids
 
 
 class AttachedModel(HRGeneration):
@@ -52,10 +53,10 @@ class AttachedModel(HRGeneration):
         return self.hr_family.settings
 
     def _shared_by_rows(self, arguments: dict[str, Any]) -> tuple[str, ...]:
-        if arguments.get("pixel_values_hr") is None:
+        if all(arguments.get(name) is None for name in IMAGE_ARGUMENTS):
             return ()
         shared = set(self.hr_family.image_arguments) - set(self.hr_family.row_arguments)
-        return ("pixel_values_hr", "valid_rect", *shared)
+        return (*IMAGE_ARGUMENTS, "valid_rect", *shared)
 
     def prepare_inputs_for_generation(
         self, input_ids: Any, is_first_iteration: bool = False, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
@@ -91,15 +92,16 @@ class AttachedModel(HRGeneration):
         sequence = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
         if sequence is None:
             return self.attached_to.forward(self, **arguments)
-        have_hr, new = own.pixel_values_hr is not None, None
-        if have_hr:
-            use_cache, cache = cache_to_use(self, arguments.get("use_cache"), cache, have_hr)
+        new = None
+        if own.have_hr:
+            use_cache, cache = cache_to_use(self, arguments.get("use_cache"), cache, have_hr=True)
             arguments |= {"use_cache": use_cache, CACHE_ARGUMENT: cache}
         shape = CallShape.of(sequence, cache, own.prompt_length, arguments.get("cache_position"))
         if shape.past:
             self._resume(cache)
-        if have_hr:
+        if own.have_hr:
             check_keeps_all(cache, shape.past + shape.queries)
+        if own.have_images:
             new = self._embed_images(own, arguments, shape)
         arguments["flexattn_request"] = HRRequest(
             shape=shape,
@@ -136,10 +138,28 @@ class AttachedModel(HRGeneration):
         if images.position_offsets is not None:
             self.hr_family.position_offsets = images.position_offsets
 
-    def _embed_images(self, own: ForwardArguments, arguments: dict[str, Any], shape: CallShape) -> NewImages:
+    def encode(self, pixel_values_hr: Pixels, **views: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Encode images that are asked about more than once: `image_features` and `hr_features` of `forward`.
+
+        Args:
+            pixel_values_hr: As in `forward`.
+            views: The images' low-resolution view, as the family's processor names its parts; made from
+                `pixel_values_hr` when absent.
+
+        Returns:
+            LR tokens [S_h*S_w, D] and HR tokens [h*w, D] of each image. No gradient flows through the HR tokens.
+
+        Raises:
+            ValueError: If the images do not have a size that the model takes.
+        """
+        family = self.hr_family
+        grids = family.grids(pixel_values_hr)
+        lr = family.encode_lr(pixel_values_hr, views)
+        return lr, [family.encode_hr(image, of_image) for image, of_image in zip(pixel_values_hr, grids)]
+
+    def _embed_images(self, own: ForwardArguments, arguments: dict[str, Any], shape: CallShape) -> NewImages | None:
         """Replace token ids and images among the arguments by embeddings; return what the mechanism must know."""
         family, input_ids, pixels = self.hr_family, arguments.get("input_ids"), own.pixel_values_hr
-        assert pixels is not None
         if input_ids is None:
             raise ValueError("images need input_ids: the image tokens say where they stand in the prompt")
         if arguments.get("mm_encoder_outputs"):
@@ -150,15 +170,18 @@ class AttachedModel(HRGeneration):
                 "whose image tokens see each other in both directions, takes images with the first prompt alone; start "
                 "again with a new cache"
             )
-        _check_images(own, arguments)
-        grids = family.grids(pixels)
+        _check_call(own, arguments)
+        grids = _checked_grids(family, own)
         is_image = image_positions(input_ids, family.image_token_id, shape, own.prompt_length)
         spans = image_spans(is_image[:: own.rows_per_prompt], [image.lr.cells for image in grids])
         if own.valid_rect is not None:
             check_valid_rect(own.valid_rect, [image.lr for image in grids])
         if own.rows_per_prompt > 1:
             arguments |= _of_prompts(arguments, family.row_arguments, spans, own.rows_per_prompt)
-        lr_tokens = family.encode_lr(pixels, arguments)
+        lr_tokens = own.image_features
+        if lr_tokens is None:
+            assert pixels is not None
+            lr_tokens = family.encode_lr(pixels, arguments)
         embedded = embed_text(self, input_ids, family.image_token_id)
         if arguments.get("position_ids") is None:
             prompt = PromptWithImages(
@@ -169,7 +192,9 @@ class AttachedModel(HRGeneration):
         for name in (*family.image_arguments, "input_ids"):
             arguments.pop(name, None)
         arguments["inputs_embeds"] = place(embedded, is_image, lr_tokens, spans, own.rows_per_prompt)
-        return NewImages(spans, grids, pixels=pixels, valid_rect=own.valid_rect, rows_per_prompt=own.rows_per_prompt)
+        if not own.have_hr:
+            return None
+        return NewImages(spans, grids, pixels, own.hr_features, own.valid_rect, own.rows_per_prompt)
 
     def save_adapter(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write settings and HR projections, out of the model's whole state if that is given."""
@@ -249,27 +274,55 @@ def _of_prompts(
     }
 
 
-def _check_images(own: ForwardArguments, arguments: dict[str, Any]) -> None:
-    """Raise ValueError for images, or a batch, that would be misread."""
-    rows, pixels = len(arguments["input_ids"]), own.pixel_values_hr
-    if arguments.get("inputs_embeds") is not None:
-        raise ValueError("both input_ids and inputs_embeds came with pixel_values_hr; pass input_ids alone")
-    if own.rows_per_prompt < 1 or rows % own.rows_per_prompt:
-        raise ValueError(f"the batch has {rows} rows, which are not prompts of {own.rows_per_prompt} rows each")
-    if not isinstance(pixels, (torch.Tensor, list, tuple)) or not all(isinstance(one, torch.Tensor) for one in pixels):
+def _checked_grids(family: Family, own: ForwardArguments) -> list[ImageGrids]:
+    """Return the grids of the images of a call; ValueError for images that would be misread."""
+    images = {name: getattr(own, name) for name in ("pixel_values_hr", "image_features", "hr_features")}
+    for name, values in images.items():
+        if values is not None:
+            _check_tensors(name, values)
+    if own.pixel_values_hr is not None:
+        return family.grids(own.pixel_values_hr)
+    assert own.image_features is not None
+    grids = family.feature_grids(len(own.image_features))
+    width = family.text_model.config.hidden_size
+    expected = {"image_features": [image.lr.cells for image in grids], "hr_features": [g.hr.cells for g in grids]}
+    for name, cells in expected.items():
+        given = None if images[name] is None else [tuple(tokens.shape) for tokens in images[name]]
+        if given is not None and given != [(number, width) for number in cells]:
+            raise ValueError(
+                f"{name} holds {len(given)} images of shape {list(given[0])}; these prompts and settings take "
+                f"{len(cells)} of {[cells[0], width]}"
+            )
+    return grids
+
+
+def _check_tensors(name: str, values: Any) -> None:
+    """Raise ValueError unless an argument holds at least one image, in floating point."""
+    if not isinstance(values, (torch.Tensor, list, tuple)) or not all(isinstance(one, torch.Tensor) for one in values):
         raise ValueError(
-            f"pixel_values_hr is a {type(pixels).__name__}; it must be a tensor or a list of tensors, as "
+            f"{name} is a {type(values).__name__}; it must be a tensor or a list of tensors, as "
             "flexattn_cuda.processor_for(model) makes them of images"
         )
-    if not len(pixels):
-        raise ValueError("pixel_values_hr holds no images; leave it out for prompts without")
-    if dtypes := {image.dtype for image in pixels if not image.is_floating_point()}:
+    if not len(values):
+        raise ValueError(f"{name} holds no images; leave it out for prompts without")
+    if dtypes := {image.dtype for image in values if not image.is_floating_point()}:
         raise ValueError(
-            f"pixel_values_hr is {dtypes.pop()}; it must be normalised, in floating point: use the model's processor"
+            f"{name} is {dtypes.pop()}; it must be normalised, in floating point: use the model's processor"
         )
+
+
+def _check_call(own: ForwardArguments, arguments: dict[str, Any]) -> None:
+    """Raise ValueError for a batch that would be misread."""
+    rows = len(arguments["input_ids"])
+    if arguments.get("inputs_embeds") is not None:
+        raise ValueError("both input_ids and inputs_embeds came with images; pass input_ids alone")
+    if own.image_features is not None and arguments.get("pixel_values") is not None:
+        raise ValueError("pass either pixels or features of the images")
+    if own.rows_per_prompt < 1 or rows % own.rows_per_prompt:
+        raise ValueError(f"the batch has {rows} rows, which are not prompts of {own.rows_per_prompt} rows each")
     mask = arguments.get("attention_mask")
     padded = isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, -1].all())
-    if padded and arguments.get("labels") is None:
+    if own.have_hr and padded and arguments.get("labels") is None:
         raise ValueError(
             "attention_mask has padding on the right, where the row that sees high-resolution tokens should be; pad on "
             "the left (padding_side='left'), or pass labels"

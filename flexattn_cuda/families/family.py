@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from flexattn_cuda import profiling
 from flexattn_cuda.mechanism.config import FlexAttnConfig
-from flexattn_cuda.mechanism.grid import Grid, ImageGrids
+from flexattn_cuda.mechanism.grid import Grid, ImageGrids, cut_into_tiles, join_tiles
 from flexattn_cuda.mechanism.rotary import RotaryTables, model_tables
 
 Pixels = torch.Tensor | Sequence[torch.Tensor]
@@ -103,6 +103,13 @@ class Family:
         """Return the grids of n images; ValueError if they do not have a size that the model takes."""
         raise NotImplementedError
 
+    def feature_grids(self, count: int) -> list[ImageGrids]:
+        """Return the grids of `count` images whose tokens are given; ValueError if they depend on the images."""
+        raise ValueError(
+            f"image_features came to a {self.model.config.model_type} model, whose images have grids of their own; "
+            "pass pixel_values_hr"
+        )
+
     def encode_lr(self, pixels_hr: Pixels, arguments: dict[str, Any]) -> list[torch.Tensor]:
         """Return the LR tokens [S_h*S_w, D] of each of n images.
 
@@ -124,6 +131,12 @@ class Family:
     def encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
         """Encode tiles [n, 3, height, width] into their tokens [n, tokens of a tile, D], without gradients."""
         return self.encode(tiles)
+
+    def encode_hr(self, image: torch.Tensor, grids: ImageGrids) -> torch.Tensor:
+        """Return the HR tokens [grids.hr.cells, D] of an image [3, height, width], row-major, without gradients."""
+        tiles = grids.tiles
+        tokens = self.encode_tiles(torch.stack(cut_into_tiles(image, tiles)))
+        return join_tiles(tokens, tiles, Grid(grids.hr.rows // tiles.rows, grids.hr.cols // tiles.cols))
 
     def rotary(self, text: PreTrainedModel, sequence: torch.Tensor, positions: torch.Tensor) -> RotaryTables:
         """Return the rotary tables [n, tables*r] of a language model at positions [axes, n]; dtype as `sequence`."""
@@ -156,7 +169,7 @@ class FixedTower(Family):
         return int(self.model.config.vision_config.image_size)
 
     def grids(self, pixels_hr: Pixels) -> list[ImageGrids]:
-        zoom, side = self.settings.zoom, self.lr_side
+        zoom = self.settings.zoom
         size = zoom * self.lr_size
         for image in pixels_hr:
             if tuple(image.shape) != (3, size, size):
@@ -164,8 +177,11 @@ class FixedTower(Family):
                     f"an image of pixel_values_hr has shape {list(image.shape)}; with zoom {zoom} this model takes "
                     f"{[3, size, size]}"
                 )
-        hr = zoom * side
-        return [ImageGrids(Grid(side, side), Grid(hr, hr), Grid(zoom, zoom))] * len(pixels_hr)
+        return self.feature_grids(len(pixels_hr))
+
+    def feature_grids(self, count: int) -> list[ImageGrids]:
+        zoom, side = self.settings.zoom, self.lr_side
+        return [ImageGrids(Grid(side, side), Grid(zoom * side, zoom * side), Grid(zoom, zoom))] * count
 
     def encode_lr(self, pixels_hr: Pixels, arguments: dict[str, Any]) -> list[torch.Tensor]:
         views, size = arguments.get("pixel_values"), self.lr_size

@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 import torch
 from transformers import DynamicCache, GenerationMixin
 
-from flexattn_cuda.families.arguments import ForwardArguments
+from flexattn_cuda.families.arguments import IMAGE_ARGUMENTS, ForwardArguments
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT, rename_cache
 
-# Arguments that this package adds to a model's forward; the features are those of its own LLaVA alone.
-OWN_ARGUMENTS = (*(field.name for field in fields(ForwardArguments)), "image_features", "hr_features")
+OWN_ARGUMENTS = tuple(field.name for field in fields(ForwardArguments))  # that this package adds to a model's forward
 
 # Newer transformers find the positions of a prompt before they repeat its rows for beams, older ones in every call.
 POSITIONS_COME_FIRST = hasattr(GenerationMixin, "_prepare_position_ids_for_generation")
@@ -27,7 +26,7 @@ class HRGeneration(GenerationMixin):
         _once: Arguments of forward that come with the prompt alone.
     """
 
-    _once: ClassVar[tuple[str, ...]] = ("pixel_values_hr", "valid_rect", "rows_per_prompt")
+    _once: ClassVar[tuple[str, ...]] = (*IMAGE_ARGUMENTS, "valid_rect", "rows_per_prompt")
 
     @property
     def _selects(self) -> bool:

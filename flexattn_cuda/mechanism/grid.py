@@ -79,6 +79,21 @@ def cut_into_tiles(image: torch.Tensor, tiles: Grid) -> list[torch.Tensor]:
     return [tile for row in image.chunk(tiles.rows, dim=1) for tile in row.chunk(tiles.cols, dim=2)]
 
 
+def join_tiles(tokens: torch.Tensor, tiles: Grid, tile: Grid) -> torch.Tensor:
+    """Return the tokens of a whole image, row-major, from those of the tiles that `cut_into_tiles` makes of it.
+
+    Args:
+        tokens: [tiles.cells, tile.cells, D], each tile's row-major.
+        tiles: Tiles of the image.
+        tile: Cells of each of them.
+
+    Returns:
+        [tiles.cells * tile.cells, D].
+    """
+    # [tile row, tile column, row, column, D] -> [tile row, row, tile column, column, D]
+    return tokens.reshape(*tiles, *tile, tokens.shape[-1]).transpose(1, 2).flatten(0, 3)
+
+
 def max_cells(grids: Iterable[Grid]) -> int:
     """Return the number of cells of the largest grid, 0 if there is none."""
     return max((grid.cells for grid in grids), default=0)

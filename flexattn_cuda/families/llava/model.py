@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, Cache, LlavaForConditional
 
 from flexattn_cuda import checkpoints, profiling
 from flexattn_cuda.baselines.cross_attention import CrossAttachment, CrossAttentionLayer
+from flexattn_cuda.families.arguments import IMAGE_ARGUMENTS
 from flexattn_cuda.families.calls import cache_to_use, embed_text, image_positions, image_spans, may_wait, place
 from flexattn_cuda.families.generation import HRGeneration
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
@@ -31,7 +32,7 @@ from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.counts import CountReader, read_counts
 from flexattn_cuda.mechanism.trace import Trace
 
-_IMAGE_ARGUMENTS = ("pixel_values", "pixel_values_hr", "image_features", "hr_features", "valid_rect")
+_IMAGE_ARGUMENTS = ("pixel_values", *IMAGE_ARGUMENTS, "valid_rect")
 
 
 class FlexAttnLlavaForConditionalGeneration(HRGeneration, LlavaForConditionalGeneration):

@@ -10,7 +10,7 @@ import torch
 from transformers import LlavaModel
 
 from flexattn_cuda import profiling
-from flexattn_cuda.mechanism.grid import Grid, cut_into_tiles
+from flexattn_cuda.mechanism.grid import Grid, cut_into_tiles, join_tiles
 
 # The tower's image size is set for the duration of a call, and older transformers replace its forward functions while
 # they record its hidden states.
@@ -50,10 +50,10 @@ def encode_tiles(model: LlavaModel, image: torch.Tensor, zoom: int) -> torch.Ten
     Returns:
         [h * h, D] with h = zoom * (s / patch), row-major over the whole image.
     """
-    tokens = encode_images(model, torch.stack(cut_into_tiles(image, Grid(zoom, zoom))))
+    tiles = Grid(zoom, zoom)
+    tokens = encode_images(model, torch.stack(cut_into_tiles(image, tiles)))
     side = int(tokens.shape[1] ** 0.5)
-    # [tile row, tile column, row, column, D] -> [tile row, row, tile column, column, D]
-    return tokens.reshape(zoom, zoom, side, side, -1).transpose(1, 2).reshape(zoom * zoom * side * side, -1)
+    return join_tiles(tokens, tiles, Grid(side, side))
 
 
 @contextlib.contextmanager
