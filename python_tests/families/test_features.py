@@ -83,14 +83,8 @@ def test_no_gradient_flows_through_hr_features():
         ({"image_features": None}, "hr_features need image_features"),
         ({"pixel_values_hr": torch.zeros(1, 3, 64, 64)}, "either pixels or features"),
         ({"pixel_values": torch.zeros(1, 3, 32, 32)}, "either pixels or features"),
-        (
-            {"image_features": torch.zeros(1, 15, 64)},
-            r"holds 1 images of shape \[15, 64\]; .* 1 of \[16, 64\]",
-        ),
-        (
-            {"hr_features": torch.zeros(2, 64, 64)},
-            r"holds 2 images of shape \[64, 64\]; .* 1 of \[64, 64\]",
-        ),
+        ({"image_features": torch.zeros(1, 15, 64)}, r"holds 1 images of shape \[15, 64\]; .* 1 of \[16, 64\]"),
+        ({"hr_features": torch.zeros(2, 64, 64)}, r"holds 2 images of shape \[64, 64\]; .* 1 of \[64, 64\]"),
         ({"hr_features": torch.zeros(1, 64, 64, dtype=torch.int64)}, "hr_features is torch.int64"),
         ({"image_features": "a"}, "image_features is a str"),
     ],

@@ -23,17 +23,18 @@ def question_batch(
     Args:
         images: The scenes asked about.
         picks: The questions, a row each.
-        processor: From `build_processor`.
+        processor: Of the model.
         settings: Of the system, which say what resolution it sees; None for the low resolution alone.
         answers: Append the answers and add labels, for training and scoring; if False, end with the prompts, for
             `generate`.
     """
     tokenizer, image_id = processor.tokenizer, processor.image_token_id
     numbers = [pick.scene for pick in picks]
-    batch = {"image_features": images.low[numbers].float(), "valid_rect": images.valid_rect[numbers]}
+    batch = {"image_features": images.low[numbers].float()}
     image_tokens = images.low.shape[1]
     if settings is not None:
         batch["hr_features"] = images.high[settings.zoom, settings.highres_size][numbers].float()
+        batch["valid_rect"] = images.valid_rect[numbers]
         image_tokens += batch["hr_features"].shape[1] if settings.system == "hd" else 0
     rows, labels = [], []
     for pick in picks:
@@ -149,9 +150,9 @@ def _pack(questions: Sequence[Question], image_tokens: int, processor) -> _Packe
 
 def split_prompt(processor, question: Question) -> tuple[list[int], list[int]]:
     """Return the prompt's token ids before and after its image token."""
-    ids = processor.tokenizer(processor.prompt(question.text))["input_ids"]
+    ids = processor.conversation_ids(processor.prompt(question.text), [processor.image_tokens])
     image = ids.index(processor.image_token_id)
-    return ids[:image], ids[image + 1 :]
+    return ids[:image], ids[image + processor.image_tokens :]
 
 
 def answer_ids(tokenizer, question: Question) -> list[int]:

@@ -18,10 +18,12 @@ import flexattn_cuda
 from flexattn_cuda.analysis import flops
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks.load import load
+from studies.small.backbone import Backbone
+from studies.small.backbones import BACKBONES
 from studies.small.options import StudyOptions
 from studies.small.outcomes import Answered, Outcome, Selection
 from studies.small.photographs import find_photographs
-from studies.small.presets import SYSTEMS, name_and_zoom, settings_for
+from studies.small.presets import name_and_zoom, settings_for
 from studies.small.questions import CHANCE, TASKS, vocabulary
 from studies.small.results import write_csv
 from studies.small.scenes import make_scenes
@@ -63,7 +65,7 @@ def collect(options: StudyOptions, command: str) -> Path:
     finished = [
         Finished(seed, system, Outcome.read(folder / f"{system}.json"))
         for seed, folder in seeds.items()
-        for system in SYSTEMS
+        for system in options.settings.systems
         if (folder / f"{system}.json").exists()
     ]
     _write_tables(results, finished, options.settings.sizes)
@@ -74,7 +76,8 @@ def collect(options: StudyOptions, command: str) -> Path:
         numbers = options.example_numbers
         if numbers is None:
             numbers = first_small_questions(next(iter(answers.values())))
-        examples = Examples(seeds[first], first, options.photographs, answers)
+        backbone = BACKBONES[options.settings.sizes.backbone]
+        examples = Examples(seeds[first], first, options.photographs, answers, backbone)
         examples.draw(results / "examples", numbers)
     return results
 
@@ -93,7 +96,8 @@ def _write_tables(results: Path, finished: Sequence[Finished], sizes: ModelSizes
     selections: dict[str, list[Selection]] = {one.system: [] for one in finished}
     for one in finished:
         selections[one.system] += [one.outcome.selected] if one.outcome.selected else []
-    write_csv(results / "costs.csv", [costs(system, sizes, _mean(own)) for system, own in selections.items()])
+    if sizes.backbone == "llava":  # whose FLOPs `flexattn flops` counts
+        write_csv(results / "costs.csv", [costs(system, sizes, _mean(own)) for system, own in selections.items()])
 
 
 def _training_row(outcome: Outcome) -> dict[str, Any]:
@@ -137,7 +141,7 @@ def costs(system: str, sizes: ModelSizes, selected: Selection | None) -> dict[st
     Tiles are rounded up: the selected tokens fit into the mean number of tiles, and so into these.
 
     Args:
-        system: One of SYSTEMS.
+        system: A system of the study.
         sizes: Of the study's model.
         selected: What the maps select on average; None for systems that do not select.
     """
@@ -173,9 +177,18 @@ class Examples:
         seed: The seed.
         photographs: Folders of JPEG files.
         answers: By system.
+        backbone: Of the study's models.
     """
 
-    def __init__(self, folder: Path, seed: int, photographs: Sequence[Path], answers: Mapping[str, Sequence[Answered]]):
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        photographs: Sequence[Path],
+        answers: Mapping[str, Sequence[Answered]],
+        backbone: Backbone,
+    ):
+        self._asked_about = backbone.asked_about
         self._scenes_seed = scenes_seed(seed, "questions")
         self._held_out = find_photographs(photographs, held_out=True)
         self._answers = {system: {row.number: row for row in rows} for system, rows in answers.items()}
@@ -194,7 +207,7 @@ class Examples:
         (scene,) = make_scenes(self._held_out, 1, self._scenes_seed, first=number)
         image, file = scene.image, f"{number:04d}.png"
         if self._flexattn is not None:
-            image = answering.ask(*self._flexattn, image, asked.question, 4, trace=True).draw()
+            image = answering.ask(*self._flexattn, self._asked_about(image), asked.question, 4, trace=True).draw()
         image.save(folder / file)
         return {
             "file": f"{folder.name}/{file}",

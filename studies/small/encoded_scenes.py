@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from flexattn_cuda.families.llava.vision import encode_images, encode_tiles
-from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor
 from flexattn_cuda.mechanism.config import FlexAttnConfig
+from studies.small.backbones import backbone_of
 from studies.small.questions import TASKS, Question
 from studies.small.scenes import Scene
 
@@ -82,18 +81,19 @@ def encode_scenes(
     All resolutions share the low-resolution tokens, so that systems differ in nothing but the high resolution.
 
     Args:
-        model: From `build_model`.
-        processor: From `build_processor`; makes the low-resolution images.
+        model: With a trained encoder.
+        processor: Of the model.
         scenes: The scenes, with their images.
         count: How many scenes there are.
         resolutions: High resolutions to encode, see `resolutions_of`.
     """
-    images = processor.image_processor
-    makers = {resolution: _image_processor(images, resolution) for resolution in resolutions}
-    patch, width = model.config.vision_config.patch_size, model.config.text_config.hidden_size
+    backbone = backbone_of(model)
+    images = backbone.images(processor)
+    makers = {resolution: backbone.images(processor, resolution.pixels) for resolution in resolutions}
+    cell, width = backbone.cell(model), model.config.text_config.hidden_size
 
     def empty_tokens(pixels: int) -> torch.Tensor:
-        return torch.empty(count, (pixels // patch) ** 2, width, dtype=torch.half)
+        return torch.empty(count, (pixels // cell) ** 2, width, dtype=torch.half)
 
     encoded = EncodedScenes(
         low=empty_tokens(images.lowres_size),
@@ -103,20 +103,13 @@ def encode_scenes(
     )
     for number, scene in enumerate(scenes):
         pixels = images([scene.image])
-        encoded.low[number] = encode_images(model.model, pixels["pixel_values"])[0]
+        encoded.low[number] = backbone.encode(model, pixels["pixel_values"])[0]
         encoded.valid_rect[number] = pixels["valid_rect"][0]
         for resolution, maker in makers.items():
-            own = pixels if resolution.pixels == images.highres_size else maker([scene.image])
-            encoded.high[resolution][number] = encode_tiles(model.model, own["pixel_values_hr"][0], resolution.zoom)
+            (image,) = pixels["pixel_values_hr"] if maker is images else maker([scene.image])["pixel_values_hr"]
+            encoded.high[resolution][number] = backbone.encode_tiles(model, image, resolution.zoom)
         encoded.scenes.append(scene.without_image())
     return encoded
-
-
-def _image_processor(images: FlexAttnLlavaImageProcessor, resolution: Resolution) -> FlexAttnLlavaImageProcessor:
-    """Return an image processor like `images` for another high resolution."""
-    return FlexAttnLlavaImageProcessor(
-        highres_size=resolution.pixels, lowres_size=images.lowres_size, lr_side=images.lr_side
-    )
 
 
 def resolutions_of(settings: Iterable[FlexAttnConfig | None]) -> list[Resolution]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
 
-from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor
+from studies.small.backbone import SceneImages
 from studies.small.objects import COLORS, VEHICLES
 from studies.small.painter import SIDE, Drawing, Painter
 from studies.small.questions import SIGN_TASKS, TASKS
 from studies.small.scenes import SIZES, draw_scene, object_scale, sign_content
 from studies.small.token_labels import LabelledImages, TokenLabels
+
+_WHOLE_SHARE = 0.25  # of whole images among those of a batch
+_ZOOM_SHARES = {2: 0.15, 3: 0.45, 4: 0.15}  # of tiles, by zoom
 
 
 class EncoderData:
@@ -22,12 +26,13 @@ class EncoderData:
 
     Args:
         painter: Draws; its generator also chooses the crops.
-        images: From a processor with high resolution.
-        patch: Side of a token in pixels.
+        images: Makes the low-resolution images.
+        cell: Side of a token in pixels.
+        zooms: Of the systems that see tiles.
     """
 
-    def __init__(self, painter: Painter, images: FlexAttnLlavaImageProcessor, patch: int):
-        self.painter, self.images, self.patch = painter, images, patch
+    def __init__(self, painter: Painter, images: SceneImages, cell: int, zooms: Sequence[int] = tuple(_ZOOM_SHARES)):
+        self.painter, self.images, self.cell, self.zooms = painter, images, cell, zooms
 
     def tile(self, resolution: int, side: int, size: str) -> LabelledImages:
         """Return a crop of `side` x `side` pixels of an image whose longer side is scaled to `resolution`.
@@ -45,7 +50,7 @@ class EncoderData:
         left, top = rng.randint(0, canvas - side), rng.randint(0, canvas - side)
         image = drawing.image.resize((canvas, canvas), Image.Resampling.BICUBIC)
         ratio = canvas / drawing.image.width
-        labels = TokenLabels(side // self.patch, self.patch)
+        labels = TokenLabels(side // self.cell, self.cell)
         for sign in drawing.signs:
             labels.add_sign(sign.moved(left / ratio, top / ratio, ratio))
         for vehicle in drawing.vehicles:
@@ -71,7 +76,7 @@ class EncoderData:
         """Return a scene's image at low resolution."""
         rng, low = self.painter.rng, self.images.lowres_size
         scene = draw_scene(self.painter, rng.choice(TASKS), rng.choice(list(SIZES)))
-        labels = TokenLabels(low // self.patch, self.patch)
+        labels = TokenLabels(low // self.cell, self.cell)
         for sign in scene.signs:
             labels.add_sign(sign.moved(0, 0, low / SIDE))
         for vehicle in scene.vehicles:
@@ -79,10 +84,11 @@ class EncoderData:
         return LabelledImages(self.images([scene.image])["pixel_values"][0], labels.tensors())
 
     def batch(self, count: int) -> LabelledImages:
-        """Return tiles of zoom 2, 3 and 4, and whole images, of lowres x lowres pixels."""
+        """Return tiles of every zoom, and whole images, of lowres x lowres pixels."""
         rng, low, images = self.painter.rng, self.images.lowres_size, []
+        shares = {1: _WHOLE_SHARE} | {zoom: _ZOOM_SHARES[zoom] for zoom in self.zooms}
         for _ in range(count):
-            zoom = rng.choices((1, 2, 3, 4), (0.25, 0.15, 0.45, 0.15))[0]
+            zoom = rng.choices(list(shares), list(shares.values()))[0]
             size = rng.choices(list(SIZES), (0.6, 0.4))[0]
             images.append(self.whole() if zoom == 1 else self.tile(zoom * low, low, size))
         return LabelledImages.stack(images)
@@ -99,7 +105,7 @@ def _crowded_content(rng: random.Random) -> tuple[str, ...]:
     return sign_content(rng, rng.choices(SIGN_TASKS, (1, 1, 2))[0], rng.randrange(2))
 
 
-def normalised_pixels(image: Image.Image, images: FlexAttnLlavaImageProcessor) -> torch.Tensor:
+def normalised_pixels(image: Image.Image, images: SceneImages) -> torch.Tensor:
     """Return an image at its own size as the encoder takes it, [3, H, W] float32."""
     mean, std = (torch.tensor(channels)[:, None, None] for channels in (images.image_mean, images.image_std))
     return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std

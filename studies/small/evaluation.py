@@ -22,12 +22,12 @@ _BATCH = 50
 @torch.no_grad()
 def measure_selection(model, processor, images: EncodedScenes) -> Selection:
     """Return what the map of the layer before `first_layer` selects, on average over 256 questions."""
-    trace, settings = Trace(), model.config.flexattn
+    trace, settings = Trace(), model.flexattn_settings
     picks = images.sample(random.Random(0), min(_SELECTION_QUESTIONS, len(images.scenes)))
     model(**question_batch(images, picks, processor, settings), use_cache=False, flexattn_trace=trace)
     selecting = trace.steps[0][settings.first_layer - 1]
     mask = selecting.mask[:, 0, 0].float()  # of the row that predicts the answer's first token
-    side = model.config.hr_side // settings.zoom
+    side = round(mask.shape[-1] ** 0.5) // settings.zoom
     tiles = mask.view(-1, settings.zoom, side, settings.zoom, side).amax((2, 4)).sum((1, 2))
     return Selection(mask.mean().item(), tiles.mean().item())
 

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.tasks.train import FlexAttnTrainer, last_complete_checkpoint
+from studies.small.backbones import BACKBONES
 from studies.small.batches import question_batch
 from studies.small.encoded_scenes import EncodedScenes, Pick
 from studies.small.evaluation import answer_questions, measure_maps, measure_selection
@@ -23,7 +24,7 @@ from studies.small.optimizer import MuonAndAdamW, one_cycle, train_only
 from studies.small.outcomes import Outcome
 from studies.small.presets import Preset, settings_for
 from studies.small.results import MAPPED
-from studies.small.start import load_as, selected_share
+from studies.small.start import selected_share
 
 
 def run_system(folder: Path, seed: int, system: str, preset: Preset, tell: Callable[[str], None]) -> None:
@@ -38,8 +39,10 @@ def run_system(folder: Path, seed: int, system: str, preset: Preset, tell: Calla
     """
     started = time.process_time()
     settings = settings_for(system, preset.sizes, selected_share(folder))
+    selects = settings is not None and settings.system == "flexattn"
     torch.manual_seed(seed)
-    model, processor = load_as(folder / "start", settings)
+    backbone = BACKBONES[preset.sizes.backbone]
+    model, processor = backbone.load_as(folder / "start", settings)
     train_only(model, lambda name: "language_model" in name or "lm_head" in name)
     checkpoints = folder / f"{system}.checkpoints"
     plan = FineTuning(checkpoints, preset.steps, preset.batch, preset.rate, seed)
@@ -51,12 +54,11 @@ def run_system(folder: Path, seed: int, system: str, preset: Preset, tell: Calla
     outcome = Outcome(
         answers=answer_questions(model, processor, questions, settings),
         maps=measure_maps(model, processor, questions, settings) if system in MAPPED else [],
-        selected=measure_selection(model, processor, questions) if model.config.system == "flexattn" else None,
+        selected=measure_selection(model, processor, questions) if selects else None,
         losses=losses,
         seconds=round(seconds, 1),
     )
-    model.save_pretrained(folder / system)
-    processor.save_pretrained(folder / system)
+    backbone.save(model, processor, folder / system)
     outcome.write(folder / f"{system}.json")
     shutil.rmtree(checkpoints, ignore_errors=True)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.runs.options import Option, Options
-from studies.small.presets import PRESETS, SYSTEMS, Preset
+from studies.small.presets import PRESETS, Preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,11 @@ class StudyOptions(Options):
     ]
     output: Annotated[Path, Option("Folder for models and results.", flags=("--output", "-o"), metavar="DIR")]
     preset: Annotated[
-        str, Option("small, or tiny, which runs in minutes and learns nothing.", choices=tuple(PRESETS))
+        str,
+        Option(
+            "small, or tiny, which runs in minutes and learns nothing; internvl for another model.",
+            choices=tuple(PRESETS),
+        ),
     ] = "small"
     seeds: Annotated[str, Option("Comma-separated seeds.")] = "0,1,2"
     systems: Annotated[str, Option("all, or comma-separated names, such as llava,flexattn.")] = "all"
@@ -37,8 +41,11 @@ class StudyOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := [name for name in self.system_names if name not in SYSTEMS]:
-            raise InputError(f"--systems has {unknown[0]!r}; allowed: all, or some of {', '.join(SYSTEMS)}")
+        systems = self.settings.systems
+        if unknown := [name for name in self.system_names if name not in systems]:
+            raise InputError(
+                f"--systems has {unknown[0]!r}; the preset {self.preset!r} has all, or some of {', '.join(systems)}"
+            )
         _numbers("--seeds", self.seeds)
         for number in self.example_numbers or ():
             if not 0 <= number < self.settings.questions:
@@ -60,7 +67,7 @@ class StudyOptions(Options):
     @property
     def system_names(self) -> list[str]:
         """The systems, each once."""
-        return list(SYSTEMS if self.systems == "all" else dict.fromkeys(self.systems.split(",")))
+        return list(self.settings.systems if self.systems == "all" else dict.fromkeys(self.systems.split(",")))
 
     @property
     def example_numbers(self) -> list[int] | None:

@@ -10,6 +10,9 @@ from studies.small.small_model import ModelSizes
 
 SYSTEMS = ("llava", "flexattn", "hd", "random", "center", "xattn", "flexattn-paper", "flexattn-zoom2", "flexattn-zoom4")
 
+_SELECTING = ("llava", "flexattn", "random", "center")
+_INTERNVL = ModelSizes(backbone="internvl", patch=4, shuffle=2, vision_width=48, vision_heads=2)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -24,6 +27,7 @@ class Preset:
         steps: Steps of each system's fine-tuning.
         batch: Questions per step of fine-tuning.
         rate: Muon's peak learning rate in fine-tuning.
+        systems: That can be compared.
         sizes: Of the model.
     """
 
@@ -35,7 +39,14 @@ class Preset:
     steps: int
     batch: int
     rate: float
+    systems: tuple[str, ...] = SYSTEMS
     sizes: ModelSizes = field(default_factory=ModelSizes)
+
+    @property
+    def zooms(self) -> list[int]:
+        """Zooms of the systems that see tiles of the low-resolution size."""
+        settings = (settings_for(system, self.sizes) for system in self.systems)
+        return sorted({one.zoom for one in settings if one is not None and one.system != "hd"})
 
 
 PRESETS = {
@@ -52,6 +63,10 @@ PRESETS = {
         batch=32,
         rate=3.5e-3,
     ),
+}
+PRESETS |= {
+    "internvl": dataclasses.replace(PRESETS["small"], systems=_SELECTING, sizes=_INTERNVL),
+    "internvl-tiny": dataclasses.replace(PRESETS["tiny"], systems=_SELECTING, sizes=_INTERNVL),
 }
 
 

@@ -104,19 +104,19 @@ def study(options: StudyOptions, command: str = "", progress: bool = False) -> P
 def _check_settings(options: StudyOptions) -> None:
     """Write the settings of a new study; raise InputError if those of an earlier one differ."""
     photographs = [(path.name, path.stat().st_size) for path in photograph_files(options.photographs)]
-    settings = {
+    settings = json.dumps({
         "format": FORMAT,
         "preset": {"name": options.preset, **asdict(options.settings)},
         "photographs": hashlib.blake2b(json.dumps(photographs).encode(), digest_size=16).hexdigest(),
-    }
+    })  # fmt: skip
     file = options.output / "study.json"
     try:
         if not file.exists():
-            file.write_text(json.dumps(settings))
+            file.write_text(settings)
         before = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{options.output} cannot be used for a study: {error}") from None
-    if before != settings:
+    if before != json.loads(settings):
         raise InputError(
             f"the study in {options.output} has another preset, other photographs or files of another version; "
             "choose another folder"

@@ -20,7 +20,6 @@ from flexattn_cuda.mechanism.config import FlexAttnConfig
 TEMPLATE = (
     "{{ '<image>' }}{% for part in messages[0]['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
 )
-_SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<unk>"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,9 @@ class ModelSizes:
     """Sizes of the small model.
 
     Attributes:
+        backbone: Kind of model, a key of BACKBONES.
         patch: Side of a patch in pixels.
+        shuffle: Side of the square of patches that a token takes, 1 without pixel shuffle.
         lowres: Side of the low-resolution image in pixels.
         vision_width: Channels of the vision tower.
         vision_layers: Its layers.
@@ -39,7 +40,9 @@ class ModelSizes:
         first_layer: First layer that attends to HR tokens.
     """
 
+    backbone: str = "llava"
     patch: int = 8
+    shuffle: int = 1
     lowres: int = 96
     vision_width: int = 96
     vision_layers: int = 3
@@ -50,9 +53,14 @@ class ModelSizes:
     first_layer: int = 2
 
     @property
+    def cell(self) -> int:
+        """Side of an LR cell in pixels."""
+        return self.patch * self.shuffle
+
+    @property
     def lr_side(self) -> int:
         """Side of the LR grid in tokens."""
-        return self.lowres // self.patch
+        return self.lowres // self.cell
 
 
 DEFAULT_SIZES = ModelSizes()
@@ -77,18 +85,26 @@ def build_processor(
         lr_side=sizes.lr_side,
         image_tokens=grid,
     )
-    return FlexAttnLlavaProcessor(image_processor, _build_tokenizer(texts), chat_template=TEMPLATE)
+    return FlexAttnLlavaProcessor(image_processor, build_tokenizer(texts, "<image>"), chat_template=TEMPLATE)
 
 
-def _build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Iterable[str], image_token: str, *more: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of all lower-case words of the texts, whose digits are tokens of their own.
+
+    Args:
+        texts: Split into words.
+        image_token: Stands for an image token.
+        more: Other special tokens.
+    """
+    special = ["<pad>", "<s>", "</s>", image_token, "<unk>", *more]
     words = sorted({word for text in texts for word in text.lower().replace("?", " ").split() if not word.isdigit()})
-    vocabulary = {token: i for i, token in enumerate([*_SPECIAL, *words, *"0123456789"])}
+    vocabulary = {token: i for i, token in enumerate([*special, *words, *"0123456789"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z0-9<>/ ]"), " ")]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(True)])
-    tokenizer.add_special_tokens(_SPECIAL)
+    tokenizer.add_special_tokens(special)
     tokenizer.decoder = decoders.Fuse()  # the digits of an answer follow each other without spaces
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
     return PreTrainedTokenizerFast(
@@ -97,7 +113,7 @@ def _build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens={"image_token": image_token},
     )
 
 
@@ -112,7 +128,7 @@ def build_model(
         sizes: Of the model.
     """
     model = FlexAttnLlavaForConditionalGeneration(_build_config(processor, flexattn, sizes))
-    _draw_weights(model, sizes)
+    draw_weights(model, sizes)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model.eval()
@@ -155,14 +171,15 @@ def _build_config(
 
 
 @torch.no_grad()
-def _draw_weights(model: FlexAttnLlavaForConditionalGeneration, sizes: ModelSizes) -> None:
+def draw_weights(model: nn.Module, sizes: ModelSizes) -> None:
+    """Draw the weights of a small model from torch's generator."""
     for name, weight in model.named_parameters():
         if weight.ndim == 2 and ("vision" in name or "projector" in name) and "embedding" not in name:
             nn.init.xavier_uniform_(weight)
-        elif "patch_embedding" in name:
+        elif "patch_embedding" in name and weight.ndim > 1:
             nn.init.normal_(weight, std=(3 * sizes.patch**2) ** -0.5)
         elif "position_embedding" in name:
-            weight.copy_(sinusoids(sizes.lr_side, sizes.vision_width))
+            weight.copy_(sinusoids(sizes.lowres // sizes.patch, sizes.vision_width))
         elif weight.ndim == 2 and "language_model" in name:
             nn.init.normal_(weight, std=0.3 if "embed_tokens" in name else 0.06)
 

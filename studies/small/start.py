@@ -14,19 +14,15 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
-from flexattn_cuda import checkpoints
-from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
-from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
-from flexattn_cuda.mechanism.config import FlexAttnConfig
+from studies.small.backbones import BACKBONES
 from studies.small.encoded_scenes import EncodedScenes, Resolution, encode_scenes, resolutions_of
 from studies.small.encoder_stage import train_encoder
 from studies.small.evaluation import measure_selection
 from studies.small.low_resolution_stage import train_low_resolution
 from studies.small.photographs import find_photographs
-from studies.small.presets import SYSTEMS, Preset, settings_for
+from studies.small.presets import Preset, settings_for
 from studies.small.questions import vocabulary
 from studies.small.scenes import make_scenes
-from studies.small.small_model import build_model, build_processor
 
 Made = TypeVar("Made")
 
@@ -73,14 +69,16 @@ class _SeedStart:
         self.folder, self.seed, self.preset, self.tell = folder, seed, preset, tell
         self.photographs = find_photographs(photographs, held_out=False)
         self.held_out = find_photographs(photographs, held_out=True)
+        self.backbone = BACKBONES[preset.sizes.backbone]
         torch.manual_seed(seed)
-        self.processor = build_processor(vocabulary(), settings_for("flexattn", preset.sizes), preset.sizes)
-        self.model = build_model(self.processor, None, preset.sizes)
+        settings = settings_for("flexattn", preset.sizes)
+        assert settings is not None
+        self.model, self.processor = self.backbone.build(vocabulary(), settings, preset.sizes)
 
     def make(self) -> None:
         encoder = stored(self.folder / "encoder.pt", self._train_encoder)
         self.model.load_state_dict(encoder.weights)
-        resolutions = resolutions_of(settings_for(system, self.preset.sizes) for system in SYSTEMS)
+        resolutions = resolutions_of(settings_for(system, self.preset.sizes) for system in self.preset.systems)
         images = stored(self.folder / "images.pt", lambda: self._encode_images(resolutions))
         stored(self.folder / "questions.pt", lambda: self._encode_questions(resolutions))
         started = time.process_time()
@@ -92,8 +90,8 @@ class _SeedStart:
 
     def _train_encoder(self) -> TrainedEncoder:
         self.tell("encoder")
-        started, steps = time.process_time(), self.preset.encoder_steps
-        accuracy = train_encoder(self.model, self.processor, self.photographs, self.held_out, steps, self.seed)
+        started = time.process_time()
+        accuracy = train_encoder(self.model, self.processor, self.photographs, self.held_out, self.preset, self.seed)
         return TrainedEncoder(self.model.state_dict(), accuracy, time.process_time() - started)
 
     def _encode_images(self, resolutions: Sequence[Resolution]) -> EncodedScenes:
@@ -120,9 +118,8 @@ class _SeedStart:
         """Write the checkpoint, which is never seen half written."""
         unfinished = self.folder / "start.new"
         shutil.rmtree(unfinished, ignore_errors=True)
-        self.model.save_pretrained(unfinished)
-        self.processor.save_pretrained(unfinished)
-        model, processor = load_as(unfinished, settings_for("flexattn", self.preset.sizes))
+        self.backbone.save(self.model, self.processor, unfinished)
+        model, processor = self.backbone.load_as(unfinished, settings_for("flexattn", self.preset.sizes))
         figures["selected"] = asdict(measure_selection(model, processor, images))
         (unfinished / "start.json").write_text(json.dumps(figures))
         os.replace(unfinished, self.folder / "start")
@@ -145,12 +142,3 @@ def stored(path: Path, make: Callable[[], Made]) -> Made:
         torch.save(make(), unfinished)
         os.replace(unfinished, path)
     return torch.load(path, weights_only=False, mmap=True)
-
-
-def load_as(
-    folder: Path, settings: FlexAttnConfig | None
-) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
-    """Load a checkpoint as another system; None is plain LLaVA."""
-    config = checkpoints.load_config(folder).with_settings(settings)
-    model = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder, config=config)
-    return model.eval(), FlexAttnLlavaProcessor.from_pretrained(folder, config=config)
