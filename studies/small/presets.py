@@ -65,7 +65,8 @@ PRESETS = {
     ),
 }
 PRESETS |= {
-    "internvl": dataclasses.replace(PRESETS["small"], systems=_SELECTING, sizes=_INTERNVL),
+    # An image has four times the patches, but there are tiles of one zoom only: as many of them are seen in fewer steps.
+    "internvl": dataclasses.replace(PRESETS["small"], encoder_steps=3000, systems=_SELECTING, sizes=_INTERNVL),
     "internvl-tiny": dataclasses.replace(PRESETS["tiny"], systems=_SELECTING, sizes=_INTERNVL),
 }
 
