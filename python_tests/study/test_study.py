@@ -203,7 +203,7 @@ def test_a_killed_process_is_reported_in_one_sentence(photograph_folder, tmp_pat
     "options, message",
     [
         ({"preset": "large"}, "preset is 'large'; allowed: "),
-        ({"systems": "llava,flex"}, "--systems has 'flex'; allowed: all, or some of llava, "),
+        ({"systems": "llava,flex"}, "--systems has 'flex'; allowed with --preset small: all, or some of llava, "),
         ({"systems": ""}, "--systems has ''; allowed"),
         ({"seeds": "0,x"}, "--seeds is '0,x'; give comma-separated numbers"),
         ({"seeds": ""}, "--seeds is ''; give comma-separated numbers"),

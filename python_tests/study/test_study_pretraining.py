@@ -237,7 +237,7 @@ def test_the_low_resolution_stages_learn_and_leave_the_encoder(plain, built, enc
 def test_whitening_leaves_no_direction_that_varies_much_more_than_another(built):
     """Variances v along the principal directions become v / (v + 1 % of their mean)."""
     model, processor = copy.deepcopy(built[0]), built[1]
-    data = EncoderData(Painter([photograph(0)], None, random.Random(0)), processor.image_processor, SIZES.patch)
+    data = EncoderData(Painter([photograph(0)], None, random.Random(0)), processor.image_processor, SIZES.cell)
     pixels, labels = data.batch(12)
     assert pixels.shape == (12, 3, 96, 96) and [part.shape for part in labels] == [(12, 144)] * len(CLASSES)
     small, labels = data.hd_batch(2)
@@ -258,7 +258,8 @@ def test_whitening_leaves_no_direction_that_varies_much_more_than_another(built)
 def test_the_encoder_stage_reports_every_resolution_and_freezes_the_encoder(built):
     model, processor = copy.deepcopy(built[0]), built[1]
     before = model.model.multi_modal_projector.linear_1.weight.clone()
-    right = train_encoder(model, processor, [photograph(0)], [photograph(1)], steps=3, batch=2)
+    preset = dataclasses.replace(PRESETS["tiny"], encoder_steps=3, sizes=SIZES)
+    right = train_encoder(model, processor, [photograph(0)], [photograph(1)], preset, batch=2)
     tiles = (f"zoom {zoom} {size}" for zoom in (2, 3, 4) for size in ("small", "large"))
     assert set(right) == {"low", "hd", *tiles}
     assert set(right["zoom 3 small"]) == set(CLASSES)

@@ -44,7 +44,7 @@ class StudyOptions(Options):
         systems = self.settings.systems
         if unknown := [name for name in self.system_names if name not in systems]:
             raise InputError(
-                f"--systems has {unknown[0]!r}; the preset {self.preset!r} has all, or some of {', '.join(systems)}"
+                f"--systems has {unknown[0]!r}; allowed with --preset {self.preset}: all, or some of {', '.join(systems)}"
             )
         _numbers("--seeds", self.seeds)
         for number in self.example_numbers or ():

@@ -65,7 +65,7 @@ PRESETS = {
     ),
 }
 PRESETS |= {
-    # An image has four times the patches, but there are tiles of one zoom only: as many of them are seen in fewer steps.
+    # There are tiles of one zoom only: as many of them are seen in fewer steps.
     "internvl": dataclasses.replace(PRESETS["small"], encoder_steps=3000, systems=_SELECTING, sizes=_INTERNVL),
     "internvl-tiny": dataclasses.replace(PRESETS["tiny"], systems=_SELECTING, sizes=_INTERNVL),
 }
