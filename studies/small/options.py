@@ -43,9 +43,8 @@ class StudyOptions(Options):
         super().__post_init__()
         systems = self.settings.systems
         if unknown := [name for name in self.system_names if name not in systems]:
-            raise InputError(
-                f"--systems has {unknown[0]!r}; allowed with --preset {self.preset}: all, or some of {', '.join(systems)}"
-            )
+            allowed = f"allowed with --preset {self.preset}: all, or some of {', '.join(systems)}"
+            raise InputError(f"--systems has {unknown[0]!r}; {allowed}")
         _numbers("--seeds", self.seeds)
         for number in self.example_numbers or ():
             if not 0 <= number < self.settings.questions:
