@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from flexattn_cuda.checkpoints import HubOptions, adapters
@@ -128,7 +129,7 @@ def refit(model: PreTrainedModel, settings: FlexAttnConfig) -> None:
     family.set_settings(_with_sizes(settings, family))
     try:
         _check_settings(family)
-        model.attachment.add_modules(family.text_model)
+        model.attachment.add_modules(family.text_model, torch.device("meta"))
     except BaseException:
         family.set_settings(before)
         raise
@@ -226,7 +227,7 @@ def _install(model: PreTrainedModel, family: Family, adapter: adapters.Adapter |
 def _add_projections(attachment: Attachment, family: Family, adapter: adapters.Adapter | None) -> None:
     """Add the projections of HR tokens, copies of the model's own or an adapter's; a refusal adds none."""
     text, layers = family.text_model, family.hr_layers
-    attachment.add_modules(text)  # all of them or none
+    attachment.add_modules(text, torch.device("meta"))  # all of them or none; they get their values below
     try:
         _copy_projections(family, layers)
         if adapter is not None:
@@ -247,10 +248,8 @@ def _copy_projections(family: Family, layers: Iterable[int]) -> None:
         module = text.layers[layer].self_attn
         for name in ("k_proj", "v_proj"):
             own, projection = own_projection(module, name, text.dtype), getattr(module, f"{name}_hd")
-            projection.to(own.weight.device, own.weight.dtype)
-            projection.weight.copy_(own.weight)
-            if own.bias is not None:
-                projection.bias.copy_(own.bias)
+            projection.weight = nn.Parameter(own.weight.clone())
+            projection.bias = None if own.bias is None else nn.Parameter(own.bias.clone())
 
 
 def _remove_projections(family: Family, layers: Iterable[int]) -> None:

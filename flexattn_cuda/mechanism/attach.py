@@ -102,14 +102,17 @@ class Attachment:
         text.register_forward_pre_hook(self._before_text_model, with_kwargs=True)
         text.register_forward_hook(self._after_text_model, with_kwargs=True)
 
-    def add_modules(self, text: PreTrainedModel) -> None:
-        """Add the projections of HR tokens, beside those of self-attention, to the layers that lack them."""
+    def add_modules(self, text: PreTrainedModel, device: torch.device | None = None) -> None:
+        """Add the projections of HR tokens, beside those of self-attention, to the layers that lack them.
+
+        Their values are not the model's own yet. On the meta device they have none.
+        """
         forms = token_forms(text, self.family.hr_layers, self.family.rotary, self.family.position_axes)
         self.embedding_scale = forms.scale
         attentions = {layer: text.layers[layer].self_attn for layer in forms.keys}
         modules = {layer: module for layer, module in attentions.items() if not hasattr(module, "k_proj_hd")}
         added = {
-            (layer, name): empty_projection(module, name)
+            (layer, name): empty_projection(module, name, device)
             for layer, module in modules.items()
             for name in ("k_proj", "v_proj")
         }

@@ -137,7 +137,7 @@ def own_projection(module: Any, name: str, compute_dtype: torch.dtype = torch.fl
     return Projection(weight_of(linear, compute_dtype)[rows], bias)
 
 
-def empty_projection(module: Any, name: str) -> nn.Linear:
+def empty_projection(module: Any, name: str, device: torch.device | None = None) -> nn.Linear:
     """Return a linear layer of the sizes of `own_projection`, never quantised, with values of its own.
 
     Raises:
@@ -146,7 +146,7 @@ def empty_projection(module: Any, name: str) -> nn.Linear:
     linear, rows = _own_linear(module, name)
     check_readable(linear)
     outputs = len(range(linear.out_features)[rows])
-    return nn.Linear(linear.in_features, outputs, linear.bias is not None)
+    return nn.Linear(linear.in_features, outputs, linear.bias is not None, device)
 
 
 def _own_linear(module: Any, name: str) -> tuple[Any, slice]:

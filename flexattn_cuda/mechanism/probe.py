@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from flexattn_cuda.mechanism.attention import NAME
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
@@ -67,13 +69,18 @@ def token_forms(text: PreTrainedModel, layers: range, rotary: Rotary, axes: int 
         return _KNOWN[key]
     kind = text.config.model_type
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), _on_cpu(), torch.no_grad():
             forms = _forms(text, layers, rotary, axes)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"flexattn does not support language models of type {kind!r}: {reason}") from error
     _KNOWN[key] = forms
     return forms
+
+
+def _on_cpu() -> AbstractContextManager[Any]:
+    """Create tensors on the CPU, also for a model that is made on the meta device."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _twin(text_class: type[PreTrainedModel], config: PreTrainedConfig, **sizes: int) -> PreTrainedModel:
@@ -84,12 +91,21 @@ def _twin(text_class: type[PreTrainedModel], config: PreTrainedConfig, **sizes: 
         if hasattr(small, name):
             setattr(small, name, size)
     small.pad_token_id = None
-    twin = text_class(small).float().eval()
+    with no_init_weights():
+        twin = text_class(small).eval()
+    if twin.dtype != torch.float32:
+        twin.float()
     twin.set_attn_implementation(NAME)
-    generator = torch.Generator().manual_seed(0)
-    for weight in twin.parameters():
-        random = torch.randn(weight.shape, generator=generator)
-        weight.copy_(random / weight.shape[-1] ** 0.5 + (weight.ndim == 1))
+    weights = list(twin.parameters())
+    drawn = torch.randn(
+        len(weights) + max(weight.numel() for weight in weights),
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float32,
+    )
+    for number, weight in enumerate(weights):  # each begins one value later, so that no two are alike
+        weight.copy_(drawn[number : number + weight.numel()].view_as(weight)).div_(weight.shape[-1] ** 0.5)
+        if weight.ndim == 1:
+            weight.add_(1.0)
     return twin
 
 
