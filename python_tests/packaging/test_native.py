@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import flexattn_cuda
+
 PACKAGE = Path(__file__).resolve().parents[2] / "flexattn_cuda"
 COMPILED = "_C.cpython-{}{}-x86_64-linux-gnu.so".format(*sys.version_info)
 
@@ -25,19 +27,37 @@ def package(tmp_path):
     return copy
 
 
-def import_error(package: Path) -> str:
-    """Return the last line that importing the operators prints.
+@pytest.fixture
+def install(tmp_path):
+    """install(version): put a package with a compiled part somewhere else, as `pip install .` does."""
+
+    def install(version: str) -> Path:
+        folder = tmp_path / "installed" / "flexattn_cuda"
+        folder.mkdir(parents=True)
+        facts = {"torch": torch.__version__, "version": version}
+        (folder / "_C.py").write_text(f"def build_info():\n    return {facts}\n")
+        described = folder.parent / f"flexattn_cuda-{version}.dist-info" / "METADATA"
+        described.parent.mkdir()
+        described.write_text(f"Metadata-Version: 2.1\nName: flexattn_cuda\nVersion: {version}\n")
+        return folder
+
+    return install
+
+
+def run(package: Path, program: str) -> subprocess.CompletedProcess:
+    """Run a program beside the package.
 
     With -S, since an editable installation would lend its compiled part.
     """
-    installed = Path(torch.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", "import flexattn_cuda.ops"],
-        cwd=package.parent,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (package.parent, installed)))},
-        capture_output=True,
-        text=True,
-    )
+    found = (package.parent, package.parent / "installed", Path(torch.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, found))}
+    command = [sys.executable, "-S", "-c", program]
+    return subprocess.run(command, cwd=package.parent, env=environment, capture_output=True, text=True)
+
+
+def import_error(package: Path) -> str:
+    """Return the last line that importing the operators prints."""
+    done = run(package, "import flexattn_cuda.ops")
     assert done.returncode == 1
     return done.stderr.strip().splitlines()[-1]
 
@@ -79,8 +99,34 @@ def test_a_source_folder_without_a_build_says_so(package):
     (package.parent / "setup.py").touch()
     message = import_error(package)
     assert f"flexattn_cuda has not been built: {package} holds its sources only" in message
-    assert f"run `pip install --no-build-isolation --editable .` in {package.parent}" in message
-    assert "circular" not in message
+    assert message.endswith(f"run `pip install .` in {package.parent}") and "circular" not in message
+
+
+@pytest.mark.slow
+def test_sources_without_a_build_use_the_installed_compiled_part(package, install):
+    folder = install(flexattn_cuda.__version__)
+    done = run(package, "from flexattn_cuda import native; print(native.__file__, native.compiled.__file__)")
+    assert done.stdout.split() == [str(package / "native.py"), str(folder / "_C.py")], done.stderr
+
+
+@pytest.mark.slow
+def test_an_installed_compiled_part_of_another_version_is_refused(package, install):
+    folder = install("0.0.7")
+    (package.parent / "setup.py").touch()
+    assert import_error(package).endswith(
+        f"flexattn_cuda {flexattn_cuda.__version__} in {package} cannot use the compiled part of flexattn_cuda 0.0.7 "
+        f"in {folder}; run `pip install .` in {package.parent}"
+    )
+
+
+@pytest.mark.slow
+def test_a_build_in_place_of_another_version_is_refused(package):
+    (package.parent / "setup.py").touch()
+    facts = {"torch": torch.__version__, "version": "0.0.7"}
+    (package / "_C.py").write_text(f"def build_info():\n    return {facts}\n")
+    message = import_error(package)
+    assert "the compiled part of flexattn_cuda 0.0.7" in message
+    assert message.endswith(f"run `pip install --no-build-isolation --editable .` in {package.parent}")
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+import flexattn_cuda
+
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 # Aggregates stay whole (-fno-tree-sra), so that a 16-byte access is seen as one.
@@ -28,7 +30,7 @@ KINDS = {
                    "-fsanitize=address,undefined"),
 }  # fmt: skip
 FACTS = {
-    "VERSION": "",
+    "VERSION": flexattn_cuda.__version__,
     "TORCH": torch.__version__,
     "NO_CUDA_REASON": "",
     "CUDA_TOOLKIT": "executor on the CPU",
@@ -44,9 +46,10 @@ def sources() -> list[Path]:
 
 
 def is_current(module: Path) -> bool:
-    """Return whether the module is newer than every native source."""
+    """Return whether the module is newer than every native source and than its facts."""
     folders = (CSRC, ROOT / "python_tests" / "simt")
-    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    files += [Path(__file__), Path(flexattn_cuda.__file__)]
     return module.exists() and module.stat().st_mtime > max(path.stat().st_mtime for path in files)
 
 
