@@ -81,6 +81,8 @@ def load_config(folder: str | Path, hub: HubOptions | None = None) -> FlexAttnLl
         else:
             config = config_from_released(folder, read_config(folder), hub or HubOptions())
         _check_fields(config)
+        if form == "llava":
+            config.set_settings(FlexAttnConfig.released())
     return config
 
 
@@ -88,9 +90,7 @@ def _from_llava(folder: Path) -> FlexAttnLlavaConfig:
     values = LlavaConfig.from_pretrained(folder).to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         values.pop(name, None)
-    size = values["vision_config"]["image_size"]
-    flexattn = FlexAttnConfig.released(lowres_size=size, highres_size=3 * size)
-    return FlexAttnLlavaConfig(**values, flexattn_config=flexattn.to_dict())
+    return FlexAttnLlavaConfig(**values)
 
 
 def _check_fields(config: FlexAttnLlavaConfig) -> None:

@@ -29,7 +29,6 @@ from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.keys import own_projection
 
 PRESETS = {"paper": FlexAttnConfig.paper, "released": FlexAttnConfig.released}
-_PAPER_LAYERS, _PAPER_SIDE = 32, 24  # of LLaVA-7B, which the presets are made for
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -46,7 +45,8 @@ def attach(
         model: A vision-language model of a known family (`families/registry.py`), in any dtype, or quantised with
             bitsandbytes or torchao. Adapters of PEFT come after FlexAttention.
         settings: "paper" or "released", fitted to the model (`settings_for`); or settings, whose sizes in pixels are
-            replaced by the model's; or an adapter that `save_adapter` wrote, by its folder or hub id.
+            replaced by the model's (a preset's other measures too, see `FlexAttnConfig`); or an adapter that
+            `save_adapter` wrote, by its folder or hub id.
         family: Describes a model whose family is not known.
         hub: revision, token, cache_dir, local_files_only, force_download and subfolder of an adapter, as in
             transformers.
@@ -79,7 +79,7 @@ def attach(
         _check_no_adapter(model)
     found = settings_for(model, str(settings), family) if not isinstance(settings, FlexAttnConfig) else settings
     described = family(model, found)
-    described.set_settings(_with_sizes(found, described))
+    described.set_settings(_fitted(found, described))
     _check_settings(described)
     if adapter is not None:
         adapter.check_base(adapters.BaseModel.of(model, described.text_model))
@@ -101,12 +101,7 @@ def settings_for(model: PreTrainedModel, preset: str = "paper", family: type[Fam
     if preset not in PRESETS:
         raise ValueError(f"there is no preset {preset!r}; choose {' or '.join(PRESETS)}, or the folder of an adapter")
     settings = PRESETS[preset]()
-    described = (family or family_of(model))(model, settings)
-    layers = described.text_model.config.num_hidden_layers
-    first_layer = min(max(1, round(settings.first_layer * layers / _PAPER_LAYERS)), layers - 1)
-    side = described.lr_side
-    pool = settings.pool if side is None or not settings.pool else max(1, round(settings.pool * side / _PAPER_SIDE))
-    return _with_sizes(dataclasses.replace(settings, first_layer=first_layer, pool=pool), described)
+    return _fitted(settings, (family or family_of(model))(model, settings))
 
 
 def refit(model: PreTrainedModel, settings: FlexAttnConfig) -> None:
@@ -126,7 +121,7 @@ def refit(model: PreTrainedModel, settings: FlexAttnConfig) -> None:
     model = attached_model(model)
     family = model.hr_family
     before, layers = family.settings, set(family.hr_layers)
-    family.set_settings(_with_sizes(settings, family))
+    family.set_settings(_fitted(settings, family))
     try:
         _check_settings(family)
         model.attachment.add_modules(family.text_model, torch.device("meta"))
@@ -186,6 +181,12 @@ def _check_no_adapter(model: PreTrainedModel) -> None:
             f"{folder} holds an adapter of this model; attach(model, {folder!r}) takes it up, and attach(model, "
             "settings_for(model)) starts with new projections"
         )
+
+
+def _fitted(settings: FlexAttnConfig, family: Family) -> FlexAttnConfig:
+    """Return settings with the model's sizes in pixels and, where a preset leaves these open, its layer and pool."""
+    layers = family.text_model.config.num_hidden_layers
+    return _with_sizes(settings.fitted_to(layers, family.lr_size, family.lr_side), family)
 
 
 def _with_sizes(settings: FlexAttnConfig, family: Family) -> FlexAttnConfig:

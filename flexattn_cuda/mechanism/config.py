@@ -15,11 +15,18 @@ _CHOICES = {
     "hr_position": ("bicubic", "bilinear", "nearest"),
     "hr_init": ("copy", "random"),
 }
+# What a preset leaves to the model that it is given to, unless it is chosen, and the model that it was made for.
+_MODELS_OWN = ("first_layer", "lowres_size", "highres_size", "pool")
+_PAPER_LAYERS, _PAPER_SIDE = 32, 24  # LLaVA-7B
 
 
 @dataclass(frozen=True)
 class FlexAttnConfig:
     """Settings of the mechanism. The defaults are the preset `released`; `FlexAttnConfig.paper()` is the paper's.
+
+    A preset (`released`, `paper`, `hd`, `xattn`) holds the numbers of LLaVA-7B. A model that it is given to replaces
+    first layer, sizes in pixels and pool by its own, except those that were passed to the preset (`fitted_to`).
+    Settings that are made in any other way stay as they are.
 
     The systems that the paper compares differ in what they do with the high-resolution (HR) tokens; the fields from
     `first_layer` on, except `hr_init`, apply to FlexAttention only.
@@ -68,6 +75,8 @@ class FlexAttnConfig:
     warmup: float | None = 3.0
     hr_init: str = "copy"
 
+    _open = frozenset[str]()  # fields that a preset leaves to the model; no field, and not kept by dataclasses.replace
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, name = getattr(self, field.name), field.name
@@ -97,27 +106,50 @@ class FlexAttnConfig:
     @classmethod
     def released(cls, **changes: Any) -> FlexAttnConfig:
         """Return the preset of the released weights."""
-        return cls(**changes)
+        return cls._preset(changes)
 
     @classmethod
     def paper(cls, **changes: Any) -> FlexAttnConfig:
         """Return the mechanism as in the paper (section 4): 8 plain layers, all rows, N+M softmax, no pooling."""
-        preset: dict[str, Any] = dict(
-            first_layer=8, hr_rows="all", map_softmax="all", scale=1.0, threshold=0.1875, pool=0, warmup=None
+        return cls._preset(
+            changes, first_layer=8, hr_rows="all", map_softmax="all", scale=1.0, threshold=0.1875, pool=0, warmup=None
         )
-        return cls(**(preset | changes))
 
     @classmethod
     def hd(cls, **changes: Any) -> FlexAttnConfig:
         """Return LLaVA-HD 448: the sequence holds the 1024 tokens of four 224-pixel tiles after the 576 LR ones."""
-        preset: dict[str, Any] = dict(system="hd", zoom=2, highres_size=448)
-        return cls(**(preset | changes))
+        return cls._preset(changes, system="hd", zoom=2, highres_size=448)
 
     @classmethod
     def xattn(cls, **changes: Any) -> FlexAttnConfig:
         """Return LLaVA-XAttn 1008: cross-attention to all 5184 HR tokens in every layer."""
-        preset: dict[str, Any] = dict(system="xattn")
-        return cls(**(preset | changes))
+        return cls._preset(changes, system="xattn")
+
+    @classmethod
+    def _preset(cls, changes: dict[str, Any], **preset: Any) -> FlexAttnConfig:
+        settings = cls(**(preset | changes))
+        object.__setattr__(settings, "_open", frozenset(_MODELS_OWN) - changes.keys())
+        return settings
+
+    def fitted_to(self, layers: int, lr_size: int | None, lr_side: int | None) -> FlexAttnConfig:
+        """Return a preset with what it leaves open at the measures of a model, other settings as they are.
+
+        The first layer lies at the same share of the depth, the pool has the same share of the LR grid's side. A tile
+        has the size of the LR image; in LLaVA-HD 2/3 of it, in whole patches.
+
+        Args:
+            layers: Of the language model.
+            lr_size: Side in pixels of the image that the model sees; None if that follows from the image.
+            lr_side: Side of its LR grid, or None.
+        """
+        fit: dict[str, Any] = {"first_layer": max(1, min(round(self.first_layer * layers / _PAPER_LAYERS), layers - 1))}
+        if lr_size is not None and lr_side is not None:
+            patch = lr_size // lr_side
+            lowres = lr_size if "lowres_size" in self._open else self.lowres_size
+            tile = lowres if self.system != "hd" else lowres * 2 // 3 // patch * patch
+            pool = max(1, round(self.pool * (lowres // patch) / _PAPER_SIDE)) if self.pool else 0
+            fit |= {"lowres_size": lowres, "highres_size": self.zoom * tile, "pool": pool}
+        return dataclasses.replace(self, **{name: value for name, value in fit.items() if name in self._open})
 
     @property
     def tile_size(self) -> int:

@@ -82,7 +82,7 @@ def test_an_image_of_another_zoom_is_refused(name, says):
 
 
 def test_settings_that_do_not_fit_the_model_are_refused():
-    for settings, says in ((FlexAttnConfig.released(), "layers 0 to 4"), (FlexAttnConfig.hd(), "only 'flexattn'")):
+    for settings, says in ((FlexAttnConfig(), "layers 0 to 4"), (FlexAttnConfig.hd(), "only 'flexattn'")):
         with pytest.raises(ValueError, match=says):
             flexattn_cuda.attach(FAMILIES["internvl_qwen2"].model(), settings)
 

@@ -269,6 +269,7 @@ def test_a_preset_is_fitted_to_the_model(family, preset, share):
     assert (settings.threshold, settings.hr_rows) == (made.threshold, made.hr_rows)
     if not family.any_size:
         assert settings.highres_size == 3 * settings.lowres_size == 3 * family.lr_images(1)[0].shape[-1]
+    assert flexattn_cuda.attach(model, made).flexattn_settings == settings
 
 
 @torch.no_grad()
@@ -289,5 +290,5 @@ def test_settings_that_do_not_fit_leave_a_model_as_it_was():
     model = flexattn_cuda.attach(FAMILIES["internvl_qwen3"].model(), "paper")
     before = model.flexattn_settings
     with pytest.raises(ValueError, match="first_layer is 9, but the language model has layers 0 to 4"):
-        flexattn_cuda.refit(model, FlexAttnConfig.released())
+        flexattn_cuda.refit(model, FlexAttnConfig())
     assert model.flexattn_settings == before

@@ -100,7 +100,7 @@ def test_what_cannot_be_attached_is_refused(folder, trained, tmp_path):
     with pytest.raises(TypeError, match="load takes no revison"):
         load(folder, revison="main")
     with pytest.raises(CheckpointError, match="cannot be attached to .*first_layer is 9"):
-        load(folder, "cpu", flexattn=FlexAttnConfig.released())
+        load(folder, "cpu", flexattn=FlexAttnConfig())
     flexattn_cuda.save_adapter(trained, tmp_path / "adapter")
     other = CHECKPOINTS["llava_next"].save(tmp_path / "other")
     with pytest.raises(CheckpointError, match="the adapter is for internvl .* but this model is llava_next"):

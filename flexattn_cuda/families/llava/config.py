@@ -26,10 +26,18 @@ class FlexAttnLlavaConfig(LlavaConfig):
         """Settings of the mechanism; None for a plain LLaVA."""
         return None if self.flexattn_config is None else FlexAttnConfig.from_dict(self.flexattn_config)
 
+    def set_settings(self, settings: FlexAttnConfig) -> None:
+        """Replace the settings of the mechanism; a preset is fitted to the model."""
+        size = self.vision_config.image_size
+        layers, side = self.text_config.num_hidden_layers, size // self.vision_config.patch_size
+        self.flexattn_config = settings.fitted_to(layers, size, side).to_dict()
+
     def with_settings(self, settings: FlexAttnConfig | None) -> FlexAttnLlavaConfig:
         """Return a copy with other settings of the mechanism, None for a plain LLaVA; ValueError if they do not fit."""
         changed: FlexAttnLlavaConfig = type(self).from_dict(self.to_dict())
-        changed.flexattn_config = None if settings is None else settings.to_dict()
+        changed.flexattn_config = None
+        if settings is not None:
+            changed.set_settings(settings)
         changed.check()
         return changed
 

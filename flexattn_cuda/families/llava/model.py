@@ -8,6 +8,7 @@ layers of its own (baselines/cross_attention.py).
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageTextToText, Cache, LlavaForConditional
 
 from flexattn_cuda import checkpoints, profiling
 from flexattn_cuda.baselines.cross_attention import CrossAttachment, CrossAttentionLayer
+from flexattn_cuda.errors import InputError
 from flexattn_cuda.families.arguments import IMAGE_ARGUMENTS
 from flexattn_cuda.families.calls import cache_to_use, embed_text, image_positions, image_spans, may_wait, place
 from flexattn_cuda.families.generation import HRGeneration
@@ -83,19 +85,21 @@ class FlexAttnLlavaForConditionalGeneration(HRGeneration, LlavaForConditionalGen
         Args:
             name_or_path: A local folder, or a hub id.
             config: Replaces the checkpoint's configuration.
-            flexattn: Replaces the settings of the mechanism, e.g. `FlexAttnConfig.paper()`.
+            flexattn: Replaces the settings of the mechanism, e.g. `FlexAttnConfig.paper()`, fitted to the model.
             output_loading_info: As in transformers: (model, info) instead of model.
             kwargs: As in transformers: dtype, device_map, revision, token, cache_dir, local_files_only, force_download,
                 subfolder, ...
 
         Raises:
             CheckpointError: The folder is missing, of an unknown format, or lacks weights.
+            InputError: A device_map is given, but accelerate is missing.
         """
+        _check_device_map(kwargs.get("device_map"))
         hub = checkpoints.HubOptions.pop_from(kwargs)
         folder = checkpoints.resolve_folder(name_or_path, hub, checkpoints.Part.CONFIG | checkpoints.Part.WEIGHTS)
         config = config or checkpoints.load_config(folder, hub)
         if flexattn is not None:
-            config.flexattn_config = flexattn.to_dict()
+            config.set_settings(flexattn)
         config.check()
         model, info = checkpoints.load_weights(super().from_pretrained, folder, config, *args, hub=hub, **kwargs)
         return (model, info) if output_loading_info else model
@@ -294,6 +298,15 @@ def _checked_sequence(
     if images.given:
         raise ValueError("images need input_ids: the image tokens say where they stand in the prompt")
     return inputs_embeds
+
+
+def _check_device_map(device_map: Any) -> None:
+    """Refuse before anything is downloaded what transformers would refuse after."""
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise InputError(
+            f"device_map is {device_map!r}, but accelerate, which places the weights, is missing; run pip install "
+            "accelerate, or leave device_map out"
+        )
 
 
 def _check_alpha(alpha: float) -> None:
