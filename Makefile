@@ -37,6 +37,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfi
 
 demo: $(VENV)/installed
 	$(VENV)/bin/flexattn demo
+	@echo 'Next: source $(VENV)/bin/activate; flexattn ask flexattn-demo/1_picosdeeuropa.jpg "What does the sign say that is purple?"'
 
 test: $(VENV)/test-packages
 	$(PYTEST) python_tests

@@ -1,6 +1,6 @@
 """Draws the example images of `flexattn demo`, larger than those of the training, and the test images of python_tests.
 
-Both are drawn on photographs that the training has not seen.
+Both are drawn on photographs that the training has not seen. The first and third also ship with the package.
 
     python examples/make_examples.py --photographs FOLDER --font DejaVuSans-Bold.ttf
 """
@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 from signs import SIDE, SignPainter, digits_of
 
 HERE = Path(__file__).parent
+PACKAGED = HERE.parent / "flexattn_cuda" / "assets" / "examples"
 TESTS = HERE.parent / "python_tests" / "data" / "held_out"
 PIXELS = 1008  # of the longer side
 TEST_IMAGES, TEST_SEED = 48, 100
@@ -59,7 +61,9 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, required=True, help="folder of lomiri-wallpapers-16.04")
     parser.add_argument("--font", type=Path, required=True, help="DejaVuSans-Bold.ttf")
     options = parser.parse_args()
-    write_questions(HERE, draw_examples(options.photographs, options.font))
+    examples = draw_examples(options.photographs, options.font)
+    write_questions(HERE, examples)
+    write_packaged([examples[0], examples[2]])
     write_questions(TESTS, draw_tests(options.photographs, options.font))
 
 
@@ -74,6 +78,13 @@ def draw_examples(photographs: Path, font: Path) -> list[AskedImage]:
         sign = drawing.signs[0]
         asked.append(AskedImage(example.file, painter.question(sign.color), digits_of(sign), sign.box))
     return asked
+
+
+def write_packaged(examples: list[AskedImage]) -> None:
+    """Write the examples that `flexattn demo` asks outside of the repository."""
+    for example in examples:
+        shutil.copy(HERE / example.file, PACKAGED)
+    write_questions(PACKAGED, [replace(example, file=Path(example.file).name) for example in examples])
 
 
 def draw_tests(photographs: Path, font: Path) -> list[AskedImage]:

@@ -6,14 +6,18 @@ import typer
 
 from flexattn_cuda.cli.runner import silence_transformers
 from flexattn_cuda.runs.files import make_writable_folder
-from flexattn_cuda.tasks.examples import examples_folder, is_right, read_examples
+from flexattn_cuda.tasks.examples import examples_folder, is_right, read_examples, write_examples
 from flexattn_cuda.tasks.options import DemoOptions
 
 
 def demo(options: DemoOptions) -> None:
-    """Ask the example questions, save the overlays, and check the answers (exit code 1 if one is wrong)."""
+    """Ask the example questions, save the overlays, and check the answers (exit code 1 if one is wrong).
+
+    Beside the overlays lie the images, questions.jsonl and records.json, to try ask, ask-batch and train with.
+    """
     examples = read_examples(examples_folder(options.examples))
     make_writable_folder(options.output)
+    write_examples(examples, options.output)
     silence_transformers()
     from flexattn_cuda.tasks import ask as answering
     from flexattn_cuda.tasks import load as loading

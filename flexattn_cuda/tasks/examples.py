@@ -1,15 +1,19 @@
-"""The example questions."""
+"""The example questions, and files to try the other commands with."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexattn_cuda.errors import InputError
+from flexattn_cuda.inputs.images import image_size
+from flexattn_cuda.inputs.questions import IMAGE
+from flexattn_cuda.runs.files import os_errors_as_input_errors
 
-_REPOSITORY = Path(__file__).parents[2]
+_PACKAGED = Path(__file__).parents[1] / "assets" / "examples"
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,12 @@ class Example:
 
 
 def examples_folder(given: Path | None) -> Path:
-    """Return the folder that holds questions.json: the given one, or examples/ here or in the repository.
+    """Return the folder that holds questions.json: the given one, or examples/ here, or the one in the package.
 
     Raises:
         InputError: If there is no questions.json.
     """
-    candidates = [Path("examples"), _REPOSITORY / "examples"] if given is None else [given]
+    candidates = [Path("examples"), _PACKAGED] if given is None else [given]
     for folder in candidates:
         if (folder / "questions.json").is_file():
             return folder
@@ -64,6 +68,30 @@ def _example(folder: Path, fields: Any) -> Example:
         raise TypeError("a field is not a string")
     image = folder / file
     return Example(file, image if image.exists() else folder / "photographs" / file, question, answer)
+
+
+def write_examples(examples: list[Example], folder: Path) -> None:
+    """Write the images, questions.jsonl for `flexattn ask-batch`, and records.json for `flexattn train`.
+
+    Raises:
+        InputError: If an image cannot be read, two have the same name, or a file cannot be written.
+    """
+    questions, records = [], []
+    for example in examples:
+        image_size(example.image)  # refused here, and not when the model is loaded
+        name = example.image.name
+        if any(record["image"] == name for record in records):
+            raise InputError(f"two images of the examples are called {name}; rename one of them")
+        with os_errors_as_input_errors(folder / name):
+            if not (folder / name).exists() or not (folder / name).samefile(example.image):
+                shutil.copyfile(example.image, folder / name)
+        questions.append({"image": name, "question": example.question})
+        turns = (("human", f"{IMAGE}\n{example.question}"), ("gpt", example.answer))
+        records.append({"image": name, "conversations": [{"from": who, "value": text} for who, text in turns]})
+    lines = "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in questions)
+    for file, text in (("questions.jsonl", lines), ("records.json", json.dumps(records, indent=2) + "\n")):
+        with os_errors_as_input_errors(folder / file):
+            (folder / file).write_text(text, encoding="utf-8")
 
 
 def is_right(answer: str, example: Example) -> bool:

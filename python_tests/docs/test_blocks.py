@@ -7,7 +7,9 @@ import importlib.util
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import documents
 import pytest
@@ -18,30 +20,46 @@ from flexattn_cuda.tasks.options import TrainOptions
 ALL = documents.all_blocks()
 MARKED = [block for block in ALL if block.mark]
 RUNNABLE = sorted({block.document for block in ALL if not block.mark and block.language in ("sh", "python")})
-QUESTION = "What does the sign say that is purple?"
+RUNNABLE.remove(ROOT / "README.md")  # the others are read after it
+README = ROOT / "README.md"
+DEMO = "flexattn-demo"  # the folder that the README leaves the reader with
+IN_DEMO = {f"{DEMO}/{name}" for name in ("1_picosdeeuropa.jpg", "3_free.jpg", "questions.jsonl", "records.json")}
+WRITTEN = {"overlay.png", "answers.jsonl", "more_answers.jsonl"}
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """The files that the pages speak of: an image, questions, training records, and a checkpoint."""
-    folder = tmp_path / "user"
-    images = folder / "images"
-    images.mkdir(parents=True)
-    shutil.copy(ROOT / "examples" / "photographs" / "1_picosdeeuropa.jpg", folder / "image.jpg")
-    (folder / "questions.jsonl").write_text(json.dumps({"image": "image.jpg", "question": QUESTION}) + "\n")
-    shutil.copytree(ROOT / "flexattn_cuda" / "assets" / "default", folder / "my-model")
-    held_out = ROOT / "python_tests" / "data" / "held_out"
-    records = []
-    for one in json.loads((held_out / "questions.json").read_text())[:4]:
-        name = Path(one["file"]).name
-        shutil.copy(held_out / name, images / name)
-        conversation = [
-            {"from": "human", "value": f"<image>\n{one['question']}"},
-            {"from": "gpt", "value": one["answer"]},
-        ]
-        records.append({"image": name, "conversations": conversation})
-    (folder / "records.json").write_text(json.dumps(records))
-    return folder
+class Reader(NamedTuple):
+    """A reader who has run the README.
+
+    Attributes:
+        folder: Where.
+        programs: The folder of programs of the virtual environment.
+        output: What the README printed.
+    """
+
+    folder: Path
+    programs: Path
+    output: str
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory) -> Path:
+    """The programs of a new virtual environment, after `pip install .`."""
+    folder = tmp_path_factory.mktemp("installed")
+    return documents.install(documents.copy_of_sources(folder / "sources"), folder / "venv")
+
+
+@pytest.fixture(scope="module")
+def in_clone(programs, tmp_path_factory) -> Reader:
+    """A reader in the root of a fresh clone."""
+    folder = documents.copy_of_sources(tmp_path_factory.mktemp("clone"))
+    return Reader(folder, programs, documents.run_page(documents.blocks(README), folder, programs))
+
+
+@pytest.fixture(scope="module")
+def elsewhere(programs, tmp_path_factory) -> Reader:
+    """A reader in an empty folder."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    return Reader(folder, programs, documents.run_page(documents.blocks(README), folder, programs))
 
 
 @pytest.mark.parametrize("block", ALL, ids=str)
@@ -53,13 +71,37 @@ def test_every_block_says_what_it_is(block):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place, examples", [("in_clone", 4), ("elsewhere", 2)])
+def test_the_readme_runs_as_it_is_written(request, place, examples):
+    folder, _, output = request.getfixturevalue(place)
+    lines = output.splitlines()
+    assert f"{examples} of {examples} answers are right" in lines
+    assert lines.count("89") == 2, "asked in the shell and in Python for the number in the image at the top"
+    assert {name for name in IN_DEMO if (folder / name).exists()} == IN_DEMO and (folder / "overlay.png").exists()
+    answers = [json.loads(line)["answer"] for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert answers[0] == "89" and len(answers) == examples
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("document", RUNNABLE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_page_runs_as_it_is_written(document, folder, tmp_path):
-    output = documents.run_page(documents.blocks(document), folder, tmp_path / "shims")
-    if document.name in ("README.md", "ask.md"):
-        assert re.match(r"89\n", output), "the first command asks for the number in the image at the top"
-        assert (folder / "overlay.png").exists()
-        assert json.loads((folder / "answers.jsonl").read_text())["answer"] == "89"
+def test_a_page_runs_as_it_is_written(elsewhere, document, tmp_path):
+    shutil.copytree(elsewhere.folder / DEMO, tmp_path / DEMO)
+    documents.run_page(documents.blocks(document), tmp_path, elsewhere.programs)
+
+
+@pytest.mark.slow
+def test_in_the_root_of_a_clone_the_sources_use_what_is_installed(in_clone):
+    program = "import flexattn_cuda.native as native; print(native.__file__, native.compiled.__file__)"
+    python, compiled = documents.run(["python", "-c", program], in_clone.folder, in_clone.programs).split()
+    assert python.startswith(str(in_clone.folder)) and compiled.startswith(str(in_clone.programs.parent))
+    torchrun = ["python", "-m", "torch.distributed.run", "--standalone", "-m", "flexattn_cuda.cli", "info"]
+    assert "CPU path" in documents.run(torchrun, in_clone.folder, in_clone.programs)
+
+
+@pytest.mark.parametrize("block", [one for one in ALL if one.language in ("sh", "python")], ids=str)
+def test_files_that_a_reader_has_are_those_that_are_named(block):
+    named = re.findall(r"[\w./-]+\.(?:jpe?g|png|jsonl)\b|\b[\w./-]*records\.json\b", block.text)
+    assert set(named) <= IN_DEMO | WRITTEN, f"{block} names a file that nothing writes"
 
 
 @pytest.mark.parametrize("block", MARKED, ids=str)
@@ -112,7 +154,7 @@ def test_the_check_finds_an_import_that_does_not_exist():
 @pytest.mark.parametrize(("language", "text"), [("sh", "false; true"), ("python", "1 / 0")])
 def test_a_page_that_fails_is_found(language, text, tmp_path):
     with pytest.raises(AssertionError):
-        documents.run_page([Block(ROOT / "README.md", 1, language, None, text)], tmp_path, tmp_path / "shims")
+        documents.run_page([Block(README, 1, language, None, text)], tmp_path, Path(sys.executable).parent)
 
 
 @pytest.mark.parametrize("document", documents.DOCUMENTS[:2], ids=lambda path: path.name)

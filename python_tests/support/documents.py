@@ -11,11 +11,15 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from flexattn_cuda import native
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -78,32 +82,72 @@ def missing_paths(text: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------- run
 
 
-def run(command: list[str], folder: Path, shims: Path) -> str:
-    """Run a command as a user would, in a folder without the sources, and return its output; raise if it fails.
+def copy_of_sources(folder: Path) -> Path:
+    """Write the tracked files into a folder, as a fresh clone has them, and return it."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.rstrip("\0").split("\0"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    return folder
 
-    `shims` is a folder for the commands that this interpreter's environment lacks: `flexattn` if the package was built
-    in place, `python` if there is only `python3`.
+
+# The build is tested elsewhere (.ci/run); here the compiled part that the tests run with stands for it.
+_SETUP = """
+import shutil
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+class Copy(build_ext):
+    def build_extension(self, extension):
+        shutil.copyfile({compiled!r}, self.get_ext_fullpath(extension.name))
+
+setup(ext_modules=[Extension("flexattn_cuda._C", [])], cmdclass={{"build_ext": Copy}})
+"""
+
+
+def install(sources: Path, folder: Path) -> Path:
+    """Run `pip install .` on a copy of the sources in a new virtual environment, and return its folder of programs.
+
+    The packages that flexattn_cuda needs are those of this interpreter's environment.
     """
-    shims.mkdir(exist_ok=True)
-    for name, module in (("python", ""), ("flexattn", "-m flexattn_cuda.cli")):
-        (shims / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {module} "$@"\n')
-        (shims / name).chmod(0o755)
-    path = os.pathsep.join([str(Path(sys.executable).parent), str(shims), os.environ["PATH"]])
+    (sources / "setup.py").write_text(_SETUP.format(compiled=native.compiled.__file__))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    [packages] = folder.glob("lib/python*/site-packages")
+    (packages / "packages_of_the_tests.pth").write_text(sysconfig.get_path("purelib"))
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install"]
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--ignore-installed"]
+    run([*pip, *options, str(sources)], sources, Path(sys.executable).parent)
+    return folder / "bin"
+
+
+def run(command: list[str], folder: Path, programs: Path) -> str:
+    """Run a command as a user would, and return its output; raise if it fails.
+
+    Args:
+        command: Its words.
+        folder: Where.
+        programs: The folder of programs of the virtual environment that is active.
+    """
+    path = os.pathsep.join([str(programs), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
     ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, f"{shlex.join(command)}\n{ended.stdout}\n{ended.stderr}"
     return ended.stdout
 
 
-def run_page(page: list[Block], folder: Path, shims: Path) -> str:
-    """Run the unmarked blocks of a page: its shell blocks in order, then its Python blocks as one script."""
-    runnable = [block for block in page if block.mark is None]
-    shell = [block.text for block in runnable if block.language == "sh"]
-    python = [block.text for block in runnable if block.language == "python"]
-    output = [run(["bash", "-euo", "pipefail", "-c", text], folder, shims) for text in shell]
-    if python:
-        output.append(run([sys.executable, "-c", "\n".join(python)], folder, shims))
-    return "".join(output)
+_SHELL = """
+import subprocess
+def shell(text):
+    subprocess.run(["bash", "-euo", "pipefail", "-c", text], check=True)
+"""
+
+
+def run_page(page: list[Block], folder: Path, programs: Path) -> str:
+    """Run the unmarked blocks of a page in their order, the Python blocks as one script; return what they print."""
+    runnable = [block for block in page if block.mark is None and block.language in ("sh", "python")]
+    script = [block.text if block.language == "python" else f"shell({block.text!r})" for block in runnable]
+    return run(["python", "-u", "-c", "\n".join([_SHELL, *script])], folder, programs)
 
 
 # -------------------------------------------------------------------------------------------------------------- check
@@ -144,6 +188,10 @@ def check_command(words: list[str], flexattn) -> None:
             _check_python(rest)
         case "make":
             _check_make(rest)
+        case "source":
+            makefile = (ROOT / "Makefile").read_text()
+            [folder] = re.findall(r"^VENV \?= (.*)$", makefile, re.M)
+            assert rest == [f"{folder}/bin/activate"], f"the Makefile installs into {folder}"
         case "pip":
             _check_pip(rest)
         case "run":  # .ci/run
