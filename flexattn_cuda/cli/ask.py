@@ -9,6 +9,7 @@ from flexattn_cuda.cli.runner import silence_transformers
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.inputs.questions import check_question
 from flexattn_cuda.runs.files import check_image_path
+from flexattn_cuda.runs.options import STREAM
 from flexattn_cuda.tasks.options import AskOptions
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ def ask(options: AskOptions) -> None:
     check_question(options.question)
     if options.map is not None:
         check_image_path(options.map)
-    from flexattn_cuda.inputs.images import open_image
+    from flexattn_cuda.inputs.images import open_image, read_standard_input
 
-    image = open_image(options.image)
+    image = read_standard_input() if options.image == STREAM else open_image(options.image)
     silence_transformers()
     from flexattn_cuda.tasks import ask as answering
     from flexattn_cuda.tasks import load as loading

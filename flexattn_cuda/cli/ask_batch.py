@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import typer
+
 from flexattn_cuda.cli.runner import silence_transformers
+from flexattn_cuda.runs.files import check_readable
 from flexattn_cuda.tasks.options import BatchOptions
 
 
 def ask_batch(options: BatchOptions) -> None:
     """Answer the questions of a file; rerun the same command to resume after an interruption.
 
+    The exit code is 1 if no question was answered.
+
     On several GPUs: torchrun --nproc-per-node N -m flexattn_cuda.cli ask-batch ..., or accelerate launch.
     """
+    check_readable(options.input)
     silence_transformers()
     from flexattn_cuda.tasks.ask_batch import answer_questions
 
-    answer_questions(options, progress=True)
+    if answer_questions(options, progress=True).answers == 0:
+        raise typer.Exit(1)

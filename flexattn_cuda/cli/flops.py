@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from flexattn_cuda.cli.runner import silence_transformers
+from flexattn_cuda.runs.options import STREAM
 from flexattn_cuda.tasks.options import FlopsOptions
 
 
@@ -15,13 +16,16 @@ def flops(options: FlopsOptions) -> None:
 
     from flexattn_cuda.cli.console import print_all
     from flexattn_cuda.cli.flops_table import flops_table, implied_sentence
-    from flexattn_cuda.tasks.count_flops import count_flops, plot_flops, prepare_flops, write_json
+    from flexattn_cuda.tasks.count_flops import count_flops, plot_flops, prepare_flops, to_json, write_json
 
     prepared = prepare_flops(options)
     with Console(stderr=True).status("counting"):
         report = count_flops(prepared)
-    print_all(flops_table(report), *([] if report.implied is None else [implied_sentence(report.implied)]))
-    if options.json_file is not None:
+    if options.json_file == STREAM:
+        print(to_json(report), end="")
+    else:
+        print_all(flops_table(report), *([] if report.implied is None else [implied_sentence(report.implied)]))
+    if options.json_file not in (None, STREAM):
         write_json(report, options.json_file)
     if options.plot is not None:
         with Console(stderr=True).status("counting for the plot"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flexattn_cuda.cli.runner import silence_transformers
+from flexattn_cuda.runs.files import check_readable
 from flexattn_cuda.tasks.options import TrainOptions
 
 
@@ -12,6 +13,7 @@ def train(options: TrainOptions) -> None:
     On several GPUs: torchrun --nproc-per-node N -m flexattn_cuda.cli train ..., or accelerate launch, whose
     configuration may ask for FSDP or DeepSpeed.
     """
+    check_readable(options.data)
     silence_transformers()
     from flexattn_cuda.tasks import train as training
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import os
 import re
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers.image_utils import load_image as download
 
 from flexattn_cuda.errors import InputError
-from flexattn_cuda.inputs.images import as_image, flat_list, open_image, upright_rgb
+from flexattn_cuda.inputs.images import as_image, decode_image, flat_list, open_image, upright_rgb
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
@@ -31,7 +30,7 @@ def read_image(source: Any) -> Image.Image:
     Raises:
         InputError: If it is something else, or cannot be read.
     """
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
+    if isinstance(source, str) and is_url(source):
         return _downloaded(source)
     if isinstance(source, str) and (encoded := _base64_text(source)) is not None:
         try:
@@ -41,10 +40,15 @@ def read_image(source: Any) -> Image.Image:
     if isinstance(source, (str, os.PathLike)):
         return open_image(os.fspath(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decoded(bytes(source))
+        return decode_image(bytes(source))
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return upright_rgb(as_image(_levels(source)))
     return upright_rgb(as_image(source))
+
+
+def is_url(source: str) -> bool:
+    """Return whether text names an image on the web, and not a file."""
+    return source.startswith(("http://", "https://"))
 
 
 def read_images(images: Any) -> list[Image.Image]:
@@ -75,17 +79,6 @@ def _base64_text(source: str) -> str | None:
     if source.startswith("data:image/"):
         return source.partition(",")[2]
     return source if _BASE64.fullmatch(source) and not os.path.exists(source) else None
-
-
-def _decoded(data: bytes) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return upright_rgb(image)
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
-        reason = type(error).__name__ if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"the bytes are not an image that can be read: {reason}") from None
 
 
 def _levels(pixels: np.ndarray | torch.Tensor) -> np.ndarray:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from flexattn_cuda.errors import InputError
 
@@ -31,6 +33,36 @@ def open_image(path: str | Path) -> Image.Image:
     """
     with _opened(path) as image:
         return upright_rgb(image)
+
+
+def read_standard_input() -> Image.Image:
+    """Read an image file from standard input, as `open_image` would.
+
+    Raises:
+        InputError: If standard input is a terminal, or not an image.
+    """
+    if sys.stdin.isatty():
+        raise InputError("the image is '-', but standard input is a terminal; pipe an image file into it, or name one")
+    try:
+        return decode_image(sys.stdin.buffer.read())
+    except InputError as error:
+        raise InputError(f"standard input cannot be used: {error}") from None
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Read the bytes of an image file, as `open_image` would.
+
+    Raises:
+        InputError: If they are not an image, damaged, or too large.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return upright_rgb(image)
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
+        reason = type(error).__name__ if isinstance(error, UnidentifiedImageError) else error
+        raise InputError(f"the bytes are not an image that can be read: {reason}") from None
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -57,7 +89,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise InputError(f"the image {path} has more than {limit} pixels; make it smaller first") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise InputError(f"{path} is not an image that can be read; use PNG, JPEG or another common format") from None
     except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
         raise InputError(f"the image {path} is damaged or cannot be read: {_one_line(error)}") from None

@@ -58,6 +58,14 @@ def make_writable_folder(folder: Path) -> None:
         raise InputError(f"{folder} cannot be written: permission denied")
 
 
+def check_readable(path: Path) -> None:
+    """Raise InputError if there is no file at `path` that can be read."""
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
 def check_writable(path: Path) -> None:
     """Raise InputError if no file can be written at `path`."""
     if path.is_dir() or not path.parent.is_dir():

@@ -24,13 +24,23 @@ class Fingerprint:
         """Return a copy with facts added or replaced; underscores in their names become spaces."""
         return Fingerprint({**self.facts, **{name.replace("_", " "): value for name, value in facts.items()}})
 
-    def require_same(self, earlier: Fingerprint, what: str) -> None:
-        """Raise InputError if a fact differs from that of an earlier run; `what` names that run."""
+    def without(self, *names: str) -> Fingerprint:
+        """Return a copy without some facts."""
+        return Fingerprint({name: value for name, value in self.facts.items() if name not in names})
+
+    def require_same(self, earlier: Fingerprint, what: str, instead: str = "") -> None:
+        """Raise InputError if a fact differs from that of an earlier run.
+
+        Args:
+            earlier: The facts of that run.
+            what: Its name.
+            instead: What else can be done with it.
+        """
         changed = [name for name, value in self.facts.items() if earlier.facts.get(name) != value]
         if changed:
             raise InputError(
                 f"{what} was started with other options ({', '.join(changed)}); "
-                "repeat them to resume it, or discard it with --restart"
+                f"repeat them to resume it, {instead and f'{instead}, '}or discard it with --restart"
             )
 
     def to_json(self) -> str:

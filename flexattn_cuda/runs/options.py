@@ -26,6 +26,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.runs.fingerprint import Fingerprint
 
+STREAM = Path("-")  # standard input or output, as the value of an option that takes it
+
 
 @dataclass(frozen=True)
 class Option:
@@ -40,6 +42,7 @@ class Option:
         minimum: The lowest allowed number.
         above: A number that the value must exceed.
         below: A number that the value must stay below.
+        stream: Whether `-` stands for standard input or output, in place of a path.
         fixed: Whether a run can only be resumed with the value that it was started with.
     """
 
@@ -51,6 +54,7 @@ class Option:
     minimum: float | None = None
     above: float | None = None
     below: float | None = None
+    stream: bool = False
     fixed: bool = False
 
 
@@ -127,15 +131,21 @@ def _checked(declared: DeclaredOption, value: Any) -> Any:
     if declared.kind is Path:
         if value == "":  # Path("") is the current folder: an empty shell variable would go unnoticed
             raise InputError(f"{declared.label} is empty; it must be a path")
-        if value == "-":  # otherwise a file of that name would be written
+        if value == "-" and not declared.option.stream:  # otherwise a file of that name would be written
             raise InputError(f"{declared.label} is '-', but standard input and output cannot be used; name a path")
-        value = Path(value) if isinstance(value, (str, os.PathLike)) else value
+        value = _path(value) if isinstance(value, (str, os.PathLike)) else value
     elif declared.kind is str:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
     problem = _type_problem(declared.kind, value) or _range_problem(declared.option, value)
     if problem is not None:
         raise InputError(f"{declared.label} is {value!r}; {problem}")
     return value
+
+
+def _path(value: str | os.PathLike[str]) -> Path:
+    """Return a path; "./-" is a file, which `Path` alone would turn into STREAM."""
+    path = Path(value)
+    return path.absolute() if path == STREAM and os.fspath(value) != "-" else path
 
 
 def _type_problem(kind: type, value: Any) -> str | None:

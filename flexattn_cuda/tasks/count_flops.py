@@ -11,6 +11,7 @@ from flexattn_cuda.analysis import flops
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.runs.files import check_writable, os_errors_as_input_errors
+from flexattn_cuda.runs.options import STREAM
 from flexattn_cuda.tasks.load import read_checkpoint_info
 from flexattn_cuda.tasks.options import FlopsOptions
 
@@ -72,7 +73,7 @@ def prepare_flops(options: FlopsOptions) -> PreparedFlops:
     """Make the configurations of all systems; raise InputError or CheckpointError if anything cannot be used."""
     if options.plot is not None:
         flops.check_plot(options.plot)
-    if options.json_file is not None:
+    if options.json_file not in (None, STREAM):
         check_writable(options.json_file)
     shape = options.shape or "7b"
     base = flops.llava_shape(shape) if options.model is None else read_checkpoint_info(options.model).config
@@ -111,8 +112,8 @@ def _implied(prepared: PreparedFlops) -> ImpliedSelection | None:
     return ImpliedSelection(tflops, selected, config.hr_side**2)
 
 
-def write_json(report: FlopsReport, path: Path) -> None:
-    """Write a report as JSON; raise InputError if the file cannot be written."""
+def to_json(report: FlopsReport) -> str:
+    """Return a report as JSON."""
     content: dict[str, Any] = {
         "model": report.model,
         "text_tokens": report.text_tokens,
@@ -128,8 +129,13 @@ def write_json(report: FlopsReport, path: Path) -> None:
     }
     if report.implied is not None:
         content["implied"] = {"published_tflops": report.implied.tflops, "selected": report.implied.selected}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def write_json(report: FlopsReport, path: Path) -> None:
+    """Write a report as JSON; raise InputError if the file cannot be written."""
     with os_errors_as_input_errors(path):
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        path.write_text(to_json(report))
 
 
 def plot_flops(prepared: PreparedFlops, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.mechanism.config import SYSTEMS
+from flexattn_cuda.runs.fingerprint import Fingerprint
 from flexattn_cuda.runs.options import Option, Options
 
 MAX_NEW_TOKENS = 256
@@ -23,6 +24,7 @@ SCHEDULES = (  # those of transformers that need no arguments
     "constant_with_warmup",
     "inverse_sqrt",
 )
+ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")  # which do not depend on the length of a run
 
 Model = Annotated[
     str | None,
@@ -79,7 +81,9 @@ class TuneOptions(Options):
 class AskOptions(Options):
     """Options of `flexattn ask`."""
 
-    image: Annotated[Path, Option("Image file: PNG, JPEG, ...", positional=True, metavar="IMAGE")]
+    image: Annotated[
+        Path, Option("Image file: PNG, JPEG, ...; - for standard input.", positional=True, metavar="IMAGE", stream=True)
+    ]
     question: Annotated[str, Option("Question about the image.", positional=True, metavar="QUESTION")]
     model: Model = None
     adapter: Adapter = None
@@ -284,6 +288,11 @@ class TrainOptions(Options):
                 "a checkpoint must fall on an entry of the loss, so make the first a multiple of the second"
             )
 
+    def fingerprint(self) -> Fingerprint:
+        """Return the values that must stay when a run is resumed: not its length, unless the schedule does."""
+        found = super().fingerprint()
+        return found.without("steps", "epochs") if self.schedule in ENDLESS_SCHEDULES else found
+
     def _check_adapter_only(self) -> None:
         if self.adapter is not None and not self.adapter_only:
             raise InputError("--adapter is where training an adapter starts from; pass --adapter-only, or leave it out")
@@ -332,9 +341,10 @@ class FlopsOptions(Options):
     json_file: Annotated[
         Path | None,
         Option(
-            "Write a JSON file: per system published_tflops, here_tflops, parts and here_parts.",
+            "Write a JSON file: per system published_tflops, here_tflops, parts and here_parts; - prints it alone.",
             flags=("--json",),
             metavar="FILE",
+            stream=True,
         ),
     ] = None
     plot: Annotated[

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import resource
-from pathlib import Path
 
 import pytest
 import tiny
@@ -19,6 +18,7 @@ from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, ops
 from flexattn_cuda.analysis import flops
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.mechanism.config import SYSTEMS
+from flexattn_cuda.tasks.load import DEFAULT_MODEL
 
 SEVEN = flops.llava_shape("7b")
 CONFIG = tiny_checkpoint.config()
@@ -151,13 +151,18 @@ def test_the_command_prints_the_papers_case_and_writes_json(flexattn, tmp_path):
 
 
 @pytest.mark.slow
+def test_json_on_standard_output_stands_alone(flexattn, tmp_path):
+    options = ("--model", DEFAULT_MODEL, "--systems", "llava,flexattn", "--json")
+    code, out, err = flexattn("flops", *options, "-")
+    assert flexattn("flops", *options, tmp_path / "flops.json")[0] == 0
+    assert (code, out, err) == (0, (tmp_path / "flops.json").read_text(), "")
+    assert list(json.loads(out)["systems"]) == ["llava", "flexattn"]
+
+
+@pytest.mark.slow
 def test_the_shipped_model_in_every_system(flexattn):
-    systems = [
-        system for system in SYSTEMS if system != "flexattn-paper"
-    ]  # which begins at a layer that it does not have
-    folder = Path(flops.__file__).parents[1] / "assets" / "default"
-    code, out, _ = flexattn("flops", "--model", folder, "--systems", ",".join(systems), "--tiles", 9)
-    assert code == 0 and "GFLOPs" in out and all(system in out for system in systems)
+    code, out, _ = flexattn("flops", "--model", DEFAULT_MODEL, "--systems", ",".join(SYSTEMS), "--tiles", 9)
+    assert code == 0 and "GFLOPs" in out and all(system in out for system in SYSTEMS)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +175,6 @@ def test_the_shipped_model_in_every_system(flexattn):
         (["--systems", "flexattn", "--selected", -1], "-1 selected"),
         (["--systems", "llava,hd", "--selected", 9], "--selected applies to FlexAttention only"),
         (["--systems", "xattn", "--tiles", 0], "--tiles applies to FlexAttention only"),
-        (["--systems", "llava", "--json", "-"], "standard input and output cannot be used"),
         (["--text-tokens", 0], "at least 1"),
         (["--zoom", 0], "at least 1"),
         (["--shape", "70b"], "7b, 13b"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +54,28 @@ def test_ask_draws_a_panel_for_each_token_and_layer(
     ends = ("--model", checkpoint, "--max-new-tokens", 3, "--map", tmp_path / "map.png")
     assert flexattn("ask", image, QUESTION, *ends, *options)[0] == 0
     assert len(drawn[0]) == panels and len({panel.caption for panel in drawn[0]}) == panels
+
+
+class Stdin:
+    """Standard input that holds some bytes, or is a terminal."""
+
+    def __init__(self, data: bytes | None):
+        self.buffer = io.BytesIO(data or b"")
+        self.isatty = lambda: data is None
+
+
+def test_a_dash_is_an_image_on_standard_input(flexattn, checkpoint, image, monkeypatch):
+    options = (QUESTION, "--model", checkpoint, "--max-new-tokens", 5, "--device", "cpu")
+    monkeypatch.setattr(sys, "stdin", Stdin(Path(image).read_bytes()))
+    assert flexattn("ask", "-", *options) == flexattn("ask", image, *options)
+
+
+@pytest.mark.parametrize(
+    "data, says", [(None, "standard input is a terminal"), (b"", "not an image"), (b"\x89PNG\r\n", "not an image")]
+)
+def test_standard_input_without_an_image_is_refused(flexattn, monkeypatch, data, says):
+    monkeypatch.setattr(sys, "stdin", Stdin(data))
+    assert says in refused(flexattn("ask", "-", QUESTION))
 
 
 @pytest.mark.parametrize(

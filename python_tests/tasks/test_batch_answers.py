@@ -80,7 +80,7 @@ def test_the_images_of_one_batch_at_most_are_in_memory(checkpoint, folder, monke
         most.append(sum(one() is not None for one in images))
         return image
 
-    monkeypatch.setattr(answers, "open_image", opened)
+    monkeypatch.setattr(answers, "read_image", opened)
     answer_file(
         write(folder / "q.jsonl", some(7)), folder / "a.jsonl", checkpoint, "cpu", max_new_tokens=1, batch_size=2
     )
@@ -138,3 +138,18 @@ def test_paths_that_are_not_paths_are_refused(tmp_path):
         answer_file(None, tmp_path / "a.jsonl")
     with pytest.raises(InputError, match="output is empty"):
         answer_file(tmp_path / "q.jsonl", "")
+
+
+def test_an_image_may_be_a_url(checkpoint, folder, monkeypatch):
+    fetched = []
+
+    def download(url):
+        fetched.append(url)
+        return open_image(folder / "0.png")
+
+    monkeypatch.setattr("flexattn_cuda.inputs.image_sources.download", download)
+    url = "https://example.org//a/0.png?size=2"
+    records = [{"image": name, "question": "What?"} for name in (url, "0.png")]
+    answer_file(write(folder / "q.jsonl", records), folder / "a.jsonl", checkpoint, "cpu", max_new_tokens=2)
+    answered = read(folder / "a.jsonl")
+    assert fetched == [url] and answered[0]["image"] == url and answered[0]["answer"] == answered[1]["answer"]

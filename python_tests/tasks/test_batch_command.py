@@ -52,3 +52,14 @@ def test_the_command_prints_progress(flexattn, checkpoint, folder, monkeypatch, 
         first, second, _ = err.splitlines()
         assert first.startswith("2 of 3 questions, ") and second.startswith("3 of 3 questions, ")
         assert " per second, 0:00:0" in first and second.endswith(" per second, 0:00:00 left")
+
+
+@pytest.mark.parametrize("missing, code", [(1, 0), (2, 1)])
+def test_a_run_that_answers_nothing_ends_with_exit_code_1(flexattn, checkpoint, folder, missing, code):
+    records = some(2)
+    for record in records[:missing]:
+        record["image"] = "nowhere.png"
+    questions, output = write(folder / "q.jsonl", records), folder / "a.jsonl"
+    options = ("--model", checkpoint, "--max-new-tokens", 1)
+    assert flexattn("ask-batch", questions, "-o", output, *options)[0] == code
+    assert sum("error" in one for one in read(output)) == missing

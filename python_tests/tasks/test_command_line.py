@@ -55,6 +55,8 @@ def test_wrong_usage_ends_with_exit_code_2():
         (["ask"], 2),
         (["ask", "nowhere.png", "What is it?"], 2),
         (["ask", "nowhere.png", " "], 2),
+        (["ask-batch", "nowhere.jsonl", "-o", "answers.jsonl"], 2),
+        (["train", "--data", "nowhere.json", "--images", "b", "--output", "c"], 2),
         (["ask", "nowhere.png", "What is it?", "--map", "map.txt"], 2),
         (["train", "--data", "a", "--images", "b", "--output", "c", "--batch-size", "0"], 2),
         (["demo", "--examples", "nowhere"], 2),

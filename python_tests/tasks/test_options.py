@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from flexattn_cuda.cli.options import as_command
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.runs.fingerprint import Fingerprint
-from flexattn_cuda.runs.options import Option, Options, declared_options
+from flexattn_cuda.runs.options import STREAM, Option, Options, declared_options
 from flexattn_cuda.tasks.options import AskOptions, BatchOptions, FlopsOptions, TrainOptions
 
 
@@ -25,6 +25,7 @@ class GreetOptions(Options):
     volume: Annotated[float, Option("Volume.", above=0)] = 1.0
     manner: Annotated[str, Option("Manner.", choices=("kind", "rude"), fixed=True)] = "kind"
     card: Annotated[Path | None, Option("Card to read from.", flags=("--card", "-c"))] = None
+    guests: Annotated[Path | None, Option("List to write.", stream=True)] = None
     twice: Annotated[bool, Option("Greet twice.")] = False
 
 
@@ -51,6 +52,11 @@ class GreetOptions(Options):
 def test_a_value_that_is_not_allowed_is_refused(wrong, says):
     with pytest.raises(InputError, match=f"^{re.escape(says)}$"):
         GreetOptions(**{"name": "Ada"} | wrong)
+
+
+def test_a_stream_is_what_is_declared_as_one_and_a_file_may_have_its_name():
+    assert GreetOptions(name="Ada", guests="-").guests == STREAM
+    assert GreetOptions(name="Ada", guests="./-").guests == Path("-").absolute() != STREAM
 
 
 def test_values_keep_their_types_and_paths_may_be_text():

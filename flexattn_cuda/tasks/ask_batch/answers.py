@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from flexattn_cuda.errors import InputError
-from flexattn_cuda.inputs.images import open_image
+from flexattn_cuda.inputs.image_sources import is_url, read_image
 from flexattn_cuda.runs.progress import Progress
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks.ask_batch.journal import Journal
@@ -50,7 +50,7 @@ class BatchModel:
         for number in sorted(usable_lines(lines) - done.keys()):
             try:
                 line = lines[number]
-                image = self._image_path(line)
+                image = self._image(line)
                 lengths[number] = answering.prompt_length(self.model, self.processor, line.question, image)
             except InputError as error:
                 too_long[number] = Result(error=" ".join(str(error).split()))
@@ -78,7 +78,7 @@ class BatchModel:
         images = {}
         for number, line in lines.items():
             try:
-                images[number] = open_image(self._image_path(line))
+                images[number] = read_image(self._image(line))
             except InputError as error:
                 results[number] = Result(error=" ".join(str(error).split()))
         if not images:
@@ -96,5 +96,6 @@ class BatchModel:
         texts = (answering.answer_text(self.processor, tokens) for tokens in answers)
         return results | {number: Result(answer=text) for number, text in zip(images, texts)}
 
-    def _image_path(self, line: Line) -> Path:
-        return self.options.input.parent / line.image
+    def _image(self, line: Line) -> str | Path:
+        """Return the image's URL, or its path from the file of the questions."""
+        return line.image if is_url(line.image) else self.options.input.parent / line.image

@@ -92,10 +92,10 @@ def answer_file(
 def answer_questions(options: BatchOptions, progress: bool = False) -> Totals:
     """Answer the questions of a JSON Lines file as `ask` would, up to the rounding of batches.
 
-    A line of the input is an object with "image" (a path, absolute or relative to the file's folder), "question" and
-    optionally "id" (a string or an integer). Empty lines are skipped. A line of the output, in the same order, is an
-    object with the id (by default the number of the line), the image, the question and the answer, or an error instead:
-    a bad line or image is reported there, and the other lines are answered.
+    A line of the input is an object with "image" (a URL, or a path, absolute or relative to the file's folder),
+    "question" and optionally "id" (a string or an integer). Empty lines are skipped. A line of the output, in the same
+    order, is an object with the id (by default the number of the line), the image, the question and the answer, or an
+    error instead: a bad line or image is reported there, and the other lines are answered.
 
     A run that is interrupted loses the batch that it was working on, and the next one resumes it. In a process that
     torchrun or `accelerate launch` started, this process answers its share, on the GPU of its local rank; all machines
