@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ _NESTED_TOWER_KEYS = {
     r"^vision_tower\.vision_model": "model.vision_tower.vision_model",
     r"^multi_modal_projector": "model.multi_modal_projector",
 }
+_TRANSFORMERS = logging.getLogger("transformers.modeling_utils")
 _TOWER = "model.vision_tower."
 _HARMLESS = 1 << 26  # weights of a language model: so few may be created in vain
 
@@ -75,6 +78,9 @@ def load_weights(
     if tower:
         _load_vision_tower(model, vision_tower_folder(folder, read_config(folder), hub, Part.CONFIG | Part.WEIGHTS))
     start_projections(model, projections, config)
+    if projections:
+        start = "copies of self-attention's" if config.flexattn.hr_init == "copy" else "random numbers"
+        _TRANSFORMERS.warning(f"{folder} has no weights for {len(projections)} HR projections; they start as {start}")
     if lacking := sorted(missing - projections - tower):
         raise CheckpointError(f"{folder} lacks {len(lacking)} weights of the model, the first is {lacking[0]}")
     info["missing_keys"] = type(info["missing_keys"])()
@@ -117,7 +123,7 @@ def _check_amount(folder: Path, config: FlexAttnLlavaConfig, variant: str | None
 def _read_weights(loader: Callable[..., Any], folder: Path, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """Call `loader`; every error that a damaged file may cause becomes a CheckpointError."""
     files = weight_files(folder, kwargs.get("variant"))
-    with refusing(f"{folder} cannot be loaded"):
+    with refusing(f"{folder} cannot be loaded"), _without_missing():
         try:
             return loader(folder, *args, output_loading_info=True, **kwargs)
         except Exception as error:
@@ -131,6 +137,21 @@ def _read_weights(loader: Callable[..., Any], folder: Path, *args: Any, **kwargs
             if type(error).__name__ == "SafetensorError":
                 raise CheckpointError(f"the weights in {folder} are damaged: {first_line(error)}") from error
             raise
+
+
+@contextmanager
+def _without_missing() -> Iterator[None]:
+    """Keep transformers from reporting missing weights as new: `load_weights` fills them in, or refuses them."""
+
+    def kept(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "LOAD REPORT" not in text or "MISSING" not in text or "UNEXPECTED" in text
+
+    _TRANSFORMERS.addFilter(kept)
+    try:
+        yield
+    finally:
+        _TRANSFORMERS.removeFilter(kept)
 
 
 def _is_of_pickle(error: Exception) -> bool:

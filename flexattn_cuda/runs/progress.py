@@ -25,6 +25,7 @@ class Progress:
     def __init__(self, total: int, what: str, enabled: bool = True, done: int = 0):
         self._total, self._done, self._done_before = total, done, done
         self._what, self._enabled = what, enabled
+        self._note = ""
         console = Console(stderr=True)
         self._bar: Bar | None = None
         if enabled and console.is_terminal:
@@ -57,6 +58,12 @@ class Progress:
             self._last_line = now
             self.say(f"{self._done} of {self._total} {self._what}, {self._pace(now)}")
 
+    def note(self, text: str) -> None:
+        """Show this beside the pace from now on."""
+        self._note = f"{text}, "
+        if self._bar is not None:
+            self._bar.update(self._task, pace=self._pace(time.monotonic()))
+
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
         if self._bar is not None:
@@ -65,6 +72,8 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def _pace(self, now: float) -> str:
+        if self._done == self._done_before:
+            return self._note.rstrip(", ")
         rate = (self._done - self._done_before) / (now - self._started)
         left = timedelta(seconds=round((self._total - self._done) / rate))
-        return f"{rate:.3g} per second, {left} left"
+        return f"{self._note}{rate:.3g} per second, {left} left"

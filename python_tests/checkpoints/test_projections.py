@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import tiny
+import tiny_checkpoint
 import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
@@ -79,3 +82,11 @@ def test_quantised_weights_elsewhere_do_not_matter():
     start_projections(model, {"model.language_model.layers.2.self_attn.k_proj_hd.weight"}, model.config)
     assert torch.equal(module.k_proj_hd.weight, module.k_proj.weight)
     assert not torch.equal(module.v_proj_hd.weight, module.v_proj.weight)
+
+
+def test_a_load_says_that_new_projections_are_copies(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tiny_checkpoint.save_llava(tmp_path)
+    FlexAttnLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    said = {record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING}
+    assert said == {f"{tmp_path} has no weights for 8 HR projections; they start as copies of self-attention's"}

@@ -173,6 +173,14 @@ def test_questions_that_only_one_system_answered_do_not_count():
     assert statistics.paired_difference({0: {1: True}}, {1: {1: True}}) is None
 
 
+def test_a_run_of_the_preset_tiny_says_that_it_proves_nothing(tmp_path, page):
+    about = json.loads((fill(tmp_path) / "study.json").read_text())
+    (tmp_path / "study.json").write_text(json.dumps(about | {"preset": "tiny"}))
+    told = sentences(write_report(tmp_path).read_text())
+    assert "its models learn nothing" in told[0] and len(told) == 1 + len(sentences(page))
+    assert "learn nothing" not in page
+
+
 def test_costs_and_fewer_flops(finished, page):
     row = row_of(read_csv(finished / "table_1_2.csv"), system="hd", objects="all", task="all")
     columns = ("study_gflops_published", "study_gflops_here", "paper_tflops_published", "selected_share")

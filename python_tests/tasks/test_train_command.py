@@ -10,6 +10,7 @@ import pytest
 from refusals import refused
 from training_data import record, train_on
 
+from flexattn_cuda.runs import progress as report
 from flexattn_cuda.runs.progress import Progress
 from flexattn_cuda.tasks import training_data as data
 from flexattn_cuda.tasks.options import SCHEDULES
@@ -74,6 +75,19 @@ def test_an_image_that_is_deleted_during_a_run_does_not_end_it(checkpoint, files
     assert len(outcome.losses) == 4
     assert capsys.readouterr().err.count("record 0: unreadable image: ") == 1
     assert json.loads((tmp_path / "out" / "broken.jsonl").read_text())["record"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_loss_is_shown(flexattn, checkpoint, files, tmp_path, monkeypatch, terminal):
+    monkeypatch.setattr(report, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
+    monkeypatch.setenv("COLUMNS", "120")
+    output = tmp_path / "out"
+    _, _, err = flexattn(*line(files, checkpoint, output), "--steps", 3)
+    first, second, third = (float(row["loss"]) for row in csv.DictReader((output / "loss.csv").open()))
+    assert f"{output}: loss {first:.4g} at step 1, {third:.4g} at step 3" in " ".join(err.split())
+    assert f"loss {third if terminal else second:.4g}, " in err
 
 
 @pytest.mark.parametrize(

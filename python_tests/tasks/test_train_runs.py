@@ -18,6 +18,7 @@ from training_data import save_preset, train_on
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks.load import load
+from flexattn_cuda.tasks.options import ENDLESS_SCHEDULES
 from flexattn_cuda.tasks.train import answer_loss, last_complete_checkpoint, trainer
 
 SGD = dict(optimizer="sgd", schedule="constant", learning_rate=0.5, precision="float64", device="cpu")
@@ -74,6 +75,26 @@ def test_a_finished_run_is_not_trained_further(checkpoint, files, tmp_path):
     outcome, trained = train_on(files, tmp_path, checkpoint, **settings), weights(tmp_path)
     assert train_on(files, tmp_path, checkpoint, **settings) == outcome
     assert furthest(weights(tmp_path), trained) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ENDLESS_SCHEDULES)
+def test_a_finished_run_trained_further_equals_a_longer_one(checkpoint, files, tmp_path, schedule):
+    settings = dict(batch_size=4, learning_rate=1e-2, device="cpu", schedule=schedule, warmup_steps=1)
+    whole = train_on(files, tmp_path / "whole", checkpoint, **settings, steps=5)
+    train_on(files, tmp_path / "parts", checkpoint, **settings, steps=2)
+    assert train_on(files, tmp_path / "parts", checkpoint, **settings, steps=5).losses == whole.losses
+    assert furthest(weights(tmp_path / "parts"), weights(tmp_path / "whole")) == 0
+
+
+@pytest.mark.slow
+def test_a_run_whose_learning_rate_follows_its_length_is_not_trained_further(checkpoint, files, tmp_path):
+    settings = dict(batch_size=4, device="cpu")
+    train_on(files, tmp_path, checkpoint, **settings, steps=1)
+    with pytest.raises(
+        InputError, match=rf"\(steps\); repeat them .* start another from it with --model {tmp_path}, or"
+    ):
+        train_on(files, tmp_path, checkpoint, **settings, steps=2)
 
 
 @pytest.mark.slow

@@ -44,7 +44,10 @@ def _has_loss(entry: dict[str, Any]) -> bool:
 
 
 class ProgressBar(TrainerCallback):
-    """Shows progress until training ends or, if it is interrupted, until `until` is closed: a bar hides the cursor."""
+    """Shows progress and the loss until training ends or, if it is interrupted, until `until` is closed.
+
+    A bar hides the cursor.
+    """
 
     def __init__(self, enabled: bool, until: ExitStack):
         self._enabled = enabled
@@ -56,6 +59,11 @@ class ProgressBar(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._progress.advance(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        entry = state.log_history[-1]
+        if _has_loss(entry):
+            self._progress.note(f"loss {entry['loss']:.4g}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._open.close()

@@ -224,9 +224,12 @@ class TrainingRun:
         trainer.save_model()
         if options.lora is not None and self._processes.rank == 0:
             self._beside_lora(options.output)
+        losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
         if self._progress:
-            print(f"wrote {options.output}", file=sys.stderr)
-        return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+            first, last = min(losses), max(losses)
+            shown = f"loss {losses[first]:.4g} at step {first}, {losses[last]:.4g} at step {last}"
+            print(f"wrote {options.output}: {shown}", file=sys.stderr)
+        return losses
 
     def _dataset(self, broken: list[Broken]) -> training_data.Conversations:
         left_out = {one.record for one in broken}
@@ -282,7 +285,9 @@ def _checkpoint_to_resume(output: Path, fingerprint: Fingerprint, restart: bool)
         if restart:
             remove_checkpoints(output)
         elif written.exists():
-            fingerprint.require_same(Fingerprint.read(written), f"the run in {output}")
+            fingerprint.require_same(
+                Fingerprint.read(written), f"the run in {output}", f"start another from it with --model {output}"
+            )
         remove_incomplete_checkpoints(output)
         write_atomically(written, fingerprint.to_json())
     return last_complete_checkpoint(output)
