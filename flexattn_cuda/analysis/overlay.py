@@ -70,6 +70,8 @@ def overlay(
 ) -> Image.Image:
     """Return the image with the attention map as translucent heat and the selected regions bright and outlined.
 
+    Selected regions keep their colours, which a question may be about: there is no heat in them.
+
     Args:
         image: RGB.
         attention: [rows, cols] float, drawn from its minimum to its maximum on the image.
@@ -86,7 +88,7 @@ def overlay(
     drawn = Image.composite(bright, dim, Image.fromarray(selected))
 
     frame = frame_of(*image.size)
-    heat = _heat_of_pixels(image.size, attention, frame)
+    heat = np.where(selected, 0, _heat_of_pixels(image.size, attention, frame))
     opacity = Image.fromarray((heat * (255 * HEAT_OPACITY)).astype(np.uint8))
     drawn = Image.composite(Image.fromarray(heat_colour(heat)), drawn, opacity)
 
@@ -164,7 +166,7 @@ class _Layout:
             size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
         gap = 0 if len(captions) == 1 else 8
         width = max(_MIN_WIDTH, columns * (size[0] + gap) - gap)
-        font = _font(min(28, max(13, width // 60)))
+        font = _font(max(13, width // 60))
         line = _line_height(font)
         wrapped = [_wrap(caption, font, size[0] if columns > 1 else width) for caption in captions]
         row_height = size[1] + max(map(len, wrapped)) * line + gap

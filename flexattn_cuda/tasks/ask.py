@@ -88,12 +88,12 @@ class Answer:
     def _panel(self, step: int, layer: int) -> viz.Panel:
         traced = self.trace.steps[step][layer]
         attention_map, mask = (part.cpu() for part in traced.of_image(row=0, query=-1, image=0))
-        piece = f" \u201c{self.pieces[step].strip()}\u201d" if step < len(self.pieces) else " (the end)"
+        piece = f"\u201c{self.pieces[step].strip()}\u201d" if step < len(self.pieces) else "the end"
         share = mask.float().mean().item()
         return viz.Panel(
             attention_map.float().numpy(),
             mask.numpy(),
-            f"token {step}{piece}, layer {layer}, {share:.0%} of the high-resolution tokens",
+            f"for {piece} it read {share:.0%} of the image in high resolution (token {step}, layer {layer})",
         )
 
 

@@ -83,6 +83,20 @@ def test_nothing_and_everything_selected():
     assert (everything[0] == viz.OUTLINE).all() and (everything[:, -1] == viz.OUTLINE).all()
 
 
+def test_a_selected_region_keeps_its_colours_under_heat():
+    attention = no_map()
+    attention[3, 2] = 1.0
+    drawn = pixels(viz.overlay(grey(120, 120), attention, mask(12, (6, 4))))
+    assert np.abs(drawn[62:68, 42:48] - BRIGHT).max() <= 1
+    assert (drawn[72:78, 52:58, 0] > drawn[72:78, 52:58, 2] + 40).all(), "the cell beside it is as warm, and shows it"
+
+
+@pytest.mark.parametrize("width", [600, 1200, 2400, 4096])
+def test_the_legend_grows_with_the_image(width):
+    legend = viz.sheet(grey(width, 100), [panel((5, 5))]).height - 100
+    assert legend >= width / 30
+
+
 @pytest.mark.parametrize("size", [(120, 120), (120, 60), (60, 120)])
 def test_heat_is_strongest_where_the_map_is(size):
     attention = no_map()
