@@ -131,7 +131,7 @@ def run(command: list[str], folder: Path, programs: Path) -> str:
     path = os.pathsep.join([str(programs), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
-    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
     assert ended.returncode == 0, f"{shlex.join(command)}\n{ended.stdout}\n{ended.stderr}"
     return ended.stdout
 
