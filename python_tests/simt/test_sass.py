@@ -270,6 +270,7 @@ def tiles(instructions: list[Instruction], limits=None, measured=None, **resourc
     "limits, resources, said",
     [
         ({"registers": 63}, {}, "registers 64, the budget is 63"),
+        ({"beside_hmma": 2}, {}, "instructions beside HMMA in the main loop 3, the budget is 2"),
         ({"spill_bytes": 32}, {"spill_bytes": 36}, "bytes of spills 36, the budget is 32"),
         ({"shared_bytes": 1024}, {"static_shared_bytes": 1025}, "bytes of shared memory 1025, the budget is 1024"),
         ({"blocks_per_sm": 9}, {}, "blocks per SM 8, the budget asks for 9"),
