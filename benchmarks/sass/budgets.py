@@ -25,6 +25,7 @@ class Budget:
     spill_bytes: int | None = None
     shared_bytes: int | None = None
     wavefronts_over_ideal: float | None = None  # of LDS and of STS
+    beside_hmma: int | None = None  # instructions of the main loop that are not HMMA
     # At least:
     blocks_per_sm: int | None = None
     tensor_fraction: float | None = None

@@ -19,14 +19,18 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """The address that a branch jumps to."""
-        found = re.findall(r"0x[0-9a-f]+", self.operands) if self.base == "BRA" else []
+        """The address that a branch jumps to; of BRA.DIV none, which leaves the way only if lanes have parted."""
+        found = re.findall(r"0x[0-9a-f]+", self.operands) if self.base == "BRA" and not self.if_parted else []
         return int(found[-1], 16) if found else None
+
+    @property
+    def if_parted(self) -> bool:
+        return self.opcode.startswith("BRA.DIV")
 
     @property
     def falls_through(self) -> bool:
         if self.base == "BRA":
-            return bool(self.predicate) or "," in self.operands
+            return bool(self.predicate) or "," in self.operands or self.if_parted
         return self.base not in ("EXIT", "RET", "BRX", "JMX", "KILL") or bool(self.predicate)
 
     @property

@@ -62,6 +62,11 @@ class Kernel:
         return pipes[0].cycles / slowest if slowest else 0.0
 
     @property
+    def beside_hmma(self) -> int:
+        """How many instructions of the body are not HMMA."""
+        return len(self.body) - self.counts["HMMA"]
+
+    @property
     def ffma_fraction(self) -> float:
         """Share of FFMA among the instructions of the body."""
         return sum(i.base == "FFMA" for i in self.body) / max(1, len(self.body))
@@ -79,6 +84,7 @@ def resource_complaints(kernel: Kernel) -> list[str]:
         ("registers", kernel.resources.registers, budget.registers),
         ("bytes of spills", kernel.resources.spill_bytes, budget.spill_bytes),
         ("bytes of shared memory", kernel.shared_bytes, budget.shared_bytes),
+        ("instructions beside HMMA in the main loop", kernel.beside_hmma, budget.beside_hmma),
     )
     at_least = (
         ("blocks per SM", kernel.blocks_per_sm, budget.blocks_per_sm),

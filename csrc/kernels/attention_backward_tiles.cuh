@@ -175,9 +175,7 @@ struct RowTile {
     return bits;
   }
 
-  __device__ void multiply_keys(float (&s)[kPassingScores], const T* keys) const {
-    unrolled<Mma::kParts>([&](auto part) { mma.template multiply_keys<part.value>(s, keys); });
-  }
+  __device__ void multiply_keys(float (&s)[kPassingScores], const T* keys) const { multiply_all_keys(mma, s, keys); }
   __device__ void multiply_values(float (&dp)[kPassingScores], const T* values) const {
     Mma::multiply_rows(dp, rows_of_warp<Mma>(grads), values);
   }
@@ -244,13 +242,14 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackw
   const int d = static_cast<int>(in.head_dim);
   T* shared = shared_memory<T>();
   BlockWork& work = *reinterpret_cast<BlockWork*>(shared + kRowTileElements<Mma>);
+  clear_rows<Mma, kD>(shared, kTileRows + 2 * kPassingBuffers<Mma> * kPassingRows, d);
   describe_work(in, order, work);
 
   RowTile<Mma, kD> tile{p, shared, work};
   load_query(tile.mma, in, work);
   load_own_rows<Mma, kD, kTileRows, kTileThreads>(
-      TileRows<T>{row_of<T>(p.grad_out, p.grad_out_strides, work.sample, work.head, 0), p.grad_out_strides.row, nullptr,
-                  work.first_row, static_cast<int>(in.queries) - 1},
+      TileRows<T>{row_of<T>(p.grad_out, p.grad_out_strides, work.sample, work.head, 0),
+                  row_bytes<T>(p.grad_out_strides), nullptr, work.first_row, static_cast<int>(in.queries) - 1},
       d, tile.grads);
   if constexpr (kStates)
     tile.begin_states();
@@ -259,8 +258,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackw
   PassingRows<Mma, kD, kTileThreads> passing;
   passing.buffers = shared + 8 * kTileRows * Mma::kRowChunks;
   const auto issue = [&](const KeyTile& keys) {
-    passing.issue(key_rows<T>(in, keys, work.sample, work.kv_head), value_rows<T>(in, keys, work.sample, work.kv_head),
-                  d);
+    passing.issue_same(key_rows<T>(work, keys), value_rows<T>(work, keys), d);
   };
 
   float grad_q[Mma::kOutputs] = {};
@@ -269,7 +267,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackw
   keys.find();
   if (keys.exists()) {
     issue(keys.tile());
-    passing.commit();
+    passing.commit(d);
   }
   __syncthreads();
 
@@ -289,7 +287,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackw
       tile.weigh_keys(current, masked, s, dp, scale);
       Mma::multiply_weights(grad_q, dp, passing.rows(0));
     }
-    if (keys.exists()) passing.commit();
+    if (keys.exists()) passing.commit(d);
     __syncthreads();
   }
 
@@ -361,7 +359,8 @@ struct SequenceKeys {
   __device__ QueryTile first_tile() const { return {sample, first_head, first_query}; }
 
   __device__ TileRows<T> rows(const void* data, const Strides& strides, int64_t count) const {
-    return {row_of<T>(data, strides, sample, kv_head, 0), strides.row, nullptr, first_key, static_cast<int>(count) - 1};
+    return {row_of<T>(data, strides, sample, kv_head, 0), row_bytes<T>(strides), nullptr, first_key,
+            static_cast<int>(count) - 1};
   }
   __device__ TileRows<T> keys(const AttentionInputs& in) const { return rows(in.k, in.k_strides, in.keys); }
   __device__ TileRows<T> values(const AttentionInputs& in) const { return rows(in.v, in.v_strides, in.keys); }
@@ -374,7 +373,7 @@ struct SequenceKeys {
   }
   __device__ TileRows<T> queries(const AttentionInputs& in, const QueryTile& tile, const void* data,
                                  const Strides& strides) const {
-    return {row_of<T>(data, strides, tile.sample, tile.head, 0), strides.row, nullptr, tile.first,
+    return {row_of<T>(data, strides, tile.sample, tile.head, 0), row_bytes<T>(strides), nullptr, tile.first,
             static_cast<int>(in.queries) - 1};
   }
   // begin, end: the keys that the query sees.
@@ -437,7 +436,8 @@ struct PoolKeys {
   __device__ QueryTile first_tile() const { return {-1, end_of_heads, listed}; }
 
   __device__ TileRows<T> rows(const void* data, const Strides& strides, int64_t count) const {
-    return {row_of<T>(data, strides, 0, kv_head, 0), strides.row, nullptr, first_slot, static_cast<int>(count) - 1};
+    return {row_of<T>(data, strides, 0, kv_head, 0), row_bytes<T>(strides), nullptr, first_slot,
+            static_cast<int>(count) - 1};
   }
   __device__ TileRows<T> keys(const AttentionInputs& in) const { return rows(in.k_hr, in.k_hr_strides, in.pool); }
   __device__ TileRows<T> values(const AttentionInputs& in) const { return rows(in.v_hr, in.v_hr_strides, in.pool); }
@@ -471,7 +471,7 @@ struct PoolKeys {
   }
   __device__ TileRows<T> queries(const AttentionInputs& in, const QueryTile& tile, const void* data,
                                  const Strides& strides) const {
-    return {row_of<T>(data, strides, tile.sample, tile.head, 0), strides.row,
+    return {row_of<T>(data, strides, tile.sample, tile.head, 0), row_bytes<T>(strides),
             in.hr_rows ? in.hr_rows + tile.sample * in.rows : nullptr, tile.first, listed - 1};
   }
   // begin: the query's row of hr_row_bits; end: 0 if it sees no HR key.
@@ -527,6 +527,7 @@ __global__ void __launch_bounds__(kKeyThreads<kWarps>, 1) grad_key_tiles(Attenti
   T *own_keys = shared_memory<T>(), *own_values = own_keys + kOwn;
   PassingQueries* known = reinterpret_cast<PassingQueries*>(own_keys + kKeyTileElements<Mma, kWarps>);
   Keys& keys = *reinterpret_cast<Keys*>(known + kPassingBuffers<Mma>);
+  clear_rows<Mma, kD>(own_keys, 2 * (Keys::kKeys + kPassingBuffers<Mma> * kPassingRows), d);
   if (threadIdx.x == 0) keys.start(in, order.place(static_cast<int>(blockIdx.x)));
   __syncthreads();
   QueryTile tile = keys.first_tile();
@@ -536,11 +537,11 @@ __global__ void __launch_bounds__(kKeyThreads<kWarps>, 1) grad_key_tiles(Attenti
   PassingRows<Mma, kD, kThreads> passing;
   passing.buffers = own_values + kOwn;
   const auto issue = [&] {
-    passing.issue(keys.queries(in, tile, in.q, in.q_strides), keys.queries(in, tile, p.grad_out, p.grad_out_strides),
-                  d);
+    passing.issue_same(keys.queries(in, tile, in.q, in.q_strides),
+                       keys.queries(in, tile, p.grad_out, p.grad_out_strides), d);
   };
   const auto commit = [&] {
-    passing.commit();
+    passing.commit(d);
     if (warp_in_block() != 0) return;
     const PassingQuery query = keys.query(p, tile);
     known[passing.current].weighing[lane()] = query.weighing;

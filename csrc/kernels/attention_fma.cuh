@@ -67,11 +67,11 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_fma(AttentionForwardP
 
   SliceStream<T> stream{shared.slices};
   ScoreSlices<T> scores{shared.rows};
-  scores.set_rows({row_of<T>(in.q, in.q_strides, work.sample, work.head, 0), in.q_strides.row, nullptr, work.first_row,
-                   static_cast<int>(in.queries) - 1});
+  scores.set_rows({row_of<T>(in.q, in.q_strides, work.sample, work.head, 0), row_bytes<T>(in.q_strides), nullptr,
+                   work.first_row, static_cast<int>(in.queries) - 1});
   const auto issue_keys = [&](int t) {
     if (t >= work.tiles) return;
-    scores.set_keys(key_rows<T>(in, work.tile(t), work.sample, work.kv_head));
+    scores.set_keys(key_rows<T>(work, work.tile(t)));
     scores.issue(stream, 0, d);
   };
   SoftmaxState<float> softmax[Rows::kLaneRows];
@@ -87,8 +87,9 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_fma(AttentionForwardP
     const bool masked = !work.sees_all(in, tile);
     const uint64_t seen = masked ? seen_keys<uint64_t>(in, work, tile) : ~uint64_t{0};
     // Rows are described anew for each slice: registers are scarcer here than instructions.
+    const int number = t;
     const auto issue_values = [&](int key) {
-      const TileRows<T> rows = value_rows<T>(in, tile, work.sample, work.kv_head);
+      const TileRows<T> rows = value_rows<T>(work, work.tile(number));
       ValueSlices<T, kD>::issue(stream, rows, seen, key, d);
     };
     float s[Rows::kScores] = {};
@@ -96,7 +97,9 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_fma(AttentionForwardP
     cap_scores_precisely(in, s, scale);
     if (masked) mask_scores<Rows>(in, work, tile, s);
     shared.softmax.load(softmax);
-    softmax_step<Rows>(s, scale, softmax, out);
+    float rescale[Rows::kLaneRows];
+    softmax_step<Rows>(s, scale, softmax, rescale);
+    scale_outputs<Rows>(out, rescale);
     shared.softmax.store(softmax);
     store_weights<Rows>(s, shared.weights);
     t = work.seen_tile_from(in, t + 1);
@@ -126,8 +129,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) map_fma(AttentionForwardParam
   MapSums<Rows, Rows::kScores, kMapCells> sums(p, work);
   const auto issue_head = [&](int head) {
     if (head >= heads) return;
-    scores.set_rows(
-        {row_of<T>(in.q, in.q_strides, work.sample, head, 0), in.q_strides.row, work.query, 0, kTileRows - 1});
+    scores.set_rows({row_of<T>(in.q, in.q_strides, work.sample, head, 0), row_bytes<T>(in.q_strides), work.query, 0,
+                     kTileRows - 1});
     scores.set_keys(keys_of_cells<T>(p, work, head, 0));
     scores.issue(stream, 0, d);
   };

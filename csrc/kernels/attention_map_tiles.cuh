@@ -64,8 +64,8 @@ __device__ inline uint64_t visible_cells(const AttentionForwardParams& p, const 
 // The keys that a head reads, from cell `first` of the block on.
 template <typename T>
 __device__ TileRows<T> keys_of_cells(const AttentionForwardParams& p, const MapWork& work, int head, int first) {
-  return {row_of<T>(p.in.k, p.in.k_strides, work.sample, kv_head_of(p.in, head), 0), p.in.k_strides.row, nullptr,
-          work.keys.begin + work.first_cell + first, work.keys.end - 1};
+  return {row_of<T>(p.in.k, p.in.k_strides, work.sample, kv_head_of(p.in, head), 0), row_bytes<T>(p.in.k_strides),
+          nullptr, work.keys.begin + work.first_cell + first, work.keys.end - 1};
 }
 
 // A lane's part of the map. kScores: how many scores of a lane are added at a time, kAddedCells cells of each row.
@@ -143,7 +143,7 @@ struct MapTile : MapSums<Mma, kPassingScores, kPassingRows> {
   template <int half>
   __device__ __forceinline__ void add_keys(const T* keys, float scale, const float (&lse)[2]) {
     float s[kPassingScores] = {};
-    unrolled<Mma::kParts>([&](auto part) { mma.template multiply_keys<part.value>(s, keys); });
+    multiply_all_keys(mma, s, keys);
     cap_scores(this->p.in, s, scale);
     this->template add<half>(s, scale, lse);
   }
@@ -154,26 +154,27 @@ __global__ void __launch_bounds__(kTileThreads, 2) map_tiles(AttentionForwardPar
   using T = typename Mma::Element;
   T* shared = shared_memory<T>();
   MapWork& work = *reinterpret_cast<MapWork*>(shared + kMapTileElements<Mma>);
+  const int heads = static_cast<int>(p.in.heads), d = static_cast<int>(p.in.head_dim);
+  clear_rows<Mma, kD>(shared, 2 * kPassingBuffers<Mma> * kPassingRows, d);
   describe_map(p, work);
 
   MapTile<Mma, kD> tile(p, work);
   PassingRows<Mma, kD, kTileThreads> passing;
   passing.buffers = shared;
-  const int heads = static_cast<int>(p.in.heads), d = static_cast<int>(p.in.head_dim);
   const float scale = static_cast<float>(p.in.scale * kLog2e);
   if (work.keys.begin < work.keys.end) {
-    passing.issue(tile.keys(0, 0), tile.keys(0, 1), d);
-    passing.commit();
+    passing.issue_others(tile.keys(0, 0), tile.keys(0, 1), d);
+    passing.commit(d);
     __syncthreads();
     for (int head = 0; head < heads; ++head) {
       const bool more = head + 1 < heads && kv_head_of(p.in, head + 1) != kv_head_of(p.in, head);
-      if (more) passing.issue(tile.keys(head + 1, 0), tile.keys(head + 1, 1), d);
+      if (more) passing.issue_others(tile.keys(head + 1, 0), tile.keys(head + 1, 1), d);
       float lse[2];
       tile.read_lse(head, lse);
       tile.load_query(head);
       tile.template add_keys<0>(passing.rows(0), scale, lse);
       tile.template add_keys<1>(passing.rows(1), scale, lse);
-      if (more) passing.commit();
+      if (more) passing.commit(d);
       __syncthreads();
     }
   }

@@ -13,7 +13,7 @@ template <typename Mma, int kD>
 void launch_prefill(const AttentionForwardParams& p, Stream stream) {
   const BlockOrder order = row_order(p.in);
   launch("hierarchical_attention (prefill)", prefill_tiles<Mma, kD>, order.blocks(), kTileThreads,
-         prefill_shared_bytes<Mma>(p.in.selected), stream, p, order);
+         prefill_shared_bytes<Mma>(p.in.selected), stream, p, order, static_cast<float>(p.in.scale * kLog2e));
   launch("hierarchical_attention (map)", map_tiles<Mma, kD>, map_blocks(p), kTileThreads, map_shared_bytes<Mma>(),
          stream, p);
 }

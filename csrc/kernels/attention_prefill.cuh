@@ -35,45 +35,51 @@ __device__ __forceinline__ void load_query(Mma& mma, const AttentionInputs& in, 
       static_cast<int>(in.head_dim));
 }
 
+// The first tile has nothing to hide behind: all of it is in flight at once.
 template <typename Mma, int kD, typename T>
 __device__ __forceinline__ void load_keys(TileCopy<Mma, kD>& copy, const TileRows<T>& rows, int d, T* keys) {
-  copy.template issue<KeyLayout<Mma>, 0>(rows, d, keys);
-  unrolled<Mma::kParts>([&](auto part) { copy.template advance<KeyLayout<Mma>, part.value>(rows, d, keys); });
+  TileCopy<Mma, kD, kTileKeys, kTileThreads, 1>().template load<KeyLayout<Mma>>(rows, d, keys);
+  copy.find(rows);
 }
 
-// s = Q K^T; meanwhile the values of the tile are loaded.
+// s = Q K^T; meanwhile the values of the tile are loaded, from the rows that its keys had.
 template <typename Mma, int kD, typename T>
 __device__ __forceinline__ void multiply_keys(const Mma& mma, float (&s)[Mma::kScores], const T* keys,
                                               TileCopy<Mma, kD>& copy, const TileRows<T>& value_rows, int d,
                                               T* values) {
-  copy.template issue<ValueLayout<Mma>, 0>(value_rows, d, values);
+  copy.template start<ValueLayout<Mma>>(value_rows, d, values);
+  const int first = Mma::first_of_keys();
   unrolled<Mma::kParts>([&](auto part) {
-    mma.template multiply_keys<part.value>(s, keys);
+    mma.template multiply_keys<part.value>(s, keys, first);
     copy.template advance<ValueLayout<Mma>, part.value>(value_rows, d, values);
   });
 }
 
-// out += P V; meanwhile the keys of the next tile are loaded, if there is one. Their first part has been issued.
+// out += P V; meanwhile the keys of the next tile are loaded, which has been started.
 template <typename Mma, int kD, typename T>
-__device__ __forceinline__ void multiply_values(float (&out)[Mma::kOutputs], const float (&p)[Mma::kScores],
-                                                const T* values, TileCopy<Mma, kD>& copy, bool more,
-                                                const TileRows<T>& next_rows, int d, T* keys) {
+__device__ __forceinline__ void multiply_values(const Mma& mma, float (&out)[Mma::kOutputs],
+                                                const float (&p)[Mma::kScores], const T* values,
+                                                TileCopy<Mma, kD>& copy, const TileRows<T>& next_rows, int d, T* keys) {
+  typename Mma::Weights weights;
+  const int first = Mma::first_of_values();
   unrolled<Mma::kParts>([&](auto part) {
-    Mma::template multiply_values<part.value>(out, p, values);
-    if (more) copy.template advance<KeyLayout<Mma>, part.value>(next_rows, d, keys);
+    mma.template multiply_values<part.value>(out, p, weights, values, first);
+    copy.template advance<KeyLayout<Mma>, part.value>(next_rows, d, keys);
   });
 }
 
 // ------------------------------------------------------------------------------------------------------ the kernel
 
 template <typename Mma, int kD>
-__global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwardParams p, BlockOrder order) {
+__global__ void __launch_bounds__(kTileThreads, 2)
+    prefill_tiles(AttentionForwardParams p, BlockOrder order, float scale) {
   using T = typename Mma::Element;
   const AttentionInputs& in = p.in;
   const int d = static_cast<int>(in.head_dim);
   T* keys = shared_memory<T>();
   T* values = keys + kTileElements<Mma>;
   BlockWork& work = *reinterpret_cast<BlockWork*>(values + kTileElements<Mma>);
+  clear_rows<Mma, kD>(keys, 2 * kTileKeys, d);
   describe_work(in, order, work);
 
   Mma mma;
@@ -81,33 +87,33 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_tiles(AttentionForwar
   TileCopy<Mma, kD> copy;
   SoftmaxState<float> softmax[2];
   float out[Mma::kOutputs] = {};
-  const float scale = static_cast<float>(in.scale * kLog2e);
 
   int t = work.seen_tile_from(in, 0);
-  if (t < work.tiles) load_keys(copy, key_rows<T>(in, work.tile(t), work.sample, work.kv_head), d, keys);
+  if (t < work.tiles) load_keys(copy, key_rows<T>(work, work.tile(t)), d, keys);
   if (work.sequence_tiles == 0) finish_sequence<Mma>(p, work, softmax, out);
   __syncthreads();
 
   while (t < work.tiles) {
-    const KeyTile tile = work.tile(t);
+    const bool masked = !work.sees_all(in, work.tile(t));
     float s[Mma::kScores] = {};
-    multiply_keys(mma, s, keys, copy, value_rows<T>(in, tile, work.sample, work.kv_head), d, values);
+    multiply_keys(mma, s, keys, copy, value_rows<T>(work, work.tile(t)), d, values);
     __syncthreads();  // V is loaded; K is no longer read
-    const bool masked = !work.sees_all(in, tile);
-    if (masked && clear_unseen_rows<Mma, kTileKeys>(in, work, tile, values)) __syncthreads();
+    if (masked && clear_unseen_rows<Mma, kTileKeys>(in, work, work.tile(t), values)) __syncthreads();
 
     const int next = work.seen_tile_from(in, t + 1);
-    const bool more = next < work.tiles;
-    const TileRows<T> next_rows = key_rows<T>(in, work.tile(next), work.sample, work.kv_head);
-    if (more) copy.template issue<KeyLayout<Mma>, 0>(next_rows, d, keys);
+    const TileRows<T> next_rows = key_rows<T>(work, work.tile(next));
+    copy.find(next_rows);
+    copy.template start<KeyLayout<Mma>>(next_rows, d, keys);
 
     cap_scores(in, s, scale);
-    if (masked) mask_scores<Mma>(in, work, tile, s);
-    softmax_step<Mma>(s, scale, softmax, out);
-    multiply_values(out, s, values, copy, more, next_rows, d, keys);
+    if (masked) mask_scores<Mma>(in, work, work.tile(t), s);
+    float rescale[2];
+    softmax_step<Mma>(s, scale, softmax, rescale);
+    if (votes(rescale[0] != 1.f || rescale[1] != 1.f)) scale_outputs<Mma>(out, rescale);
+    multiply_values(mma, out, s, values, copy, next_rows, d, keys);
     __syncthreads();  // the next K is loaded; V is no longer read
 
-    if (!tile.hr && next >= work.sequence_tiles) finish_sequence<Mma>(p, work, softmax, out);
+    if (t < work.sequence_tiles && next >= work.sequence_tiles) finish_sequence<Mma>(p, work, softmax, out);
     t = next;
   }
   finish_rows<Mma>(p, work, softmax, out);

@@ -18,37 +18,25 @@ struct KeyTile {
   int first, end;  // keys first .. first + 63; those from `end` on do not exist
 };
 
-// Where the rows of a tile lie. A row that does not exist is read as another; its score is masked.
+// Where the rows of a tile lie. A row that does not exist is read as the last; its score is masked.
 template <typename T>
 struct TileRows {
   const T* data;
-  int64_t stride;
+  int row_bytes;
   const int32_t* slots;  // or listed queries, -1 for none; null: the sequence
   int first, last;
 
-  __device__ const T* row(int r) const {
+  __device__ int number(int r) const {
     const int at = min(first + r, last);
-    return data + (slots ? max(slots[at], 0) : at) * stride;
+    return slots ? max(*row_in_global(slots, at, sizeof(int32_t)), 0) : at;
   }
+  __device__ const T* row(int r) const { return row_in_global(data, number(r), row_bytes); }
 };
 
-// Rows of one kv_head of sample b: of `sequence`, or of `pool` for a tile of HR keys.
+// attention_path.h refuses longer rows.
 template <typename T>
-__device__ TileRows<T> tile_rows(const AttentionInputs& in, const KeyTile& tile, int b, int kv_head,
-                                 const void* sequence, const Strides& strides, const void* pool,
-                                 const Strides& pool_strides) {
-  if (tile.hr)
-    return {row_of<T>(pool, pool_strides, 0, kv_head, 0), pool_strides.row,
-            in.hr_slots + static_cast<int64_t>(b) * in.selected, tile.first, tile.end - 1};
-  return {row_of<T>(sequence, strides, b, kv_head, 0), strides.row, nullptr, tile.first, tile.end - 1};
-}
-template <typename T>
-__device__ TileRows<T> key_rows(const AttentionInputs& in, const KeyTile& tile, int b, int kv_head) {
-  return tile_rows<T>(in, tile, b, kv_head, in.k, in.k_strides, in.k_hr, in.k_hr_strides);
-}
-template <typename T>
-__device__ TileRows<T> value_rows(const AttentionInputs& in, const KeyTile& tile, int b, int kv_head) {
-  return tile_rows<T>(in, tile, b, kv_head, in.v, in.v_strides, in.v_hr, in.v_hr_strides);
+__device__ int row_bytes(const Strides& strides) {
+  return static_cast<int>(strides.row * static_cast<int64_t>(sizeof(T)));
 }
 
 // Where a tile lies in shared memory: position of 16-byte chunk c within its row.
@@ -63,66 +51,109 @@ struct ValueLayout {
 template <typename Mma>
 constexpr int kTileElements = 8 * kTileKeys * Mma::kRowChunks;
 
-// A tile on its way, in kParts parts: issue<part>() starts loading, commit<part>() puts it into shared memory.
+// Channels from d on are never loaded, so they must be zero from the start. The whole block, before a barrier.
+template <typename Mma, int kD, typename T>
+__device__ void clear_rows(T* shared, int rows, int d) {
+  if (d == kD) return;
+  for (int i = threadIdx.x; i < rows * Mma::kRowChunks; i += blockDim.x) reinterpret_cast<uint4*>(shared)[i] = uint4{};
+}
+
+// A tile on its way, in kParts parts of which kAhead are in flight. find() its rows and start() loading; then
+// advance<part>() after each part of other work puts that part into shared memory.
 template <typename Mma, int kD, int kRows = kTileKeys, int kThreads = kTileThreads, int kParts = Mma::kParts>
 struct TileCopy {
   using T = typename Mma::Element;
-  static constexpr int kChunks = kD / 8;  // of a row, which may have room for more
+  static constexpr unsigned kChunks = kD / 8;  // of a row, which may have room for more
   static constexpr int kPerPart = static_cast<int>(blocks_for(kRows * kChunks, kParts* kThreads));  // per thread
   static constexpr bool kFull = kPerPart * kThreads * kParts == kRows * kChunks;  // every thread has a chunk every time
-  uint4 held[Mma::kAsync ? 1 : kPerPart];
+  static constexpr bool kColumn = kThreads % kChunks == 0;  // the chunks of a thread have one number in their rows
+  static constexpr int kStep = kThreads / kChunks;          // and their rows this distance
+  static constexpr int kAhead = kParts > 1 ? 2 : 1;
+  int numbers[kParts * kPerPart];  // of the rows of the thread's chunks
+  uint4 held[Mma::kAsync ? 1 : kAhead * kPerPart];
 
   // The chunks are numbered row by row.
-  static __device__ int number(int part, int i) {
-    const int thread = !Mma::kAsync && kParts == 1 ? opaque(threadIdx.x) : threadIdx.x;
-    return thread + (part * kPerPart + i) * kThreads;
-  }
-  static __device__ bool exists(int part, int i) { return kFull || number(part, i) < kRows * kChunks; }
+  static __device__ unsigned thread() { return !Mma::kAsync && kParts == 1 ? opaque(threadIdx.x) : threadIdx.x; }
+  static __device__ bool exists(unsigned i) { return kFull || thread() + i * kThreads < kRows * kChunks; }
   // Shared memory serves 8 lanes at a time. If these hold chunks of two rows, the rows differ in their low four bits,
   // so that Mma's permutations of chunks send the end of one row and the start of the other to different banks.
-  static __device__ int row(int part, int i) {
-    const int n = number(part, i) / kChunks;
+  static __device__ int row(unsigned i) {
+    if (kColumn) return thread() / kChunks + i * kStep;
+    const unsigned n = (thread() + i * kThreads) / kChunks;
     return kChunks % 8 ? n ^ (n & 1) * 14 : n;
   }
-  static __device__ int chunk(int part, int i) { return number(part, i) % kChunks; }
+  static __device__ int chunk(unsigned i) { return (thread() + (kColumn ? 0 : i * kThreads)) % kChunks; }
+  // Where chunk i lies in shared memory. Layouts permute by bits of the row, and a step changes other bits than those
+  // of row(0).
+  template <typename Layout>
+  static __device__ int place(int i) {
+    if (!kColumn) return row(i) * Mma::kRowChunks + Layout::chunk(row(i), chunk(i));
+    const int first = row(0) * Mma::kRowChunks + Layout::chunk(row(0), chunk(0));
+    return (first ^ Layout::chunk(i * kStep, 0)) + i * kStep * Mma::kRowChunks;
+  }
+
+  __device__ void find(const TileRows<T>& rows) {
+#pragma unroll
+    for (int i = 0; i < kParts * kPerPart; ++i)
+      if (exists(i)) numbers[i] = rows.number(row(i));
+  }
+
+  __device__ void take(const TileCopy& other) {
+#pragma unroll
+    for (int i = 0; i < kParts * kPerPart; ++i) numbers[i] = other.numbers[i];
+  }
+
+  template <typename Layout>
+  __device__ void start(const TileRows<T>& rows, int d, T* shared) {
+    unrolled<kAhead>([&](auto part) { issue<Layout, part.value>(rows, d, shared); });
+  }
+
+  template <typename Layout, int part>
+  __device__ void advance(const TileRows<T>& rows, int d, T* shared) {
+    commit<Layout, part>(d, shared);
+    if constexpr (part + kAhead < kParts) issue<Layout, part + kAhead>(rows, d, shared);
+  }
+
+  template <typename Layout>
+  __device__ void load(const TileRows<T>& rows, int d, T* shared) {
+    find(rows);
+    start<Layout>(rows, d, shared);
+    unrolled<kParts>([&](auto part) { advance<Layout, part.value>(rows, d, shared); });
+  }
 
   template <typename Layout, int part>
   __device__ void issue(const TileRows<T>& rows, int d, T* shared) {
 #pragma unroll
-    for (int i = 0; i < kPerPart; ++i) {
-      if (!exists(part, i)) continue;
-      const int r = row(part, i), c = chunk(part, i);
-      const T* from = rows.row(r) + 8 * c;
-      if constexpr (Mma::kAsync) {
-        cp_async_16(shared + 8 * (r * Mma::kRowChunks + Layout::chunk(r, c)), 8 * c < d ? from : rows.data, 8 * c < d);
-      } else {
-        held[i] = 8 * c < d ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
-      }
+    for (int i = part * kPerPart; i < (part + 1) * kPerPart; ++i) {
+      if (!exists(i) || 8 * chunk(i) >= d) continue;
+      const T* from = row_in_global(rows.data + 8 * chunk(i), numbers[i], rows.row_bytes);
+      if constexpr (Mma::kAsync)
+        cp_async_16(shared + 8 * place<Layout>(i), from);
+      else
+        held[i % (kAhead * kPerPart)] = *reinterpret_cast<const uint4*>(from);
     }
     if constexpr (Mma::kAsync) cp_async_commit();
   }
 
-  // Call after part `part` of other work: that part is stored, and the loads of the next one start.
   template <typename Layout, int part>
-  __device__ void advance(const TileRows<T>& rows, int d, T* shared) {
-    commit<Layout, part>(shared);
-    if constexpr (part + 1 < kParts) issue<Layout, part + 1>(rows, d, shared);
-  }
-
-  template <typename Layout, int part>
-  __device__ void commit(T* shared) const {
+  __device__ void commit(int d, T* shared) const {
     if constexpr (Mma::kAsync) {
       if constexpr (part + 1 == kParts) cp_async_wait<0>();
     } else {
 #pragma unroll
-      for (int i = 0; i < kPerPart; ++i) {
-        if (!exists(part, i)) continue;
-        const int r = row(part, i), c = chunk(part, i);
-        reinterpret_cast<uint4*>(shared)[r * Mma::kRowChunks + Layout::chunk(r, c)] = held[i];
-      }
+      for (int i = part * kPerPart; i < (part + 1) * kPerPart; ++i)
+        if (exists(i) && 8 * chunk(i) < d)
+          reinterpret_cast<uint4*>(shared)[place<Layout>(i)] = held[i % (kAhead * kPerPart)];
     }
   }
 };
+
+// s += q k over all channels.
+template <typename Mma, int n, typename T>
+__device__ __forceinline__ void multiply_all_keys(const Mma& mma, float (&s)[n], const T* keys) {
+  const int first = Mma::first_of_keys();
+  unrolled<Mma::kParts>([&](auto part) { mma.template multiply_keys<part.value>(s, keys, first); });
+}
 
 // Cap scores, which `scale` turns into logits in base 2. 1 - 2 / (1 + e^2x) is tanh(x), with an absolute error that
 // float16 hides.
@@ -162,16 +193,26 @@ struct PassingRows {
     const int buffer = (current + ahead) % kPassingBuffers<Mma>;
     return buffers + (2 * buffer + tensor) * kPassingElements<Mma>;
   }
-  // Start loading the next rows of both tensors.
-  __device__ void issue(const TileRows<T>& first, const TileRows<T>& second, int d) {
-    copies[0].template issue<Layout, 0>(first, d, rows(0, 1));
-    copies[1].template issue<Layout, 0>(second, d, rows(1, 1));
+  // Start loading the next rows: of two tensors, the same of both, or others of one.
+  __device__ void issue_same(const TileRows<T>& first, const TileRows<T>& second, int d) {
+    copies[0].find(first);
+    copies[1].take(copies[0]);
+    start(first, second, d);
+  }
+  __device__ void issue_others(const TileRows<T>& first, const TileRows<T>& second, int d) {
+    copies[0].find(first);
+    copies[1].find(second);
+    start(first, second, d);
+  }
+  __device__ void start(const TileRows<T>& first, const TileRows<T>& second, int d) {
+    copies[0].template start<Layout>(first, d, rows(0, 1));
+    copies[1].template start<Layout>(second, d, rows(1, 1));
   }
   // Make them the current rows. The whole block; a barrier must follow.
-  __device__ void commit() {
+  __device__ void commit(int d) {
     if (!Mma::kAsync) __syncthreads();  // the current rows are no longer read
-    copies[0].template commit<Layout, 0>(rows(0, 1));
-    copies[1].template commit<Layout, 0>(rows(1, 1));
+    copies[0].template commit<Layout, 0>(d, rows(0, 1));
+    copies[1].template commit<Layout, 0>(d, rows(1, 1));
     current = (current + 1) % kPassingBuffers<Mma>;
   }
 };
@@ -179,10 +220,7 @@ struct PassingRows {
 // Load the rows that a block owns.
 template <typename Mma, int kD, int kRows, int kThreads, typename T>
 __device__ void load_own_rows(const TileRows<T>& rows, int d, T* shared) {
-  constexpr int kParts = 4;
-  TileCopy<Mma, kD, kRows, kThreads, kParts> copy;
-  copy.template issue<KeyLayout<Mma>, 0>(rows, d, shared);
-  unrolled<kParts>([&](auto part) { copy.template advance<KeyLayout<Mma>, part.value>(rows, d, shared); });
+  TileCopy<Mma, kD, kRows, kThreads, 4>().template load<KeyLayout<Mma>>(rows, d, shared);
 }
 
 // The 16 rows of the warp among those that the block owns.

@@ -60,32 +60,48 @@ struct AmpereMma {
       }
   }
 
+  static __device__ int first_of_keys() {
+    const int matrix = lane() / 8, row = 8 * (matrix / 2) + lane() % 8;
+    return row * kRowChunks + key_chunk(row, matrix % 2);
+  }
+  static __device__ int first_of_values() {
+    const int matrix = lane() / 8, row = 8 * (matrix % 2) + lane() % 8;
+    return row * kRowChunks + value_chunk(row, matrix / 2);
+  }
+
   template <int part, int n>
-  __device__ void multiply_keys(float (&s)[n], const Element* keys) const {
+  __device__ void multiply_keys(float (&s)[n], const Element* keys, int first) const {
 #pragma unroll
-    for (int c = 0; c < kD / 16; ++c) multiply_channels(s, query[c], keys, c);
+    for (int c = 0; c < kD / 16; ++c) multiply_channels(s, query[c], keys, first, c);
   }
 
   template <int n>
   static __device__ void multiply_rows(float (&s)[n], const Element* a, const Element* b) {
     const int matrix = lane() / 8, row = 8 * (matrix % 2) + lane() % 8;
-    const int first = opaque(row * kRowChunks + key_chunk(row, matrix / 2));  // chunk 2 c lies at that number ^ 2 c
+    const int of_a = opaque(row * kRowChunks + key_chunk(row, matrix / 2)), of_b = first_of_keys();
 #pragma unroll
     for (int c = 0; c < kD / 16; ++c) {
       uint32_t x[4];
-      ldmatrix_x4(x, a + 8 * (first ^ 2 * c));
-      multiply_channels(s, x, b, c);
+      ldmatrix_x4(x, a + 8 * chunk_from(of_a, 2 * c));
+      multiply_channels(s, x, b, of_b, c);
     }
   }
 
+  struct Weights {};
   template <int part>
-  __device__ static void multiply_values(float (&o)[kOutputs], const float (&p)[kScores], const Element* values) {
-    multiply_weights(o, p, values);
+  __device__ void multiply_values(float (&o)[kOutputs], const float (&p)[kScores], Weights&, const Element* values,
+                                  int first) const {
+    multiply_weights(o, p, values, first);
   }
 
   template <int n>
   static __device__ void multiply_weights(float (&o)[kOutputs], const float (&p)[n], const Element* values) {
-    const int matrix = lane() / 8, row = 8 * (matrix % 2) + lane() % 8;
+    multiply_weights(o, p, values, first_of_values());
+  }
+
+ private:
+  template <int n>
+  static __device__ void multiply_weights(float (&o)[kOutputs], const float (&p)[n], const Element* values, int first) {
 #pragma unroll
     for (int j = 0; j < n / 8; ++j) {
       uint32_t a[4];
@@ -94,20 +110,22 @@ struct AmpereMma {
 #pragma unroll
       for (int c = 0; c < kD / 16; ++c) {
         uint32_t v[4];
-        ldmatrix_x4_trans(v, values + 8 * ((16 * j + row) * kRowChunks + value_chunk(row, 2 * c + matrix / 2)));
+        ldmatrix_x4_trans(v, values + 8 * (16 * j * kRowChunks + chunk_from(first, 2 * c)));
         mma_m16n8k16<T>(four(o, 2 * c), a, {v[0], v[1]});
         mma_m16n8k16<T>(four(o, 2 * c + 1), a, {v[2], v[3]});
       }
     }
   }
 
- private:
+  // Where the chunk c further than the one at `first` lies. Layouts permute 8 chunks, so that an address takes a higher
+  // bit as its offset.
+  static __device__ int chunk_from(int first, int c) { return (first ^ (c & 7)) + (c & 8); }
+
   // s += a b over the channels 16 c .. 16 c + 15.
   template <int n>
   static __device__ __forceinline__ void multiply_channels(float (&s)[n], const uint32_t (&a)[4], const Element* b,
-                                                           int c) {
-    const int matrix = lane() / 8, row = 8 * (matrix / 2) + lane() % 8;
-    const Element* chunk = b + 8 * (row * kRowChunks + key_chunk(row, 2 * c + matrix % 2));
+                                                           int first, int c) {
+    const Element* chunk = b + 8 * chunk_from(first, 2 * c);
 #pragma unroll
     for (int j = 0; j < n / 8; ++j) {
       uint32_t k[4];

@@ -25,7 +25,7 @@ struct VoltaMma {
   static constexpr int kLaneRows = 2, kNeighbours = 2;  // see row_steps.cuh
   static constexpr int kRowChunks = kD <= 64 ? 8 : 16;  // 16-byte chunks of a row in shared memory
   static constexpr bool kAsync = false;                 // tiles pass through registers
-  static constexpr int kParts = kD == 96 ? 2 : 4;       // in parts
+  static constexpr int kParts = kD / 32;                // in parts
 
   // Chunks are permuted within their row, so that the 8 lanes that shared memory serves at a time read 8 different
   // 16-byte groups of banks: for the keys these are 8 rows (0-3 and 8-11, or 4-7 and 12-15) of one chunk, for the
@@ -72,42 +72,67 @@ struct VoltaMma {
     }
   }
 
+  // Where the lane's first chunks of keys and of values lie; computed where it is asked for, as registers are scarce.
+  static __device__ int first_of_keys() { return opaque(first_chunk(8 * pc() + 4 * h() + l())); }
+  template <bool kKeyLayout = false>
+  static __device__ int first_of_values() {
+    const int row = 8 * pc() + l(), chunk = 2 * h() + pc();
+    return opaque(row * kRowChunks + (kKeyLayout ? key_chunk(row, chunk) : value_chunk(row, chunk)));
+  }
+
   // s += q k over a part of the channels, for 2 n keys.
   template <int part, int n>
-  __device__ void multiply_keys(float (&s)[n], const Element* keys) const {
+  __device__ void multiply_keys(float (&s)[n], const Element* keys, int first) const {
 #pragma unroll
     for (int c = part * kD / 8 / kParts; c < (part + 1) * kD / 8 / kParts; ++c)
       multiply_chunk(s, {query[4 * c], query[4 * c + 1], query[4 * c + 2], query[4 * c + 3]},
-                     reinterpret_cast<const uint4*>(keys) + (first_chunk(8 * pc() + 4 * h() + l()) ^ c));
+                     reinterpret_cast<const uint4*>(keys) + chunk_from(first, c));
   }
 
   // s += a b for 16 rows a and 2 n rows b in shared memory, both in the layout of keys.
   template <int n>
   static __device__ void multiply_rows(float (&s)[n], const Element* a, const Element* b) {
-    const int of_a = opaque(first_chunk(8 * pr() + 4 * h() + l())),
-              of_b = opaque(first_chunk(8 * pc() + 4 * h() + l()));
+    const int of_a = opaque(first_chunk(8 * pr() + 4 * h() + l())), of_b = first_of_keys();
 #pragma unroll 4  // all of them would hold too many chunks in registers
     for (int c = 0; c < kD / 8; ++c)
-      multiply_chunk(s, reinterpret_cast<const uint4*>(a)[of_a ^ c], reinterpret_cast<const uint4*>(b) + (of_b ^ c));
+      multiply_chunk(s, reinterpret_cast<const uint4*>(a)[chunk_from(of_a, c)],
+                     reinterpret_cast<const uint4*>(b) + chunk_from(of_b, c));
   }
 
-  // o += p v over a part of the keys.
+  // Weights of 16 keys: [keys of this pc, of the other][4 keys each][2 keys each] of row 8 pr + 4 h + l.
+  struct Weights {
+    uint32_t of[2][2][2];
+  };
+
+  // o += p v over a part of the keys. weights: left by the part before.
   template <int part>
-  __device__ static void multiply_values(float (&o)[kOutputs], const float (&p)[kScores], const Element* values) {
+  __device__ void multiply_values(float (&o)[kOutputs], const float (&p)[kScores], Weights& weights,
+                                  const Element* values, int first) const {
+    constexpr int kSteps = kScores / 2;
 #pragma unroll
-    for (int j = part * 4 / kParts; j < (part + 1) * 4 / kParts; ++j) multiply_group<false>(o, p, j, values);
+    for (int step = part * kSteps / kParts; step < (part + 1) * kSteps / kParts; ++step) {
+      if (step % 4 == 0) weights = weights_of(p, step / 4);
+      multiply_step<false>(o, weights, step, values, first);
+    }
   }
 
   // o += p v over 2 n rows v in the layout of keys.
   template <int n>
   static __device__ void multiply_weights(float (&o)[kOutputs], const float (&p)[n], const Element* v) {
+    const int first = first_of_values<true>();
 #pragma unroll
-    for (int j = 0; j < n / 8; ++j) multiply_group<true>(o, p, j, v);
+    for (int j = 0; j < n / 8; ++j) {
+      const Weights weights = weights_of(p, j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) multiply_step<true>(o, weights, 4 * j + i, v, first);
+    }
   }
 
  private:
-  // Where chunk 0 of a row of keys lies; chunk c lies at that number ^ c.
+  // Where chunk 0 of a row of keys lies.
   static __device__ int first_chunk(int row) { return row * kRowChunks + key_chunk(row, 0); }
+  // Where the chunk c further lies. Layouts permute 8 chunks, so that an address takes a higher bit as its offset.
+  static __device__ int chunk_from(int first, int c) { return (first ^ (c & 7)) + (c & 8); }
 
   // s += a b over 8 channels. a: those of row 8 pr + 4 h + l; b: where those of row 8 pc + 4 h + l lie.
   template <int n>
@@ -121,40 +146,44 @@ struct VoltaMma {
     for (int j = 0; j < n / 8; ++j) mma_m8n8k4(eight(s, j), {a.z, a.w}, {k[j].z, k[j].w});
   }
 
-  // o += p v over the keys 16 j .. 16 j + 15.
-  template <bool kKeyLayout, int n>
-  static __device__ __forceinline__ void multiply_group(float (&o)[kOutputs], const float (&p)[n], int j,
-                                                        const Element* values) {
-    uint32_t a[2][2][2];  // [keys of this pc, of the other][4 keys each][2 keys each] of row 8 pr + 4 h + l
+  // Of the keys 16 j .. 16 j + 15.
+  template <int n>
+  static __device__ __forceinline__ Weights weights_of(const float (&p)[n], int j) {
+    Weights weights;
+    auto& mine = weights.of[0];
 #pragma unroll
     for (int four = 0; four < 2; ++four) {
       // Lanes l and l ^ 2 hold two columns each of two rows; they swap so that each has four columns of one row.
       const uint32_t upper = pack(p[8 * j + 4 * four], p[8 * j + 4 * four + 1]);
       const uint32_t lower = pack(p[8 * j + 4 * four + 2], p[8 * j + 4 * four + 3]);
       const bool second = l() & 2;
-      const uint32_t mine = second ? lower : upper, theirs = second ? upper : lower;
-      const uint32_t got = __shfl_xor_sync(kAllLanes, theirs, 2);
-      a[0][four][0] = second ? got : mine;
-      a[0][four][1] = second ? mine : got;
+      const uint32_t kept = second ? lower : upper, given = second ? upper : lower;
+      const uint32_t got = __shfl_xor_sync(kAllLanes, given, 2);
+      mine[four][0] = second ? got : kept;
+      mine[four][1] = second ? kept : got;
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[1][i / 2][i % 2] = __shfl_xor_sync(kAllLanes, a[0][i / 2][i % 2], 4);
-    // The two quad-pairs of a row take the 16 keys in different order: each begins with those it has.
+    for (int i = 0; i < 4; ++i) weights.of[1][i / 2][i % 2] = __shfl_xor_sync(kAllLanes, mine[i / 2][i % 2], 4);
+    return weights;
+  }
+
+  // o += p v over 4 of every 8 keys 16 j .. 16 j + 15, j = step / 4. The two quad-pairs of a row take them in different
+  // order: each begins with those it has. first: that of the lane's values.
+  template <bool kKeyLayout>
+  static __device__ __forceinline__ void multiply_step(float (&o)[kOutputs], const Weights& weights, int step,
+                                                       const Element* values, int first) {
+    // The other 8 rows differ in one bit of the row and, in the layout of keys, in one of where its chunks lie.
+    constexpr int kOtherRows = 8 * kRowChunks + (kKeyLayout ? 4 : 0);
+    const int other = step / 2 % 2, four = step % 2;
+    const uint4* rows = reinterpret_cast<const uint4*>(values) + (step / 4 * 16 + 4 * four) * kRowChunks;
+    const uint32_t (&a)[2] = weights.of[other][four];
+    uint4 v[kD / 32];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int other = i / 2, four = i % 2, row = 8 * (pc() ^ other) + l();
-      const uint4* rows = reinterpret_cast<const uint4*>(values) + (16 * j + 4 * four) * kRowChunks;
-      // The other 8 rows differ in one bit of the row, and in one of where its chunks lie.
-      const int first = opaque(first_chunk(8 * pc() + l()) ^ (2 * h() + pc())) ^ other * (8 * kRowChunks + 4);
-      uint4 v[kD / 32];
+    for (int c = 0; c < kD / 32; ++c) v[c] = rows[chunk_from(first ^ other * kOtherRows, 4 * c)];
 #pragma unroll
-      for (int c = 0; c < kD / 32; ++c)
-        v[c] = rows[kKeyLayout ? first ^ 4 * c : row * kRowChunks + value_chunk(l(), 4 * c + 2 * h() + pc())];
-#pragma unroll
-      for (int c = 0; c < kD / 32; ++c) {
-        mma_m8n8k4_row_row(eight(o, 2 * c), {a[other][four][0], a[other][four][1]}, {v[c].x, v[c].y});
-        mma_m8n8k4_row_row(eight(o, 2 * c + 1), {a[other][four][0], a[other][four][1]}, {v[c].z, v[c].w});
-      }
+    for (int c = 0; c < kD / 32; ++c) {
+      mma_m8n8k4_row_row(eight(o, 2 * c), a, {v[c].x, v[c].y});
+      mma_m8n8k4_row_row(eight(o, 2 * c + 1), a, {v[c].z, v[c].w});
     }
   }
 

@@ -9,8 +9,16 @@
 
 namespace flexattn::cuda {
 
+// Where the keys and values of one kind lie that a block streams: those of its sample and head.
+struct alignas(16) KeySource {
+  const void *keys, *values;
+  const int32_t* slots;  // null: the sequence
+  int key_row_bytes, value_row_bytes;
+};
+
 // Lives in shared memory: registers are scarcest in this kernel.
 struct BlockWork {
+  KeySource sources[2];  // of the sequence; of HR keys
   int sample, head, kv_head;
   int first_row, rows;                 // queries first_row .. first_row + rows - 1
   int first_key, end_of_keys;          // sequence keys that some row sees
@@ -26,9 +34,11 @@ struct BlockWork {
   __device__ int32_t* seen_tiles() { return reinterpret_cast<int32_t*>(this + 1); }
   __device__ const int32_t* seen_tiles() const { return reinterpret_cast<const int32_t*>(this + 1); }
 
+  // Past the last tile, a tile of keys that do not exist: whoever loads it reads the last row.
   __device__ KeyTile tile(int t) const {
-    if (t < sequence_tiles) return {false, first_key + t * kTileKeys, end_of_keys};
-    return {true, (t - sequence_tiles) * kTileKeys, hr_count};
+    const bool hr = t >= sequence_tiles && hr_count > 0;
+    if (hr) return {true, (t - sequence_tiles) * kTileKeys, hr_count};
+    return {false, first_key + t * kTileKeys, end_of_keys};
   }
 
   // The first tile from t on of which some row sees a key.
@@ -62,6 +72,18 @@ struct BlockWork {
   }
 };
 
+// Rows of keys and of values of a tile.
+template <typename T>
+__device__ TileRows<T> key_rows(const BlockWork& work, const KeyTile& tile) {
+  const KeySource& from = work.sources[tile.hr];
+  return {static_cast<const T*>(from.keys), from.key_row_bytes, from.slots, tile.first, tile.end - 1};
+}
+template <typename T>
+__device__ TileRows<T> value_rows(const BlockWork& work, const KeyTile& tile) {
+  const KeySource& from = work.sources[tile.hr];
+  return {static_cast<const T*>(from.values), from.value_row_bytes, from.slots, tile.first, tile.end - 1};
+}
+
 inline size_t work_bytes(int64_t selected) {
   return sizeof(BlockWork) + words_for_bits(blocks_for(selected, kTileKeys)) * sizeof(int32_t);
 }
@@ -70,6 +92,20 @@ inline size_t work_bytes(int64_t selected) {
 inline BlockOrder row_order(const AttentionInputs& in) {
   const int64_t streamed = 2 * (in.keys + in.selected) * in.head_dim * bytes_of(in.dtype) * in.kv_heads / in.heads;
   return order_for_cache(in.batch * in.heads, blocks_for(in.queries, kTileRows), streamed, l2_bytes());
+}
+
+// One thread.
+__device__ inline void find_sources(const AttentionInputs& in, BlockWork& work) {
+  const int64_t b = work.sample, head = work.kv_head, element = bytes_of(in.dtype);
+  const auto start = [&](const void* data, const Strides& strides, int64_t sample) {
+    return static_cast<const char*>(data) + (sample * strides.batch + head * strides.head) * element;
+  };
+  const auto row_bytes = [&](const Strides& strides) { return static_cast<int>(strides.row * element); };
+  work.sources[0] = {start(in.k, in.k_strides, b), start(in.v, in.v_strides, b), nullptr, row_bytes(in.k_strides),
+                     row_bytes(in.v_strides)};
+  if (!in.k_hr) return;
+  work.sources[1] = {start(in.k_hr, in.k_hr_strides, 0), start(in.v_hr, in.v_hr_strides, 0),
+                     in.hr_slots + b * in.selected, row_bytes(in.k_hr_strides), row_bytes(in.v_hr_strides)};
 }
 
 // Sample, head and query rows from the block's number, and the sequence keys they see. One thread.
@@ -83,6 +119,7 @@ __device__ inline void assign_rows(const AttentionInputs& in, const BlockOrder& 
   work.first_row = (order.tiles - 1 - place.tile) * kTileRows;  // the last rows see most keys: they start first
   work.rows = min(kTileRows, static_cast<int>(in.queries) - work.first_row);
   check_ranges(in, sample);
+  find_sources(in, work);
   const KeyInterval first = keys_of_query(in, sample, work.first_row),
                     last = keys_of_query(in, sample, work.first_row + work.rows - 1);
   work.first_key = first.begin;

@@ -21,12 +21,16 @@ __device__ __forceinline__ void mask_scores(const AttentionInputs& in, const Blo
     if (!(visible[Rows::row_of(i)] >> Rows::key_of_score(i) & 1)) s[i] = -INFINITY;
 }
 
-// Turn scores into weights. The lanes of a row share its row_max; each has the row_sum of its own columns.
+// The reference of a row's weights follows its max only when that is 2^8 ahead: a weight of 256 is as precise as one of
+// 1, and sums need rescaling only now and then.
+constexpr float kSoftmaxSlack = 8.f;
+
+// Turn scores into weights. The lanes of a row share its row_max; each has the row_sum of its own columns. Return in
+// `rescale` what outputs so far must be multiplied by.
 template <typename Rows>
 __device__ __forceinline__ void softmax_step(float (&s)[Rows::kScores], float scale,
                                              SoftmaxState<float> (&softmax)[Rows::kLaneRows],
-                                             float (&out)[Rows::kOutputs]) {
-  float rescale[Rows::kLaneRows];
+                                             float (&rescale)[Rows::kLaneRows]) {
 #pragma unroll
   for (int which = 0; which < Rows::kLaneRows; ++which) {
     float max_score = -INFINITY;
@@ -34,7 +38,7 @@ __device__ __forceinline__ void softmax_step(float (&s)[Rows::kScores], float sc
     for (int i = 0; i < Rows::kScores; ++i)
       if (Rows::row_of(i) == which) max_score = fmaxf(max_score, s[i]);
     max_score = Rows::over_row(max_score, [](float x, float y) { return fmaxf(x, y); });
-    rescale[which] = softmax[which].raise_max(scale * max_score);
+    rescale[which] = softmax[which].raise_max(scale * max_score, kSoftmaxSlack);
 #pragma unroll
     for (int i = 0; i < Rows::kScores; ++i)
       if (Rows::row_of(i) == which) {
@@ -42,8 +46,12 @@ __device__ __forceinline__ void softmax_step(float (&s)[Rows::kScores], float sc
         softmax[which].row_sum += s[i];
       }
   }
+}
+
+template <typename Rows>
+__device__ __forceinline__ void scale_outputs(float (&out)[Rows::kOutputs], const float (&factor)[Rows::kLaneRows]) {
 #pragma unroll
-  for (int i = 0; i < Rows::kOutputs; ++i) out[i] *= rescale[Rows::row_of(i)];
+  for (int i = 0; i < Rows::kOutputs; ++i) out[i] *= factor[Rows::row_of(i)];
 }
 
 // -------------------------------------------------------------------------------------------------------- the end

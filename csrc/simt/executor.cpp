@@ -34,7 +34,7 @@ using Resumption = void* [5];
 
 struct Copy {
   unsigned char* to;
-  const unsigned char* from;  // null: zeros
+  const unsigned char* from;
 };
 
 // Runs one thread of a block after the other, on the same stack.
@@ -210,10 +210,9 @@ void run_block(unsigned threads) {
 
 void arrive(std::vector<Copy>& copies) {
   for (const Copy& copy : copies) {
-    if (copy.from) record_access(copy.from, kCopyBytes, Access::kRead);
+    record_access(copy.from, kCopyBytes, Access::kRead);
     end_copy(copy.to, kCopyBytes);
-    copy.from ? static_cast<void>(std::memcpy(copy.to, copy.from, kCopyBytes))
-              : static_cast<void>(std::memset(copy.to, 0, kCopyBytes));
+    std::memcpy(copy.to, copy.from, kCopyBytes);
   }
 }
 
@@ -273,14 +272,13 @@ void warp_barrier() {
   pass_warp_barrier(current);
 }
 
-void start_copy(void* to, const void* from, bool valid) {
+void start_copy(void* to, const void* from) {
   require_alignment("cp.async to", to, kCopyBytes);
   require_alignment("cp.async from", from, kCopyBytes);
-  if (valid) check_access(from, kCopyBytes, Access::kRead);
+  check_access(from, kCopyBytes, Access::kRead);
   begin_copy(to, kCopyBytes);
   std::memset(to, 0xff, kCopyBytes);  // NaN until it has arrived
-  fibers[current].open.push_back(
-      {static_cast<unsigned char*>(to), valid ? static_cast<const unsigned char*>(from) : nullptr});
+  fibers[current].open.push_back({static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from)});
 }
 void commit_copies() {
   fibers[current].groups.push_back(std::move(fibers[current].open));

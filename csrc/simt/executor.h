@@ -48,8 +48,8 @@ T from_lane(const char* operation, T mine, int source) {
   return result;
 }
 
-// Copy 16 bytes to shared memory, zeros if not valid. They arrive with wait_copies(groups still in flight).
-void start_copy(void* shared, const void* from, bool valid);
+// Copy 16 bytes to shared memory. They arrive with wait_copies(groups still in flight).
+void start_copy(void* shared, const void* from);
 void commit_copies();
 void wait_copies(int groups_left);
 

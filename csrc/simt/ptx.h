@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <limits>
 #include <type_traits>
 
 #include "memory_checks.h"
@@ -58,7 +59,14 @@ void ldmatrix_x4(const char* name, uint32_t (&r)[4], const void* row) {
 }  // namespace simt_ptx
 
 inline int opaque(int x) { return x; }
-inline float exp2_approx(float x) { return std::exp2(x); }
+template <typename T>
+const T* row_in_global(const T* rows, int n, int bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(rows) + static_cast<int64_t>(n) * bytes);
+}
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < std::numeric_limits<float>::min() ? 0.f : y;
+}
 
 inline void mma_m8n8k4(float (&d)[8], const uint32_t (&a)[2], const uint32_t (&b)[2]) {
   simt_ptx::mma_m8n8k4<false>("mma.m8n8k4", d, a, b);
@@ -85,7 +93,7 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   simt_ptx::ldmatrix_x4<true>("ldmatrix.trans", r, row);
 }
 
-inline void cp_async_16(void* shared, const void* global, bool valid) { simt::start_copy(shared, global, valid); }
+inline void cp_async_16(void* shared, const void* global) { simt::start_copy(shared, global); }
 inline void cp_async_commit() { simt::commit_copies(); }
 template <int n>
 void cp_async_wait() {

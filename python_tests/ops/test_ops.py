@@ -704,6 +704,9 @@ def test_attention_path_tells_the_kernel_and_every_reason_against_a_faster_one()
     pool = torch.zeros(3, 2, 132, dtype=torch.float16)[..., 4:]
     path, reasons = ops.attention_path(*tensors(torch.float16), k_hr=pool, v_hr=pool.contiguous(), capability=(7, 0))
     assert path == "generic" and reasons == ("k_hr is not aligned to 16 bytes in every row",)
+    far = torch.empty(2**30 + 256, dtype=torch.float16).as_strided((2, 2, 128), (2**30, 128, 1))  # never touched
+    path, reasons = ops.attention_path(*tensors(torch.float16), k_hr=far, v_hr=pool.contiguous()[:2], capability=(7, 0))
+    assert path == "generic" and reasons == ("rows of k_hr are 2 GiB or more apart",)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ __global__ void write_askew(unsigned char* data) {
 
 // Thread 0 copies 16 bytes from data + from to shared memory + to.
 __global__ void copy_askew(const unsigned char* data, int to, int from) {
-  if (threadIdx.x == 0) cp_async_16(shared_memory<unsigned char>() + to, data + from, true);
+  if (threadIdx.x == 0) cp_async_16(shared_memory<unsigned char>() + to, data + from);
   cp_async_commit();
   cp_async_wait<0>();
 }
@@ -180,7 +180,7 @@ __global__ void copy_and_read(const int32_t* data, int32_t* out, Copy copy) {
     __syncthreads();
     out[threadIdx.x] = static_cast<int32_t>(rows[(threadIdx.x + 1) % kThreads].x);
   }
-  cp_async_16(mine, data, true);
+  cp_async_16(mine, data);
   cp_async_commit();
   if (copy == Copy::kReadInFlight) out[threadIdx.x] = static_cast<int32_t>(mine->x);
   if (copy == Copy::kWriteInFlight) *mine = uint4{};

@@ -187,6 +187,20 @@ def test_a_call_that_traps_does_not_lead_into_what_follows_it():
     assert loop is not None and opcodes(loop.everything) == ["HMMA.884", "BRA", "BRA", "BRA"]
 
 
+def test_a_branch_for_lanes_that_have_parted_is_not_taken():
+    loop = flow(
+        "HMMA.884 R0, R1, R2, R0",  # 0x00: header
+        "BRA.DIV 0x50",
+        "SHFL.BFLY PT, R1, R1, 0x1, 0x1f",
+        "@P0 BRA 0x0",  # 0x30
+        "EXIT",
+        "CALL.REL.NOINC 0x70",  # 0x50: the shuffle, for some lanes after the others
+        "BRA 0x30",
+        "RET.REL.NODEC R2 0x0",
+    ).main_loop()
+    assert loop is not None and opcodes(loop.steady) == ["HMMA.884", "BRA.DIV", "SHFL.BFLY", "BRA"]
+
+
 def test_code_without_a_way_back_has_no_loop():
     assert flow("@P0 BRA 0x20", "FADD R1, R1, R2", "EXIT").main_loop() is None
     assert flow("EXIT", "BRA 0x10").main_loop() is None, "the trap after the end is not reached"
@@ -256,6 +270,7 @@ def tiles(instructions: list[Instruction], limits=None, measured=None, **resourc
     "limits, resources, said",
     [
         ({"registers": 63}, {}, "registers 64, the budget is 63"),
+        ({"beside_hmma": 2}, {}, "instructions beside HMMA in the main loop 3, the budget is 2"),
         ({"spill_bytes": 32}, {"spill_bytes": 36}, "bytes of spills 36, the budget is 32"),
         ({"shared_bytes": 1024}, {"static_shared_bytes": 1025}, "bytes of shared memory 1025, the budget is 1024"),
         ({"blocks_per_sm": 9}, {}, "blocks per SM 8, the budget asks for 9"),

@@ -64,6 +64,11 @@ class PathReasons {
     check_sizes(in);
     check_alignment("q", in.q, in.q_strides, in.batch, in.dtype);
     check_alignment_of_keys(in);
+    check_distance("q", in.q_strides, in.dtype);
+    check_distance("k", in.k_strides, in.dtype);
+    check_distance("v", in.v_strides, in.dtype);
+    check_distance("k_hr", in.k_hr_strides, in.dtype);
+    check_distance("v_hr", in.v_hr_strides, in.dtype);
   }
 
   void check_sizes(const AttentionInputs& in) {
@@ -76,6 +81,10 @@ class PathReasons {
     const int64_t steps = strides.row | strides.head | (samples > 1 ? strides.batch : 0);  // low bits of all
     against(data && (reinterpret_cast<uintptr_t>(data) % 16 || steps * bytes_of(dtype) % 16),
             std::string(name) + " is not aligned to 16 bytes in every row");
+  }
+  // Kernels in tiles take the distance of rows as 32 bits.
+  void check_distance(const char* name, const Strides& strides, DType dtype) {
+    against(strides.row * bytes_of(dtype) >= int64_t{1} << 31, std::string("rows of ") + name + " are 2 GiB or more apart");
   }
   void check_alignment_of_keys(const AttentionInputs& in) {
     check_alignment("k", in.k, in.k_strides, in.batch, in.dtype);
@@ -125,6 +134,7 @@ inline PathChoice choose_backward_path(const AttentionBackwardParams& p, int cap
   reasons.against(p.in.softcap > 0, "the logits have a softcap, whose derivative only the generic kernels compute");
   reasons.check_tiles(p.in);
   reasons.check_alignment("grad_out", p.grad_out, p.grad_out_strides, p.in.batch, p.in.dtype);
+  reasons.check_distance("grad_out", p.grad_out_strides, p.in.dtype);
   reasons.check_alignment("out", p.out, {}, p.in.batch, p.in.dtype);
   return reasons.choose(tensor_cores_of(capability));
 }

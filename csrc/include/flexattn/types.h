@@ -7,8 +7,6 @@ namespace flexattn {
 
 enum class DType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
 
-constexpr int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
 // An opaque cudaStream_t; the CPU ignores it.
 using Stream = void*;
 
@@ -26,6 +24,10 @@ struct Strides {
 #else
 #define FLEXATTN_HOST_DEVICE
 #endif
+
+FLEXATTN_HOST_DEVICE constexpr int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
 
 constexpr int kBitsPerWord = 32;
 FLEXATTN_HOST_DEVICE constexpr int64_t words_for_bits(int64_t bits) { return (bits + kBitsPerWord - 1) / kBitsPerWord; }
