@@ -7,6 +7,7 @@ import binascii
 import io
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def read_image(source: Any) -> Image.Image:
     if isinstance(source, (str, os.PathLike)):
         return open_image(os.fspath(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decoded(bytes(source))
+        return decode_image(bytes(source))
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return upright_rgb(as_image(_levels(source)))
     return upright_rgb(as_image(source))
@@ -77,9 +78,24 @@ def _base64_text(source: str) -> str | None:
     return source if _BASE64.fullmatch(source) and not os.path.exists(source) else None
 
 
-def _decoded(data: bytes) -> Image.Image:
+def decode_image(data: bytes, formats: Sequence[str] | None = None, max_pixels: int | None = None) -> Image.Image:
+    """Return the image in the bytes of a file, upright and in RGB, see `upright_rgb`.
+
+    Args:
+        data: The file.
+        formats: Names of the formats to read, as Pillow has them; None: all that it reads.
+        max_pixels: Maximum number of pixels, which is checked before any is decoded.
+
+    Raises:
+        InputError: If the bytes are not such an image, or are damaged.
+    """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise InputError(
+                    f"the image has {image.width} x {image.height} pixels; at most {max_pixels} in all are allowed, "
+                    "so make it smaller"
+                )
             return upright_rgb(image)
     except InputError:
         raise
