@@ -14,7 +14,7 @@ from flexattn_cuda.serve import traces
 from flexattn_cuda.serve.jobs import Done, Event, Prompt
 from flexattn_cuda.serve.schemas import ChatRequest
 from flexattn_cuda.serve.service import Service
-from flexattn_cuda.serve.streams import Answer, pieces, server_sent, streamed, unless_disconnected
+from flexattn_cuda.serve.streams import CLIENT_GONE, Answer, pieces, server_sent, streamed, unless_disconnected
 
 
 async def complete(service: Service, request: Request, body: ChatRequest) -> Response:
@@ -25,9 +25,9 @@ async def complete(service: Service, request: Request, body: ChatRequest) -> Res
     writer = _Writer(service.name, prompt, body)
     answer = service.answer(prompt, wanted, started)
     if body.stream:
-        return await streamed(answer, writer.chunks)
+        return await streamed(request, answer, writer.chunks)
     completion = await unless_disconnected(request, writer.completion(answer))
-    return Response(status_code=499) if completion is None else JSONResponse(completion)
+    return Response(status_code=CLIENT_GONE) if completion is None else JSONResponse(completion)
 
 
 class _Writer:

@@ -127,7 +127,6 @@ class Engine:
             self._processor,
             self._inputs(batch, images),
             max(job.wanted.max_tokens for job in batch),
-            streamer=watching,
             stopping_criteria=[watching],
             flexattn_trace=trace,
         )

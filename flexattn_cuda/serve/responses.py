@@ -15,7 +15,7 @@ from flexattn_cuda.serve.errors import RequestError
 from flexattn_cuda.serve.jobs import Done, Event, Prompt
 from flexattn_cuda.serve.schemas import ResponsesRequest
 from flexattn_cuda.serve.service import Service
-from flexattn_cuda.serve.streams import Answer, pieces, server_sent, streamed, unless_disconnected
+from flexattn_cuda.serve.streams import CLIENT_GONE, Answer, pieces, server_sent, streamed, unless_disconnected
 
 
 async def respond(service: Service, request: Request, body: ResponsesRequest) -> Response:
@@ -32,9 +32,9 @@ async def respond(service: Service, request: Request, body: ResponsesRequest) ->
     writer = _Writer(service.name, prompt, body)
     answer = service.answer(prompt, wanted, started)
     if body.stream:
-        return await streamed(answer, writer.events)
+        return await streamed(request, answer, writer.events)
     response = await unless_disconnected(request, writer.response(answer))
-    return Response(status_code=499) if response is None else JSONResponse(response)
+    return Response(status_code=CLIENT_GONE) if response is None else JSONResponse(response)
 
 
 class _Writer:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from transformers import StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
 
 from flexattn_cuda.mechanism.trace import Trace
 from flexattn_cuda.serve import traces
@@ -110,9 +109,10 @@ class Row:
         self._job.emit(event)
 
 
-class Rows(BaseStreamer, StoppingCriteria):
-    """Follows a batch through `generate`: as its streamer it hears of every token, as its stopping criterion it says
-    which rows are finished.
+class Rows(StoppingCriteria):
+    """Follows a batch through `generate`, which asks after every step which rows are finished.
+
+    A streamer would hear of each token too, but in some versions of transformers only when the next is on its way.
 
     Args:
         rows: In the order of the batch.
@@ -122,19 +122,11 @@ class Rows(BaseStreamer, StoppingCriteria):
 
     def __init__(self, rows: Sequence[Row], trace: Trace | None, on_tokens: Callable[[int], None]):
         self._rows, self._trace, self._on_tokens = rows, trace, on_tokens
-        self._prompt_passed = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_passed:
-            self._prompt_passed = True
-            return
-        step = self._trace.steps.pop() if self._trace is not None and self._trace.steps else {}
-        self._on_tokens(sum(not row.finished for row in self._rows))
-        for row, token in zip(self._rows, value.tolist()):
-            row.take(token, step)
-
-    def end(self) -> None:
-        """Nothing is left: a row ends at its own last token."""
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Pass the last token of each row on, and return which rows are finished, [B] bool."""
+        step = {} if self._trace is None else self._trace.steps.pop()
+        self._on_tokens(sum(not row.finished for row in self._rows))
+        for row, token in zip(self._rows, input_ids[:, -1].tolist()):
+            row.take(token, step)
         return torch.tensor([row.finished for row in self._rows], device=input_ids.device)

@@ -115,7 +115,7 @@ class Sources:
             content = bytearray()
             while len(content) <= self.max_bytes and (chunk := response.read1(_CHUNK)):
                 content += chunk
-            if time.monotonic() > deadline:
+            if connection.aborted:
                 raise TimeoutError
             return self._limited(bytes(content))
         finally:
@@ -156,16 +156,21 @@ class _Connection(http.client.HTTPConnection):
     def __init__(self, host: str, port: int, address: str, encrypted: bool):
         super().__init__(host, port, timeout=5)
         self._address, self._encrypted = address, encrypted
+        self.aborted = False
+        self._socket: socket.socket | None = None  # http.client gives its own up as soon as a response begins
 
     def connect(self) -> None:
         self.sock = socket.create_connection((self._address, self.port), self.timeout)
         if self._encrypted:
             self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+        self._socket = self.sock
 
     def abort(self) -> None:
         """End whatever waits for the other side."""
-        with contextlib.suppress(OSError, AttributeError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+        self.aborted = True
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
 
 def _web_address(url: str) -> SplitResult:

@@ -17,6 +17,7 @@ from flexattn_cuda.serve.jobs import Done, Event, Failed, Piece
 
 Answer = AbstractAsyncContextManager[AsyncIterator[Event]]
 T = TypeVar("T")
+CLIENT_GONE = 499  # as nginx counts it; nobody reads the response
 
 
 def server_sent(data: dict[str, Any], event: str | None = None) -> str:
@@ -24,15 +25,20 @@ def server_sent(data: dict[str, Any], event: str | None = None) -> str:
     return (f"event: {event}\n" if event else "") + f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
-async def streamed(answer: Answer, write: Callable[[AsyncIterator[Event]], AsyncIterator[str]]) -> Response:
+async def streamed(
+    request: Request, answer: Answer, write: Callable[[AsyncIterator[Event]], AsyncIterator[str]]
+) -> Response:
     """Return the response that streams an answer; an answer that fails later ends with an event that says so.
 
     Args:
+        request: Of a client that may go away before the answer begins.
         answer: As `Service.answer` returns it.
         write: Turns its events into server-sent events.
     """
     stack = contextlib.AsyncExitStack()
-    events = await stack.enter_async_context(answer)
+    events = await unless_disconnected(request, stack.enter_async_context(answer))
+    if events is None:
+        return Response(status_code=CLIENT_GONE)
 
     async def body() -> AsyncIterator[str]:
         async with stack:

@@ -95,6 +95,12 @@ def place(page: Page) -> tuple[float, float, float]:
     return tuple(page.evaluate("[flexattn.viewer.scale, flexattn.viewer.left, flexattn.viewer.top]"))
 
 
+def slow_down(monkeypatch) -> None:
+    """Let the model take its time for each token."""
+    step = Rows.__call__
+    monkeypatch.setattr(Rows, "__call__", lambda *arguments: (time.sleep(0.5), step(*arguments))[1])
+
+
 def outlined(pixels: np.ndarray) -> np.ndarray:
     return np.abs(pixels.astype(int) - OUTLINE).max(axis=2) < 40
 
@@ -147,13 +153,7 @@ def test_what_is_drawn_is_what_the_model_selected(page, signs):
 
 
 def test_the_answer_appears_token_by_token(page, monkeypatch):
-    put = Rows.put
-
-    def slowly(self, value):
-        time.sleep(0.4)
-        put(self, value)
-
-    monkeypatch.setattr(Rows, "put", slowly)
+    slow_down(monkeypatch)
     page.set_input_files("#file", EXAMPLES / SIGN["file"])
     page.fill("#question", SIGN["question"])
     page.press("#question", "Enter")
@@ -167,8 +167,7 @@ def test_the_answer_appears_token_by_token(page, monkeypatch):
 
 
 def test_an_answer_can_be_stopped(page, monkeypatch, signs):
-    put = Rows.put
-    monkeypatch.setattr(Rows, "put", lambda self, value: (time.sleep(0.4), put(self, value)))
+    slow_down(monkeypatch)
     page.set_input_files("#file", EXAMPLES / SIGN["file"])
     page.fill("#question", SIGN["question"])
     page.click("#send")

@@ -71,7 +71,7 @@ class Served:
     def post(self, body: Any, path: str = "v1/chat/completions", **options: Any) -> httpx.Response:
         """Send a request as it is."""
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **({"headers": headers} | options))
+        return httpx.post(f"{self.url}{path}", **({"json": body, "headers": headers, "timeout": 60} | options))
 
     def metric(self, name: str) -> float:
         """Return the value of a metric, with its labels in its name."""
