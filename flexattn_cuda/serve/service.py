@@ -55,7 +55,7 @@ class Service:
         )
         self.metrics.watch("waiting", "Requests that are not begun", lambda: self.engine.waiting)
         self.metrics.watch("image_cache_bytes", "Size of the images that are kept", lambda: self.cache.size)
-        self._threads = anyio.CapacityLimiter(8)
+        self._threads, self._downloads = anyio.CapacityLimiter(8), anyio.CapacityLimiter(8)
 
     @cached_property
     def layers(self) -> list[int]:
@@ -105,7 +105,9 @@ class Service:
             )
         if not extension.hr and not self.can_leave_hr_out:
             raise RequestError("this model cannot leave high-resolution tokens out; leave out flexattn.hr")
-        prompt = await anyio.to_thread.run_sync(self.reader.read, messages, limiter=self._threads)
+        waits = any(url[:4].lower() == "http" for message in messages for url in message.images)
+        limiter = self._downloads if waits else self._threads  # slow servers elsewhere hold up only each other
+        prompt = await anyio.to_thread.run_sync(self.reader.read, messages, limiter=limiter)
         if extension.trace and not (self.layers and extension.hr and prompt.images):
             raise RequestError("there is nothing to trace without an image and high-resolution tokens; leave trace out")
         return prompt

