@@ -37,7 +37,7 @@ def main() -> None:
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     with served.in_this_process() as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        desktop = browser.new_page(viewport={"width": 1200, "height": 760})
+        desktop = browser.new_page(viewport={"width": 1280, "height": 800})
         shoot(desktop, server.url, "serve.jpg", compare=True)
         phone = browser.new_page(
             viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True, color_scheme="dark"
