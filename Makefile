@@ -1,5 +1,5 @@
 # make demo           install into .venv and ask the example questions; fail if an answer is wrong
-# make test           install what is missing and run all tests, on all cores
+# make test           install what is missing and run all tests, on all cores; those of the web page need Chromium
 # make test-fast      run the tests that take less than about a second each: under two minutes on two cores
 # make lint           run ruff, clang-format and mypy; check boundaries between rooms and sizes of functions and kernels
 # make format         format Python and C++, and apply ruff's safe fixes
@@ -32,6 +32,9 @@ JOBS ?= auto
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 PYTEST := HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+# Where there is no Chromium, the tests of the web page are left out, and pytest counts them as deselected.
+BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+NO_BROWSER := $(if $(BROWSER),,not browser)
 
 .PHONY: demo test test-fast lint format docs cuda-compile sm70 sm80 gpu simt simt-races simt-sanitizers clean
 
@@ -40,7 +43,7 @@ demo: $(VENV)/installed
 	@echo 'Next: source $(VENV)/bin/activate; flexattn ask flexattn-demo/1_picosdeeuropa.jpg "What does the sign say that is purple?"'
 
 test: $(VENV)/test-packages
-	$(PYTEST) python_tests
+	$(PYTEST) -m "$(NO_BROWSER)" python_tests
 
 test-fast: $(VENV)/test-packages
 	$(PYTEST) -m "not slow" python_tests

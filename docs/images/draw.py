@@ -244,9 +244,10 @@ def _keys_seen(drawing: Drawing, x: float, y: float, hr_rows: int) -> None:
 
 def rooms() -> None:
     """Draw which room may import which."""
-    drawing = Drawing(960, 520)
+    drawing = Drawing(960, 570)
     layers = (
         ("cli", "one file per command", INK),
+        ("serve", "HTTP API and web page", INK),
         ("tasks", "load, ask, ask-batch, train", INK),
         ("analysis", "FLOPs, memory, overlays", INK),
         ("families", "what the mechanism must know about a base model", LR),

@@ -15,6 +15,7 @@ from flexattn_cuda.cli.flops import flops
 from flexattn_cuda.cli.info import info
 from flexattn_cuda.cli.options import as_command
 from flexattn_cuda.cli.runner import run_app
+from flexattn_cuda.cli.serve import serve
 from flexattn_cuda.cli.train import train
 from flexattn_cuda.cli.tune import tune
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (ask, ask_batch, tune, train, demo, info, flops, convert):
+for command in (ask, ask_batch, serve, tune, train, demo, info, flops, convert):
     app.command()(as_command(command))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,24 @@ def read_standard_input() -> Image.Image:
         raise InputError(f"standard input cannot be used: {error}") from None
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, formats: Sequence[str] | None = None, max_pixels: int | None = None) -> Image.Image:
     """Read the bytes of an image file, as `open_image` would.
 
+    Args:
+        data: The file.
+        formats: Names of the formats to read, as Pillow has them; None: all that it reads.
+        max_pixels: Maximum number of pixels, which is checked before any is decoded.
+
     Raises:
-        InputError: If they are not an image, damaged, or too large.
+        InputError: If they are not such an image, damaged, or too large.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise InputError(
+                    f"the image has {image.width} x {image.height} pixels; at most {max_pixels} in all are allowed, "
+                    "so make it smaller"
+                )
             return upright_rgb(image)
     except InputError:
         raise

@@ -9,7 +9,7 @@ answer.draw("overlay.png")
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def ask(
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be a whole number of at least 1")
     image = read_image(image)
     recorded = Trace() if trace else None
-    streamer = _TextPieces(processor.tokenizer, on_text)
+    streamer = _Streamer(processor.tokenizer, on_text)
     [tokens] = generate_answers(model, processor, [image], [question], max_new_tokens, streamer, recorded)
     return Answer(
         text=answer_text(processor, tokens),
@@ -180,11 +180,32 @@ def generate_answers(
     """
     prompts = [processor.prompt(question) for question in questions]
     inputs = processor(images=list(images), text=prompts).to(model.device)
-    limits = [min(max_new_tokens, _room(model, length)) for length in inputs["attention_mask"].sum(1).tolist()]
+    limits = [min(max_new_tokens, room(model, length)) for length in inputs["attention_mask"].sum(1).tolist()]
+    ids = generate_greedily(model, processor, inputs, max(limits), streamer=streamer, flexattn_trace=trace)
+    # Each row has an end of its own: others of the batch may go on for longer, or have room for a longer answer.
+    ends, rows = end_ids(model, processor), (row[:limit] for row, limit in zip(ids.tolist(), limits))
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
+
+
+def generate_greedily(
+    model: HRModel, processor: QuestionProcessor, inputs: Mapping[str, Any], max_new_tokens: int, **options: Any
+) -> torch.Tensor:
+    """Generate the most probable token at every step.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        inputs: Of a batch of prompts, padded on the left, on the model's device.
+        max_new_tokens: Maximum number of tokens.
+        **options: Passed on to `generate`.
+
+    Returns:
+        [B, T] int64, the new tokens; after the end of a row comes padding.
+    """
     ends, pad = end_ids(model, processor), processor.tokenizer.pad_token_id
     ids = model.generate(
         **inputs,
-        max_new_tokens=max(limits),
+        max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
         temperature=None,
@@ -192,12 +213,9 @@ def generate_answers(
         top_k=None,
         eos_token_id=ends,
         pad_token_id=ends[0] if pad is None else pad,
-        streamer=streamer,
-        flexattn_trace=trace,
+        **options,
     )
-    # Each row has an end of its own: others of the batch may go on for longer, or have room for a longer answer.
-    rows = (row[:limit] for row, limit in zip(ids[:, inputs["input_ids"].shape[1] :].tolist(), limits))
-    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
+    return ids[:, inputs["input_ids"].shape[1] :]
 
 
 def end_ids(model: HRModel, processor: QuestionProcessor) -> list[int]:
@@ -218,12 +236,16 @@ def prompt_length(model: HRModel, processor: QuestionProcessor, question: str, i
         InputError: If it leaves no room for an answer, or the image is needed and cannot be read.
     """
     length = processor.prompt_length(question, image)
-    _room(model, length)
+    room(model, length)
     return length
 
 
-def _room(model: HRModel, length: int) -> int:
-    """Return the maximum length of an answer to a prompt of so many tokens; raise InputError if that is none."""
+def room(model: HRModel, length: int) -> int:
+    """Return the maximum length of an answer to a prompt of so many tokens.
+
+    Raises:
+        InputError: If there is no room for an answer.
+    """
     limit = max_positions(model)
     if length >= limit:
         raise InputError(
@@ -237,34 +259,61 @@ def _check_attached(model: Any) -> None:
         raise InputError(f"this {type(model).__name__} has no FlexAttention; call flexattn_cuda.attach(model) first")
 
 
-class _TextPieces(BaseStreamer):
-    """Streams an answer as pieces of text, one per token; a token that completes no character yields an empty one."""
+class TextPieces:
+    """The text of an answer, token by token; a token that completes no character yields an empty piece.
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None):
+    Attributes:
+        pieces: The text of each token so far.
+    """
+
+    def __init__(self, tokenizer: Any):
         self.pieces: list[str] = []
-        self._tokenizer, self._on_text = tokenizer, on_text
-        self._tokens: list[int] | None = None  # None until the prompt has passed
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
         self._text = ""
 
-    def put(self, value: torch.Tensor) -> None:
-        if self._tokens is None:
-            self._tokens = []
-            return
-        self._tokens += value.flatten().tolist()
+    def add(self, token: int) -> str:
+        """Return the text that a token adds."""
+        self._tokens.append(token)
         self.pieces.append("")
-        self._emit(self._decoded().rstrip("\ufffd"))
+        return self._added(self._decoded().rstrip("\ufffd"))
 
-    def end(self) -> None:
-        self._emit(self._decoded())
+    def end(self) -> str:
+        """Return what is left: a character that the last tokens did not complete."""
+        return self._added(self._decoded())
 
     def _decoded(self) -> str:
-        return self._tokenizer.decode(self._tokens or [], skip_special_tokens=True)
+        return self._tokenizer.decode(self._tokens, skip_special_tokens=True)
 
-    def _emit(self, text: str) -> None:
+    def _added(self, text: str) -> str:
         piece = text[len(self._text) :] if text.startswith(self._text) else ""
-        if not piece:
+        if piece:
+            self._text += piece
+            self.pieces[-1] += piece
+        return piece
+
+
+class _Streamer(BaseStreamer):
+    """Calls a function with each piece of a single answer."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None):
+        self._texts, self._on_text = TextPieces(tokenizer), on_text
+        self._prompt_passed = False
+
+    @property
+    def pieces(self) -> list[str]:
+        return self._texts.pieces
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_passed:
+            self._prompt_passed = True
             return
-        self._text += piece
-        self.pieces[-1] += piece
-        if self._on_text is not None:
+        for token in value.flatten().tolist():
+            self._emit(self._texts.add(token))
+
+    def end(self) -> None:
+        self._emit(self._texts.end())
+
+    def _emit(self, piece: str) -> None:
+        if piece and self._on_text is not None:
             self._on_text(piece)

@@ -15,6 +15,7 @@ from flexattn_cuda.runs.fingerprint import Fingerprint
 from flexattn_cuda.runs.options import Option, Options
 
 MAX_NEW_TOKENS = 256
+TOKEN_VARIABLE = "FLEXATTN_TOKEN"
 QUANTIZATIONS = ("4bit", "8bit")
 SCHEDULES = (  # those of transformers that need no arguments
     "linear",
@@ -159,6 +160,47 @@ class BatchOptions(Options):
     dtype: Dtype = "auto"
     max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS
     restart: Annotated[bool, Option("Discard the answers of an earlier run.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(Options):
+    """Options of `flexattn serve`."""
+
+    model: Model = None
+    adapter: Adapter = None
+    quantize: Quantize = None
+    name: Annotated[
+        str | None, Option("Name of the model in the API; by default its folder's or hub id, or flexattn-default.")
+    ] = None
+    host: Annotated[str, Option("Address to listen on; any but a loopback address needs a token.")] = "127.0.0.1"
+    port: Annotated[int, Option("Port to listen on; 0 for any free one.", minimum=0, below=65_536)] = 8000
+    token: Annotated[
+        str | None, Option(f"Token that clients must send; better set {TOKEN_VARIABLE}, which other users cannot see.")
+    ] = None
+    files: Annotated[
+        Path | None, Option("Folder whose image files requests may name, as file: URLs; by default none.")
+    ] = None
+    allow_urls: Annotated[bool, Option("Let requests name images by http(s) URLs of public addresses.")] = False
+    allow_private_urls: Annotated[bool, Option("Let those URLs lead to private addresses too.")] = False
+    batch_size: Annotated[int, Option("Maximum number of requests to answer together.", minimum=1)] = 8
+    queue: Annotated[int, Option("Maximum number of requests that wait; more are refused.", minimum=0)] = 128
+    timeout: Annotated[float, Option("Seconds that a request may take in all.", above=0)] = 120.0
+    max_request: Annotated[float, Option("Maximum size of a request in MiB.", above=0)] = 32.0
+    max_pending: Annotated[float, Option("Maximum size of all requests at a time in MiB.", above=0)] = 512.0
+    max_megapixels: Annotated[float, Option("Maximum size of an image in millions of pixels.", above=0)] = 64.0
+    image_cache: Annotated[float, Option("Memory for encoded images in MiB; 0 keeps none.", minimum=0)] = 512.0
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.allow_private_urls and not self.allow_urls:
+            raise InputError("--allow-private-urls needs --allow-urls, which lets requests name URLs at all")
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.strip()):
+            raise InputError("the token is empty or holds characters other than printable ASCII; choose another")
+        if self.files is not None and not self.files.is_dir():
+            raise InputError(f"--files {self.files} is not a folder")
 
 
 @dataclass(frozen=True, kw_only=True)

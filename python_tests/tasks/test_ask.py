@@ -42,7 +42,7 @@ def test_the_answer_is_streamed_in_pieces(loaded, tmp_path):
 def test_a_character_of_several_tokens_is_streamed_whole(loaded):
     tokenizer = loaded[1].tokenizer
     heard: list[str] = []
-    pieces = answering._TextPieces(tokenizer, heard.append)
+    pieces = answering._Streamer(tokenizer, heard.append)
     pieces.put(torch.tensor([[1, 5, 6]]))  # the prompt
     for token in ["a", "<0xC3>", "<0xA9>", "b", "<0xC3>"]:
         pieces.put(torch.tensor([tokenizer.convert_tokens_to_ids(token)]))

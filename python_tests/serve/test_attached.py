@@ -1,0 +1,44 @@
+"""A model of another family, to which FlexAttention was attached, is served too."""
+
+from __future__ import annotations
+
+import attached_checkpoint
+import pytest
+import served
+from question_files import image
+from test_api import png
+
+import flexattn_cuda
+from flexattn_cuda.serve.service import Service
+from flexattn_cuda.tasks.load import load
+from flexattn_cuda.tasks.options import ServeOptions
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("family", sorted(attached_checkpoint.CHECKPOINTS))
+def test_answers_and_traces_are_those_of_ask(family, tmp_path):
+    folder = attached_checkpoint.CHECKPOINTS[family].save(tmp_path / family)
+    with served.in_this_process(folder) as server:
+        model, processor = server.service.model, server.service.processor
+        for seed in (3, 4):
+            asked = dict(model=server.name, messages=[served.message("what is this", png(seed))], max_tokens=4)
+            completion = server.client().chat.completions.create(**asked, extra_body={"flexattn": {"trace": True}})
+            expected = flexattn_cuda.ask(model, processor, image(seed=seed), "what is this", 4, trace=True)
+            assert completion.choices[0].message.content == expected.text
+            tokens = completion.flexattn["tokens"]
+            assert [token["text"] for token in tokens if not token["end"]] == expected.pieces
+            for token, step in zip(tokens, expected.trace.steps):
+                shares = {int(layer): looked[0]["share"] for layer, looked in token["layers"].items()}
+                assert shares == {
+                    layer: pytest.approx(traced.of_image(0, -1, 0)[1].float().mean().item())
+                    for layer, traced in step.items()
+                }
+        answer = server.post(asked | {"flexattn": {"hr": False}})
+        assert answer.status_code == (200 if server.service.can_leave_hr_out else 400), answer.text
+
+
+def test_a_model_without_maps_is_served_without_them(tmp_path):
+    model, processor = load(None, "cpu", system="llava")
+    service = Service(model, processor, ServeOptions(device="cpu"), "plain")
+    assert service.layers == [] and not service.can_leave_hr_out
