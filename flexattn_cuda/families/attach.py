@@ -124,7 +124,7 @@ def refit(model: PreTrainedModel, settings: FlexAttnConfig) -> None:
     family.set_settings(_fitted(settings, family))
     try:
         _check_settings(family)
-        model.attachment.add_modules(family.text_model, torch.device("meta"))
+        model.attachment.add_projections(family.text_model, torch.device("meta"))
     except BaseException:
         family.set_settings(before)
         raise
@@ -228,7 +228,7 @@ def _install(model: PreTrainedModel, family: Family, adapter: adapters.Adapter |
 def _add_projections(attachment: Attachment, family: Family, adapter: adapters.Adapter | None) -> None:
     """Add the projections of HR tokens, copies of the model's own or an adapter's; a refusal adds none."""
     text, layers = family.text_model, family.hr_layers
-    attachment.add_modules(text, torch.device("meta"))  # all of them or none; they get their values below
+    attachment.add_projections(text, torch.device("meta"))  # all of them or none; they get their values below
     try:
         _copy_projections(family, layers)
         if adapter is not None:
@@ -254,7 +254,7 @@ def _copy_projections(family: Family, layers: Iterable[int]) -> None:
 
 
 def _remove_projections(family: Family, layers: Iterable[int]) -> None:
-    """Undo what `Attachment.add_modules` did to some layers, where it did."""
+    """Undo what `Attachment.add_projections` did to some layers, where it did."""
     for layer in layers:
         module = getattr(family.text_model.layers[layer], "self_attn", None)  # a model without one is refused
         for name in ("k_proj_hd", "v_proj_hd", "hr_key_form"):

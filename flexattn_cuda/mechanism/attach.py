@@ -102,7 +102,11 @@ class Attachment:
         text.register_forward_pre_hook(self._before_text_model, with_kwargs=True)
         text.register_forward_hook(self._after_text_model, with_kwargs=True)
 
-    def add_modules(self, text: PreTrainedModel, device: torch.device | None = None) -> None:
+    def add_modules(self, text: PreTrainedModel) -> None:
+        """Add what the layers of a language model need, when the model is made."""
+        self.add_projections(text)
+
+    def add_projections(self, text: PreTrainedModel, device: torch.device | None = None) -> None:
         """Add the projections of HR tokens, beside those of self-attention, to the layers that lack them.
 
         Their values are not the model's own yet. On the meta device they have none.
