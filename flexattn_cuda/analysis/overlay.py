@@ -126,6 +126,39 @@ def sheet(
     return result
 
 
+def below_each_other(drawings: Sequence[Image.Image]) -> Image.Image:
+    """Return drawings one below the other; a single one as it is."""
+    if len(drawings) == 1:
+        return drawings[0]
+    gap = 8
+    height = sum(one.height + gap for one in drawings) - gap
+    result = Image.new("RGB", (max(one.width for one in drawings), height), _PAPER)
+    top = 0
+    for one in drawings:
+        result.paste(one, (0, top))
+        top += one.height + gap
+    return result
+
+
+def beside(views: Sequence[Image.Image], caption: str, drawing: Image.Image) -> Image.Image:
+    """Return views, one below the other and each with the caption, on the left of a drawing of the same images."""
+    font = _font(max(13, drawing.width // 60))
+    lines, line, gap = _wrap(caption, font, drawing.width), _line_height(font), 8
+    sheets = []
+    for view in views:
+        view = view.resize((drawing.width, max(1, round(view.height * drawing.width / view.width))))
+        sheet = Image.new("RGB", (view.width, view.height + len(lines) * line), _PAPER)
+        sheet.paste(view, (0, 0))
+        for row, text in enumerate(lines):
+            ImageDraw.Draw(sheet).text((line // 4, view.height + row * line), text, fill=_INK, font=font)
+        sheets.append(sheet)
+    left = below_each_other(sheets)
+    result = Image.new("RGB", (left.width + gap + drawing.width, max(left.height, drawing.height)), _PAPER)
+    result.paste(left, (0, 0))
+    result.paste(drawing, (left.width + gap, 0))
+    return result
+
+
 @dataclass
 class _Layout:
     """Where the panels of a sheet lie, in pixels.

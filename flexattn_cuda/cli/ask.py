@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flexattn_cuda.cli.runner import silence_transformers
 from flexattn_cuda.errors import InputError
@@ -13,46 +14,125 @@ from flexattn_cuda.runs.options import STREAM
 from flexattn_cuda.tasks.options import AskOptions
 
 if TYPE_CHECKING:
-    from flexattn_cuda.tasks.models import HRModel
+    from PIL import Image
+
+    from flexattn_cuda.tasks.ask import Answer
+    from flexattn_cuda.tasks.models import HRModel, QuestionProcessor
 
 
 def ask(options: AskOptions) -> None:
-    """Answer a QUESTION about an IMAGE; the answer is printed as it is generated."""
+    """Answer a QUESTION about one or several IMAGEs; the answer is printed as it is generated.
+
+    Examples: flexattn ask photo.jpg "What does the sign say?" --map overlay.png; the same with --compare, which shows
+    what the high resolution is good for; flexattn ask before.jpg after.jpg "What has changed?" --json
+    """
     # Everything that can be checked without the model is checked before it is loaded, or even imported.
     check_question(options.question)
     if options.map is not None:
         check_image_path(options.map)
+    images = _read(options.images)
+    silence_transformers()
+    model, processor = _load(options)
+    if options.map is not None or options.compare:
+        _check_layers(options.layers_to_draw, model)
+    low = _asked(model, processor, images, options, high_resolution=False) if options.compare else None
+    answer = _asked(model, processor, images, options)
+    if options.json:
+        print(json.dumps(_described(options, answer, low), ensure_ascii=False))
+    if options.map is not None:
+        _draw(options, answer, low)
+        print(f"wrote {options.map}", file=sys.stderr)
+
+
+def _read(names: list[str]) -> list[Image.Image]:
+    from flexattn_cuda.inputs.image_sources import is_url, read_image
     from flexattn_cuda.inputs.images import open_image, read_standard_input
 
-    image = read_standard_input() if options.image == STREAM else open_image(options.image)
-    silence_transformers()
-    from flexattn_cuda.tasks import ask as answering
+    if names.count(str(STREAM)) > 1:
+        raise InputError("standard input is named twice; it holds one image")
+    return [
+        read_standard_input() if name == str(STREAM) else read_image(name) if is_url(name) else open_image(name)
+        for name in names
+    ]
+
+
+def _load(options: AskOptions) -> tuple[HRModel, QuestionProcessor]:
     from flexattn_cuda.tasks import load as loading
 
-    model, processor = loading.load(
-        options.model, options.device, options.dtype, adapter=options.adapter, quantize=options.quantize
+    settings, system = None, options.system
+    if (options.preset, options.threshold, options.zoom) != (None, None, None):
+        settings, system = (
+            loading.settings_of(options.model, system, options.preset, options.threshold, options.zoom),
+            None,
+        )
+    return loading.load(
+        options.model,
+        options.device,
+        options.dtype,
+        flexattn=settings,
+        system=system,
+        adapter=options.adapter,
+        quantize=options.quantize,
     )
-    if options.map is not None:
-        _check_layers(options.layers_to_draw, model)
+
+
+def _asked(
+    model: HRModel,
+    processor: QuestionProcessor,
+    images: list[Image.Image],
+    options: AskOptions,
+    high_resolution: bool = True,
+) -> Answer:
+    """Ask, and print the answer as it comes, after which view it is from where two are compared."""
+    from flexattn_cuda.tasks import ask as answering
+
+    if options.compare and not options.json:
+        print("high resolution: " if high_resolution else "low resolution:  ", end="", flush=True)
     answer = answering.ask(
         model,
         processor,
-        image,
+        images,
         options.question,
         options.max_new_tokens,
-        on_text=_Printer(),
-        trace=options.map is not None,
+        on_text=None if options.json else _Printer(),
+        trace=high_resolution and (options.map is not None or options.json) and _selects(model),
+        high_resolution=high_resolution,
     )
-    print(flush=True)
-    if options.map is not None:
+    if not options.json:
+        print(flush=True)
+    return answer
+
+
+def _selects(model: HRModel) -> bool:
+    return model.flexattn_settings is not None and model.flexattn_settings.system == "flexattn"
+
+
+def _described(options: AskOptions, answer: Answer, low: Answer | None) -> dict[str, Any]:
+    """Return what --json prints."""
+    described: dict[str, Any] = {"question": options.question, "answer": answer.text}
+    if low is not None:
+        described["low_resolution_answer"] = low.text
+    described |= {"tokens": answer.pieces, "seconds": round(answer.seconds, 3), "images": []}
+    for number, (name, image) in enumerate(zip(options.images, answer.images)):
+        entry: dict[str, Any] = {"image": name, "width": image.width, "height": image.height}
+        if answer.trace is not None:
+            found = answer.selection(number)
+            entry |= {"selected_share": round(found.share, 4), "tiles": found.tiles, "regions": found.regions}
+        described["images"].append(entry)
+    return described
+
+
+def _draw(options: AskOptions, answer: Answer, low: Answer | None) -> None:
+    if low is None:
         answer.draw(options.map, options.tokens_to_draw, options.layers_to_draw)
-        print(f"wrote {options.map}", file=sys.stderr)
+    else:
+        answer.draw_beside(low, options.map, options.tokens_to_draw, options.layers_to_draw)
 
 
 def _check_layers(layers: list[int] | str | None, model: HRModel) -> None:
     settings = model.flexattn_settings
     if settings is None or settings.system != "flexattn":
-        raise InputError("this model has no FlexAttention, so there is no map to draw; leave --map out")
+        raise InputError("this model has no FlexAttention, so there is no map to draw; leave --map and --compare out")
     first, last = settings.first_layer - 1, model.config.get_text_config().num_hidden_layers - 1
     if isinstance(layers, list) and not all(first <= layer <= last for layer in layers):
         raise InputError(f"--map-layers is {layers}; the layers of this model that select are {first} to {last}")

@@ -74,6 +74,11 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         """Image tokens of one image in the sequence: S*S, with LLaVA-HD S*S + h*h."""
         return self.image_processor.image_tokens
 
+    @property
+    def cell(self) -> int:
+        """Side in pixels of an LR cell of the low-resolution image."""
+        return self.image_processor.lowres_size // self.image_processor.lr_side
+
     def image_tokens_of(self, width: int, height: int) -> int:
         """Return the image tokens of an image of width x height pixels: `image_tokens`, whatever its size."""
         return self.image_tokens

@@ -9,6 +9,7 @@ answer.draw("overlay.png")
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,10 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from flexattn_cuda.analysis import overlay as viz
+from flexattn_cuda.analysis.selections import ImageSelection, selection_of
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.inputs.frames import FrameOf, padded_square
-from flexattn_cuda.inputs.image_sources import read_image
+from flexattn_cuda.inputs.image_sources import read_images
 from flexattn_cuda.mechanism.trace import Trace
 from flexattn_cuda.runs.files import check_image_path, os_errors_as_input_errors
 from flexattn_cuda.tasks.models import HRModel, QuestionProcessor, max_positions
@@ -39,24 +41,40 @@ class Answer:
         tokens: Its token ids, without the end-of-sequence token.
         pieces: The text of each token.
         question: The question.
-        image: The image, upright.
+        images: The images, upright.
+        seconds: From the images to the end of the answer.
         trace: What every step looked at, if it was recorded; trace.steps[t] belongs to tokens[t].
         frame_of: Tells which part of an image the model saw.
+        cell: Side in pixels of an LR cell in the view that the model saw.
     """
 
     text: str
     tokens: list[int]
     pieces: list[str]
     question: str
-    image: Image.Image
+    images: list[Image.Image]
+    seconds: float = 0.0
     trace: Trace | None = field(default=None, repr=False)
     frame_of: FrameOf = field(default=padded_square, repr=False)
+    cell: int = 1
+
+    @property
+    def image(self) -> Image.Image:
+        """The first image."""
+        return self.images[0]
+
+    def selection(self, image: int = 0) -> ImageSelection:
+        """Return what the answer selected of an image, counted from 0; InputError if nothing was recorded."""
+        self._check_recorded()
+        assert self.trace is not None
+        return selection_of(self.trace, image, self.images[image].size, self.frame_of)
 
     def draw(
         self,
         path: str | Path | None = None,
         token: int | Sequence[int] | str = 0,
         layer: int | Sequence[int] | str | None = None,
+        image: int | Sequence[int] | str = "all",
     ) -> Image.Image:
         """Draw the attention map and the selected regions over the image, one panel per token and layer.
 
@@ -65,29 +83,62 @@ class Answer:
             token: Answer tokens to draw, counted from 0, or "all".
             layer: Layers whose map to draw, counted from 0, or "all"; the layer after one attends to what its map
                 selects. None is the first layer that selects.
+            image: Images to draw over, counted from 0, or "all"; they come one below the other.
 
         Raises:
-            InputError: If there is no trace, token or layer to draw, or the file cannot be written.
+            InputError: If there is no trace, token, layer or image to draw, or the file cannot be written.
         """
         if path is not None:
             check_image_path(path)
+        self._check_recorded()
+        assert self.trace is not None
+        steps = _chosen(token, range(max(1, len(self.tokens))), "token")
+        recorded = sorted(self.trace.steps[0])
+        layers = recorded[:1] if layer is None else _chosen(layer, recorded, "layer")
+        sheets = []
+        for one in _chosen(image, range(len(self.images)), "image"):
+            panels = [self._panel(step, number, one) for step in steps for number in layers]
+            title = f"{self.question}\n\u201c{self.text}\u201d"
+            sheets.append(viz.sheet(self.images[one], panels, title, self.frame_of))
+        return _saved(viz.below_each_other(sheets), path)
+
+    def draw_beside(self, low: Answer, path: str | Path | None = None, *drawn: Any) -> Image.Image:
+        """Draw what the model answers from the low resolution, and the view that it sees then, beside `draw`.
+
+        Args:
+            low: The answer to the same question with `high_resolution=False`.
+            path: Where to save the drawing; None saves nothing.
+            drawn: The arguments of `draw` after its path.
+
+        Raises:
+            InputError: As `draw` does.
+        """
+        if path is not None:
+            check_image_path(path)
+        right = self.draw(None, *drawn)
+        caption = f"from the low resolution alone: \u201c{low.text}\u201d"
+        views = [self._low_view(number) for number in range(len(self.images))]
+        return _saved(viz.beside(views, caption, right), path)
+
+    def _low_view(self, image: int) -> Image.Image:
+        """Return an image with the pixels of the low-resolution view that the model sees of it."""
+        assert self.trace is not None
+        whole, (traced, *_) = self.images[image], self.trace.steps[0].values()
+        frame, lr = self.frame_of(*whole.size), traced.grids[0][image].lr
+        width = max(1, round(whole.width * lr.cols * self.cell / frame.width))
+        height = max(1, round(whole.height * lr.rows * self.cell / frame.height))
+        return whole.resize((width, height), Image.Resampling.BICUBIC).resize(whole.size, Image.Resampling.NEAREST)
+
+    def _check_recorded(self) -> None:
         if self.trace is None:
             raise InputError("nothing was recorded to draw; call ask with trace=True")
         if not self.trace.steps or not self.trace.steps[0]:
             raise InputError("the model looked at no high-resolution tokens, so there is nothing to draw")
-        steps = _chosen(token, range(max(1, len(self.tokens))), "token")
-        recorded = sorted(self.trace.steps[0])
-        layers = recorded[:1] if layer is None else _chosen(layer, recorded, "layer")
-        panels = [self._panel(step, number) for step in steps for number in layers]
-        sheet = viz.sheet(self.image, panels, f"{self.question}\n\u201c{self.text}\u201d", self.frame_of)
-        if path is not None:
-            with os_errors_as_input_errors(Path(path)):
-                sheet.save(path)
-        return sheet
 
-    def _panel(self, step: int, layer: int) -> viz.Panel:
+    def _panel(self, step: int, layer: int, image: int) -> viz.Panel:
+        assert self.trace is not None
         traced = self.trace.steps[step][layer]
-        attention_map, mask = (part.cpu() for part in traced.of_image(row=0, query=-1, image=0))
+        attention_map, mask = (part.cpu() for part in traced.of_image(row=0, query=-1, image=image))
         piece = f"\u201c{self.pieces[step].strip()}\u201d" if step < len(self.pieces) else "the end"
         share = mask.float().mean().item()
         return viz.Panel(
@@ -95,6 +146,13 @@ class Answer:
             mask.numpy(),
             f"for {piece} it read {share:.0%} of the image in high resolution (token {step}, layer {layer})",
         )
+
+
+def _saved(drawing: Image.Image, path: str | Path | None) -> Image.Image:
+    if path is not None:
+        with os_errors_as_input_errors(Path(path)):
+            drawing.save(path)
+    return drawing
 
 
 def _chosen(wanted: int | Sequence[int] | str, available: Sequence[int], what: str) -> list[int]:
@@ -117,60 +175,74 @@ def ask(
     max_new_tokens: int = MAX_NEW_TOKENS,
     on_text: Callable[[str], None] | None = None,
     trace: bool = False,
+    high_resolution: bool = True,
 ) -> Answer:
-    """Answer a question about an image, greedily: each token is the most probable one.
+    """Answer a question about one or several images, greedily: each token is the most probable one.
 
     Args:
         model: The model, as `load` returns it, or one that FlexAttention was attached to.
         processor: Its processor, as `load` or `processor_for` returns it.
-        image: A file, URL, PIL image or what else `inputs.image_sources.read_image` takes.
+        image: A file, URL, PIL image or what else `inputs.image_sources.read_images` takes, or a list of them.
         question: The question.
         max_new_tokens: Maximum length of the answer in tokens.
         on_text: Called with each piece of the answer as soon as it is known.
         trace: Record what every step looks at, for `Answer.draw`.
+        high_resolution: If False, answer as the model would from the low-resolution view alone.
 
     Raises:
-        InputError: If the image or the question cannot be used, or the prompt is too long for the model.
+        InputError: If an image or the question cannot be used, the prompt is too long for the model, or it cannot leave
+            out the high resolution.
     """
     if image is None:
         raise InputError("there is a question but no image; pass an image file or a PIL image")
     _check_attached(model)
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be a whole number of at least 1")
-    image = read_image(image)
+    if not high_resolution:
+        _check_selects(model)
+    started = time.perf_counter()
+    images = read_images(image)
+    if not images:
+        raise InputError("there is a question but no image; pass an image file or a PIL image")
     recorded = Trace() if trace else None
     streamer = _Streamer(processor.tokenizer, on_text)
-    [tokens] = generate_answers(model, processor, [image], [question], max_new_tokens, streamer, recorded)
+    [tokens] = generate_answers(
+        model, processor, [images], [question], max_new_tokens, streamer, recorded, 1.0 if high_resolution else 0.0
+    )
     return Answer(
         text=answer_text(processor, tokens),
         tokens=tokens,
         pieces=streamer.pieces[: len(tokens)],
         question=question,
-        image=image,
+        images=images,
+        seconds=time.perf_counter() - started,
         trace=recorded,
         frame_of=processor.frame,
+        cell=processor.cell,
     )
 
 
 def generate_answers(
     model: HRModel,
     processor: QuestionProcessor,
-    images: Sequence[Image.Image],
+    images: Sequence[Sequence[Image.Image]],
     questions: Sequence[str],
     max_new_tokens: int = MAX_NEW_TOKENS,
     streamer: BaseStreamer | None = None,
     trace: Trace | None = None,
+    hr_alpha: float = 1.0,
 ) -> list[list[int]]:
-    """Answer questions about one image each, greedily, as one batch.
+    """Answer questions about images, greedily, as one batch.
 
     Args:
         model: The model.
         processor: Its processor.
-        images: The images, one per question.
+        images: The images of each question, at least one.
         questions: The questions.
         max_new_tokens: Maximum length of an answer in tokens.
         streamer: Passed on to transformers; for a single question.
         trace: Filled with what every step looks at.
+        hr_alpha: Weight of the attention with HR tokens.
 
     Returns:
         The token ids of each answer, without the end-of-sequence token; `answer_text` decodes them.
@@ -178,10 +250,11 @@ def generate_answers(
     Raises:
         InputError: If a question cannot be asked, or a prompt is too long for the model.
     """
-    prompts = [processor.prompt(question) for question in questions]
-    inputs = processor(images=list(images), text=prompts).to(model.device)
+    prompts = [processor.prompt(question, len(own)) for question, own in zip(questions, images)]
+    inputs = processor(images=[list(own) for own in images], text=prompts).to(model.device)
     limits = [min(max_new_tokens, room(model, length)) for length in inputs["attention_mask"].sum(1).tolist()]
-    ids = generate_greedily(model, processor, inputs, max(limits), streamer=streamer, flexattn_trace=trace)
+    options = {} if hr_alpha == 1.0 else {"hr_alpha": hr_alpha}  # a model without the mechanism knows no such weight
+    ids = generate_greedily(model, processor, inputs, max(limits), streamer=streamer, flexattn_trace=trace, **options)
     # Each row has an end of its own: others of the batch may go on for longer, or have room for a longer answer.
     ends, rows = end_ids(model, processor), (row[:limit] for row, limit in zip(ids.tolist(), limits))
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
@@ -257,6 +330,12 @@ def room(model: HRModel, length: int) -> int:
 def _check_attached(model: Any) -> None:
     if not hasattr(model, "flexattn_settings"):
         raise InputError(f"this {type(model).__name__} has no FlexAttention; call flexattn_cuda.attach(model) first")
+
+
+def _check_selects(model: HRModel) -> None:
+    settings = model.flexattn_settings
+    if settings is None or settings.system != "flexattn":
+        raise InputError("this model has no FlexAttention, so there are no high-resolution tokens to leave out")
 
 
 class TextPieces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from flexattn_cuda.checkpoints.config import FORMATS, read_config
 from flexattn_cuda.checkpoints.files import first_line, refusing
 from flexattn_cuda.devices import choose_device, choose_dtype
 from flexattn_cuda.errors import CheckpointError, InputError
-from flexattn_cuda.families.attach import attach, settings_for
+from flexattn_cuda.families.attach import PRESETS, attach, settings_for
 from flexattn_cuda.families.attached import AttachedModel
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig, as_system
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
@@ -137,6 +138,44 @@ def _known_type(folder: Path) -> str:
     if kind not in known:
         raise CheckpointError(f"{folder} holds a model of type {kind!r}; known: {', '.join(known)}")
     return str(kind)
+
+
+def settings_of(
+    model: str | Path | None,
+    system: str | None = None,
+    preset: str | None = None,
+    threshold: float | None = None,
+    zoom: int | None = None,
+) -> FlexAttnConfig:
+    """Return the settings of a checkpoint with some of them changed: the argument `flexattn` of `load`.
+
+    Args:
+        model: As in `load`.
+        system: Settings of the checkpoint as another system, as in `load`.
+        preset: "paper" or "released", in place of the checkpoint's own.
+        threshold: Of the attention map; None keeps it.
+        zoom: Of the high-resolution image; None keeps it.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or its configuration cannot be used.
+        InputError: If it has no FlexAttention, or the changes do not fit.
+    """
+    changes = {name: value for name, value in (("threshold", threshold), ("zoom", zoom)) if value is not None}
+    try:
+        if preset is not None:
+            return PRESETS[preset](**changes)
+        found = describe(DEFAULT_MODEL if model is None else model)
+        settings = found.settings if isinstance(found, AttachableInfo) else _as(found.config, system).flexattn
+        if settings is None or settings.system != "flexattn":
+            raise InputError(f"{found.folder} is loaded without FlexAttention, so there are no settings to change")
+        size = (zoom or settings.zoom) * settings.tile_size
+        return dataclasses.replace(settings, highres_size=size, **changes)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _as(config: FlexAttnLlavaConfig, system: str | None) -> FlexAttnLlavaConfig:
+    return config if system is None else as_system(config, system)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ class QuestionProcessor(Protocol):
 
     tokenizer: Any
 
+    @property
+    def cell(self) -> int: ...
+
     def prompt(self, question: str, images: int = 1) -> str: ...
 
     def prompt_length(self, question: str, image: Any = None) -> int: ...

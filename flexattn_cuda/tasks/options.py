@@ -15,6 +15,7 @@ from flexattn_cuda.runs.fingerprint import Fingerprint
 from flexattn_cuda.runs.options import Option, Options
 
 MAX_NEW_TOKENS = 256
+PRESETS = ("paper", "released")
 TOKEN_VARIABLE = "FLEXATTN_TOKEN"
 QUANTIZATIONS = ("4bit", "8bit")
 SCHEDULES = (  # those of transformers that need no arguments
@@ -82,13 +83,36 @@ class TuneOptions(Options):
 class AskOptions(Options):
     """Options of `flexattn ask`."""
 
-    image: Annotated[
-        Path, Option("Image file: PNG, JPEG, ...; - for standard input.", positional=True, metavar="IMAGE", stream=True)
+    images: Annotated[
+        list[str],
+        Option(
+            "Images of one prompt: files (PNG, JPEG, ...) or URLs; - for standard input.",
+            positional=True,
+            metavar="IMAGE...",
+        ),
     ]
-    question: Annotated[str, Option("Question about the image.", positional=True, metavar="QUESTION")]
+    question: Annotated[str, Option("Question about the images.", positional=True, metavar="QUESTION")]
     model: Model = None
     adapter: Adapter = None
     quantize: Quantize = None
+    system: Annotated[
+        str | None, Option(f"Load the model as another system: {', '.join(SYSTEMS)}.", choices=SYSTEMS)
+    ] = None
+    preset: Annotated[
+        str | None, Option(f"Settings in place of the model's own: {' or '.join(PRESETS)}.", choices=PRESETS)
+    ] = None
+    threshold: Annotated[
+        float | None, Option("Threshold of the attention map, above which a region is selected.", minimum=0)
+    ] = None
+    zoom: Annotated[
+        int | None, Option("Side of the high-resolution image, in low-resolution ones.", minimum=1, metavar="Z")
+    ] = None
+    compare: Annotated[
+        bool, Option("Answer from the low resolution alone too; --map draws both beside each other.")
+    ] = False
+    json: Annotated[bool, Option("Print a JSON object: answer, tokens, seconds and, by image, what was selected.")] = (
+        False
+    )
     map: Annotated[
         Path | None,
         Option("Save the image with the attention map and the selected regions drawn over it.", metavar="FILE"),
@@ -105,8 +129,16 @@ class AskOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.map is not None and self.map.resolve() == self.image.resolve():
+        if "" in self.images:
+            raise InputError("the name of an image is empty; it must be a path or a URL")
+        if self.map is not None and self.map.resolve() in [Path(image).resolve() for image in self.images]:
             raise InputError(f"--map {self.map} would overwrite the image; choose another name")
+        changes = {"--preset": self.preset, "--threshold": self.threshold, "--zoom": self.zoom}
+        changed = [flag for flag, value in changes.items() if value is not None]
+        if changed and self.adapter is not None:
+            raise InputError(f"an adapter has settings of its own; leave one of {changed[0]} and --adapter out")
+        if self.preset is not None and self.system is not None:
+            raise InputError("--preset and --system exclude each other: a system has settings of its own")
         for flag, chosen in (("--map-tokens", self.map_tokens), ("--map-layers", self.map_layers)):
             if _numbers(chosen, flag) is not None and self.map is None:
                 raise InputError(f"{flag} needs --map FILE, the file to draw to")

@@ -75,7 +75,7 @@ def test_a_batch_is_answered_as_its_questions_alone(folders, name):
     images = [question_files.image(*size, seed=seed) for seed, size in enumerate([(160, 120), (60, 150), (96, 96)])]
     questions = ["what", "what is this", "is this what"]
     alone = [ask(model, processor, image, question, 4).tokens for image, question in zip(images, questions)]
-    assert generate_answers(model, processor, images, questions, 4) == alone
+    assert generate_answers(model, processor, [[image] for image in images], questions, 4) == alone
 
 
 @checkpoints

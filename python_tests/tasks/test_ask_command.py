@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -56,6 +58,69 @@ def test_ask_draws_a_panel_for_each_token_and_layer(
     assert len(drawn[0]) == panels and len({panel.caption for panel in drawn[0]}) == panels
 
 
+def test_several_images_are_one_prompt(flexattn, checkpoint, image, folder):
+    images = [folder / "1.png", folder / "2.png"]
+    options = ("--model", checkpoint, "--max-new-tokens", 4, "--device", "cpu")
+    code, out, err = flexattn("ask", *images, QUESTION, *options)
+    expected = answering.ask(*load(checkpoint, "cpu"), images, QUESTION, max_new_tokens=4)
+    assert (code, out.strip(), err) == (0, expected.text, "") and len(expected.images) == 2
+    swapped = answering.ask(*load(checkpoint, "cpu"), images[::-1], QUESTION, max_new_tokens=4)
+    assert swapped.tokens != expected.tokens
+
+
+def test_json_tells_what_was_selected_of_every_image(flexattn, checkpoint, folder, tmp_path):
+    images = [folder / "0.png", folder / "1.png"]
+    options = ("--model", checkpoint, "--max-new-tokens", 3, "--device", "cpu", "--json")
+    code, out, _ = flexattn("ask", *images, QUESTION, *options, "--map", tmp_path / "map.png")
+    told = json.loads(out)
+    answer = answering.ask(*load(checkpoint, "cpu"), images, QUESTION, max_new_tokens=3, trace=True)
+    assert code == 0 and (told["answer"], told["tokens"]) == (answer.text, answer.pieces)
+    assert [(one["image"], one["width"], one["height"]) for one in told["images"]] == [
+        (str(images[0]), 160, 120),
+        (str(images[1]), 120, 160),
+    ]
+    for number, one in enumerate(told["images"]):
+        found = answer.selection(number)
+        assert one["tiles"] == found.tiles and one["regions"] == [list(region) for region in found.regions]
+        assert 0 < one["selected_share"] < 1
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "map.png")), np.asarray(answer.draw()))
+
+
+def test_a_comparison_is_with_a_model_that_has_no_high_resolution(flexattn, checkpoint, image, tmp_path):
+    options = ("--model", checkpoint, "--max-new-tokens", 4, "--device", "cpu", "--compare", "--json")
+    code, out, _ = flexattn("ask", image, QUESTION, *options, "--map", tmp_path / "map.png")
+    plain = answering.ask(*load(checkpoint, "cpu", system="llava"), image, QUESTION, max_new_tokens=4)
+    told = json.loads(out)
+    assert code == 0 and told["low_resolution_answer"] == plain.text != told["answer"]
+    both, alone = (
+        Image.open(tmp_path / "map.png"),
+        answering.ask(*load(checkpoint, "cpu"), image, QUESTION, 4, trace=True),
+    )
+    right = np.asarray(both)[:, -alone.draw().width :][: alone.draw().height]
+    assert np.array_equal(right, np.asarray(alone.draw()))
+    code, out, _ = flexattn("ask", image, QUESTION, *options[:-1])
+    assert out.splitlines() == [f"low resolution:  {plain.text}", f"high resolution: {told['answer']}"]
+
+
+@pytest.mark.parametrize(
+    "options, changed",
+    [
+        (["--threshold", "3"], dict(threshold=3.0)),
+        (["--zoom", "2"], dict(zoom=2, highres_size=96)),
+        (["--system", "center", "--zoom", "2"], dict(strategy="center", zoom=2, highres_size=96)),
+    ],
+)
+def test_settings_can_be_tried_without_another_checkpoint(flexattn, checkpoint, image, monkeypatch, options, changed):
+    used = []
+    ask = answering.ask
+    monkeypatch.setattr(
+        answering, "ask", lambda model, *args, **kwargs: used.append(model) or ask(model, *args, **kwargs)
+    )
+    assert flexattn("ask", image, QUESTION, "--model", checkpoint, "--max-new-tokens", 2, *options)[0] == 0
+    own = load(checkpoint, "cpu")[0].flexattn_settings
+    assert used[0].flexattn_settings == dataclasses.replace(own, **changed) != own
+
+
 class Stdin:
     """Standard input that holds some bytes, or is a terminal."""
 
@@ -86,7 +151,13 @@ def test_standard_input_without_an_image_is_refused(flexattn, monkeypatch, data,
         (["empty.png", QUESTION], "is an empty file"),
         (["text.png", QUESTION], "is not an image that can be read"),
         (["cut.png", QUESTION], "is damaged"),
-        (["", QUESTION], "image is empty"),
+        (["", QUESTION], "the name of an image is empty"),
+        (["-", "-", QUESTION], "standard input is named twice"),
+        (["image.png", QUESTION, "--preset", "best"], "allowed: paper, released"),
+        (["image.png", QUESTION, "--preset", "paper", "--system", "llava"], "exclude each other"),
+        (["image.png", QUESTION, "--zoom", "2", "--adapter", "a"], "an adapter has settings of its own"),
+        (["image.png", QUESTION, "--system", "llava", "--threshold", "9"], "without FlexAttention"),
+        (["image.png", QUESTION, "--system", "hd", "--compare"], "leave --map and --compare out"),
         (["image.png", ""], "the question is empty"),
         (["image.png", "what is \udcff?"], "half of a surrogate pair"),
         (["image.png", "what is <image>?"], "contains <image>"),

@@ -48,13 +48,13 @@ def test_a_long_question_does_not_shorten_the_answers_of_others(checkpoint, fold
     lengths = [answering.prompt_length(model, processor, one) for one in questions]
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", lengths[1] + 4)
     alone = [ask(model, processor, image, one, max_new_tokens=9).tokens for one in questions]
-    assert answering.generate_answers(model, processor, [image] * 3, questions, 9) == alone
+    assert answering.generate_answers(model, processor, [[image]] * 3, questions, 9) == alone
     assert [len(tokens) for tokens in alone] == [9, 4, 2]
 
 
 def test_an_answer_ends_at_its_own_end(checkpoint, folder, monkeypatch):
     model, processor = load(checkpoint, "cpu")
-    questions, images = ["why", "whywhy", "x"], [open_image(folder / f"{number}.png") for number in range(3)]
+    questions, images = ["why", "whywhy", "x"], [[open_image(folder / f"{number}.png")] for number in range(3)]
     whole = answering.generate_answers(model, processor, images, questions, 8)
     monkeypatch.setattr(model.generation_config, "eos_token_id", [2, whole[1][3]])
     ended = answering.generate_answers(model, processor, images, questions, 8)

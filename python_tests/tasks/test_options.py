@@ -152,16 +152,16 @@ def test_what_a_resumed_run_must_repeat():
     ],
 )
 def test_tokens_and_layers_to_draw(tokens, layers, chosen):
-    options = AskOptions(image="a.png", question="?", map="b.png", map_tokens=tokens, map_layers=layers)
+    options = AskOptions(images=["a.png"], question="?", map="b.png", map_tokens=tokens, map_layers=layers)
     assert (options.tokens_to_draw, options.layers_to_draw) == chosen
 
 
 @pytest.mark.parametrize(
     "make, says",
     [
-        (lambda: AskOptions(image="a.png", question="?", map="./a.png"), "would overwrite the image"),
-        (lambda: AskOptions(image="a.png", question="?", map_tokens="first"), "--map-tokens needs --map"),
-        (lambda: AskOptions(image="a.png", question="?", map_layers="all"), "--map-layers needs --map"),
+        (lambda: AskOptions(images=["a.png"], question="?", map="./a.png"), "would overwrite the image"),
+        (lambda: AskOptions(images=["a.png"], question="?", map_tokens="first"), "--map-tokens needs --map"),
+        (lambda: AskOptions(images=["a.png"], question="?", map_layers="all"), "--map-layers needs --map"),
         (lambda: FlopsOptions(model="m", shape="7b"), "exclude each other"),
         (
             lambda: TrainOptions(data="d", images="i", output="o", epochs=1.0, steps=3),

@@ -83,10 +83,10 @@ class BatchModel:
                 results[number] = Result(error=" ".join(str(error).split()))
         if not images:
             return results
-        questions = [lines[number].question for number in images]
+        questions, limit = [lines[number].question for number in images], self.options.max_new_tokens
         try:
             answers = answering.generate_answers(
-                self.model, self.processor, [*images.values()], questions, self.options.max_new_tokens
+                self.model, self.processor, [[image] for image in images.values()], questions, limit
             )
         except torch.OutOfMemoryError:
             raise InputError(

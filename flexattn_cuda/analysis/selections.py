@@ -1,0 +1,90 @@
+"""What a recorded answer selected of an image, in numbers and in boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from flexattn_cuda.inputs.frames import FrameOf
+from flexattn_cuda.mechanism.trace import LayerTrace, Trace
+
+
+class Region(NamedTuple):
+    """A rectangle in pixels of an image, half-open."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+@dataclass(frozen=True)
+class ImageSelection:
+    """What an answer selected of one image.
+
+    Attributes:
+        share: Of the HR tokens, on average over the answer's tokens and the layers that select.
+        tiles: Tiles of the HR image that hold a selected token.
+        regions: Rectangles around the connected cells that any token selected in any layer, from top to bottom.
+    """
+
+    share: float
+    tiles: int
+    regions: list[Region]
+
+
+def selection_of(trace: Trace, image: int, size: tuple[int, int], frame_of: FrameOf) -> ImageSelection:
+    """Return what the answer of a single prompt selected of one of its images.
+
+    Args:
+        trace: Of the answer. The map of the last layer counts for nothing: no layer attends to what it selects.
+        image: Number of the image in the prompt.
+        size: Width and height of the image in pixels.
+        frame_of: Tells which part of an image the model saw.
+    """
+    traced = [layers[number] for layers in trace.steps for number in sorted(layers)[:-1]]
+    masks = [_mask(one, image) for one in traced]
+    union = np.logical_or.reduce(masks)
+    tiles = traced[0].grids[0][image].tiles
+    per_tile = union.reshape(tiles.rows, union.shape[0] // tiles.rows, tiles.cols, union.shape[1] // tiles.cols)
+    regions = [_in_pixels(cells, union.shape, size, frame_of) for cells in connected(union)]
+    on_image = [one for one in regions if one.left < one.right and one.top < one.bottom]  # and not on its padding
+    return ImageSelection(float(np.mean(masks)), int(per_tile.any((1, 3)).sum()), on_image)
+
+
+def _mask(traced: LayerTrace, image: int) -> np.ndarray:
+    mask: np.ndarray = traced.of_image(row=0, query=-1, image=image)[1].cpu().numpy()
+    return mask
+
+
+def connected(mask: np.ndarray) -> list[Region]:
+    """Return the rectangles, in cells, around cells [rows, cols] bool that touch each other, also at a corner."""
+    left = set(zip(*map(np.ndarray.tolist, mask.nonzero())))
+    found = []
+    while left:
+        group, reached = [], [left.pop()]
+        while reached:
+            row, col = reached.pop()
+            group.append((row, col))
+            near = {(row + down, col + right) for down in (-1, 0, 1) for right in (-1, 0, 1)} & left
+            left -= near
+            reached += near
+        rows, cols = zip(*group)
+        found.append(Region(min(cols), min(rows), max(cols) + 1, max(rows) + 1))
+    return sorted(found, key=lambda region: (region.top, region.left))
+
+
+def _in_pixels(cells: Region, grid: Sequence[int], size: tuple[int, int], frame_of: FrameOf) -> Region:
+    """Return a rectangle of cells in pixels of the image, cut at its edges."""
+    width, height = size
+    frame = frame_of(width, height)
+    across, down = frame.width / grid[1], frame.height / grid[0]
+    return Region(
+        round(min(max(frame.left + cells.left * across, 0), width)),
+        round(min(max(frame.top + cells.top * down, 0), height)),
+        round(min(max(frame.left + cells.right * across, 0), width)),
+        round(min(max(frame.top + cells.bottom * down, 0), height)),
+    )
