@@ -162,10 +162,22 @@ class HRProcessor(ProcessorMixin):
         Raises:
             InputError: If images and marks do not match.
         """
+        return self.conversation_inputs(text, image_tokens)["input_ids"]
+
+    def conversation_inputs(self, text: str, image_tokens: Sequence[int]) -> dict[str, list[int]]:
+        """Return the ids of the text of a conversation and what else the model takes of each position.
+
+        Args:
+            text: As for `conversation_ids`.
+            image_tokens: As for `conversation_ids`.
+
+        Raises:
+            InputError: If images and marks do not match.
+        """
         mark = self.family.image_mark
         check_marks(mark, [text.count(mark)], None, len(image_tokens))
-        ids: list[int] = self._tokenized([text], image_tokens, {"return_tensors": None})["input_ids"][0]
-        return ids
+        rows = self._tokenized([text], image_tokens, {"return_tensors": None})
+        return {name: values[0] for name, values in rows.items() if name != "attention_mask"}
 
     def _refuse_special_texts(self, messages: list[dict[str, Any]]) -> None:
         special = [*special_texts(self.tokenizer), self.family.image_mark, self.image_token]

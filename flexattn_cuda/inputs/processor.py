@@ -138,6 +138,10 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         ids: list[int] = self.expand_image_tokens(self.tokenize(text))
         return ids
 
+    def conversation_inputs(self, text: str, image_tokens: Sequence[int]) -> dict[str, list[int]]:
+        """Return `conversation_ids` by the name that the model gives them; it takes nothing else of a position."""
+        return {"input_ids": self.conversation_ids(text, image_tokens)}
+
     def expand_image_tokens(self, ids: Sequence[int] | torch.Tensor) -> Any:
         """Return the ids of one prompt with `image_tokens` ids for every image.
 

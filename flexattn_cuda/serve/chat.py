@@ -72,5 +72,5 @@ class _Writer:
         return {"images": [traces.image_view(image) for image in self._prompt.images]}
 
     def _usage(self) -> dict[str, int]:
-        asked, answered = len(self._prompt.ids), self._end.tokens
+        asked, answered = self._prompt.length, self._end.tokens
         return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}

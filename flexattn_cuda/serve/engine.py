@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from flexattn_cuda.families.attached import AttachedModel
 from flexattn_cuda.mechanism.trace import Trace
 from flexattn_cuda.serve.errors import RequestError, timed_out
 from flexattn_cuda.serve.images import ImageCache, ServedImage, encode
@@ -141,17 +142,25 @@ class Engine:
 
     def _inputs(self, batch: Sequence[Job], images: Sequence[Sequence[ServedImage]]) -> dict[str, Any]:
         """Return what `generate` takes of prompts of different lengths, padded on the left, and of their images."""
-        rows = [torch.tensor(job.prompt.ids) for job in batch]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self._processor.pad_id, padding_side="left")
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if self._processor.token_types is not None:
-            inputs[self._processor.token_types] = (ids == self._processor.image_token_id).long() * mask
-        inputs = {name: value.to(self._model.device) for name, value in inputs.items()}
+        rows = [job.prompt.inputs for job in batch]
+        inputs = {name: self._padded([row[name] for row in rows], name) for name in rows[0]}
+        inputs["attention_mask"] = self._padded([[1] * job.prompt.length for job in batch], "attention_mask")
         flat = [image.inputs for of_job in images for image in of_job]
-        left_out = () if batch[0].wanted.hr else _HR_INPUTS
-        names = [name for name in (flat[0] if flat else ()) if name not in left_out]
-        return inputs | {name: _joined([values[name] for values in flat]) for name in names}
+        for name in flat[0] if flat else ():
+            inputs[name] = _joined([values[name] for values in flat])
+        return inputs if batch[0].wanted.hr else self._without_hr(inputs)
+
+    def _padded(self, rows: Sequence[list[int]], name: str) -> torch.Tensor:
+        padding = self._processor.pad_id if name == "input_ids" else 0
+        tensors = [torch.tensor(row) for row in rows]
+        padded = pad_sequence(tensors, batch_first=True, padding_value=padding, padding_side="left")
+        return padded.to(self._model.device)
+
+    def _without_hr(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Leave HR tokens out or, for families whose own forward takes images in another form, without weight."""
+        if isinstance(self._model, AttachedModel):
+            return inputs | ({"hr_alpha": 0.0} if "pixel_values_hr" in inputs else {})
+        return {name: value for name, value in inputs.items() if name not in _HR_INPUTS}
 
 
 def _joined(values: Sequence[Any]) -> Any:

@@ -17,12 +17,17 @@ class Prompt:
     """What the model is asked.
 
     Attributes:
-        ids: The token ids, with all image tokens.
+        inputs: input_ids, with all image tokens, and what else the model takes of each position.
         images: The images, in the order of their tokens.
     """
 
-    ids: list[int]
+    inputs: dict[str, list[int]]
     images: list[ServedImage]
+
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return len(self.inputs["input_ids"])
 
 
 @dataclass(frozen=True)

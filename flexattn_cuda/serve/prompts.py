@@ -77,13 +77,13 @@ class PromptReader:
             self._check(messages)
             text = self._text(messages)
             images = [self._image(url) for url in urls]
-            return Prompt(self._ids(text, images), images)
+            return Prompt(self._inputs(text, images), images)
         except (InputError, CheckpointError) as error:
             raise RequestError(str(error), param="messages") from None
 
     def room(self, prompt: Prompt) -> int:
         """Return the maximum length of an answer in tokens."""
-        return room(self.model, len(prompt.ids))
+        return room(self.model, prompt.length)
 
     def _check(self, messages: Sequence[Message]) -> None:
         if messages[-1].role != "user":
@@ -111,15 +111,16 @@ class PromptReader:
             )
         return text
 
-    def _ids(self, text: str, images: Sequence[ServedImage]) -> list[int]:
+    def _inputs(self, text: str, images: Sequence[ServedImage]) -> dict[str, list[int]]:
         tokens = [self.processor.image_tokens_of(image.width, image.height) for image in images]
-        ids = self.processor.conversation_ids(text, tokens)
+        inputs = self.processor.conversation_inputs(text, tokens)
+        ids = inputs["input_ids"]
         if ids.count(self.processor.image_token_id) != sum(tokens):
             raise InputError(
                 f"the prompt of this model does not take {len(images)} images; send one image with the question"
             )
         room(self.model, len(ids))
-        return ids
+        return inputs
 
     def _image(self, url: str) -> ServedImage:
         content = self.sources.read(url)

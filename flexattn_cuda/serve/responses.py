@@ -111,7 +111,7 @@ class _Writer:
         }
 
     def _usage(self, end: Done) -> dict[str, Any]:
-        asked = len(self._prompt.ids)
+        asked = self._prompt.length
         return {
             "input_tokens": asked,
             "input_tokens_details": {"cached_tokens": 0},

@@ -68,9 +68,8 @@ class Service:
     @property
     def can_leave_hr_out(self) -> bool:
         """Whether the model can answer from the low-resolution image alone."""
-        settings, processor = self.model.flexattn_settings, self.processor
-        nested = isinstance(processor, HRProcessor) and processor.family.nested
-        return settings is not None and settings.system != "hd" and not nested
+        settings = self.model.flexattn_settings
+        return settings is not None and settings.system != "hd"
 
     def card(self) -> dict[str, Any]:
         """Return the entry of the model in /v1/models."""

@@ -77,6 +77,8 @@ class TrainingProcessor(QuestionProcessor, Protocol):
 
     def conversation_ids(self, text: str, image_tokens: Sequence[int]) -> list[int]: ...
 
+    def conversation_inputs(self, text: str, image_tokens: Sequence[int]) -> dict[str, list[int]]: ...
+
 
 def max_positions(model: HRModel) -> int:
     """Return the maximum length of a model's sequence."""

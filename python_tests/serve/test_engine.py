@@ -53,7 +53,7 @@ def prompt(processor, question: str, *seeds: int) -> Prompt:
         ServedImage(str(seed), *one.size, processor.frame(*one.size), processor.image_inputs([one]))
         for seed, one in zip(seeds, pictures)
     ]
-    return Prompt(processor.conversation_ids(text, [processor.image_tokens] * len(seeds)), images)
+    return Prompt(processor.conversation_inputs(text, [processor.image_tokens] * len(seeds)), images)
 
 
 def engine(loaded, batch_size: int = 16, capacity: int = 1 << 30) -> Engine:
@@ -99,6 +99,17 @@ def test_a_batch_differs_from_single_runs_by_rounding_alone(loaded):
     top = single.topk(2).values
     assert (batch - single).abs().max() < 1e-4 * single.abs().max()
     assert (top[:, 0] - top[:, 1]).min() > 10 * (batch - single).abs().max()
+
+
+def test_hr_tokens_without_weight_change_nothing(loaded):
+    """What models of other families answer with in place of the low-resolution model is that model."""
+    model, processor = loaded
+    inputs = processor(images=[image()], text=processor.prompt("why"))
+    with torch.no_grad():
+        weightless, full = (model(**inputs, hr_alpha=alpha).logits[:, -1] for alpha in (0.0, 1.0))
+        del inputs["pixel_values_hr"]
+        low = model(**inputs).logits[:, -1]
+    assert torch.allclose(weightless, low, atol=1e-5) and not torch.allclose(full, low, atol=1e-3)
 
 
 def test_a_batch_of_mixed_systems_is_split(loaded):

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import shutil
-import time
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -95,10 +95,18 @@ def place(page: Page) -> tuple[float, float, float]:
     return tuple(page.evaluate("[flexattn.viewer.scale, flexattn.viewer.left, flexattn.viewer.top]"))
 
 
-def slow_down(monkeypatch) -> None:
-    """Let the model take its time for each token."""
-    step = Rows.__call__
-    monkeypatch.setattr(Rows, "__call__", lambda *arguments: (time.sleep(0.5), step(*arguments))[1])
+@pytest.fixture
+def steps(monkeypatch) -> Iterator[threading.Semaphore]:
+    """Let the model take a step for each release."""
+    step, allowed = Rows.__call__, threading.Semaphore(0)
+
+    def when_allowed(*arguments):
+        allowed.acquire(timeout=60)
+        return step(*arguments)
+
+    monkeypatch.setattr(Rows, "__call__", when_allowed)
+    yield allowed
+    allowed.release(1000)
 
 
 def outlined(pixels: np.ndarray) -> np.ndarray:
@@ -152,25 +160,27 @@ def test_what_is_drawn_is_what_the_model_selected(page, signs):
     assert len(right) > 900 and np.mean(right) > 0.995 and 0 < selected.mean() < 0.1
 
 
-def test_the_answer_appears_token_by_token(page, monkeypatch):
-    slow_down(monkeypatch)
+def test_the_answer_appears_token_by_token(page, steps):
     page.set_input_files("#file", EXAMPLES / SIGN["file"])
     page.fill("#question", SIGN["question"])
     page.press("#question", "Enter")
+    steps.release()
     page.wait_for_selector("#with-hr .answer button")
     assert answer(page) == "8" and page.inner_text("#send") == "Stop"
     assert page.inner_text("#token-name") == "1 of 1: “8”" and outlined(drawn(page)).sum() > 100
+    steps.release()
     page.wait_for_selector("#with-hr .answer button:nth-child(2)")
-    assert answer(page) == "89"
+    assert answer(page) == "89" and page.inner_text("#with-hr time") == ""
+    steps.release()
     page.wait_for_selector("#with-hr time:not(:empty)")
     assert page.inner_text("#send") == "Ask"
 
 
-def test_an_answer_can_be_stopped(page, monkeypatch, signs):
-    slow_down(monkeypatch)
+def test_an_answer_can_be_stopped(page, steps):
     page.set_input_files("#file", EXAMPLES / SIGN["file"])
     page.fill("#question", SIGN["question"])
     page.click("#send")
+    steps.release()
     page.wait_for_selector("#with-hr .answer button")
     page.click("#send")
     page.locator("#send", has_text="Ask").wait_for()
