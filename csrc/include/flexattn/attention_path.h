@@ -84,7 +84,8 @@ class PathReasons {
   }
   // Kernels in tiles take the distance of rows as 32 bits.
   void check_distance(const char* name, const Strides& strides, DType dtype) {
-    against(strides.row * bytes_of(dtype) >= int64_t{1} << 31, std::string("rows of ") + name + " are 2 GiB or more apart");
+    against(strides.row * bytes_of(dtype) >= int64_t{1} << 31,
+            std::string("rows of ") + name + " are 2 GiB or more apart");
   }
   void check_alignment_of_keys(const AttentionInputs& in) {
     check_alignment("k", in.k, in.k_strides, in.batch, in.dtype);
