@@ -337,16 +337,15 @@ def test_tiles_of_the_volta_kernel_are_read_and_written_16_bytes_at_a_time_witho
     q, k, v = (torch.randn(1, 1, 64, d).half() for _ in range(3))
     with counting() as found:
         ops.hierarchical_attention(q, k, v)
-    loads, stores = (
-        4 * 2 * d // 2,
-        2 * 64 * d // 8 // 32,
-    )  # 4 warps read d / 2 times 16 bytes of K and V; a tile of each is stored
+    loads = 4 * 2 * d // 2  # 4 warps read d / 2 times 16 bytes of K and V
+    stores = 3 * 64 * d // 8 // 32  # a tile of K and of V, and the last row of K in place of a tile after it
     assert found["LDS", 16] == (loads, 4 * loads, 4 * loads)
     assert found["STS", 16] == (stores, 4 * stores, 4 * stores)
     assert found["LDG", 16][1] == found["LDG", 16][2] + 4 * d // 8 * 8, "only the query's rows are read by half sectors"
     assert {kind for kind in found if kind[1] in (1, 2)} == set()
-    # The interval of keys that each row sees: written once, read by the lanes that mask its only tile or clear it.
-    assert found["STS", 8][0] <= 2 and found["LDS", 8][0] <= 4 * (2 + 2)
+    # The interval of keys that each row sees: written once, read by the lanes that mask its only tile or clear it. And
+    # where keys, values and slots lie: written by a thread, two of them read for each tile of keys or values.
+    assert found["STS", 8][0] <= 2 + 3 and found["LDS", 8][0] <= 4 * (2 + 2 + 2 * 3)
 
 
 @counts_accesses
