@@ -45,15 +45,19 @@ def ask(options: AskOptions) -> None:
 
 
 def _read(names: list[str]) -> list[Image.Image]:
-    from flexattn_cuda.inputs.image_sources import is_url, read_image
-    from flexattn_cuda.inputs.images import open_image, read_standard_input
-
     if names.count(str(STREAM)) > 1:
         raise InputError("standard input is named twice; it holds one image")
-    return [
-        read_standard_input() if name == str(STREAM) else read_image(name) if is_url(name) else open_image(name)
-        for name in names
-    ]
+    return [_image(name) for name in names]
+
+
+def _image(name: str) -> Image.Image:
+    from flexattn_cuda.inputs.images import is_url, open_image, read_standard_input
+
+    if is_url(name):
+        from flexattn_cuda.inputs.image_sources import read_image
+
+        return read_image(name)
+    return read_standard_input() if name == str(STREAM) else open_image(name)
 
 
 def _load(options: AskOptions) -> tuple[HRModel, QuestionProcessor]:

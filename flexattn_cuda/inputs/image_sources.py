@@ -14,7 +14,7 @@ from PIL import Image
 from transformers.image_utils import load_image as download
 
 from flexattn_cuda.errors import InputError
-from flexattn_cuda.inputs.images import as_image, decode_image, flat_list, open_image, upright_rgb
+from flexattn_cuda.inputs.images import as_image, decode_image, flat_list, is_url, open_image, upright_rgb
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
@@ -44,11 +44,6 @@ def read_image(source: Any) -> Image.Image:
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return upright_rgb(as_image(_levels(source)))
     return upright_rgb(as_image(source))
-
-
-def is_url(source: str) -> bool:
-    """Return whether text names an image on the web, and not a file."""
-    return source.startswith(("http://", "https://"))
 
 
 def read_images(images: Any) -> list[Image.Image]:

@@ -35,6 +35,11 @@ def open_image(path: str | Path) -> Image.Image:
         return upright_rgb(image)
 
 
+def is_url(source: str) -> bool:
+    """Return whether text names an image on the web, and not a file."""
+    return source.startswith(("http://", "https://"))
+
+
 def read_standard_input() -> Image.Image:
     """Read an image file from standard input, as `open_image` would.
 

@@ -88,7 +88,7 @@ class AskOptions(Options):
         Option(
             "Images of one prompt: files (PNG, JPEG, ...) or URLs; - for standard input.",
             positional=True,
-            metavar="IMAGE...",
+            metavar="IMAGE",
         ),
     ]
     question: Annotated[str, Option("Question about the images.", positional=True, metavar="QUESTION")]

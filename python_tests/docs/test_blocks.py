@@ -24,7 +24,7 @@ RUNNABLE.remove(ROOT / "README.md")  # the others are read after it
 README = ROOT / "README.md"
 DEMO = "flexattn-demo"  # the folder that the README leaves the reader with
 IN_DEMO = {f"{DEMO}/{name}" for name in ("1_picosdeeuropa.jpg", "3_free.jpg", "questions.jsonl", "records.json")}
-WRITTEN = {"overlay.png", "answers.jsonl", "more_answers.jsonl"}
+WRITTEN = {"overlay.png", "compared.png", "answers.jsonl", "more_answers.jsonl"}
 
 
 class Reader(NamedTuple):

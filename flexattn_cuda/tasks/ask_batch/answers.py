@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from flexattn_cuda.errors import InputError
-from flexattn_cuda.inputs.image_sources import is_url, read_image
+from flexattn_cuda.inputs.image_sources import read_image
+from flexattn_cuda.inputs.images import is_url
 from flexattn_cuda.runs.progress import Progress
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks.ask_batch.journal import Journal
