@@ -22,6 +22,7 @@ HEAT_OPACITY = 0.6  # of the strongest attention; the weakest is transparent
 DIMMED, BRIGHTENED = 0.6, 1.12  # brightness of the image outside and inside the selected regions
 
 _INK, _PAPER = (30, 30, 30), (255, 255, 255)
+_GAP = 8  # pixels between drawings
 _MIN_WIDTH = 420  # pixels of a sheet, so that its legend is readable
 
 
@@ -130,20 +131,19 @@ def below_each_other(drawings: Sequence[Image.Image]) -> Image.Image:
     """Return drawings one below the other; a single one as it is."""
     if len(drawings) == 1:
         return drawings[0]
-    gap = 8
-    height = sum(one.height + gap for one in drawings) - gap
+    height = sum(one.height + _GAP for one in drawings) - _GAP
     result = Image.new("RGB", (max(one.width for one in drawings), height), _PAPER)
     top = 0
     for one in drawings:
         result.paste(one, (0, top))
-        top += one.height + gap
+        top += one.height + _GAP
     return result
 
 
 def beside(views: Sequence[Image.Image], caption: str, drawing: Image.Image) -> Image.Image:
     """Return views, one below the other and each with the caption, on the left of a drawing of the same images."""
     font = _font(max(13, drawing.width // 60))
-    lines, line, gap = _wrap(caption, font, drawing.width), _line_height(font), 8
+    lines, line = _wrap(caption, font, drawing.width), _line_height(font)
     sheets = []
     for view in views:
         view = view.resize((drawing.width, max(1, round(view.height * drawing.width / view.width))))
@@ -153,9 +153,9 @@ def beside(views: Sequence[Image.Image], caption: str, drawing: Image.Image) -> 
             ImageDraw.Draw(sheet).text((line // 4, view.height + row * line), text, fill=_INK, font=font)
         sheets.append(sheet)
     left = below_each_other(sheets)
-    result = Image.new("RGB", (left.width + gap + drawing.width, max(left.height, drawing.height)), _PAPER)
+    result = Image.new("RGB", (left.width + _GAP + drawing.width, max(left.height, drawing.height)), _PAPER)
     result.paste(left, (0, 0))
-    result.paste(drawing, (left.width + gap, 0))
+    result.paste(drawing, (left.width + _GAP, 0))
     return result
 
 
@@ -197,7 +197,7 @@ class _Layout:
         scale = min(1.0, MAX_SIDE / max(columns * size[0], rows * size[1]))
         if scale < 1:
             size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-        gap = 0 if len(captions) == 1 else 8
+        gap = 0 if len(captions) == 1 else _GAP
         width = max(_MIN_WIDTH, columns * (size[0] + gap) - gap)
         font = _font(max(13, width // 60))
         line = _line_height(font)

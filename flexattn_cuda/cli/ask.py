@@ -63,18 +63,13 @@ def _image(name: str) -> Image.Image:
 def _load(options: AskOptions) -> tuple[HRModel, QuestionProcessor]:
     from flexattn_cuda.tasks import load as loading
 
-    settings, system = None, options.system
-    if (options.preset, options.threshold, options.zoom) != (None, None, None):
-        settings, system = (
-            loading.settings_of(options.model, system, options.preset, options.threshold, options.zoom),
-            None,
-        )
+    changes = options.changes
     return loading.load(
         options.model,
         options.device,
         options.dtype,
-        flexattn=settings,
-        system=system,
+        flexattn=loading.changed_settings(options.model, options.system, **changes) if changes else None,
+        system=None if changes else options.system,
         adapter=options.adapter,
         quantize=options.quantize,
     )
@@ -89,6 +84,7 @@ def _asked(
 ) -> Answer:
     """Ask, and print the answer as it comes, after which view it is from where two are compared."""
     from flexattn_cuda.tasks import ask as answering
+    from flexattn_cuda.tasks.models import selects
 
     if options.compare and not options.json:
         print("high resolution: " if high_resolution else "low resolution:  ", end="", flush=True)
@@ -99,16 +95,12 @@ def _asked(
         options.question,
         options.max_new_tokens,
         on_text=None if options.json else _Printer(),
-        trace=high_resolution and (options.map is not None or options.json) and _selects(model),
+        trace=high_resolution and (options.map is not None or options.json) and selects(model),
         high_resolution=high_resolution,
     )
     if not options.json:
         print(flush=True)
     return answer
-
-
-def _selects(model: HRModel) -> bool:
-    return model.flexattn_settings is not None and model.flexattn_settings.system == "flexattn"
 
 
 def _described(options: AskOptions, answer: Answer, low: Answer | None) -> dict[str, Any]:
@@ -134,10 +126,12 @@ def _draw(options: AskOptions, answer: Answer, low: Answer | None) -> None:
 
 
 def _check_layers(layers: list[int] | str | None, model: HRModel) -> None:
-    settings = model.flexattn_settings
-    if settings is None or settings.system != "flexattn":
+    from flexattn_cuda.tasks.models import selects
+
+    if not selects(model):
         raise InputError("this model has no FlexAttention, so there is no map to draw; leave --map and --compare out")
-    first, last = settings.first_layer - 1, model.config.get_text_config().num_hidden_layers - 1
+    assert model.flexattn_settings is not None
+    first, last = model.flexattn_settings.first_layer - 1, model.config.get_text_config().num_hidden_layers - 1
     if isinstance(layers, list) and not all(first <= layer <= last for layer in layers):
         raise InputError(f"--map-layers is {layers}; the layers of this model that select are {first} to {last}")
 

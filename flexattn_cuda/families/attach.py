@@ -25,10 +25,8 @@ from flexattn_cuda.families.registry import family_of
 from flexattn_cuda.mechanism import attention
 from flexattn_cuda.mechanism.attach import Attachment
 from flexattn_cuda.mechanism.cache_argument import check_cache_argument
-from flexattn_cuda.mechanism.config import FlexAttnConfig
+from flexattn_cuda.mechanism.config import PRESETS, FlexAttnConfig
 from flexattn_cuda.mechanism.keys import own_projection
-
-PRESETS = {"paper": FlexAttnConfig.paper, "released": FlexAttnConfig.released}
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

@@ -206,6 +206,10 @@ class FlexAttnConfig:
         )
 
 
+PRESETS = {"paper": FlexAttnConfig.paper, "released": FlexAttnConfig.released}
+"""Those of FlexAttention itself, by name."""
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -80,7 +80,7 @@ def token_forms(text: PreTrainedModel, layers: range, rotary: Rotary, axes: int 
 
 def _on_cpu() -> AbstractContextManager[Any]:
     """Create tensors on the CPU, also for a model that is made on the meta device."""
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    return nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
 
 
 def _twin(text_class: type[PreTrainedModel], config: PreTrainedConfig, **sizes: int) -> PreTrainedModel:

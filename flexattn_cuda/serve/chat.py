@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from flexattn_cuda.serve import traces
 from flexattn_cuda.serve.jobs import Done, Event, Prompt
 from flexattn_cuda.serve.schemas import ChatRequest
 from flexattn_cuda.serve.service import Service
-from flexattn_cuda.serve.streams import CLIENT_GONE, Answer, pieces, server_sent, streamed, unless_disconnected
+from flexattn_cuda.serve.streams import Answer, pieces, respond_with, server_sent
 
 
 async def complete(service: Service, request: Request, body: ChatRequest) -> Response:
@@ -24,10 +24,7 @@ async def complete(service: Service, request: Request, body: ChatRequest) -> Res
     wanted = service.wanted(prompt, body.limit, body.stops, body.flexattn)
     writer = _Writer(service.name, prompt, body)
     answer = service.answer(prompt, wanted, started)
-    if body.stream:
-        return await streamed(request, answer, writer.chunks)
-    completion = await unless_disconnected(request, writer.completion(answer))
-    return Response(status_code=CLIENT_GONE) if completion is None else JSONResponse(completion)
+    return await respond_with(request, answer, writer.chunks if body.stream else None, writer.completion)
 
 
 class _Writer:

@@ -42,8 +42,8 @@ class ServedImage:
 
 
 def encode(model: HRModel, image: ServedImage) -> ServedImage:
-    """Return an image with what the model can reuse: its LR and HR tokens for this package's LLaVA; for a model that
-    FlexAttention was attached to, whose forward takes no tokens, its pixels on the model's device."""
+    """Return an image with what the model can reuse: its LR and HR tokens for this package's LLaVA, and its pixels on
+    the model's device for a model that FlexAttention was attached to."""
     inputs = {name: _moved(value, model.device) for name, value in image.inputs.items()}
     if isinstance(model, FlexAttnLlavaForConditionalGeneration):
         with torch.no_grad():

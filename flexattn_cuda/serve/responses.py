@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from flexattn_cuda.serve.errors import RequestError
 from flexattn_cuda.serve.jobs import Done, Event, Prompt
 from flexattn_cuda.serve.schemas import ResponsesRequest
 from flexattn_cuda.serve.service import Service
-from flexattn_cuda.serve.streams import CLIENT_GONE, Answer, pieces, server_sent, streamed, unless_disconnected
+from flexattn_cuda.serve.streams import Answer, pieces, respond_with, server_sent
 
 
 async def respond(service: Service, request: Request, body: ResponsesRequest) -> Response:
@@ -31,10 +31,7 @@ async def respond(service: Service, request: Request, body: ResponsesRequest) ->
     wanted = service.wanted(prompt, body.max_output_tokens, (), body.flexattn)
     writer = _Writer(service.name, prompt, body)
     answer = service.answer(prompt, wanted, started)
-    if body.stream:
-        return await streamed(request, answer, writer.events)
-    response = await unless_disconnected(request, writer.response(answer))
-    return Response(status_code=CLIENT_GONE) if response is None else JSONResponse(response)
+    return await respond_with(request, answer, writer.events if body.stream else None, writer.response)
 
 
 class _Writer:

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 from fastapi import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from flexattn_cuda.serve.errors import RequestError
 from flexattn_cuda.serve.jobs import Done, Event, Failed, Piece
@@ -25,9 +25,21 @@ def server_sent(data: dict[str, Any], event: str | None = None) -> str:
     return (f"event: {event}\n" if event else "") + f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
-async def streamed(
-    request: Request, answer: Answer, write: Callable[[AsyncIterator[Event]], AsyncIterator[str]]
+Write = Callable[[AsyncIterator[Event]], AsyncIterator[str]]
+"""Turns the events of an answer into server-sent events."""
+
+
+async def respond_with(
+    request: Request, answer: Answer, write: Write | None, whole: Callable[[Answer], Awaitable[dict[str, Any]]]
 ) -> Response:
+    """Return the response that streams an answer by `write`, or the one that holds the `whole` of it."""
+    if write is not None:
+        return await streamed(request, answer, write)
+    content = await unless_disconnected(request, whole(answer))
+    return Response(status_code=CLIENT_GONE) if content is None else JSONResponse(content)
+
+
+async def streamed(request: Request, answer: Answer, write: Write) -> Response:
     """Return the response that streams an answer; an answer that fails later ends with an event that says so.
 
     Args:

@@ -26,7 +26,7 @@ from flexattn_cuda.inputs.frames import FrameOf, padded_square
 from flexattn_cuda.inputs.image_sources import read_images
 from flexattn_cuda.mechanism.trace import Trace
 from flexattn_cuda.runs.files import check_image_path, os_errors_as_input_errors
-from flexattn_cuda.tasks.models import HRModel, QuestionProcessor, max_positions
+from flexattn_cuda.tasks.models import HRModel, QuestionProcessor, max_positions, selects
 from flexattn_cuda.tasks.options import MAX_NEW_TOKENS
 
 # ---------------------------------------------------------------------------------------------------------- answers
@@ -193,13 +193,11 @@ def ask(
         InputError: If an image or the question cannot be used, the prompt is too long for the model, or it cannot leave
             out the high resolution.
     """
-    if image is None:
-        raise InputError("there is a question but no image; pass an image file or a PIL image")
     _check_attached(model)
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be a whole number of at least 1")
-    if not high_resolution:
-        _check_selects(model)
+    if not (high_resolution or selects(model)):
+        raise InputError("this model has no FlexAttention, so there are no high-resolution tokens to leave out")
     started = time.perf_counter()
     images = read_images(image)
     if not images:
@@ -330,12 +328,6 @@ def room(model: HRModel, length: int) -> int:
 def _check_attached(model: Any) -> None:
     if not hasattr(model, "flexattn_settings"):
         raise InputError(f"this {type(model).__name__} has no FlexAttention; call flexattn_cuda.attach(model) first")
-
-
-def _check_selects(model: HRModel) -> None:
-    settings = model.flexattn_settings
-    if settings is None or settings.system != "flexattn":
-        raise InputError("this model has no FlexAttention, so there are no high-resolution tokens to leave out")
 
 
 class TextPieces:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +16,14 @@ from flexattn_cuda.checkpoints.config import FORMATS, read_config
 from flexattn_cuda.checkpoints.files import first_line, refusing
 from flexattn_cuda.devices import choose_device, choose_dtype
 from flexattn_cuda.errors import CheckpointError, InputError
-from flexattn_cuda.families.attach import PRESETS, attach, settings_for
+from flexattn_cuda.families.attach import attach, settings_for
 from flexattn_cuda.families.attached import AttachedModel
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig, as_system
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.families.registry import FAMILIES, family_of
 from flexattn_cuda.inputs.hr_processor import HRProcessor, processor_for
 from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
-from flexattn_cuda.mechanism.config import FlexAttnConfig
+from flexattn_cuda.mechanism.config import PRESETS, FlexAttnConfig
 from flexattn_cuda.tasks import lora
 from flexattn_cuda.tasks.models import HRModel, QuestionProcessor
 from flexattn_cuda.tasks.options import QUANTIZATIONS
@@ -140,7 +139,7 @@ def _known_type(folder: Path) -> str:
     return str(kind)
 
 
-def settings_of(
+def changed_settings(
     model: str | Path | None,
     system: str | None = None,
     preset: str | None = None,
@@ -169,7 +168,7 @@ def settings_of(
         if settings is None or settings.system != "flexattn":
             raise InputError(f"{found.folder} is loaded without FlexAttention, so there are no settings to change")
         size = (zoom or settings.zoom) * settings.tile_size
-        return dataclasses.replace(settings, highres_size=size, **changes)
+        return replace(settings, highres_size=size, **changes)
     except ValueError as error:
         raise InputError(str(error)) from None
 

@@ -80,6 +80,12 @@ class TrainingProcessor(QuestionProcessor, Protocol):
     def conversation_inputs(self, text: str, image_tokens: Sequence[int]) -> dict[str, list[int]]: ...
 
 
+def selects(model: HRModel) -> bool:
+    """Return whether a model selects HR tokens by its attention maps."""
+    settings = model.flexattn_settings
+    return settings is not None and settings.system == "flexattn"
+
+
 def max_positions(model: HRModel) -> int:
     """Return the maximum length of a model's sequence."""
     positions: int = model.config.get_text_config().max_position_embeddings

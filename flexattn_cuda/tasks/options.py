@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from flexattn_cuda.errors import InputError
-from flexattn_cuda.mechanism.config import SYSTEMS
+from flexattn_cuda.mechanism.config import PRESETS, SYSTEMS
 from flexattn_cuda.runs.fingerprint import Fingerprint
 from flexattn_cuda.runs.options import Option, Options
 
 MAX_NEW_TOKENS = 256
-PRESETS = ("paper", "released")
 TOKEN_VARIABLE = "FLEXATTN_TOKEN"
 QUANTIZATIONS = ("4bit", "8bit")
 SCHEDULES = (  # those of transformers that need no arguments
@@ -99,7 +98,7 @@ class AskOptions(Options):
         str | None, Option(f"Load the model as another system: {', '.join(SYSTEMS)}.", choices=SYSTEMS)
     ] = None
     preset: Annotated[
-        str | None, Option(f"Settings in place of the model's own: {' or '.join(PRESETS)}.", choices=PRESETS)
+        str | None, Option(f"Settings in place of the model's own: {' or '.join(PRESETS)}.", choices=tuple(PRESETS))
     ] = None
     threshold: Annotated[
         float | None, Option("Threshold of the attention map, above which a region is selected.", minimum=0)
@@ -133,15 +132,20 @@ class AskOptions(Options):
             raise InputError("the name of an image is empty; it must be a path or a URL")
         if self.map is not None and self.map.resolve() in [Path(image).resolve() for image in self.images]:
             raise InputError(f"--map {self.map} would overwrite the image; choose another name")
-        changes = {"--preset": self.preset, "--threshold": self.threshold, "--zoom": self.zoom}
-        changed = [flag for flag, value in changes.items() if value is not None]
-        if changed and self.adapter is not None:
-            raise InputError(f"an adapter has settings of its own; leave one of {changed[0]} and --adapter out")
+        if self.changes and self.adapter is not None:
+            changed = next(iter(self.changes))
+            raise InputError(f"an adapter has settings of its own; leave one of --{changed} and --adapter out")
         if self.preset is not None and self.system is not None:
             raise InputError("--preset and --system exclude each other: a system has settings of its own")
         for flag, chosen in (("--map-tokens", self.map_tokens), ("--map-layers", self.map_layers)):
             if _numbers(chosen, flag) is not None and self.map is None:
                 raise InputError(f"{flag} needs --map FILE, the file to draw to")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The settings that replace the model's own, by name."""
+        changes = {"preset": self.preset, "threshold": self.threshold, "zoom": self.zoom}
+        return {name: value for name, value in changes.items() if value is not None}
 
     @property
     def tokens_to_draw(self) -> list[int] | str:

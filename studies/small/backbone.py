@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from flexattn_cuda.mechanism.config import FlexAttnConfig
-from flexattn_cuda.mechanism.grid import Grid, cut_into_tiles, join_tiles
 from studies.small.small_model import ModelSizes
 
 
@@ -69,12 +68,9 @@ class Backbone(ABC):
     def save(self, model: Any, processor: Any, folder: Path) -> None:
         """Write a checkpoint of the system that a model was built or loaded as."""
 
+    @abstractmethod
     def encode_tiles(self, model: Any, image: torch.Tensor, zoom: int) -> torch.Tensor:
         """Return the tokens [h*h, D] of an image [3, height, height] that is encoded in zoom x zoom tiles."""
-        tiles = Grid(zoom, zoom)
-        tokens = self.encode(model, torch.stack(cut_into_tiles(image, tiles)))
-        side = round(tokens.shape[1] ** 0.5)
-        return join_tiles(tokens, tiles, Grid(side, side))
 
     def asked_about(self, image: Image.Image) -> Image.Image:
         """Return a scene's image as `flexattn_cuda.ask` should be given it."""

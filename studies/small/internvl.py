@@ -22,7 +22,7 @@ from flexattn_cuda.inputs.image_families import FAMILIES
 from flexattn_cuda.inputs.images import square_resized, valid_rect_of
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from studies.small.backbone import Backbone, SceneImages
-from studies.small.small_model import ModelSizes, build_tokenizer, draw_weights
+from studies.small.small_model import ModelSizes, build_tokenizer, draw_weights, text_fields
 
 _FAMILY = FAMILIES["internvl"]
 _TEMPLATE = (
@@ -55,6 +55,11 @@ class InternVL(Backbone):
     def encode(self, model: Any, pixels: torch.Tensor) -> torch.Tensor:
         return towers.InternVL(model, FlexAttnConfig()).encode(pixels)
 
+    def encode_tiles(self, model: Any, image: torch.Tensor, zoom: int) -> torch.Tensor:
+        family = towers.InternVL(model, FlexAttnConfig(zoom=zoom))
+        (grids,) = family.feature_grids(1)
+        return family.encode_hr(image, grids)
+
     def load_as(self, folder: Path, settings: FlexAttnConfig | None) -> tuple[Any, Any]:
         model = InternVLForConditionalGeneration.from_pretrained(folder)
         # The plain model takes image_features too this way: it never sees HR tokens.
@@ -76,7 +81,6 @@ class InternVL(Backbone):
 
 
 def _config(processor: HRProcessor, sizes: ModelSizes) -> InternVLConfig:
-    tokenizer = processor.tokenizer
     vision = InternVLVisionConfig(
         hidden_size=sizes.vision_width,
         intermediate_size=3 * sizes.vision_width,
@@ -86,20 +90,7 @@ def _config(processor: HRProcessor, sizes: ModelSizes) -> InternVLConfig:
         patch_size=[sizes.patch] * 2,
         layer_scale_init_value=1.0,
     )
-    text = Qwen2Config(
-        hidden_size=sizes.width,
-        intermediate_size=3 * sizes.width,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.heads,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=512,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    text = Qwen2Config(**text_fields(processor.tokenizer, sizes), tie_word_embeddings=False)
     return InternVLConfig(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),

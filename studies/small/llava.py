@@ -10,7 +10,7 @@ import torch
 
 from flexattn_cuda import checkpoints
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
-from flexattn_cuda.families.llava.vision import encode_images
+from flexattn_cuda.families.llava.vision import encode_images, encode_tiles
 from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor, FlexAttnLlavaProcessor
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from studies.small.backbone import Backbone, SceneImages
@@ -35,6 +35,9 @@ class Llava(Backbone):
 
     def encode(self, model: Any, pixels: torch.Tensor) -> torch.Tensor:
         return encode_images(model.model, pixels)
+
+    def encode_tiles(self, model: Any, image: torch.Tensor, zoom: int) -> torch.Tensor:
+        return encode_tiles(model.model, image, zoom)
 
     def load_as(self, folder: Path, settings: FlexAttnConfig | None) -> tuple[Any, Any]:
         config = checkpoints.load_config(folder).with_settings(settings)

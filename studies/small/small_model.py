@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -147,7 +148,20 @@ def _build_config(
         patch_size=sizes.patch,
         projection_dim=16,
     )
-    text = LlamaConfig(
+    text = LlamaConfig(**text_fields(tokenizer, sizes))
+    return FlexAttnLlavaConfig(
+        vision_config=vision.to_dict(),
+        text_config=text.to_dict(),
+        image_token_index=processor.image_token_id,
+        image_seq_length=sizes.lr_side**2,
+        vision_feature_layer=-1,
+        flexattn_config=None if flexattn is None else flexattn.to_dict(),
+    )
+
+
+def text_fields(tokenizer: PreTrainedTokenizerFast, sizes: ModelSizes) -> dict[str, Any]:
+    """Return the configuration of a language model of the Llama kind."""
+    return dict(
         hidden_size=sizes.width,
         intermediate_size=3 * sizes.width,
         num_hidden_layers=sizes.layers,
@@ -159,14 +173,6 @@ def _build_config(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-    )
-    return FlexAttnLlavaConfig(
-        vision_config=vision.to_dict(),
-        text_config=text.to_dict(),
-        image_token_index=processor.image_token_id,
-        image_seq_length=sizes.lr_side**2,
-        vision_feature_layer=-1,
-        flexattn_config=None if flexattn is None else flexattn.to_dict(),
     )
 
 
