@@ -79,7 +79,7 @@ class Painter:
             size = self.rng.uniform(*FONT_PIXELS) * drawing.scale
             width, height = (round(size * part + self.rng.uniform(4, 8) * drawing.scale) for part in (1.95, 1.25))
             box = self._random_box(drawing.image, width, height)
-            if _is_clear(box, drawing.signs, 4 * drawing.scale):
+            if is_clear(box, drawing.signs, 4 * drawing.scale):
                 break
         else:
             return
@@ -93,7 +93,7 @@ class Painter:
             length = self.rng.uniform(*VEHICLE_PIXELS) * drawing.scale
             side = math.ceil(length)
             box = self._random_box(drawing.image, side, side)
-            if _is_clear(box, drawing.vehicles, 2 * drawing.scale):
+            if is_clear(box, drawing.vehicles, 2 * drawing.scale):
                 break
         else:
             return
@@ -136,7 +136,7 @@ class Painter:
         return self._fonts[size]
 
 
-def _is_clear(box: Box, drawn: Sequence[Sign | Glyph], gap: float) -> bool:
+def is_clear(box: Box, drawn: Sequence[Sign | Glyph], gap: float) -> bool:
     """Return whether a box keeps a distance of `gap` pixels from everything drawn."""
     return all(
         box.right + gap < other.left

@@ -39,24 +39,23 @@ class TokenLabels:
         side: Tokens per side.
         patch: Side of a token in pixels.
         classes: Kinds of labels and their classes.
+        parts: Parts of a token, from left to right, that are labelled each: a token may show two narrow glyphs.
 
     Attributes:
-        labels: By kind, [side, side] int64: a class, the number of classes for "nothing", or UNSURE.
+        labels: By kind, [side, side * parts] int64: a class, the number of classes for "nothing", or UNSURE.
     """
 
-    def __init__(self, side: int, patch: int, classes: Classes = CLASSES):
-        self.side, self.patch, self.classes = side, patch, classes
-        self.labels = {kind: np.full((side, side), len(names)) for kind, names in classes.items()}
-        self._max_share = {kind: np.zeros((side, side)) for kind in classes}
-        self._start = np.arange(side) * patch
+    def __init__(self, side: int, patch: int, classes: Classes = CLASSES, parts: int = 1):
+        self.side, self.patch, self.classes, self.parts = side, patch, classes, parts
+        self.labels = {kind: np.full((side, side * parts), len(names)) for kind, names in classes.items()}
+        self._max_share = {kind: np.zeros((side, side * parts)) for kind in classes}
 
     def share(self, box: Box) -> np.ndarray:
-        """Return the part of a box that each token shows, relative to what it could show at most, [side, side]."""
-        columns, rows = (
-            np.clip(np.minimum(high, self._start + self.patch) - np.maximum(low, self._start), 0, None)
-            for low, high in ((box.left, box.right), (box.top, box.bottom))
-        )
-        return rows[:, None] * columns / min(self.patch**2, box.width * box.height)
+        """Return how much of a box each part of a token shows, relative to what it could at most, [side, side * parts]."""
+        width = self.patch / self.parts
+        columns = _overlap(box.left, box.right, self.side * self.parts, width)
+        rows = _overlap(box.top, box.bottom, self.side, self.patch)
+        return rows[:, None] * columns / min(self.patch * width, box.width * box.height)
 
     def mark(self, kind: str, name: str, box: Box, thresholds: Thresholds, readable: bool = True) -> None:
         """Label the tokens of an object, where no other object of the kind shows more.
@@ -75,16 +74,16 @@ class TokenLabels:
         """Mark a sign's colour, its glyphs and, if there are two, which is which."""
         self.mark("colour", sign.color, sign.box, PLATE)
         for position, glyph in zip(self.classes["position"], sign.glyphs):
-            readable = glyph.box.height >= READABLE_PIXELS and self._is_inside(glyph.box)
+            readable = glyph.box.height >= READABLE_PIXELS and self.is_inside(glyph.box)
             self.mark("glyph", glyph.name, glyph.box, GLYPH, readable)
             self.mark("position", position, glyph.box, GLYPH, readable and len(sign.glyphs) > 1)
 
     def add_vehicle(self, vehicle: Glyph) -> None:
         """Mark a vehicle's kind."""
-        readable = vehicle.box.width >= READABLE_PIXELS and self._is_inside(vehicle.box)
+        readable = vehicle.box.width >= READABLE_PIXELS and self.is_inside(vehicle.box)
         self.mark("vehicle", vehicle.name, vehicle.box, GLYPH, readable)
 
-    def _is_inside(self, box: Box) -> bool:
+    def is_inside(self, box: Box) -> bool:
         """Return whether over 60 % of a box is in the image: at the edge of a tile, objects are cut."""
         size = self.side * self.patch
         width = max(0, min(box.right, size) - max(box.left, 0))
@@ -92,8 +91,15 @@ class TokenLabels:
         return width * height > 0.6 * box.width * box.height
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return the labels, [side * side] for each kind."""
-        return [torch.from_numpy(label.flatten()) for label in self.labels.values()]
+        """Return the labels, [side * side] for each kind and, of a kind, for each part."""
+        labels = (torch.from_numpy(label).view(-1, self.parts) for label in self.labels.values())
+        return [part for label in labels for part in label.unbind(-1)]
+
+
+def _overlap(low: float, high: float, count: int, width: float) -> np.ndarray:
+    """Return how much of the interval from `low` to `high` each of `count` intervals of a width covers, [count]."""
+    start = np.arange(count) * width
+    return np.clip(np.minimum(high, start + width) - np.maximum(low, start), 0, None)
 
 
 class LabelledImages(NamedTuple):

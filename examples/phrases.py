@@ -1,0 +1,300 @@
+"""Plain questions about signs: the phrases that the default model is trained on, and those that it is tested on.
+
+A question names a sign by its colour, "{c}". What it is asked in is put together from parts, so that the model learns
+which words matter and that others may stand between them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from studies.small.objects import COLORS
+
+HELD_OUT = Path(__file__).parent / "held_out_phrases.json"
+
+_SIGNS = (
+    "the {c} sign",
+    "the {c} sign",
+    "the {c} sign",
+    "the sign that is {c}",
+    "the sign which is {c}",
+    "the sign in {c}",
+    "sign in {c}",
+    "the {c} one",
+    "the {c} plate",
+    "the {c} board",
+    "the {c} panel",
+    "the {c} coloured sign",
+    "the sign coloured {c}",
+    "the sign with the {c} background",
+    "the sign painted {c}",
+    "the small {c} sign",
+    "the one that is {c}",
+    "this {c} sign",
+    "my {c} sign",
+    "{c} sign",
+    "{c}",
+)
+_READ = {
+    "any": (
+        "what does {s} say",
+        "what does {s} show",
+        "what is on {s}",
+        "what is written on {s}",
+        "what can you read on {s}",
+        "what do you see on {s}",
+        "what can be seen on {s}",
+        "what is there on {s}",
+        "what stands on {s}",
+        "read {s}",
+        "read {s} to me",
+        "tell me about {s}",
+        "{s} says what",
+        "{s} please",
+        "can you read {s}",
+    ),
+    "number": (
+        "what number is on {s}",
+        "which number is on {s}",
+        "what is the number on {s}",
+        "what number does {s} show",
+        "which number does {s} have",
+        "which digits are on {s}",
+        "what digits does {s} show",
+        "what number is written on {s}",
+        "what number do you see on {s}",
+        "read the number on {s}",
+        "read the digits on {s}",
+        "tell me the number on {s}",
+        "give me the number on {s}",
+        "show me the number on {s}",
+        "i need the number on {s}",
+        "the number on {s}",
+        "number on {s}",
+        "{s} has which number",
+        "on {s} which number is written",
+    ),
+    "word": (
+        "what word is on {s}",
+        "which word is on {s}",
+        "what is the word on {s}",
+        "what word does {s} show",
+        "which word does {s} have",
+        "which letters are on {s}",
+        "what letters does {s} show",
+        "what text is on {s}",
+        "what is the text on {s}",
+        "what word do you see on {s}",
+        "read the word on {s}",
+        "read the text on {s}",
+        "read the letters on {s}",
+        "tell me the word on {s}",
+        "give me the word on {s}",
+        "i need the word on {s}",
+        "the word on {s}",
+        "word on {s}",
+        "text on {s}",
+        "{s} has which word",
+    ),
+    "shape": (
+        "what shape is on {s}",
+        "which shape is on {s}",
+        "what is the shape on {s}",
+        "what shape does {s} show",
+        "which symbol is on {s}",
+        "what symbol does {s} have",
+        "tell me the shape on {s}",
+        "what shape do you see on {s}",
+        "the shape on {s}",
+        "shape on {s}",
+        "name the symbol on {s}",
+    ),
+}
+_PRESENCE = (
+    "is there a {c} sign",
+    "is there any {c} sign",
+    "is there a sign that is {c}",
+    "is there a sign in {c}",
+    "is a {c} sign there",
+    "do you see a {c} sign",
+    "do you see any {c} sign",
+    "can you see a {c} sign",
+    "can you find a {c} sign",
+    "does it have a {c} sign",
+    "are there {c} signs",
+    "any {c} sign",
+)
+_COUNT = (
+    "how many signs are there",
+    "how many signs do you see",
+    "how many signs can you see",
+    "how many signs does it have",
+    "how many signs",
+    "count the signs",
+    "count all signs",
+    "can you count the signs",
+    "what is the number of signs",
+    "tell me how many signs there are",
+    "number of signs",
+)
+_WHERE = (
+    "where is {s}",
+    "where do you see {s}",
+    "where can you see {s}",
+    "where can i find {s}",
+    "where is {s} placed",
+    "find {s}",
+    "in which corner is {s}",
+    "in which part is {s}",
+    "locate {s}",
+)
+_BESIDE = {
+    "left": (
+        "is {s} left or right of {t}",
+        "is {s} to the left or to the right of {t}",
+        "is {s} on the left or on the right of {t}",
+        "is {s} right or left of {t}",
+        "{s} left or right of {t}",
+    ),
+    "above": (
+        "is {s} above or below {t}",
+        "is {s} below or above {t}",
+        "is {s} over or under {t}",
+        "{s} above or below {t}",
+        "is {s} higher or lower than {t}",
+    ),
+}
+_COLOURLESS = (
+    "what does the sign say",
+    "what does it say",
+    "what is on the sign",
+    "what is written on the sign",
+    "read the sign",
+    "read it",
+    "what number is on the sign",
+    "which word is on the sign",
+    "what is written there",
+    "which sign is it",
+)
+_DESCRIBE = (
+    "what is in this picture",
+    "what is in the image",
+    "what is this",
+    "what do you see",
+    "what can you see",
+    "describe the picture",
+    "describe this image",
+    "describe it",
+    "tell me about the picture",
+    "what is there",
+)
+_BEFORE = ("please", "can you tell me", "could you tell me", "tell me", "i want to know", "hello", "look", "so", "and")
+_AFTER = ("please", "in this picture", "in the picture", "in the image", "in this photo", "here", "thank you", "now")
+_OTHER_WORDS = """
+    a an and are as at be been but by did do does exactly eyes figure figures find for from give going got had has have
+    help her him his how if inside into it its just kindly know label let like look looking made make may me message
+    might mine more must need no not of off one onto or our out over own perhaps photo photograph place poor print
+    printed put question quick quickly really right said saying see seen she should show shown shows small so some
+    somebody someone something somewhere spell such tell telling than thanks that their them then there these they thing
+    think this those to told up upon us use value very want was way we well were what whatever when where which while
+    who will with word words would write writing wrote you your content character characters copy carry carries bear
+    bears display displayed displays appear appears area below bottom check content contents could curious detail details
+    digit during each easy ever every far few good great hand hear here hey hi kind large last letter line little look
+    man mean means moment much name near next nice number numbers object often old only open other page paint part people
+    picture plate please point possible present question reads red say second sees sense short side sign signs still
+    symbol take text thank then thing time today too top true turn two under until view wait what wonder wondering work
+    yes yet above across again aloud always around away behind being best better both bring case certain clear clearly
+    close complete correct down else end enough exact favor favour first follow found front full further give got hard
+    higher important interesting inscription item keep knows left let long lower main maybe mentioned middle mind minute
+    nothing number now okay ones outside picked pictured piece place plain possibly quite rather reading ready right
+    same scene second seem seems sentence several signboard simple simply since sir specific spelled start state stated
+    sure surface tag talk task tiny together towards try understand useful usually various visible whole wish without
+    wondered worth written zoom
+""".split()
+
+
+def read_phrase(kind: str, color: str, rng: random.Random) -> str:
+    """Return a question about what a sign shows; every second one does not say that it is a number, word or shape."""
+    return _loosened(_named(rng.choice(_READ[rng.choice(("any", kind))]), color, rng), rng)
+
+
+def presence_phrase(color: str, rng: random.Random) -> str:
+    """Return a question that is answered with yes or no."""
+    return _framed(rng.choice(_PRESENCE).replace("{c}", color), rng)
+
+
+def count_phrase(rng: random.Random) -> str:
+    """Return a question about the number of signs."""
+    return _framed(rng.choice(_COUNT), rng)
+
+
+def where_phrase(color: str, rng: random.Random) -> str:
+    """Return a question about where a sign is."""
+    return _framed(_named(rng.choice(_WHERE), color, rng), rng)
+
+
+def beside_phrase(side: str, color: str, other: str, rng: random.Random) -> str:
+    """Return a question about where a sign is relative to another one: "left" or right of it, "above" or below it."""
+    return _framed(_named(rng.choice(_BESIDE[side]), color, rng, other), rng)
+
+
+def colourless_phrase(rng: random.Random) -> str:
+    """Return a question about a sign that it does not name."""
+    return _framed(rng.choice(_COLOURLESS), rng)
+
+
+def describe_phrase(rng: random.Random) -> str:
+    """Return a question about all of the picture."""
+    return _framed(rng.choice(_DESCRIBE), rng)
+
+
+def templates() -> Iterator[str]:
+    """Yield every phrase, with "{c}" for a colour, before other words are put between its own."""
+    for phrase, sign in itertools.product(itertools.chain(*_READ.values(), _WHERE), _SIGNS):
+        yield phrase.replace("{s}", sign)
+    for phrase, sign, other in itertools.product(itertools.chain(*_BESIDE.values()), _SIGNS, _SIGNS):
+        yield phrase.replace("{s}", sign).replace("{t}", other)
+    yield from itertools.chain(_PRESENCE, _COUNT, _COLOURLESS, _DESCRIBE)
+
+
+def framed_templates() -> Iterator[str]:
+    """Yield every template alone, and with what may stand before and after it."""
+    for template in templates():
+        yield template
+        yield from (f"{before} {template}" for before in _BEFORE)
+        yield from (f"{template} {after}" for after in _AFTER)
+
+
+def vocabulary() -> list[str]:
+    """Return texts that contain every word that the model knows."""
+    return [*(text.replace("{c}", "") for text in framed_templates()), *_OTHER_WORDS, *COLORS]
+
+
+def held_out_phrases() -> list[str]:
+    """Return the phrases of the test, each about what a sign shows; none shares four words in a row with a template."""
+    return json.loads(HELD_OUT.read_text())
+
+
+def _named(phrase: str, color: str, rng: random.Random, other: str = "") -> str:
+    named = phrase.replace("{s}", rng.choice(_SIGNS).replace("{c}", color))
+    return named.replace("{t}", rng.choice(_SIGNS).replace("{c}", other))
+
+
+def _framed(phrase: str, rng: random.Random) -> str:
+    before = rng.choice(_BEFORE) if rng.random() < 0.25 else ""
+    after = rng.choice(_AFTER) if rng.random() < 0.25 else ""
+    return f"{before} {phrase} {after}".strip()
+
+
+def _loosened(phrase: str, rng: random.Random) -> str:
+    """Return a phrase in a frame or, every second time, with words left out and others put between them."""
+    if rng.random() < 0.5:
+        return _framed(phrase, rng)
+    kept = [word for word in phrase.split() if word in COLORS or rng.random() < 0.85]
+    for _ in range(rng.randint(1, 5)):
+        kept.insert(rng.randint(0, len(kept)), rng.choice(_OTHER_WORDS))
+    return " ".join(kept)
