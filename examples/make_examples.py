@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL import Image
-from signs import SIDE, SignPainter, digits_of
+
+from studies.default_model.signs import SignPainter
 
 HERE = Path(__file__).parent
 PACKAGED = HERE.parent / "flexattn_cuda" / "assets" / "examples"

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch.nn import functional
 
+from flexattn_cuda.tasks.training_data import IGNORED
 from studies.small.attention_maps import LayerMap, cross_entropy, mass_and_largest, record_maps
 from studies.small.batches import PackedScenes, pack_scenes
 from studies.small.encoded_scenes import EncodedScenes
@@ -41,7 +42,7 @@ class Predictions:
         logits: [R, V] float32.
         labels: [R] int64.
         maps: [layers, R, S*S] float32, attention over the image, from the layer before `first_layer` on.
-        cells: [R, S*S] float32, 1 where the map should lie.
+        cells: [R, S*S] float32, 1 where the map should lie; all 0 where there is nothing to look at.
     """
 
     logits: torch.Tensor
@@ -54,8 +55,9 @@ class Predictions:
         return functional.cross_entropy(self.logits, self.labels)
 
     def map_loss(self) -> torch.Tensor:
-        """Return how far the maps are from the cells, summed over the layers."""
-        return cross_entropy(self.maps, self.cells).mean(-1).sum()
+        """Return how far the maps are from the cells, summed over the layers, in the rows that have cells."""
+        looks = self.cells.any(-1)
+        return cross_entropy(self.maps[:, looks], self.cells[looks]).mean(-1).sum()
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,13 @@ class LowResolutionModel:
         embedded = self.model.get_input_embeddings()(packed.input_ids)
         embedded = embedded.masked_scatter(image.unsqueeze(-1), packed.image_features)
         hidden = self._run_layers(embedded, packed, layers)
-        rows = packed.cells.any(-1)
+        labels = packed.labels.roll(-1, 1)  # a row predicts the label after it
+        rows = labels != IGNORED
         start, area = int(image[0].int().argmax()), packed.cells.shape[-1]
         first_map = len(self.language.layers) - len(self._maps)
         maps = [one.map(packed.visible)[rows][:, start : start + area] for one in self._maps[: layers - first_map]]
-        labels = packed.labels.roll(-1, 1)[rows]  # a row predicts the label after it
-        return Predictions(self.model.lm_head(hidden[rows]), labels, torch.stack(maps), packed.cells[rows].float())
+        cells = packed.cells[rows].float()
+        return Predictions(self.model.lm_head(hidden[rows]), labels[rows], torch.stack(maps), cells)
 
     def _run_layers(self, embedded: torch.Tensor, packed: PackedScenes, layers: int) -> torch.Tensor:
         """Return the normalised hidden states after the first layers, [n, N, D]."""

@@ -77,29 +77,37 @@ def build_processor(
         flexattn: Settings of the high-resolution images; None for the low resolution alone.
         sizes: Of the model.
     """
+    images = build_image_processor(flexattn, sizes)
+    return FlexAttnLlavaProcessor(images, build_tokenizer(texts, "<image>"), chat_template=TEMPLATE)
+
+
+def build_image_processor(flexattn: FlexAttnConfig | None, sizes: ModelSizes) -> FlexAttnLlavaImageProcessor:
+    """Return the released preprocessing at these sizes."""
     grid = sizes.lr_side**2
     if flexattn is not None and flexattn.system == "hd":
         grid += (flexattn.highres_size // sizes.patch) ** 2
-    image_processor = FlexAttnLlavaImageProcessor(
+    return FlexAttnLlavaImageProcessor(
         highres_size=None if flexattn is None else flexattn.highres_size,
         lowres_size=sizes.lowres,
         lr_side=sizes.lr_side,
         image_tokens=grid,
     )
-    return FlexAttnLlavaProcessor(image_processor, build_tokenizer(texts, "<image>"), chat_template=TEMPLATE)
 
 
-def build_tokenizer(texts: Iterable[str], image_token: str, *more: str) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    texts: Iterable[str], image_token: str, *more: str, answers: Iterable[str] = ()
+) -> PreTrainedTokenizerFast:
     """Return a tokenizer of all lower-case words of the texts, whose digits are tokens of their own.
 
     Args:
         texts: Split into words.
         image_token: Stands for an image token.
         more: Other special tokens.
+        answers: Tokens that only answers have, since they contain capital letters or spaces.
     """
     special = ["<pad>", "<s>", "</s>", image_token, "<unk>", *more]
     words = sorted({word for text in texts for word in text.lower().replace("?", " ").split() if not word.isdigit()})
-    vocabulary = {token: i for i, token in enumerate([*special, *words, *"0123456789"])}
+    vocabulary = {token: i for i, token in enumerate([*special, *words, *answers, *"0123456789"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z0-9<>/ ]"), " ")]

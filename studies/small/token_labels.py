@@ -51,7 +51,7 @@ class TokenLabels:
         self._max_share = {kind: np.zeros((side, side * parts)) for kind in classes}
 
     def share(self, box: Box) -> np.ndarray:
-        """Return how much of a box each part of a token shows, relative to what it could at most, [side, side * parts]."""
+        """Return how much of a box each part of a token shows, of what it could at most, [side, side * parts]."""
         width = self.patch / self.parts
         columns = _overlap(box.left, box.right, self.side * self.parts, width)
         rows = _overlap(box.top, box.bottom, self.side, self.patch)

@@ -63,6 +63,6 @@ def find_fonts(folders: Sequence[Path], names: Sequence[str]) -> list[Path]:
     if missing:
         raise InputError(
             f"the fonts {', '.join(missing)} are not in {', '.join(map(str, folders))}; "
-            "install the packages that examples/fonts.py names, or point --fonts at them"
+            "install the packages that studies/default_model/fonts.py names, or point --fonts at them"
         )
     return [files[name] for name in names]

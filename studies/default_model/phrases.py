@@ -194,27 +194,7 @@ _DESCRIBE = (
 )
 _BEFORE = ("please", "can you tell me", "could you tell me", "tell me", "i want to know", "hello", "look", "so", "and")
 _AFTER = ("please", "in this picture", "in the picture", "in the image", "in this photo", "here", "thank you", "now")
-_OTHER_WORDS = """
-    a an and are as at be been but by did do does exactly eyes figure figures find for from give going got had has have
-    help her him his how if inside into it its just kindly know label let like look looking made make may me message
-    might mine more must need no not of off one onto or our out over own perhaps photo photograph place poor print
-    printed put question quick quickly really right said saying see seen she should show shown shows small so some
-    somebody someone something somewhere spell such tell telling than thanks that their them then there these they thing
-    think this those to told up upon us use value very want was way we well were what whatever when where which while
-    who will with word words would write writing wrote you your content character characters copy carry carries bear
-    bears display displayed displays appear appears area below bottom check content contents could curious detail details
-    digit during each easy ever every far few good great hand hear here hey hi kind large last letter line little look
-    man mean means moment much name near next nice number numbers object often old only open other page paint part people
-    picture plate please point possible present question reads red say second sees sense short side sign signs still
-    symbol take text thank then thing time today too top true turn two under until view wait what wonder wondering work
-    yes yet above across again aloud always around away behind being best better both bring case certain clear clearly
-    close complete correct down else end enough exact favor favour first follow found front full further give got hard
-    higher important interesting inscription item keep knows left let long lower main maybe mentioned middle mind minute
-    nothing number now okay ones outside picked pictured piece place plain possibly quite rather reading ready right
-    same scene second seem seems sentence several signboard simple simply since sir specific spelled start state stated
-    sure surface tag talk task tiny together towards try understand useful usually various visible whole wish without
-    wondered worth written zoom
-""".split()
+_OTHER_WORDS = (Path(__file__).parent / "other_words.txt").read_text().split()
 
 
 def read_phrase(kind: str, color: str, rng: random.Random) -> str:

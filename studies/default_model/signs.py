@@ -1,7 +1,7 @@
 """Photographs with small coloured signs: what the default model is trained and tested on.
 
-A sign shows a number of one to three digits, a word of two to five capital letters, or a shape. The backgrounds are real
-photographs, from any folders of JPEG files. The published figures use those of the Debian packages
+A sign shows a number of one to three digits, a word of two to five capital letters, or a shape. The backgrounds are
+real photographs, from any folders of JPEG files. The published figures use those of the Debian packages
 lomiri-wallpapers-16.04 and mate-backgrounds (LICENSES); every fourth one, by name, is held out.
 """
 
@@ -39,7 +39,7 @@ class Look:
     Attributes:
         fonts: Files of the fonts.
         scale: Range of the height of a glyph relative to FONT_PIXELS.
-        angle: Largest angle to the horizontal in degrees.
+        angle: Range of the angle to the horizontal in degrees, counterclockwise.
         kinds: What signs show, by weight: keys of KINDS.
         lengths: Number of glyphs of a number, by weight, and of a word.
         words: What words to show; random letters if there are none.
@@ -47,7 +47,7 @@ class Look:
 
     fonts: Sequence[Path]
     scale: tuple[float, float] = (0.7, 1.5)
-    angle: float = 12.0
+    angle: tuple[float, float] = (-12.0, 12.0)
     kinds: tuple[tuple[str, float], ...] = tuple(KINDS.items())
     lengths: tuple[tuple[int, float], ...] = ((1, 0.2), (2, 0.4), (3, 0.4))
     words: Sequence[str] = ()
@@ -113,7 +113,7 @@ class SignPainter(painter.Painter):
         rng, unit = self.rng, drawing.scale
         pixels = rng.uniform(*FONT_PIXELS) * rng.uniform(*self.look.scale) * unit
         plate, glyphs = self._plate(color, self.content(), pixels)
-        plate, glyphs = _turned(plate, glyphs, math.radians(rng.uniform(-self.look.angle, self.look.angle)))
+        plate, glyphs = _turned(plate, glyphs, math.radians(rng.uniform(*self.look.angle)))
         room = [drawing.image.width - plate.width - 1, drawing.image.height - plate.height - 1]
         if min(room) < 1:
             return
@@ -191,7 +191,10 @@ def _turned(plate: Image.Image, glyphs: Sequence[Glyph], angle: float) -> tuple[
     cos, sin = math.cos(angle), math.sin(angle)
     boxes = []
     for glyph in glyphs:
-        x, y = (glyph.box.left + glyph.box.right - plate.width) / 2, (glyph.box.top + glyph.box.bottom - plate.height) / 2
+        x, y = (
+            (glyph.box.left + glyph.box.right - plate.width) / 2,
+            (glyph.box.top + glyph.box.bottom - plate.height) / 2,
+        )
         dx, dy = turned.width / 2 + x * cos + y * sin, turned.height / 2 - x * sin + y * cos
         half_width, half_height = glyph.box.width / 2, glyph.box.height / 2
         boxes.append(Glyph(glyph.name, Box(dx - half_width, dy - half_height, dx + half_width, dy + half_height)))

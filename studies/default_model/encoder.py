@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from signs import LETTERS, MOST_GLYPHS, Look, SignPainter, photographed
 from torch.utils.data import DataLoader, Dataset
 
 from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor
+from studies.default_model.signs import LETTERS, MOST_GLYPHS, Look, SignPainter, photographed
 from studies.small.encoder_data import normalised_pixels
 from studies.small.encoder_stage import EncoderStage
 from studies.small.objects import COLORS, SHAPES, Sign
