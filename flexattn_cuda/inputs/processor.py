@@ -28,6 +28,7 @@ from flexattn_cuda.inputs.images import flat_list
 from flexattn_cuda.inputs.marks import check_marks, checked_texts
 from flexattn_cuda.inputs.questions import IMAGE, check_question, user_message
 from flexattn_cuda.inputs.tokenizers import load_tokenizer
+from flexattn_cuda.inputs.vocabulary import Vocabulary
 
 RELEASED_IMAGE_ID = -200
 # Options that transformers' AutoProcessor passes on and that have no effect here.
@@ -44,6 +45,9 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         split_at_images: Tokenize the text between two "<image>" as texts of their own, as the released code does (its
             tokenizer then puts a space before each). Otherwise "<image>" is a token of the tokenizer.
         chat_template: Jinja template of the prompt; None: that of Vicuna v1.
+        keywords: For a model that knows few words: those that a typing error is mended to, see `Vocabulary`. A prompt
+            with a word that the tokenizer does not have is then refused.
+        about: With `keywords`: what the model can be asked, for that message.
 
     Raises:
         InputError: If the tokenizer has no "<image>" token and no `image_token_id` is given.
@@ -58,6 +62,8 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         image_token_id: int | None = None,
         split_at_images: bool = False,
         chat_template: str | None = None,
+        keywords: Sequence[str] | None = None,
+        about: str = "",
     ):
         known = tokenizer.get_vocab().get(IMAGE)
         if image_token_id is None and known is None:
@@ -65,6 +71,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         self.image_token = IMAGE
         self.image_token_id = known if image_token_id is None else image_token_id
         self.split_at_images = split_at_images or known != self.image_token_id
+        self.keywords, self.about = keywords, about
         super().__init__(image_processor, tokenizer, chat_template=chat_template or VICUNA_TEMPLATE)
 
     # -------------------------------------------------------------------------------------------------------- prompts
@@ -124,7 +131,14 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         return len(self.expand_image_tokens(self.tokenize(self.prompt(question))))
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of one prompt, with one id for each image."""
+        """Return the ids of one prompt, with one id for each image.
+
+        Raises:
+            InputError: If the model has `keywords` and does not know a word.
+        """
+        if self.keywords is not None:
+            words = [word for word in self.tokenizer.get_vocab() if word.islower()]
+            text = Vocabulary(words, self.keywords, self.about).spelled(text)
         if not self.split_at_images:
             return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         first, *rest = text.split(IMAGE)
@@ -299,7 +313,16 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
                 f"{path} has image_token_id = {image_id!r} and split_at_images = {split!r}; they must be the id that "
                 "config.json names, and true or false"
             )
-        return cls(FlexAttnLlavaImageProcessor(**images), tokenizer, image_id, split, template)
+        keywords, about = values.get("keywords"), values.get("about", "")
+        if not isinstance(about, str) or not (keywords is None or _is_texts(keywords)):
+            raise CheckpointError(
+                f"{path} has keywords = {keywords!r} and about = {about!r}; they must be a list of words, and a text"
+            )
+        return cls(FlexAttnLlavaImageProcessor(**images), tokenizer, image_id, split, template, keywords, about)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) and one for one in value)
 
 
 AutoProcessor.register(FlexAttnLlavaConfig, FlexAttnLlavaProcessor)

@@ -74,6 +74,10 @@ TEMPLATE = (
     "{{ '<image>' }}{% for part in messages[0]['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
     "{{ ' <answer>' }}"
 )
+ABOUT = (
+    "it reads numbers, words and shapes on small signs that are red, green, blue, purple or black, and tells where they "
+    "are and how many"
+)
 _HELD_OUT_SCENES = 200  # of each size, in stages 3 and 4
 _LARGE = (0.8, 1.2)  # scale of large signs at the low resolution, relative to that of small ones in a tile
 _SIDES = (288, 384, 384, 600)  # pixels of the longer side of an image
@@ -106,7 +110,9 @@ class DefaultModel:
         settings = settings_for("flexattn", SIZES)
         tokenizer = build_tokenizer([*phrases.vocabulary(), *WORDS], "<image>", "<answer>", answers=ANSWERS)
         images = build_image_processor(settings, SIZES)
-        self.processor = FlexAttnLlavaProcessor(images, tokenizer, chat_template=TEMPLATE)
+        self.processor = FlexAttnLlavaProcessor(
+            images, tokenizer, chat_template=TEMPLATE, keywords=phrases.keywords(), about=ABOUT
+        )
         torch.manual_seed(options.seed)
         self.model = build_model(self.processor, settings, SIZES)
         self._resolutions = resolutions_of([settings])

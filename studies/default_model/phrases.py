@@ -249,6 +249,12 @@ def framed_templates() -> Iterator[str]:
         yield from (f"{template} {after}" for after in _AFTER)
 
 
+def keywords() -> list[str]:
+    """Return the words that the answer depends on, which a word with a typing error is taken for."""
+    words = {word for text in templates() for word in text.split() if len(word) > 3 and word != "{c}"}
+    return sorted(words.union(COLORS, ["the"]))
+
+
 def vocabulary() -> list[str]:
     """Return texts that contain every word that the model knows."""
     return [*(text.replace("{c}", "") for text in framed_templates()), *_OTHER_WORDS, *COLORS]
