@@ -26,7 +26,7 @@ class Vocabulary:
         self._keywords = sorted(keywords)
 
     def spelled(self, text: str) -> str:
-        """Return a text whose words are all known. Special tokens such as "<image>" stay.
+        """Return a text in lower case whose words are all known. Special tokens such as "<image>" stay.
 
         Raises:
             InputError: If a word is neither known nor a keyword with one typing error.
@@ -36,8 +36,10 @@ class Vocabulary:
         def known(match: re.Match[str]) -> str:
             word = match.group()
             lower = word.lower()
-            if word.startswith("<") or lower in self._words:
+            if word.startswith("<"):
                 return word
+            if lower in self._words:
+                return lower
             meant = next((keyword for keyword in self._keywords if _is_meant(keyword, lower)), None)
             if meant is None:
                 unknown.append(word)

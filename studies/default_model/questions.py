@@ -5,8 +5,8 @@ absent      the same of a colour that no sign has   there is none
 presence    is there a sign of a colour             yes, no
 count       how many signs there are                3
 beside      one sign relative to another            left, right, above, below
-where       a sign's part of the image              top left, …, in the middle
-colourless  a question that names no sign           what the only sign shows, or: which sign?
+where       a sign's part of the image              at the top left, …, in the middle
+colourless  a question that names no sign           what the only sign shows, or: which one of them?
 describe    what the picture shows                  3 signs
 """
 
@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from studies.default_model import phrases
-from studies.default_model.signs import KINDS, LETTERS, kind_of
+from studies.default_model.signs import KINDS, LETTERS, MOST_SIGNS, kind_of
 from studies.small.encoded_scenes import EncodedScenes, Pick
 from studies.small.objects import COLORS, SHAPES, Box, Sign
 from studies.small.painter import SIDE
@@ -33,8 +33,9 @@ TASKS = {
     "describe": 0.03,
 }
 """Shares of the tasks in training."""
-NONE, WHICH, SIGNS = "there is none", "which sign?", (" sign", " signs")
-PARTS = ("top left", "top right", "bottom left", "bottom right", "in the middle")
+NONE, WHICH = "there is none", "which one of them?"
+SIGNS = ("1 sign", *(f"{count} signs" for count in range(2, MOST_SIGNS + 1)))
+PARTS = ("at the top left", "at the top right", "at the bottom left", "at the bottom right", "in the middle")
 ANSWERS = (*LETTERS, NONE, WHICH, *SIGNS, *PARTS)
 """Tokens of answers that are no words of questions."""
 WORDS = (*SHAPES, "yes", "no", "left", "right", "above", "below")
@@ -117,7 +118,7 @@ def _colourless(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer]
 
 def _describe(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer]:
     boxes = tuple(sign.box for sign in signs)
-    return phrases.describe_phrase(rng), ((str(len(signs)), SIGNS[len(signs) > 1]), boxes)
+    return phrases.describe_phrase(rng), ((SIGNS[len(signs) - 1],), boxes)
 
 
 _MAKERS: dict[str, Callable[[Sequence[Sign], random.Random], tuple[str, Answer] | None]] = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
@@ -103,18 +103,22 @@ def build_tokenizer(
         texts: Split into words.
         image_token: Stands for an image token.
         more: Other special tokens.
-        answers: Tokens that only answers have, since they contain capital letters or spaces.
+        answers: Tokens of answers: capital letters, and phrases of several words. With them, text keeps its case.
     """
     special = ["<pad>", "<s>", "</s>", image_token, "<unk>", *more]
     words = sorted({word for text in texts for word in text.lower().replace("?", " ").split() if not word.isdigit()})
-    vocabulary = {token: i for i, token in enumerate([*special, *words, *answers, *"0123456789"])}
+    letters = [answer for answer in answers if len(answer) == 1]
+    vocabulary = {token: i for i, token in enumerate([*special, *words, *letters, *"0123456789"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z0-9<>/ ]"), " ")]
+    case = [] if letters else [normalizers.Lowercase()]
+    tokenizer.normalizer = normalizers.Sequence([*case, normalizers.Replace(Regex(r"[^A-Za-z0-9<>/ ]"), " ")])
+    capitals = pre_tokenizers.Split(Regex("[A-Z]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(True), capitals]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(True)])
     tokenizer.add_special_tokens(special)
-    tokenizer.decoder = decoders.Fuse()  # the digits of an answer follow each other without spaces
+    tokenizer.add_tokens([AddedToken(answer, normalized=False) for answer in answers if len(answer) > 1])
+    tokenizer.decoder = decoders.Fuse()  # the glyphs of an answer follow each other without spaces
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -66,6 +66,10 @@ def encode(
             "conversation that the chat template cannot render",
             f"the model's chat template makes {image_tokens} image tokens for {len(conversation.images)} images",
         )
+    if processor.tokenizer.unk_token_id in labels:
+        raise BrokenRecordError(
+            "answer that the model cannot write", "the model's tokenizer has no token for a part of an answer"
+        )
     answers = sum(label != IGNORED for label in labels)
     if answers > max_length:
         raise BrokenRecordError("answer too long", f"the answers take {answers} tokens; the maximum is {max_length}")
