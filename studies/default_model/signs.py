@@ -37,7 +37,7 @@ class Look:
     """How signs look; every sign draws its own.
 
     Attributes:
-        fonts: Files of the fonts.
+        fonts: Files of the fonts; Pillow's own for None.
         scale: Range of the height of a glyph relative to FONT_PIXELS.
         angle: Range of the angle to the horizontal in degrees, counterclockwise.
         kinds: What signs show, by weight: keys of KINDS.
@@ -45,7 +45,7 @@ class Look:
         words: What words to show; random letters if there are none.
     """
 
-    fonts: Sequence[Path]
+    fonts: Sequence[Path | None]
     scale: tuple[float, float] = (0.7, 1.5)
     angle: tuple[float, float] = (-12.0, 12.0)
     kinds: tuple[tuple[str, float], ...] = tuple(KINDS.items())
@@ -169,8 +169,8 @@ def _weighted(rng: random.Random, choices):
 
 
 @cache
-def _font(file: Path, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(file), size)
+def _font(file: Path | None, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size) if file is None else ImageFont.truetype(str(file), size)
 
 
 def _draw_glyph(draw, name: str, font, x: float, advance: float, middle: float, half: float) -> Box:
