@@ -52,6 +52,8 @@ class Family:
             model derives positions from them.
         position_axes: Coordinates of a position: 1, or 3 for time, row and column (multi-axis RoPE).
         later_images: Whether a later call with the same key/value cache may bring images.
+        causal_prompts: Whether a token of a prompt sees no later ones, those of its own image aside, so that a longer
+            prompt begins with the keys of a shorter one.
         takes_features: Whether images may come as tokens that were encoded before; their grids must not depend on them.
     """
 
@@ -59,6 +61,7 @@ class Family:
     row_arguments: ClassVar[tuple[str, ...]] = ()
     position_axes: ClassVar[int] = 1
     later_images: ClassVar[bool] = True
+    causal_prompts: ClassVar[bool] = True
     takes_features: ClassVar[bool] = False
 
     def __init__(self, model: PreTrainedModel, settings: FlexAttnConfig) -> None:
