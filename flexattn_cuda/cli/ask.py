@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from flexattn_cuda.cli.answers import AnswerPrinter, open_named
-from flexattn_cuda.cli.runner import silence_transformers
+from flexattn_cuda.cli.runner import print_error, silence_transformers
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.inputs.questions import check_question
 from flexattn_cuda.runs.files import check_image_path
@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 
 
 def ask(options: AskOptions) -> None:
-    """Answer a QUESTION about one or several IMAGEs; the answer is printed as it is generated.
+    """Answer a QUESTION about one or several IMAGEs, printed as it is generated, or about each image of a folder.
 
-    Examples: flexattn ask photo.jpg "What does the sign say?" --map overlay.png; the same with --compare, which shows
-    what the high resolution is good for; flexattn ask before.jpg after.jpg "What has changed?" --json
+    Of a folder, an image that cannot be read costs no other its answer; the exit code is 1 if none was answered.
+
+    Examples:
+        flexattn ask image.jpg "What does the sign say?" --compare --map overlay.png
+        flexattn ask before.jpg after.jpg "What has changed?" --json
+        flexattn ask images/ "What does the sign say?" > answers.txt
     """
     # Everything that can be checked without the model is checked before it is loaded, or even imported.
     check_question(options.question)
@@ -73,7 +77,7 @@ def _ask_folder(options: AskOptions, folder: Path) -> None:
         elif result.error is None:
             print(f"{name}: {' '.join(result.answer.split())}", flush=True)
         else:
-            print(f"flexattn: {result.error}", file=sys.stderr, flush=True)
+            print_error(result.error)
 
     # Lines of progress would stand between the answers on a terminal.
     if answer_folder(model, names, options.question, show, progress=not sys.stdout.isatty()).answers == 0:

@@ -6,14 +6,14 @@ See `flexattn_cuda.runs.options` for how they are declared. Imports nothing heav
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.mechanism.config import PRESETS, SYSTEMS
 from flexattn_cuda.runs.fingerprint import Fingerprint
-from flexattn_cuda.runs.options import Option, Options
+from flexattn_cuda.runs.options import STREAM, Option, Options
 
 MAX_NEW_TOKENS = 256
 TOKEN_VARIABLE = "FLEXATTN_TOKEN"
@@ -116,6 +116,14 @@ class ModelOptions(Options):
         changes = {"preset": self.preset, "threshold": self.threshold, "zoom": self.zoom}
         return {name: value for name, value in changes.items() if value is not None}
 
+    def as_system(self, name: str) -> ModelOptions:
+        """Return these options for another system, or for a preset; InputError if there is none of this name."""
+        if name in PRESETS:
+            return replace(self, preset=name, system=None)
+        if name in SYSTEMS:
+            return replace(self, preset=None, system=name)
+        raise InputError(f"there is no system {name!r}; allowed: {', '.join((*SYSTEMS, *PRESETS))}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AskOptions(ModelOptions):
@@ -202,6 +210,23 @@ def _numbers(text: str | None, flag: str) -> list[int] | str | None:
     if min(numbers) < 0:
         raise InputError(f"{flag} is {text!r}; allowed: first, all, or numbers from 0, such as 0,2")
     return numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(ModelOptions):
+    """Options of `flexattn chat`."""
+
+    image: Annotated[
+        str | None,
+        Option("Image to ask about: a file or a URL; /image names another.", positional=True, metavar="IMAGE"),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image == "":
+            raise InputError("the name of the image is empty; it must be a path or a URL")
+        if self.image == str(STREAM):
+            raise InputError("the image is '-', but standard input holds the questions; name a file")
 
 
 @dataclass(frozen=True, kw_only=True)
