@@ -153,6 +153,7 @@ class Chat:
             self._load(changed)
         except BaseException:
             self._load(before)
+            _tell("the model is loaded as before; what was said is forgotten")
             raise
         _tell(f"loaded as {name}")
 
@@ -189,7 +190,7 @@ class Command:
 COMMANDS = {
     "/image": Command("PATH", "Ask about another image; the conversation begins again.", Chat.image),
     "/map": Command("[FILE]", "Draw what the last answer looked at; by default to map-1.png and so on.", Chat.map),
-    "/system": Command("NAME", f"Load the model as {', '.join((*SYSTEMS, *PRESETS))}.", Chat.system),
+    "/system": Command("NAME", f"Load the model as {', '.join((*SYSTEMS, *PRESETS))}; begin again.", Chat.system),
     "/reset": Command("", "Forget what was said about the image.", Chat.reset),
     "/help": Command("", "List the commands.", Chat.help),
     "/quit": Command("", "End the chat; Ctrl-D does, too.", Chat.quit),

@@ -139,6 +139,16 @@ def test_a_model_that_takes_one_question_answers_each_as_ask_does_and_encodes_th
     assert said == [ask(model, processor, conversation.image, question).text for question in questions * 2]
 
 
+@pytest.mark.slow
+def test_the_end_of_a_question_which_sees_hr_tokens_is_read_again_inside_a_longer_one():
+    model, processor = load(device="cpu")
+    conversation, lengths = Conversation(model, processor, EXAMPLES / SIGNS[0]["file"]), Lengths(model)
+    for question in ("What does the sign say that is red", "What does the sign say that is red red"):
+        conversation.ask(question)
+    _, read = (length for length in lengths.pop() if length > 1)
+    assert read == 2
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_conversation_goes_on_after_an_answer_that_was_stopped(checkpoint, interrupted):
     model, processor = load(checkpoint, "cpu")
