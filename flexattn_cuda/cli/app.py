@@ -9,11 +9,12 @@ import typer
 import flexattn_cuda
 from flexattn_cuda.cli.ask import ask
 from flexattn_cuda.cli.ask_batch import ask_batch
+from flexattn_cuda.cli.chat import chat
 from flexattn_cuda.cli.convert import convert
 from flexattn_cuda.cli.demo import demo
 from flexattn_cuda.cli.flops import flops
 from flexattn_cuda.cli.info import info
-from flexattn_cuda.cli.options import as_command
+from flexattn_cuda.cli.options import as_command, examples_of
 from flexattn_cuda.cli.runner import run_app
 from flexattn_cuda.cli.serve import serve
 from flexattn_cuda.cli.train import train
@@ -22,11 +23,12 @@ from flexattn_cuda.cli.tune import tune
 app = typer.Typer(
     help="Ask questions about large images: a vision-language model with FlexAttention (Li et al., ECCV 2024).",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (ask, ask_batch, serve, tune, train, demo, info, flops, convert):
-    app.command()(as_command(command))
+COMMANDS = (ask, chat, ask_batch, serve, tune, train, demo, info, flops, convert)
+for command in COMMANDS:
+    app.command(epilog="\n\n".join(["Examples:", *examples_of(command)]))(as_command(command))
 
 
 def main() -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexattn_cuda.cli.runner import silence_transformers
+import typer
+
+from flexattn_cuda.cli.answers import AnswerPrinter, open_named
+from flexattn_cuda.cli.runner import print_error, silence_transformers
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.inputs.questions import check_question
 from flexattn_cuda.runs.files import check_image_path
@@ -17,22 +21,32 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from flexattn_cuda.tasks.ask import Answer
+    from flexattn_cuda.tasks.ask_batch.lines import Result
     from flexattn_cuda.tasks.models import HRModel, QuestionProcessor
 
 
 def ask(options: AskOptions) -> None:
-    """Answer a QUESTION about one or several IMAGEs; the answer is printed as it is generated.
+    """Answer a QUESTION about one or several IMAGEs, printed as it is generated, or about each image of a folder.
 
-    Examples: flexattn ask photo.jpg "What does the sign say?" --map overlay.png; the same with --compare, which shows
-    what the high resolution is good for; flexattn ask before.jpg after.jpg "What has changed?" --json
+    Of a folder, an image that cannot be read costs no other its answer; the exit code is 1 if none was answered.
+
+    Examples:
+        flexattn ask image.jpg "What does the sign say?" --compare --map overlay.png
+        flexattn ask before.jpg after.jpg "What has changed?" --json
+        flexattn ask images/ "What does the sign say?" > answers.txt
     """
     # Everything that can be checked without the model is checked before it is loaded, or even imported.
     check_question(options.question)
+    if options.folder is not None:
+        _ask_folder(options, options.folder)
+        return
     if options.map is not None:
         check_image_path(options.map)
     images = _read(options.images)
     silence_transformers()
-    model, processor = _load(options)
+    from flexattn_cuda.tasks import load as loading
+
+    model, processor = loading.load_chosen(options)
     if options.map is not None or options.compare:
         _check_layers(options.layers_to_draw, model)
     low = _asked(model, processor, images, options, high_resolution=False) if options.compare else None
@@ -44,6 +58,32 @@ def ask(options: AskOptions) -> None:
         print(f"wrote {options.map}", file=sys.stderr)
 
 
+def _ask_folder(options: AskOptions, folder: Path) -> None:
+    """Ask about every image of a folder; exit code 1 if no question was answered."""
+    from flexattn_cuda.inputs.images import images_in
+
+    names = images_in(folder)
+    silence_transformers()
+    from flexattn_cuda.tasks import load as loading
+    from flexattn_cuda.tasks.ask_batch import BatchModel, answer_folder
+    from flexattn_cuda.tasks.ask_batch.lines import encode_json
+
+    model = BatchModel(*loading.load_chosen(options), folder, options.batch_size, options.max_new_tokens)
+
+    def show(name: str, result: Result) -> None:
+        if options.json:
+            record = {"image": name, "question": options.question} | result.fields()
+            print(encode_json(record).decode(), end="", flush=True)
+        elif result.error is None:
+            print(f"{name}: {' '.join(result.answer.split())}", flush=True)
+        else:
+            print_error(result.error)
+
+    # Lines of progress would stand between the answers on a terminal.
+    if answer_folder(model, names, options.question, show, progress=not sys.stdout.isatty()).answers == 0:
+        raise typer.Exit(1)
+
+
 def _read(names: list[str]) -> list[Image.Image]:
     if names.count(str(STREAM)) > 1:
         raise InputError("standard input is named twice; it holds one image")
@@ -51,28 +91,9 @@ def _read(names: list[str]) -> list[Image.Image]:
 
 
 def _image(name: str) -> Image.Image:
-    from flexattn_cuda.inputs.images import is_url, open_image, read_standard_input
+    from flexattn_cuda.inputs.images import read_standard_input
 
-    if is_url(name):
-        from flexattn_cuda.inputs.image_sources import read_image
-
-        return read_image(name)
-    return read_standard_input() if name == str(STREAM) else open_image(name)
-
-
-def _load(options: AskOptions) -> tuple[HRModel, QuestionProcessor]:
-    from flexattn_cuda.tasks import load as loading
-
-    changes = options.changes
-    return loading.load(
-        options.model,
-        options.device,
-        options.dtype,
-        flexattn=loading.changed_settings(options.model, options.system, **changes) if changes else None,
-        system=None if changes else options.system,
-        adapter=options.adapter,
-        quantize=options.quantize,
-    )
+    return read_standard_input() if name == str(STREAM) else open_named(name)
 
 
 def _asked(
@@ -94,7 +115,7 @@ def _asked(
         images,
         options.question,
         options.max_new_tokens,
-        on_text=None if options.json else _Printer(),
+        on_text=None if options.json else AnswerPrinter(),
         trace=high_resolution and (options.map is not None or options.json) and selects(model),
         high_resolution=high_resolution,
     )
@@ -134,15 +155,3 @@ def _check_layers(layers: list[int] | str | None, model: HRModel) -> None:
     first, last = model.flexattn_settings.first_layer - 1, model.config.get_text_config().num_hidden_layers - 1
     if isinstance(layers, list) and not all(first <= layer <= last for layer in layers):
         raise InputError(f"--map-layers is {layers}; the layers of this model that select are {first} to {last}")
-
-
-class _Printer:
-    """Prints pieces of text as they come, without the space that many tokenizers begin with."""
-
-    _started = False
-
-    def __call__(self, text: str) -> None:
-        if not self._started:
-            text = text.lstrip()
-            self._started = bool(text)
-        print(text, end="", flush=True)

@@ -15,6 +15,11 @@ def ask_batch(options: BatchOptions) -> None:
     The exit code is 1 if no question was answered.
 
     On several GPUs: torchrun --nproc-per-node N -m flexattn_cuda.cli ask-batch ..., or accelerate launch.
+
+    Examples:
+        flexattn ask-batch questions.jsonl -o answers.jsonl --batch-size 16
+        flexattn ask-batch questions.jsonl -o answers.jsonl --model my-model --restart
+        torchrun --nproc-per-node 4 -m flexattn_cuda.cli ask-batch questions.jsonl -o answers.jsonl
     """
     check_readable(options.input)
     silence_transformers()

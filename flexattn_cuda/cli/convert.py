@@ -8,7 +8,12 @@ from flexattn_cuda.tasks.options import ConvertOptions
 
 
 def convert(options: ConvertOptions) -> None:
-    """Write a checkpoint with safetensors in place of its pickled .bin weights."""
+    """Write a checkpoint with safetensors in place of its pickled .bin weights.
+
+    Examples:
+        flexattn convert my-model -o my-model-safe
+        flexattn convert senfu/llava-v1.5-7b-flexattn -o llava-v1.5-7b-flexattn
+    """
     from flexattn_cuda.tasks import convert as converting
 
     for path in converting.convert(options):

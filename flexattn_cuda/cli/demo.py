@@ -14,6 +14,10 @@ def demo(options: DemoOptions) -> None:
     """Ask the example questions, save the overlays, and check the answers (exit code 1 if one is wrong).
 
     Beside the overlays lie the images, questions.jsonl and records.json, to try ask, ask-batch and train with.
+
+    Examples:
+        flexattn demo
+        flexattn demo --output shown --model my-model
     """
     examples = read_examples(examples_folder(options.examples))
     make_writable_folder(options.output)

@@ -10,7 +10,13 @@ from flexattn_cuda.tasks.options import FlopsOptions
 
 
 def flops(options: FlopsOptions) -> None:
-    """Count the TFLOPs of a prompt with one image, by system and part, without loading any weights."""
+    """Count the TFLOPs of a prompt with one image, by system and part, without loading any weights.
+
+    Examples:
+        flexattn flops
+        flexattn flops --shape 13b --systems llava,hd,flexattn --json costs.json
+        flexattn flops --model my-model --plot costs.png
+    """
     silence_transformers()
     from rich.console import Console
 

@@ -7,7 +7,12 @@ from flexattn_cuda.tasks.options import InfoOptions
 
 
 def info(options: InfoOptions) -> None:
-    """Print versions, the build, GPUs, and why a path cannot be used; with --model, what the model is and needs."""
+    """Print versions, the build, GPUs, and why a path cannot be used; with --model, what the model is and needs.
+
+    Examples:
+        flexattn info
+        flexattn info --model llava-hf/llava-1.5-7b-hf
+    """
     silence_transformers()
     from flexattn_cuda.cli.console import print_all
     from flexattn_cuda.cli.info_tables import facts_table, model_report

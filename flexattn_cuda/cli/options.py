@@ -27,10 +27,20 @@ def as_command(run: Callable[..., None]) -> Callable[..., None]:
         run(options(**values))
 
     parameters = [_parameter(declared) for declared in declared_options(options)]
-    command.__name__, command.__doc__ = run.__name__, _without_line_breaks(inspect.getdoc(run) or "")
+    command.__name__, command.__doc__ = run.__name__, _without_line_breaks(_parts(run)[0])
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def examples_of(run: Callable[..., None]) -> list[str]:
+    """Return the lines below "Examples:" at the end of a command's docstring, which `as_command` leaves out."""
+    return [line.strip() for line in _parts(run)[1].splitlines()]
+
+
+def _parts(run: Callable[..., None]) -> tuple[str, str]:
+    text, _, examples = (inspect.getdoc(run) or "").partition("\n\nExamples:\n")
+    return text, examples
 
 
 def _without_line_breaks(text: str) -> str:
@@ -58,8 +68,19 @@ def _typer_type(declared: DeclaredOption) -> Any:
 def _typer_parameter(declared: DeclaredOption) -> Any:
     option = declared.option
     has_default = declared.default is not dataclasses.MISSING
-    shared = {"help": option.help, "metavar": option.metavar, "show_default": has_default}
+    shared: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "show_default": has_default}
+    if option.choices:
+        shared["autocompletion"] = _completion(option.choices)
     if option.positional:
         return typer.Argument(**shared)
     # A flag that is named has no --no-... beside it.
     return typer.Option(*(option.flags or (f"--{declared.name.replace('_', '-')}",)), **shared)
+
+
+def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """Return what completes a value in the shell, as typer calls it."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [one for one in choices if one.startswith(incomplete)]
+
+    return complete

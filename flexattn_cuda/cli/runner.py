@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 import warnings
-from typing import NoReturn
 
 import typer
 
@@ -30,19 +30,35 @@ def run_app(app: typer.Typer, name: str) -> None:
         stream.reconfigure(errors="replace")
     try:
         app(prog_name=name)
-    except (InputError, CheckpointError) as error:
-        _fail(str(error))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, by name: most errors end without importing torch
-            raise
-        _fail("the GPU does not have enough memory; `flexattn info --model DIR` estimates what a model needs")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        sentence = sentence_of(error)
+        if sentence is None:
+            raise
+        print_error(sentence)
+        sys.exit(2)
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"flexattn: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+def sentence_of(error: Exception) -> str | None:
+    """Return what a user is told of an error in the input, or of a full GPU; None for any other error."""
+    if isinstance(error, InputError | CheckpointError):
+        return " ".join(str(error).split())
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: most errors end without importing torch
+        return "the GPU does not have enough memory; `flexattn info --model DIR` estimates what a model needs"
+    return None
+
+
+def print_error(sentence: str) -> None:
+    """Print a sentence on stderr."""
+    print(f"flexattn: {sentence}", file=sys.stderr, flush=True)
+
+
+def require(extra: str, *packages: str) -> None:
+    """Raise InputError if one of the packages that an extra of this package installs is missing."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"{', '.join(missing)} is not installed; run: pip install 'flexattn_cuda[{extra}]'")
 
 
 def silence_transformers() -> None:

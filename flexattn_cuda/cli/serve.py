@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 
-from flexattn_cuda.cli.runner import silence_transformers
-from flexattn_cuda.errors import InputError
+from flexattn_cuda.cli.runner import require, silence_transformers
 from flexattn_cuda.tasks.options import ServeOptions
 
 
 def serve(options: ServeOptions) -> None:
-    """Serve a web page and an API that OpenAI's clients speak; Ctrl-C stops."""
-    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"{', '.join(missing)} is not installed; run: pip install 'flexattn_cuda[serve]'")
+    """Serve a web page and an API that OpenAI's clients speak; Ctrl-C stops.
+
+    Examples:
+        flexattn serve
+        flexattn serve --model my-model --port 8080 --batch-size 16
+        FLEXATTN_TOKEN=secret flexattn serve --host 0.0.0.0 --files images/
+    """
+    require("serve", "fastapi", "uvicorn", "prometheus_client")
     silence_transformers()
     from flexattn_cuda.serve import run
 

@@ -12,6 +12,11 @@ def train(options: TrainOptions) -> None:
 
     On several GPUs: torchrun --nproc-per-node N -m flexattn_cuda.cli train ..., or accelerate launch, whose
     configuration may ask for FSDP or DeepSpeed.
+
+    Examples:
+        flexattn train --data records.json --images images/ --output trained --check-only
+        flexattn train --data records.json --images images/ --output trained --train hr --epochs 3
+        flexattn train --data records.json --images images/ --output my-adapter --model my-model --adapter-only
     """
     check_readable(options.data)
     silence_transformers()

@@ -11,7 +11,12 @@ from flexattn_cuda.tasks.options import TuneOptions
 
 
 def tune(options: TuneOptions) -> None:
-    """Fit FlexAttention to a model by a FILE of questions: find the layer that looks at the right place."""
+    """Fit FlexAttention to a model by a FILE of questions: find the layer that looks at the right place.
+
+    Examples:
+        flexattn tune questions.jsonl --model OpenGVLab/InternVL3-1B-hf --out my-adapter
+        flexattn tune questions.jsonl --model OpenGVLab/InternVL3-1B-hf --out my-adapter --share 0.2
+    """
     silence_transformers()
     from flexattn_cuda.cli.console import print_all
     from flexattn_cuda.cli.tune_table import scores_table

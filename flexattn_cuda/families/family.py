@@ -52,12 +52,17 @@ class Family:
             model derives positions from them.
         position_axes: Coordinates of a position: 1, or 3 for time, row and column (multi-axis RoPE).
         later_images: Whether a later call with the same key/value cache may bring images.
+        causal_prompts: Whether a token of a prompt sees no later ones, those of its own image aside, so that a longer
+            prompt begins with the keys of a shorter one.
+        takes_features: Whether images may come as tokens that were encoded before; their grids must not depend on them.
     """
 
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values",)
     row_arguments: ClassVar[tuple[str, ...]] = ()
     position_axes: ClassVar[int] = 1
     later_images: ClassVar[bool] = True
+    causal_prompts: ClassVar[bool] = True
+    takes_features: ClassVar[bool] = False
 
     def __init__(self, model: PreTrainedModel, settings: FlexAttnConfig) -> None:
         self.model = model
@@ -158,6 +163,8 @@ class Family:
 
 class FixedTower(Family):
     """A model whose vision tower takes squares of one size: the LR view is one, an HR image zoom x zoom of them."""
+
+    takes_features: ClassVar[bool] = True
 
     @property
     def lr_side(self) -> int:

@@ -42,6 +42,7 @@ class PaliGemma(LlavaTower):
     """PaliGemma: the tokens of the prompt see each other in both directions."""
 
     later_images: ClassVar[bool] = False
+    causal_prompts: ClassVar[bool] = False
 
 
 class Gemma3(LlavaTower):

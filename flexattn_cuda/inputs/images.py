@@ -35,6 +35,24 @@ def open_image(path: str | Path) -> Image.Image:
         return upright_rgb(image)
 
 
+def images_in(folder: Path) -> list[str]:
+    """Return the names of the image files in a folder, in their order: those with an extension that Pillow reads.
+
+    Raises:
+        InputError: If the folder cannot be read, or holds none.
+    """
+    Image.init()
+    readable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be read: {error.strerror}") from None
+    found = [name for name in names if Path(name).suffix.lower() in readable and not name.startswith(".")]
+    if not found:
+        raise InputError(f"the folder {folder} holds no files that end in .png, .jpg or another image format's name")
+    return found
+
+
 def is_url(source: str) -> bool:
     """Return whether text names an image on the web, and not a file."""
     return source.startswith(("http://", "https://"))

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from flexattn_cuda.families.attached import AttachedModel
 from flexattn_cuda.mechanism.trace import Trace
 from flexattn_cuda.serve.errors import RequestError, timed_out
 from flexattn_cuda.serve.images import ImageCache, ServedImage, encode
@@ -25,7 +24,7 @@ from flexattn_cuda.serve.rows import Row, Rows
 from flexattn_cuda.tasks.ask import end_ids, generate_greedily
 from flexattn_cuda.tasks.models import HRModel, TrainingProcessor
 
-_HR_INPUTS = ("pixel_values_hr", "hr_features", "valid_rect")
+_HR_INPUTS = ("hr_features", "valid_rect")
 _LOG = logging.getLogger(__name__)
 
 
@@ -157,9 +156,9 @@ class Engine:
         return padded.to(self._model.device)
 
     def _without_hr(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Leave HR tokens out or, for families whose own forward takes images in another form, without weight."""
-        if isinstance(self._model, AttachedModel):
-            return inputs | ({"hr_alpha": 0.0} if "pixel_values_hr" in inputs else {})
+        """Leave HR tokens out or, for families that take no features, without weight."""
+        if "pixel_values_hr" in inputs:
+            return inputs | {"hr_alpha": 0.0}
         return {name: value for name, value in inputs.items() if name not in _HR_INPUTS}
 
 

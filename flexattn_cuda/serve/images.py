@@ -7,10 +7,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.inputs.frames import Frame
+from flexattn_cuda.tasks.encoded import encoded
 from flexattn_cuda.tasks.models import HRModel
 
 
@@ -24,7 +22,7 @@ class ServedImage:
         height: In pixels, upright.
         frame: The part of it that the model sees.
         inputs: Arguments of the model's forward.
-        encoded: Whether the inputs are what `encode` returns.
+        encoded: Whether the inputs are those that `encode` returns.
     """
 
     digest: str
@@ -42,18 +40,8 @@ class ServedImage:
 
 
 def encode(model: HRModel, image: ServedImage) -> ServedImage:
-    """Return an image with what the model can reuse: its LR and HR tokens for this package's LLaVA, and its pixels on
-    the model's device for a model that FlexAttention was attached to."""
-    inputs = {name: _moved(value, model.device) for name, value in image.inputs.items()}
-    if isinstance(model, FlexAttnLlavaForConditionalGeneration):
-        with torch.no_grad():
-            lr, hr = model.encode(inputs.pop("pixel_values"), inputs.pop("pixel_values_hr", None))
-        inputs |= {"image_features": lr} | ({} if hr is None else {"hr_features": hr})
-    return replace(image, inputs=inputs, encoded=True)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return [one.to(device) for one in value] if isinstance(value, list) else value.to(device)
+    """Return an image with what the model can reuse, see `tasks.encoded`."""
+    return replace(image, inputs=encoded(model, image.inputs), encoded=True)
 
 
 class ImageCache:

@@ -16,6 +16,7 @@ from flexattn_cuda.serve.images import ImageCache, ServedImage
 from flexattn_cuda.serve.jobs import Prompt
 from flexattn_cuda.serve.sources import Sources
 from flexattn_cuda.tasks.ask import room
+from flexattn_cuda.tasks.conversation import conversation_text
 from flexattn_cuda.tasks.models import HRModel, TrainingProcessor, max_positions
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -103,13 +104,7 @@ class PromptReader:
         if len(messages) == 1 and len(messages[0].texts) == 1:
             return self.processor.prompt(messages[0].texts[0], images=len(messages[0].images))
         conversation = [message.as_template_takes_it() for message in messages]
-        text = self.processor.conversation_text(conversation, add_generation_prompt=True)
-        if not all(part.strip() in text for message in messages for part in message.texts):
-            raise InputError(
-                "this model takes one question about an image, and no conversation: its chat template leaves messages "
-                "out; send a single message of the user"
-            )
-        return text
+        return conversation_text(self.processor, conversation)
 
     def _inputs(self, text: str, images: Sequence[ServedImage]) -> dict[str, list[int]]:
         tokens = [self.processor.image_tokens_of(image.width, image.height) for image in images]

@@ -210,11 +210,20 @@ class ResponsesRequest(Request):
     input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    previous_response_id: None = None
+    previous_response_id: str | None = None
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
     text: TextOptions | None = None
     include: list[Any] | None = Field(None, max_length=0)
+
+    @model_validator(mode="after")
+    def _continues_nothing(self) -> ResponsesRequest:
+        if self.previous_response_id is not None:
+            raise ValueError(
+                f"previous_response_id is {self.previous_response_id[:100]!r}, but this server stores no responses; "
+                "send the whole conversation as input"
+            )
+        return self
 
     def conversation(self) -> list[Message]:
         """Return the messages."""

@@ -198,26 +198,15 @@ def ask(
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be a whole number of at least 1")
     if not (high_resolution or selects(model)):
         raise InputError("this model has no FlexAttention, so there are no high-resolution tokens to leave out")
-    started = time.perf_counter()
+    recording = Recording(processor, on_text, trace)
     images = read_images(image)
     if not images:
         raise InputError("there is a question but no image; pass an image file or a PIL image")
-    recorded = Trace() if trace else None
-    streamer = _Streamer(processor.tokenizer, on_text)
+    alpha = 1.0 if high_resolution else 0.0
     [tokens] = generate_answers(
-        model, processor, [images], [question], max_new_tokens, streamer, recorded, 1.0 if high_resolution else 0.0
+        model, processor, [images], [question], max_new_tokens, recording.streamer, recording.trace, alpha
     )
-    return Answer(
-        text=answer_text(processor, tokens),
-        tokens=tokens,
-        pieces=streamer.pieces[: len(tokens)],
-        question=question,
-        images=images,
-        seconds=time.perf_counter() - started,
-        trace=recorded,
-        frame_of=processor.frame,
-        cell=processor.cell,
-    )
+    return recording.answer(question, images, tokens)
 
 
 def generate_answers(
@@ -254,8 +243,13 @@ def generate_answers(
     options = {} if hr_alpha == 1.0 else {"hr_alpha": hr_alpha}  # a model without the mechanism knows no such weight
     ids = generate_greedily(model, processor, inputs, max(limits), streamer=streamer, flexattn_trace=trace, **options)
     # Each row has an end of its own: others of the batch may go on for longer, or have room for a longer answer.
-    ends, rows = end_ids(model, processor), (row[:limit] for row, limit in zip(ids.tolist(), limits))
-    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
+    ends = end_ids(model, processor)
+    return [until_end(row[:limit], ends) for row, limit in zip(ids.tolist(), limits)]
+
+
+def until_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """Return the token ids of an answer before the first that ends it, see `end_ids`."""
+    return list(itertools.takewhile(lambda token: token not in ends, tokens))
 
 
 def generate_greedily(
@@ -362,6 +356,39 @@ class TextPieces:
             self._text += piece
             self.pieces[-1] += piece
         return piece
+
+
+class Recording:
+    """What is heard of one answer while it is generated.
+
+    Args:
+        processor: Of the model.
+        on_text: Called with each piece of the answer as soon as it is known.
+        trace: Record what every step looks at.
+
+    Attributes:
+        streamer: An argument of transformers' `generate`.
+        trace: An argument of this package's.
+    """
+
+    def __init__(self, processor: QuestionProcessor, on_text: Callable[[str], None] | None, trace: bool):
+        self.streamer = _Streamer(processor.tokenizer, on_text)
+        self.trace = Trace() if trace else None
+        self._processor, self._started = processor, time.perf_counter()
+
+    def answer(self, question: str, images: list[Image.Image], tokens: list[int]) -> Answer:
+        """Return the answer, of which these are the token ids without the end-of-sequence token."""
+        return Answer(
+            text=answer_text(self._processor, tokens),
+            tokens=tokens,
+            pieces=self.streamer.pieces[: len(tokens)],
+            question=question,
+            images=images,
+            seconds=time.perf_counter() - self._started,
+            trace=self.trace,
+            frame_of=self._processor.frame,
+            cell=self._processor.cell,
+        )
 
 
 class _Streamer(BaseStreamer):

@@ -26,7 +26,7 @@ from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
 from flexattn_cuda.mechanism.config import PRESETS, FlexAttnConfig
 from flexattn_cuda.tasks import lora
 from flexattn_cuda.tasks.models import HRModel, QuestionProcessor
-from flexattn_cuda.tasks.options import QUANTIZATIONS
+from flexattn_cuda.tasks.options import QUANTIZATIONS, ModelOptions
 
 DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / "default"
 
@@ -79,6 +79,25 @@ def load(
         return _load_attached(folder, wanted, str(model))
     _refuse_adapter(folder, adapter)
     return _load_llava(folder, wanted)
+
+
+def load_chosen(options: ModelOptions) -> tuple[HRModel, QuestionProcessor]:
+    """Load a model as the options of a command say.
+
+    Raises:
+        CheckpointError: As `load` does.
+        InputError: As `load` and `changed_settings` do.
+    """
+    changes = options.changes
+    return load(
+        options.model,
+        options.device,
+        options.dtype,
+        flexattn=changed_settings(options.model, options.system, **changes) if changes else None,
+        system=None if changes else options.system,
+        adapter=options.adapter,
+        quantize=options.quantize,
+    )
 
 
 def load_llava(

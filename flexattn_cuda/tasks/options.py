@@ -5,14 +5,15 @@ See `flexattn_cuda.runs.options` for how they are declared. Imports nothing heav
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.mechanism.config import PRESETS, SYSTEMS
 from flexattn_cuda.runs.fingerprint import Fingerprint
-from flexattn_cuda.runs.options import Option, Options
+from flexattn_cuda.runs.options import STREAM, Option, Options
 
 MAX_NEW_TOKENS = 256
 TOKEN_VARIABLE = "FLEXATTN_TOKEN"
@@ -79,18 +80,9 @@ class TuneOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskOptions(Options):
-    """Options of `flexattn ask`."""
+class ModelOptions(Options):
+    """Options of the commands that load a model and answer with it."""
 
-    images: Annotated[
-        list[str],
-        Option(
-            "Images of one prompt: files (PNG, JPEG, ...) or URLs; - for standard input.",
-            positional=True,
-            metavar="IMAGE",
-        ),
-    ]
-    question: Annotated[str, Option("Question about the images.", positional=True, metavar="QUESTION")]
     model: Model = None
     adapter: Adapter = None
     quantize: Quantize = None
@@ -106,12 +98,57 @@ class AskOptions(Options):
     zoom: Annotated[
         int | None, Option("Side of the high-resolution image, in low-resolution ones.", minimum=1, metavar="Z")
     ] = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.changes and self.adapter is not None:
+            changed = next(iter(self.changes))
+            raise InputError(f"an adapter has settings of its own; leave one of --{changed} and --adapter out")
+        if self.preset is not None and self.system is not None:
+            raise InputError("--preset and --system exclude each other: a system has settings of its own")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The settings that replace the model's own, by name."""
+        changes = {"preset": self.preset, "threshold": self.threshold, "zoom": self.zoom}
+        return {name: value for name, value in changes.items() if value is not None}
+
+    def as_system(self, name: str) -> ModelOptions:
+        """Return these options for another system, or for a preset; InputError if there is none of this name."""
+        if name in PRESETS:
+            return replace(self, preset=name, system=None)
+        if name in SYSTEMS:
+            return replace(self, preset=None, system=name)
+        raise InputError(f"there is no system {name!r}; allowed: {', '.join((*SYSTEMS, *PRESETS))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions(ModelOptions):
+    """Options of `flexattn ask`."""
+
+    images: Annotated[
+        list[str],
+        Option(
+            "Images of one prompt: files (PNG, JPEG, ...) or URLs, - for standard input; or a folder, each of whose "
+            "images is asked about.",
+            positional=True,
+            metavar="IMAGE",
+        ),
+    ]
+    question: Annotated[str, Option("Question about the images.", positional=True, metavar="QUESTION")]
     compare: Annotated[
         bool, Option("Answer from the low resolution alone too; --map draws both beside each other.")
     ] = False
-    json: Annotated[bool, Option("Print a JSON object: answer, tokens, seconds and, by image, what was selected.")] = (
-        False
-    )
+    json: Annotated[
+        bool,
+        Option(
+            "Print a JSON object: answer, tokens, seconds and, by image, what was selected; for a folder, one with the "
+            "answer per line."
+        ),
+    ] = False
     map: Annotated[
         Path | None,
         Option("Save the image with the attention map and the selected regions drawn over it.", metavar="FILE"),
@@ -122,9 +159,7 @@ class AskOptions(Options):
     map_layers: Annotated[
         str | None, Option("Layers whose selection to draw: first (the default), all, or numbers from 0.")
     ] = None
-    device: Device = "auto"
-    dtype: Dtype = "auto"
-    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS
+    batch_size: Annotated[int, Option("Number of images of a folder per batch.", minimum=1)] = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,20 +167,24 @@ class AskOptions(Options):
             raise InputError("the name of an image is empty; it must be a path or a URL")
         if self.map is not None and self.map.resolve() in [Path(image).resolve() for image in self.images]:
             raise InputError(f"--map {self.map} would overwrite the image; choose another name")
-        if self.changes and self.adapter is not None:
-            changed = next(iter(self.changes))
-            raise InputError(f"an adapter has settings of its own; leave one of --{changed} and --adapter out")
-        if self.preset is not None and self.system is not None:
-            raise InputError("--preset and --system exclude each other: a system has settings of its own")
         for flag, chosen in (("--map-tokens", self.map_tokens), ("--map-layers", self.map_layers)):
             if _numbers(chosen, flag) is not None and self.map is None:
                 raise InputError(f"{flag} needs --map FILE, the file to draw to")
+        self._check_folders()
+
+    def _check_folders(self) -> None:
+        folders = [image for image in self.images if os.path.isdir(image)]
+        if folders and len(self.images) > 1:
+            raise InputError(f"{folders[0]} is a folder, whose images are asked about one by one; name it alone")
+        if folders and (self.map is not None or self.compare):
+            raise InputError(
+                f"{folders[0]} is a folder; --map and --compare take images, so name one, or leave them out"
+            )
 
     @property
-    def changes(self) -> dict[str, Any]:
-        """The settings that replace the model's own, by name."""
-        changes = {"preset": self.preset, "threshold": self.threshold, "zoom": self.zoom}
-        return {name: value for name, value in changes.items() if value is not None}
+    def folder(self) -> Path | None:
+        """The folder whose images are asked about, if one is."""
+        return Path(self.images[0]) if os.path.isdir(self.images[0]) else None
 
     @property
     def tokens_to_draw(self) -> list[int] | str:
@@ -171,6 +210,23 @@ def _numbers(text: str | None, flag: str) -> list[int] | str | None:
     if min(numbers) < 0:
         raise InputError(f"{flag} is {text!r}; allowed: first, all, or numbers from 0, such as 0,2")
     return numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(ModelOptions):
+    """Options of `flexattn chat`."""
+
+    image: Annotated[
+        str | None,
+        Option("Image to ask about: a file or a URL; /image names another.", positional=True, metavar="IMAGE"),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image == "":
+            raise InputError("the name of the image is empty; it must be a path or a URL")
+        if self.image == str(STREAM):
+            raise InputError("the image is '-', but standard input holds the questions; name a file")
 
 
 @dataclass(frozen=True, kw_only=True)

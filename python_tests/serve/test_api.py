@@ -234,6 +234,15 @@ def test_what_cannot_be_right_is_refused_in_a_sentence(signs, changes, says):
     assert refused.value.body["type"] == "invalid_request_error" and "\n" not in refused.value.body["message"]
 
 
+def test_nothing_is_stored_so_a_response_cannot_be_continued_by_its_id(chatting):
+    client = chatting.client()
+    first = client.responses.create(model=TINY, input="Hello there", store=True, max_output_tokens=3)
+    assert first.store is False
+    with pytest.raises(openai.BadRequestError, match="stores no responses; send the whole conversation as input"):
+        client.responses.create(model=TINY, input="And now?", previous_response_id=first.id)
+    assert chatting.get(f"v1/responses/{first.id}").status_code == 404
+
+
 def test_an_unknown_model_is_not_found(signs):
     with pytest.raises(openai.NotFoundError, match="not served here"):
         signs.client().chat.completions.create(model="gpt-4", messages=[sign(0)[0]])

@@ -41,6 +41,26 @@ def test_answers_and_traces_are_those_of_ask(family, tmp_path):
         assert low == processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("family", sorted(attached_checkpoint.CHECKPOINTS.keys() - {"llava", "llava_siglip"}))
+def test_an_image_that_was_asked_about_before_is_not_encoded_again(family, tmp_path):
+    folder = attached_checkpoint.CHECKPOINTS[family].save(tmp_path / family)
+    with served.in_this_process(folder) as server:
+        inner, calls = server.service.model.model, []
+        name = next(one for one in ("vision_tower", "vision_model", "visual") if hasattr(inner, one))
+        getattr(inner, name).register_forward_hook(lambda *_: calls.append(1))
+        asked = [{"hr": True}, {"hr": True}, {"hr": False}]
+        made = []
+        for extension in asked:
+            messages = [served.message("what is this", png(3))]
+            body = dict(model=server.name, messages=messages, max_tokens=4, flexattn=extension)
+            assert server.post(body).status_code == 200
+            made.append(len(calls))
+    if family in ("qwen2_vl", "qwen2_5_vl"):  # whose grids depend on the image: the pixels are kept
+        assert 0 < made[0] < made[1] < made[2]
+    else:
+        assert 0 < made[0] == made[1] == made[2]
+
+
 def test_a_model_without_maps_is_served_without_them(tmp_path):
     model, processor = load(None, "cpu", system="llava")
     service = Service(model, processor, ServeOptions(device="cpu"), "plain")

@@ -122,7 +122,7 @@ def test_a_batch_of_mixed_systems_is_split(loaded):
 def test_an_image_is_encoded_once(loaded, monkeypatch):
     model, processor = loaded
     calls, encode = [], model.encode
-    monkeypatch.setattr(model, "encode", lambda *pixels: calls.append(1) or encode(*pixels), raising=False)
+    monkeypatch.setattr(model, "encode", lambda **pixels: calls.append(1) or encode(**pixels))
     made = engine(loaded, batch_size=2)
     made.start()
     for question in QUESTIONS:

@@ -147,7 +147,12 @@ def test_standard_input_without_an_image_is_refused(flexattn, monkeypatch, data,
     "arguments, says",
     [
         (["nowhere.png", QUESTION], "there is no image nowhere.png"),
-        ([".", QUESTION], "is not an image file"),
+        (["none", QUESTION], "the folder none holds no files that end in .png"),
+        (["image.png", ".", QUESTION], ". is a folder, whose images are asked about one by one"),
+        ([".", QUESTION, "--map", "map.png"], ". is a folder; --map and --compare take images"),
+        ([".", QUESTION, "--compare"], ". is a folder; --map and --compare take images"),
+        ([".", " "], "the question is empty"),
+        ([".", QUESTION, "--batch-size", "0"], "must be at least 1"),
         (["empty.png", QUESTION], "is an empty file"),
         (["text.png", QUESTION], "is not an image that can be read"),
         (["cut.png", QUESTION], "is damaged"),
@@ -178,6 +183,8 @@ def test_standard_input_without_an_image_is_refused(flexattn, monkeypatch, data,
 )
 def test_what_cannot_be_used_is_refused_in_one_sentence(flexattn, image, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "notes.txt").write_text("no image")
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "cut.png").write_bytes((tmp_path / "image.png").read_bytes()[:300])

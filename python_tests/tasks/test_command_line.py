@@ -6,10 +6,15 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
+import documents
 import pytest
 
 import flexattn_cuda
+from flexattn_cuda.cli.app import COMMANDS as FUNCTIONS
+from flexattn_cuda.cli.options import examples_of
+from flexattn_cuda.mechanism.config import SYSTEMS
 from flexattn_cuda.runs.options import declared_options
 from flexattn_cuda.tasks import options as task_options
 
@@ -52,9 +57,11 @@ def test_wrong_usage_ends_with_exit_code_2():
         (["--version"], 0),
         (["--help"], 0),
         (["train", "--help"], 0),
+        (["train", "-h"], 0),
         (["ask"], 2),
         (["ask", "nowhere.png", "What is it?"], 2),
         (["ask", "nowhere.png", " "], 2),
+        (["chat", "nowhere.png"], 2),
         (["ask-batch", "nowhere.jsonl", "-o", "answers.jsonl"], 2),
         (["train", "--data", "nowhere.json", "--images", "b", "--output", "c"], 2),
         (["ask", "nowhere.png", "What is it?", "--map", "map.txt"], 2),
@@ -81,10 +88,59 @@ def test_the_operators_import_neither_transformers_nor_the_command_line():
     assert "torch" in modules and not modules & {"transformers", "typer", "flexattn_cuda.cli", "flexattn_cuda.tasks"}
 
 
+# ------------------------------------------------------------------------------------------------------ completion
+
+
+def completed(line: str, monkeypatch) -> tuple[list[str], set[str]]:
+    """Return what bash would propose for the last word of a line, and the modules that it imported for it."""
+    monkeypatch.setenv("_FLEXATTN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+    ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    *proposed, told = ended.stdout.splitlines()
+    code, modules = json.loads(told)
+    assert code == 0, ended.stderr
+    return [one for one in proposed if one], set(modules)
+
+
+@pytest.mark.parametrize(
+    "line, proposed",
+    [
+        ("flexattn ", [function.__name__.replace("_", "-") for function in FUNCTIONS]),
+        ("flexattn as", ["ask", "ask-batch"]),
+        ("flexattn ask --ma", ["--max-new-tokens", "--map", "--map-tokens", "--map-layers"]),
+        ("flexattn ask image.jpg --system ", list(SYSTEMS)),
+        ("flexattn chat --system fl", ["flexattn", "flexattn-paper"]),
+        ("flexattn ask --preset ", ["paper", "released"]),
+        ("flexattn ask imag", []),  # the shell completes names of files
+    ],
+)
+def test_a_shell_completes_commands_options_and_values_without_torch(line, proposed, monkeypatch):
+    found, modules = completed(line, monkeypatch)
+    assert sorted(found) == sorted(proposed) and not modules & HEAVY
+
+
+# ------------------------------------------------------------------------------------------------------------ help
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_the_help_of_a_command_ends_with_examples_that_it_takes(function: Callable, flexattn, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    command = function.__name__.replace("_", "-")
+    short, long = flexattn(command, "-h"), flexattn(command, "--help")
+    examples = examples_of(function)
+    assert short == long and long[0] == 0 and 2 <= len(examples) <= 3
+    assert [line.strip() for line in long[1].partition("Examples:")[2].splitlines() if line.strip()] == examples
+    for example in examples:
+        assert command in example
+        documents.check_shell(example.partition(" <")[0].partition(" >")[0], flexattn)
+
+
 # --------------------------------------------------------------------------------------------------------- options
 
 COMMANDS = {
     "ask": task_options.AskOptions,
+    "chat": task_options.ChatOptions,
     "ask-batch": task_options.BatchOptions,
     "train": task_options.TrainOptions,
     "demo": task_options.DemoOptions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,8 @@ from flexattn_cuda.inputs.image_sources import read_image
 from flexattn_cuda.inputs.images import is_url
 from flexattn_cuda.runs.progress import Progress
 from flexattn_cuda.tasks import ask as answering
-from flexattn_cuda.tasks.ask_batch.journal import Journal
 from flexattn_cuda.tasks.ask_batch.lines import Line, Lines, Result, Results, usable_lines
 from flexattn_cuda.tasks.models import HRModel, QuestionProcessor
-from flexattn_cuda.tasks.options import BatchOptions
 
 Batch = list[int]  # numbers of lines
 
@@ -35,11 +34,21 @@ class Plan:
 
 @dataclass(frozen=True)
 class BatchModel:
-    """A model with its processor, and how it is to answer."""
+    """A model with its processor, and how it is to answer.
+
+    Attributes:
+        model: The model.
+        processor: Its processor.
+        images: The folder that the paths of images are relative to.
+        batch_size: Number of questions per batch.
+        max_new_tokens: Maximum length of an answer in tokens.
+    """
 
     model: HRModel
     processor: QuestionProcessor
-    options: BatchOptions
+    images: Path
+    batch_size: int
+    max_new_tokens: int
 
     def plan(self, lines: Lines, done: Results) -> Plan:
         """Cut the lines that are not done into batches of prompts of similar length, so that little of them is padding.
@@ -56,15 +65,17 @@ class BatchModel:
             except InputError as error:
                 too_long[number] = Result(error=" ".join(str(error).split()))
         order = sorted(lengths, key=lambda number: (-lengths[number], number))
-        size = self.options.batch_size
+        size = self.batch_size
         return Plan([order[start : start + size] for start in range(0, len(order), size)], too_long)
 
-    def answer_share(self, lines: Lines, share: list[Batch], journal: Journal, progress: Progress) -> Results:
-        """Answer batches, and keep each in the journal as soon as it is answered."""
+    def answer_share(
+        self, lines: Lines, share: list[Batch], on_results: Callable[[Results], None], progress: Progress
+    ) -> Results:
+        """Answer batches, and hand the results of each on as soon as it is answered."""
         answered: Results = {}
         for batch in share:
             results = self.answer({number: lines[number] for number in batch})
-            journal.append(results)
+            on_results(results)
             answered |= results
             progress.advance(len(batch))
         return answered
@@ -84,10 +95,10 @@ class BatchModel:
                 results[number] = Result(error=" ".join(str(error).split()))
         if not images:
             return results
-        questions, limit = [lines[number].question for number in images], self.options.max_new_tokens
+        questions = [lines[number].question for number in images]
         try:
             answers = answering.generate_answers(
-                self.model, self.processor, [[image] for image in images.values()], questions, limit
+                self.model, self.processor, [[image] for image in images.values()], questions, self.max_new_tokens
             )
         except torch.OutOfMemoryError:
             raise InputError(
@@ -98,5 +109,5 @@ class BatchModel:
         return results | {number: Result(answer=text) for number, text in zip(images, texts)}
 
     def _image(self, line: Line) -> str | Path:
-        """Return the image's URL, or its path from the file of the questions."""
-        return line.image if is_url(line.image) else self.options.input.parent / line.image
+        """Return the image's URL, or its path."""
+        return line.image if is_url(line.image) else self.images / line.image

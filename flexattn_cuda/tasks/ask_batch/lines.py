@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,20 @@ class Result:
     def fields(self) -> dict[str, str]:
         """Return the fields of the output and of a journal."""
         return {"answer": self.answer} if self.error is None else {"error": self.error}
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Number of results that hold an answer, and of those that hold an error."""
+
+    answers: int
+    errors: int
+
+    @classmethod
+    def of(cls, results: Iterable[Result]) -> Totals:
+        """Count results."""
+        failed = [result.error is not None for result in results]
+        return cls(failed.count(False), failed.count(True))
 
 
 Lines = dict[int, Line]  # by line number

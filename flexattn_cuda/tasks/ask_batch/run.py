@@ -20,18 +20,10 @@ from flexattn_cuda.runs.progress import Progress
 from flexattn_cuda.tasks import load as loading
 from flexattn_cuda.tasks.ask_batch.answers import BatchModel
 from flexattn_cuda.tasks.ask_batch.journal import Journal, discard_journal, journal_path, journal_paths, read_journal
-from flexattn_cuda.tasks.ask_batch.lines import Lines, Result, Results, encode_json, read_lines
+from flexattn_cuda.tasks.ask_batch.lines import Lines, Result, Results, Totals, encode_json, read_lines
 from flexattn_cuda.tasks.options import MAX_NEW_TOKENS, BatchOptions
 
 _CHECKPOINT_FILES = (".json", ".jinja", ".model", ".safetensors", ".bin")
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Number of output lines that hold an answer, and of those that hold an error."""
-
-    answers: int
-    errors: int
 
 
 @dataclass(frozen=True)
@@ -118,7 +110,7 @@ def answer_questions(options: BatchOptions, progress: bool = False) -> Totals:
         device = processes.device(options.device)
         state = processes.broadcast_from_rank0(lambda: _start_or_resume(options))
         loaded = loading.load(options.model, device, options.dtype, adapter=options.adapter, quantize=options.quantize)
-        batch_model = BatchModel(*loaded, options)
+        batch_model = BatchModel(*loaded, options.input.parent, options.batch_size, options.max_new_tokens)
         plan = processes.broadcast_from_rank0(lambda: batch_model.plan(state.lines, state.results))
         share = plan.batches[processes.rank :: processes.count]
         what = "questions" if processes.count == 1 else f"questions of the first of {processes.count} processes"
@@ -128,7 +120,7 @@ def answer_questions(options: BatchOptions, progress: bool = False) -> Totals:
         answered: Results = {}
         if share:
             with Journal(journal_path(options.output, processes.rank), state.fingerprint) as journal, shown:
-                answered = batch_model.answer_share(state.lines, share, journal, shown)
+                answered = batch_model.answer_share(state.lines, share, journal.append, shown)
         results = state.results | plan.too_long
         for part in processes.gather_to_rank0(answered):
             results |= part
@@ -201,12 +193,11 @@ def _checkpoint_hash(folder: Path) -> str:
 
 def _finish(output: Path, lines: Lines, results: Results, processes: int) -> Totals:
     """Write the output in one step, and remove the journals."""
-    errors = 0
+    results = {n: results[n] if line.error is None else Result(error=line.error) for n, line in lines.items()}
     merged = output.with_name(f"{output.name}.partial.merged")
     with os_errors_as_input_errors(merged), open(merged, "wb") as file:
         for number, line in lines.items():
-            result = results[number] if line.error is None else Result(error=line.error)
-            errors += result.error is not None
+            result = results[number]
             file.write(encode_json({"id": line.id, "image": line.image, "question": line.question} | result.fields()))
         fsync_file(file)
     with os_errors_as_input_errors(output):
@@ -215,4 +206,4 @@ def _finish(output: Path, lines: Lines, results: Results, processes: int) -> Tot
         # Journals of other machines may not be listed here yet, but they can be removed by name.
         for path in {*journal_paths(output), *(journal_path(output, rank) for rank in range(processes))}:
             path.unlink(missing_ok=True)
-    return Totals(len(lines) - errors, errors)
+    return Totals.of(results.values())
