@@ -241,6 +241,18 @@ def test_what_is_not_an_image_is_refused(source, message):
         read_image(source)
 
 
+@pytest.mark.parametrize("name", NATIVE)
+def test_an_image_that_the_family_cannot_view_is_refused(name):
+    processor, thin = hr_processor(name), Image.new("RGB", (900, 3))
+    for call in (
+        lambda: processor(thin, processor.prompt(QUESTION)),
+        lambda: processor.prompt_length(QUESTION, thin),
+        lambda: processor.image_inputs([thin]),
+    ):
+        with pytest.raises(InputError, match="cannot be used by this model's image processor: .*aspect ratio"):
+            call()
+
+
 def test_a_chat_with_images_is_tokenized_at_once(tmp_path):
     processor = hr_processor("qwen2_5_vl")
     WIDE.save(tmp_path / "image.png")
