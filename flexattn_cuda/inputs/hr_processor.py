@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -91,7 +92,8 @@ class HRProcessor(ProcessorMixin):
             (Qwen-VL); None: what the image processor's own `size` allows. A call with `size` decides for itself.
 
     Raises:
-        InputError: If a number is not whole or less than 1, or the tokenizer has no such image token.
+        InputError: If a number is not whole or less than 1, the tokenizer has no such image token, or the image
+            processor divides by numbers that are not positive.
     """
 
     def __init__(self, processor: Any, family: ImageFamily, zoom: int, cell: int, max_lr_tokens: int | None = None):
@@ -100,6 +102,9 @@ class HRProcessor(ProcessorMixin):
         ).items():
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        deviation = getattr(processor.image_processor, "image_std", None)
+        if deviation is not None and not all(0 < one < math.inf for one in deviation):
+            raise InputError(f"image_std of the image processor is {deviation}; it must be positive numbers")
         self.wrapped, self.family, self.zoom, self.cell = processor, family, zoom, cell
         self.max_lr_tokens = max_lr_tokens
         self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer

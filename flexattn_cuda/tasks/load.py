@@ -195,9 +195,15 @@ class _Wanted:
             options |= {"quantization_config": quantization(self.quantize, self.dtype), "device_map": self.device}
         return options
 
-    def placed(self, model: Any) -> Any:
-        """Return a loaded model on the device, where a quantised one is already, ready to answer."""
-        return model.eval() if self.quantize is not None else model.eval().to(self.device)
+    def placed(self, model: Any, folder: Path) -> Any:
+        """Return a loaded model on the device, where a quantised one is already, ready to answer.
+
+        Raises:
+            CheckpointError: If a weight is NaN or infinite.
+        """
+        placed = model.eval() if self.quantize is not None else model.eval().to(self.device)
+        checkpoints.check_finite(folder, placed)
+        return placed
 
 
 def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
@@ -219,7 +225,7 @@ def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditio
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     processor = FlexAttnLlavaProcessor.from_pretrained(folder, config=loaded.config)
     _check_vocabulary(folder, loaded, processor)
-    return wanted.placed(loaded), processor
+    return wanted.placed(loaded, folder), processor
 
 
 def _is_of_llava(adapter: str | Path) -> bool:
@@ -258,7 +264,7 @@ def _load_attached(folder: Path, wanted: _Wanted, name: str) -> tuple[AttachedMo
     if wanted.adapter is not None and lora.is_in(Path(wanted.adapter)):
         model = lora.merge(model, Path(wanted.adapter))
     model.config._name_or_path = name  # an adapter names its base: a hub id, not a folder of the cache
-    return wanted.placed(model), processor
+    return wanted.placed(model, folder), processor
 
 
 def quantization(kind: str, dtype: torch.dtype | None = None) -> BitsAndBytesConfig:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import pickle
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -273,6 +275,20 @@ def test_a_damaged_header_of_weights_is_refused(damaged, entry, value):
 def test_weights_that_are_something_else_are_refused(damaged, data):
     message = damaged("flexattn", lambda folder: (folder / "model.safetensors").write_bytes(data))
     assert message is not None and is_a_sentence(message)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["q_proj.weight", "k_proj_hd.weight", "lm_head.weight", "norm.weight"])
+def test_weights_that_are_not_numbers_are_refused(damaged, name, value):
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        next(weight for key, weight in weights.items() if key.endswith(name)).view(-1)[7] = value
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    message = damaged("flexattn", damage)
+    assert message is not None and re.search(
+        f"1 weights in .* hold NaN or infinite numbers, the first is .*{name}", message
+    )
 
 
 def test_a_weight_under_another_name_is_missed(damaged):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 from base64 import b64encode
@@ -251,6 +252,15 @@ def test_an_image_that_the_family_cannot_view_is_refused(name):
     ):
         with pytest.raises(InputError, match="cannot be used by this model's image processor: .*aspect ratio"):
             call()
+
+
+@pytest.mark.parametrize("deviation", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_image_processor_that_cannot_normalise_is_refused(deviation):
+    processor = hr_processor("internvl")
+    images = copy.deepcopy(processor.image_processor)
+    images.image_std = [0.5, deviation, 0.5]
+    with pytest.raises(InputError, match=r"image_std of the image processor is .*; it must be positive numbers"):
+        HRProcessor(ProcessorParts(images, processor.tokenizer), processor.family, 3, processor.cell)
 
 
 def test_a_chat_with_images_is_tokenized_at_once(tmp_path):

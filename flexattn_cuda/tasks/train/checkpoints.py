@@ -74,7 +74,7 @@ class Resumable(NamedTuple):
 
 
 def keep_last_complete_checkpoint(output: Path) -> Resumable:
-    """Remove the checkpoints after the last complete one: a run was interrupted in writing them, or they are damaged."""
+    """Remove the checkpoints after the last complete one: they are damaged, or their writing was interrupted."""
     damaged = []
     for folder in _checkpoints(output):
         if _is_complete(folder):
