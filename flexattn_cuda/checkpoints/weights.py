@@ -59,7 +59,7 @@ def load_weights(
         CheckpointError: If the folder has no weights, they are damaged, or some are missing.
     """
     form = checkpoint_format(folder)
-    check_generation_config(folder, config)
+    check_generation_config(folder, config.text_config.vocab_size)
     if hub is not None and hub.variant:
         kwargs["variant"] = hub.variant
     if names := _key_mapping(form):

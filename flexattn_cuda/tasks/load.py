@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from flexattn_cuda import checkpoints
 from flexattn_cuda.checkpoints import HubOptions, adapters
 from flexattn_cuda.checkpoints.config import FORMATS, read_config
-from flexattn_cuda.checkpoints.files import first_line, refusing
+from flexattn_cuda.checkpoints.files import first_line, refusing, within
+from flexattn_cuda.checkpoints.generation import check_generation_config
 from flexattn_cuda.devices import choose_device, choose_dtype
 from flexattn_cuda.errors import CheckpointError, InputError
 from flexattn_cuda.families.attach import attach, settings_for
@@ -28,6 +30,7 @@ from flexattn_cuda.tasks import lora
 from flexattn_cuda.tasks.models import HRModel, QuestionProcessor
 from flexattn_cuda.tasks.options import QUANTIZATIONS
 
+_SECONDS = 10.0  # for a prompt, which takes milliseconds
 DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / "default"
 
 
@@ -225,6 +228,7 @@ def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditio
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     processor = FlexAttnLlavaProcessor.from_pretrained(folder, config=loaded.config)
     _check_vocabulary(folder, loaded, processor)
+    _check_prompt(folder, processor)
     return wanted.placed(loaded, folder), processor
 
 
@@ -260,7 +264,9 @@ def _load_attached(folder: Path, wanted: _Wanted, name: str) -> tuple[AttachedMo
         raise
     except ValueError as error:
         raise CheckpointError(f"FlexAttention cannot be attached to {folder}: {first_line(error)}") from error
+    check_generation_config(folder, model.get_input_embeddings().num_embeddings, supported_alone=False)
     processor = processor_for(model)
+    _check_prompt(folder, processor)
     if wanted.adapter is not None and lora.is_in(Path(wanted.adapter)):
         model = lora.merge(model, Path(wanted.adapter))
     model.config._name_or_path = name  # an adapter names its base: a hub id, not a folder of the cache
@@ -302,6 +308,22 @@ def _check_vocabulary(
             f"{folder} has a tokenizer with ids up to {max_id}, but its model embeds ids up to {embedded - 1} only; "
             "use the tokenizer that belongs to the model"
         )
+
+
+def _check_prompt(folder: Path, processor: QuestionProcessor) -> None:
+    """Raise CheckpointError if the checkpoint's chat template or tokenizer fails, or takes too long.
+
+    What they say in one sentence, such as that there is no template, is for those who ask a question.
+    """
+
+    def ask_for_length() -> None:
+        with refusing(f"the chat template or the tokenizer in {folder} fails", InputError):
+            processor.prompt_length("?", Image.new("RGB", (32, 32)))
+
+    try:
+        within(_SECONDS, f"the chat template or the tokenizer in {folder} cannot be used", ask_for_length)
+    except InputError:
+        pass
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import pickle
 import re
 import shutil
 import struct
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from transformers import GenerationConfig
 
 from flexattn_cuda.checkpoints import load_config
 from flexattn_cuda.errors import CheckpointError, InputError
+from flexattn_cuda.tasks import load as loading
 from flexattn_cuda.tasks.ask import ask
 from flexattn_cuda.tasks.load import load
 
@@ -436,6 +439,30 @@ def test_code_that_a_checkpoint_brings_along_is_never_executed(damaged, tmp_path
 
     assert is_a_sentence(damaged("llava", damage))
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
+def test_a_pipe_in_the_place_of_a_file_is_refused(whole, tmp_path, name):
+    """Reading it would wait for a writer for ever."""
+    folder = shutil.copytree(whole / "flexattn", tmp_path / "model")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=f"{name} is a pipe or a device; put a file there"):
+        load(folder, device="cpu")
+
+
+def test_a_chat_template_that_never_ends_is_refused(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "_SECONDS", 2.0)
+    folder = shutil.copytree(whole / "flexattn", tmp_path / "model")
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(endless)
+    threads = threading.active_count()
+    with pytest.raises(CheckpointError, match="the chat template or the tokenizer in .*: no end after 2 seconds"):
+        load(folder, device="cpu")
+    end = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < end:
+        time.sleep(0.05)
+    assert threading.active_count() == threads  # the template was ended
 
 
 @pytest.mark.parametrize("part", ["missing", None])
