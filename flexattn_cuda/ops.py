@@ -364,7 +364,7 @@ def hierarchical_attention(  # noqa: PLR0913 (an operator)
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = pack_bits(key_mask)
     if scale is None:
-        scale = q.shape[-1] ** -0.5
+        scale = max(1, q.shape[-1]) ** -0.5  # head_dim 0 is refused below
     return Attention(
         *registration.call(  # in the order of the schema (csrc/torch/attention_arguments.h)
             registration.ATTENTION, q, k, v, kv_start, kv_len, key_mask, window, bidirectional_ranges, softcap, k_hr,

@@ -25,7 +25,7 @@ void check_queries_and_keys(Reasons& reasons, const AttentionArguments& a) {
   reasons.tensor("k", a.k, {B, -1, -1, d}, dtype, device);
   reasons.raise_if_any();
   const int64_t Hkv = a.k.size(1), Nk = a.k.size(2);
-  reasons.unless(Hkv > 0 && H % Hkv == 0, "q has ", H, " heads, expected a multiple of k's ", Hkv);
+  reasons.unless(H > 0 && Hkv > 0 && H % Hkv == 0, "q has ", H, " heads, expected at least 1, a multiple of k's ", Hkv);
   reasons.unless(N > 0 && d > 0, "q has shape ", a.q.sizes(), ", expected at least 1 query and head_dim 1");
   reasons.unless(N <= Nk, "q has ", N, " queries, expected at most the ", Nk, " of k's keys");
   reasons.tensor("v", a.v, {B, Hkv, Nk, d}, dtype, device);

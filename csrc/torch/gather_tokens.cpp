@@ -2,6 +2,9 @@
 
 #include <torch/library.h>
 
+#include <cstdint>
+#include <limits>
+
 #include "checks.h"
 #include "device.h"
 #include "nvtx.h"
@@ -52,8 +55,12 @@ Tensor gather_tokens_backward(const Tensor& grad, const Tensor& index, int64_t n
   reasons.tensor("grad", grad, {-1, -1, -1}, kFloatingPoint, grad.device());
   reasons.raise_if_any();
   const int64_t B = grad.size(0), M = grad.size(1), D = grad.size(2);
-  if (reasons.tensor("index", index, {B, M}, kInt, grad.device()))
+  reasons.unless(num_tokens >= 0 && num_tokens <= std::numeric_limits<int32_t>::max(), "num_tokens is ", num_tokens,
+                 ", expected 0 to 2^31 - 1");
+  if (reasons.tensor("index", index, {B, M}, kInt, grad.device()) && reasons.ok()) {
     reasons.values_within("index", index, -1, num_tokens - 1);
+    if (reasons.ok()) reasons.distinct_in_rows("index", index, num_tokens);
+  }
   reasons.raise_if_any();
   const Tensor grad_tokens = at::empty({B, num_tokens, D}, grad.options());
   if (grad_tokens.numel() == 0) return grad_tokens;

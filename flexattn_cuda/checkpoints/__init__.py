@@ -23,12 +23,13 @@ from flexattn_cuda.checkpoints.config import checkpoint_format, load_config
 from flexattn_cuda.checkpoints.hub_files import AUTO_MAP, write_hub_files
 from flexattn_cuda.checkpoints.locate import HubOptions, Part, resolve_folder
 from flexattn_cuda.checkpoints.released import vision_tower_folder
-from flexattn_cuda.checkpoints.weights import load_weights, register_key_conversion
+from flexattn_cuda.checkpoints.weights import check_finite, load_weights, register_key_conversion
 
 __all__ = [
     "AUTO_MAP",
     "HubOptions",
     "Part",
+    "check_finite",
     "checkpoint_format",
     "load_config",
     "load_weights",

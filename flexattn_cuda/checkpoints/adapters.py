@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexattn_cuda.checkpoints.files import read_json, refuse_links_outside, refusing
+from flexattn_cuda.checkpoints.files import read_json, refuse_foreign_files, refusing
 from flexattn_cuda.checkpoints.locate import HubOptions, is_hub_id, resolve_files
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.mechanism.config import FlexAttnConfig
@@ -143,7 +143,7 @@ def read(name_or_path: str | Path, hub: HubOptions | None = None) -> Adapter:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no {SETTINGS_FILE}; pass the folder of an adapter, or paper or released")
-    refuse_links_outside(folder)
+    refuse_foreign_files(folder)
     content = read_json(path)
     if content.get("format") != _FORMAT:
         raise CheckpointError(f"{path} has format {content.get('format')!r}; this version reads format {_FORMAT}")

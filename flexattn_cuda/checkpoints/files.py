@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,14 +34,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def refuse_links_outside(folder: Path) -> None:
-    """Raise CheckpointError if a file that would be read is a symbolic link to somewhere outside of the folder.
+def refuse_foreign_files(folder: Path) -> None:
+    """Raise CheckpointError if a file that would be read is a symbolic link to somewhere outside of the folder, or no
+    file but a pipe or device, on which reading might never end.
 
     Links of the hub cache are fine: snapshots/COMMIT/FILE -> blobs/HASH of the same repository.
     """
     for path in folder.iterdir():
-        if path.is_symlink() and path.suffix in _READ_SUFFIXES and not is_inside(path, folder):
+        if path.suffix not in _READ_SUFFIXES:
+            continue
+        if path.is_symlink() and not is_inside(path, folder):
             raise CheckpointError(f"{path} is a link to a file outside of its folder; put the file itself there")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError(f"{path} is a pipe or a device; put a file there")
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -59,6 +66,32 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the error's type if it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:_MAX_MESSAGE] if lines else type(error).__name__
+
+
+def within(seconds: float, what: str, call: Callable[[], Any]) -> None:
+    """Call a function that runs code of a checkpoint, such as its chat template.
+
+    Raises:
+        CheckpointError: "WHAT: ..." if it has not returned in time; it is ended then.
+        Exception: What the function raises.
+    """
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        # Raised in the thread at its next step in Python, of which the loops of a template have many.
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        raise CheckpointError(f"{what}: no end after {seconds:g} seconds")
+    if errors:
+        raise errors[0]
 
 
 @contextmanager

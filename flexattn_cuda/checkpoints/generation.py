@@ -13,7 +13,6 @@ from transformers import GenerationConfig
 from flexattn_cuda.checkpoints.config import is_whole
 from flexattn_cuda.checkpoints.files import read_json
 from flexattn_cuda.errors import CheckpointError
-from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 
 _MAX_WHOLE = (1 << 31) - 1
 
@@ -69,16 +68,25 @@ _IGNORED = (
 )  # fmt: skip
 
 
-def check_generation_config(folder: Path, config: FlexAttnLlavaConfig) -> None:
-    """Raise CheckpointError if generation_config.json has a field that is impossible or not supported."""
+def check_generation_config(folder: Path, vocabulary: int, supported_alone: bool = True) -> None:
+    """Raise CheckpointError if generation_config.json has a field that is impossible or not supported.
+
+    Args:
+        folder: The checkpoint.
+        vocabulary: Number of token ids that its model embeds.
+        supported_alone: Refuse what this package's own model does not support. Models of transformers, to which
+            FlexAttention is attached, may support more.
+    """
     path = folder / "generation_config.json"
     known = vars(GenerationConfig())
-    rules = _RULES | _rules_of_tokens(config.text_config.vocab_size)
+    rules = _RULES | _rules_of_tokens(vocabulary)
+    if not supported_alone:
+        del rules["cache_implementation"]
     for name, value in read_json(path).items():
         if value is None or name in _IGNORED:
             continue
         if name not in rules:
-            if value is False or not (name in known or hasattr(GenerationConfig, name)):
+            if value is False or not supported_alone or not (name in known or hasattr(GenerationConfig, name)):
                 continue
             raise CheckpointError(f"{path} sets {name}, which this package does not support; remove it from the file")
         if not rules[name].holds(value):

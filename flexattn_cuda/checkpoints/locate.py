@@ -13,7 +13,7 @@ from typing import Any
 
 import huggingface_hub
 
-from flexattn_cuda.checkpoints.files import first_line, is_inside, read_json, refuse_links_outside
+from flexattn_cuda.checkpoints.files import first_line, is_inside, read_json, refuse_foreign_files
 from flexattn_cuda.errors import CheckpointError
 
 
@@ -106,7 +106,7 @@ def resolve_folder(name_or_path: str | Path, hub: HubOptions | None = None, part
         if not is_hub_id(name):
             raise CheckpointError(f"no checkpoint {name!r}: it is neither a local folder nor a hub id, owner/name")
         folder = _from_hub(name, hub, parts)
-    refuse_links_outside(folder)
+    refuse_foreign_files(folder)
     return folder
 
 

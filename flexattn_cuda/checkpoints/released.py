@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from flexattn_cuda.checkpoints.files import is_inside, refuse_links_outside
+from flexattn_cuda.checkpoints.files import is_inside, refuse_foreign_files
 from flexattn_cuda.checkpoints.locate import HubOptions, Part, is_hub_id, resolve_folder
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
@@ -79,7 +79,7 @@ def vision_tower_folder(
     beside = [folder.parent / name for name in (tower if stays else last, last) if name]
     for candidate in within + beside:
         if candidate.is_dir() and candidate.resolve() != folder.resolve():
-            refuse_links_outside(candidate)
+            refuse_foreign_files(candidate)
             return candidate
     if is_hub_id(tower):
         try:

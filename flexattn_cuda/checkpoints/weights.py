@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import CLIPVisionModel, conversion_mapping
 from transformers.models.clip import modeling_clip
 
@@ -58,7 +59,7 @@ def load_weights(
         CheckpointError: If the folder has no weights, they are damaged, or some are missing.
     """
     form = checkpoint_format(folder)
-    check_generation_config(folder, config)
+    check_generation_config(folder, config.text_config.vocab_size)
     if hub is not None and hub.variant:
         kwargs["variant"] = hub.variant
     if names := _key_mapping(form):
@@ -85,6 +86,27 @@ def load_weights(
         raise CheckpointError(f"{folder} lacks {len(lacking)} weights of the model, the first is {lacking[0]}")
     info["missing_keys"] = type(info["missing_keys"])()
     return model, info
+
+
+@torch.no_grad()
+def check_finite(folder: Path, model: torch.nn.Module) -> None:
+    """Raise CheckpointError if a weight is NaN or infinite, which would spoil every answer; codes are passed over."""
+    names = [name for name, weight in model.named_parameters() if _is_plain(weight)]
+    extremes = [torch.stack(torch.aminmax(model.get_parameter(name))).float() for name in names]
+    # One wait for each device.
+    for device in {extreme.device for extreme in extremes}:
+        found = [(name, extreme) for name, extreme in zip(names, extremes) if extreme.device == device]
+        finite = torch.stack([extreme for _, extreme in found]).isfinite().all(1).tolist()
+        if not all(finite):
+            raise CheckpointError(
+                f"{finite.count(False)} weights in {folder} hold NaN or infinite numbers, the first is "
+                f"{found[finite.index(False)][0]}; take the checkpoint from its source again"
+            )
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    is_a_tensor = type(weight) in (torch.nn.Parameter, torch.Tensor) and not weight.is_meta and weight.numel() > 0
+    return is_a_tensor and weight.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def register_key_conversion(model_class: type) -> None:

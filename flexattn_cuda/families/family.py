@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from flexattn_cuda import profiling
+from flexattn_cuda.errors import InputError
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.grid import Grid, ImageGrids, cut_into_tiles, join_tiles
 from flexattn_cuda.mechanism.rotary import RotaryTables, model_tables
@@ -180,7 +181,7 @@ class FixedTower(Family):
         size = zoom * self.lr_size
         for image in pixels_hr:
             if tuple(image.shape) != (3, size, size):
-                raise ValueError(
+                raise InputError(
                     f"an image of pixel_values_hr has shape {list(image.shape)}; with zoom {zoom} this model takes "
                     f"{[3, size, size]}"
                 )

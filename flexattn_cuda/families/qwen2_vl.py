@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flexattn_cuda import profiling
+from flexattn_cuda.errors import InputError
 from flexattn_cuda.families.family import Family, Pixels, PromptWithImages, scaled_down
 from flexattn_cuda.families.generation import POSITIONS_COME_FIRST
 from flexattn_cuda.mechanism.grid import Grid, ImageGrids
@@ -38,7 +39,7 @@ class Qwen2VL(Family):
         for image in pixels_hr:
             sides = image.shape[1:]
             if image.ndim != 3 or image.shape[0] != 3 or any(side == 0 or side % unit for side in sides):
-                raise ValueError(
+                raise InputError(
                     f"an image of pixel_values_hr has shape {list(image.shape)}; with zoom {zoom} this model takes [3, "
                     f"height, width] in multiples of {unit}"
                 )

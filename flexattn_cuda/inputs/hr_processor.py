@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +26,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, Proces
 from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 from flexattn_cuda.checkpoints import HubOptions, Part, resolve_folder
-from flexattn_cuda.checkpoints.files import refusing
+from flexattn_cuda.checkpoints.files import first_line, refusing
 from flexattn_cuda.errors import CheckpointError, InputError
 from flexattn_cuda.inputs.chat_template import read_chat_template, refuse_special_texts, special_texts
 from flexattn_cuda.inputs.frames import Frame
@@ -90,7 +92,8 @@ class HRProcessor(ProcessorMixin):
             (Qwen-VL); None: what the image processor's own `size` allows. A call with `size` decides for itself.
 
     Raises:
-        InputError: If a number is not whole or less than 1, or the tokenizer has no such image token.
+        InputError: If a number is not whole or less than 1, the tokenizer has no such image token, or the image
+            processor divides by numbers that are not positive.
     """
 
     def __init__(self, processor: Any, family: ImageFamily, zoom: int, cell: int, max_lr_tokens: int | None = None):
@@ -99,6 +102,9 @@ class HRProcessor(ProcessorMixin):
         ).items():
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        deviation = getattr(processor.image_processor, "image_std", None)
+        if deviation is not None and not all(0 < one < math.inf for one in deviation):
+            raise InputError(f"image_std of the image processor is {deviation}; it must be positive numbers")
         self.wrapped, self.family, self.zoom, self.cell = processor, family, zoom, cell
         self.max_lr_tokens = max_lr_tokens
         self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
@@ -228,14 +234,15 @@ class HRProcessor(ProcessorMixin):
             return self.image_tokens
         size = sizes_of(self._with_limit({}).get("size", self.image_processor.size))
         limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-        patches: int = self.image_processor.get_number_of_image_patches(height, width, limits)
+        with _refusing_images():
+            patches: int = self.image_processor.get_number_of_image_patches(height, width, limits)
         return patches // int(self.image_processor.merge_size) ** 2
 
     def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Any]:
         """Return what the model takes of upright RGB images, one after the other: [n, 3, H, W] in every family, which
         the forward of a model that FlexAttention was attached to takes too."""
         options = self._with_limit({})
-        return self._image_inputs(self.family.views(self.image_processor, images, options, self.zoom), images, options)
+        return self._image_inputs(self._views(images, options), images, options)
 
     def frame(self, width: int, height: int) -> Frame:
         """Return the part of an image of width x height pixels that its views show."""
@@ -285,7 +292,7 @@ class HRProcessor(ProcessorMixin):
         values: dict[str, Any] = {}
         tokens: list[int] = []
         if flat:
-            views = self.family.views(self.image_processor, flat, for_images, self.zoom)
+            views = self._views(flat, for_images)
             tokens = self._tokens(views)
             values = self._image_inputs(views, flat, for_images)
             if self.family.nested:
@@ -329,6 +336,10 @@ class HRProcessor(ProcessorMixin):
                 raise InputError(f"{name}={options[name]!r} would send tiles of the model's own; leave it out")
         if options.get("do_resize", True) is False:
             raise InputError("do_resize=False leaves no larger view of an image; leave it out")
+
+    def _views(self, images: Sequence[Image.Image], options: Options) -> Views:
+        with _refusing_images():
+            return self.family.views(self.image_processor, images, options, self.zoom)
 
     def _tokens(self, views: Views) -> list[int]:
         """Return the number of image tokens of each image: the LR cells of its base view."""
@@ -480,6 +491,17 @@ def _nested(pixels: torch.Tensor, counts: Sequence[int]) -> dict[str, torch.Tens
         values[row, :count] = pixels[end - count : end]
         mask[row, :count] = 1
     return {"pixel_values": values, "pixel_attention_mask": mask}
+
+
+@contextmanager
+def _refusing_images() -> Iterator[None]:
+    """Turn what a family's image processor raises, such as on an image 300 times as wide as high, into InputError."""
+    try:
+        yield
+    except (InputError, TypeError):  # TypeError: an unknown option
+        raise
+    except (ValueError, ArithmeticError) as error:
+        raise InputError(f"an image cannot be used by this model's image processor: {first_line(error)}") from error
 
 
 def _as_arrays(value: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,12 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from flexattn_cuda.errors import InputError
 
 _MAX_SIDE = 65_535  # pixels, as a JPEG can hold; beyond it the padded square alone would fill the memory
-_BAND_PIXELS = 1 << 24  # pixels of the padded square that are held at a time
+_MAX_PIXELS = 1 << 28  # a phone takes 200 million; decoded and made RGB they take 8 bytes each
+_PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS  # beyond which Pillow warns, and beyond twice as many refuses
+_BAND_PIXELS = 1 << 24  # pixels of an image or its padded square that are worked on at a time
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")  # modes
+_SIXTEEN_BITS_IN_I = ("PNG", "PPM")  # formats whose mode "I" holds 16 bits
+_opening = threading.Lock()
 _ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -84,7 +90,7 @@ def decode_image(data: bytes, formats: Sequence[str] | None = None, max_pixels: 
         InputError: If they are not such an image, damaged, or too large.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
+        with _open(io.BytesIO(data), formats) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise InputError(
                     f"the image has {image.width} x {image.height} pixels; at most {max_pixels} in all are allowed, "
@@ -115,17 +121,30 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     path = Path(path)
     _check_file(path)
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             yield image
     except InputError as error:
         raise InputError(f"the image {path} cannot be used: {error}") from None
     except Image.DecompressionBombError:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        chosen = Image.MAX_IMAGE_PIXELS
+        limit = _MAX_PIXELS if chosen is None or chosen == _PILLOWS_LIMIT else 2 * chosen
         raise InputError(f"the image {path} has more than {limit} pixels; make it smaller first") from None
     except UnidentifiedImageError:
         raise InputError(f"{path} is not an image that can be read; use PNG, JPEG or another common format") from None
     except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
         raise InputError(f"the image {path} is damaged or cannot be read: {_one_line(error)}") from None
+
+
+def _open(file: Path | io.BytesIO, formats: Sequence[str] | None = None) -> Image.Image:
+    """Open an image of up to `_MAX_PIXELS`, unless Pillow's user has set another limit than Pillow's."""
+    with _opening:
+        before = Image.MAX_IMAGE_PIXELS
+        if before == _PILLOWS_LIMIT:
+            Image.MAX_IMAGE_PIXELS = _MAX_PIXELS
+        try:
+            return Image.open(file, formats=formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def _check_file(path: Path) -> None:
@@ -144,32 +163,43 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """Return an image as a viewer shows it.
 
     It is turned as its EXIF block says (an unreadable block is ignored, as viewers do), and transparent parts become
-    white. Grey values of more than 8 bits lie in 0..255, as in Pillow, or in 0..65535 if one exceeds 255. The result
-    carries no EXIF block, so that no one turns it again.
+    white. Grey values of 16 bits lie in 0..65535, as the mode or the format says; those of 32 bits lie in 0..255, as in
+    Pillow. The result carries no EXIF block, so that no one turns it again.
 
     Raises:
         InputError: If the image is empty or too large, cannot be decoded, or holds NaN, infinite values, or grey values
             in another range, such as floats in 0..1.
     """
-    if min(image.size) < 1:
-        raise InputError(f"the image has {image.width} x {image.height} pixels")
-    if max(image.size) > _MAX_SIDE:
-        raise InputError(f"the image has {image.width} x {image.height} pixels; a side may have at most {_MAX_SIDE}")
+    _check_size(*image.size)
+    if type(image) is Image.Image and image.mode == "RGB" and not image.info and _orientation(image) == 1:
+        return image
+    is_deep = image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in _SIXTEEN_BITS_IN_I)
     try:
         image.load()
-        image = _turned(image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            image = _eight_bits(image)
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+        upright = _turned(image)
+        if upright.mode in ("I", "F") or upright.mode.startswith("I;"):
+            upright = _grey_as_rgb(upright, is_deep)
+        elif "A" in upright.getbands() or "transparency" in upright.info:
+            upright = _in_bands(upright, _on_white)
+        elif upright.mode != "RGB" or upright is image:
+            upright = upright.convert("RGB")
     except (InputError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
         raise InputError(f"the image is damaged or cannot be decoded: {_one_line(error)}") from None
-    image.info = {}
-    return image
+    upright.info = {}
+    return upright
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < 1:
+        raise InputError(f"the image has {width} x {height} pixels")
+    if max(width, height) > _MAX_SIDE:
+        raise InputError(f"the image has {width} x {height} pixels; a side may have at most {_MAX_SIDE}")
+    if width * height > _MAX_PIXELS:
+        raise InputError(
+            f"the image has {width} x {height} pixels; at most {_MAX_PIXELS} are allowed, so make it smaller first"
+        )
 
 
 def _orientation(image: Image.Image) -> int:
@@ -187,18 +217,39 @@ def _turned(image: Image.Image) -> Image.Image:
     return image if upright is None else upright
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    levels = np.asarray(image, dtype=np.float32)
-    if not np.isfinite(levels).all():
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yield the first row of each band and the band, so that what is made of it is never held for the whole image."""
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    converted = Image.new("RGB", image.size)
+    for top, band in _bands(image):
+        converted.paste(convert(band), (0, top))
+    return converted
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _grey_as_rgb(image: Image.Image, is_deep: bool) -> Image.Image:
+    """Return a grey image of 16 bits (`is_deep`) or 32, whose range is not known from its values."""
+    white = 65_535 if is_deep else 255
+    extremes = np.array([(levels.min(), levels.max()) for levels in (np.asarray(band) for _, band in _bands(image))])
+    if not np.isfinite(extremes).all():
         raise InputError("the image holds values that are NaN or infinite; replace them first")
-    low, high = levels.min(), levels.max()
-    if low < 0 or high > 65_535 or (image.mode == "F" and 0 < high <= 1):
+    low, high = extremes[:, 0].min(), extremes[:, 1].max()
+    if low < 0 or high > white or (image.mode == "F" and 0 < high <= 1):
         raise InputError(
-            f"the image holds grey values from {low:g} to {high:g}; scale them to 0..255 or 0..65535 first"
+            f"the image holds grey values from {low:g} to {high:g} in 32 bits, so that it is not known what is white; "
+            "scale them to 0..255, or save it with 8 or 16 bits"
         )
-    if high > 255:  # 16 bits; Pillow would clip them
-        levels = levels / 257
-    return Image.fromarray(levels.round().astype(np.uint8))
+    scale = np.float32(255 / white)
+    return _in_bands(image, lambda band: Image.fromarray((np.asarray(band) * scale).round().astype(np.uint8)))
 
 
 def valid_rect_of(width: int, height: int, side: int) -> tuple[int, int, int, int]:

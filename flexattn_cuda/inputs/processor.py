@@ -114,7 +114,8 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         """Return the prompt that asks `question` about `images` images, up to where the answer begins.
 
         Raises:
-            InputError: If the question is empty, or contains "<image>" or the text of another special token.
+            InputError: If the question is empty, or contains "<image>", the text of another special token, or a word that
+                a model with `keywords` does not know.
             CheckpointError: If the checkpoint's chat template fails, or does not mark every image.
         """
         check_question(question)
@@ -124,7 +125,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
             raise CheckpointError(
                 f"the chat template of the checkpoint writes {prompt.count(IMAGE)} {IMAGE} marks for {images} images"
             )
-        return prompt
+        return self._spelled(prompt)
 
     def prompt_length(self, question: str, image: Any = None) -> int:
         """Return how many positions of the sequence the prompt of `question` about one image takes, whatever it is."""
@@ -136,9 +137,7 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         Raises:
             InputError: If the model has `keywords` and does not know a word.
         """
-        if self.keywords is not None:
-            words = [word for word in self.tokenizer.get_vocab() if word.islower()]
-            text = Vocabulary(words, self.keywords, self.about).spelled(text)
+        text = self._spelled(text)
         if not self.split_at_images:
             return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         first, *rest = text.split(IMAGE)
@@ -146,6 +145,12 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         for part in rest:
             ids += [RELEASED_IMAGE_ID] + self.tokenizer(part, add_special_tokens=False)["input_ids"]
         return ids
+
+    def _spelled(self, text: str) -> str:
+        if self.keywords is None:
+            return text
+        words = [word for word in self.tokenizer.get_vocab() if word.islower()]
+        return Vocabulary(words, self.keywords, self.about).spelled(text)
 
     def conversation_ids(self, text: str, image_tokens: Sequence[int]) -> list[int]:
         """Return the ids of the text of a conversation, whose images all take `self.image_tokens` tokens each."""

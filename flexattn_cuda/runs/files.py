@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from flexattn_cuda.errors import InputError
 
 
-def lock(file: BinaryIO | int, path: Path) -> None:
+def lock(file: IO[bytes] | int, path: Path) -> None:
     """Lock an open file, or a folder by its descriptor, until it is closed.
 
     Does nothing on file systems without locks.
@@ -97,7 +97,7 @@ def write_atomically(path: Path, text: str) -> None:
     fsync_folder(path.parent)
 
 
-def fsync_file(file: BinaryIO) -> None:
+def fsync_file(file: IO[bytes]) -> None:
     """Flush a file to disk."""
     file.flush()
     os.fsync(file.fileno())

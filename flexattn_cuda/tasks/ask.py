@@ -266,6 +266,9 @@ def generate_greedily(
 
     Returns:
         [B, T] int64, the new tokens; after the end of a row comes padding.
+
+    Raises:
+        InputError: If the model's logits are NaN or infinite.
     """
     ends, pad = end_ids(model, processor), processor.tokenizer.pad_token_id
     ids = model.generate(
@@ -278,9 +281,23 @@ def generate_greedily(
         top_k=None,
         eos_token_id=ends,
         pad_token_id=ends[0] if pad is None else pad,
+        logits_processor=[_require_finite],
         **options,
     )
     return ids[:, inputs["input_ids"].shape[1] :]
+
+
+def _require_finite(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Return the logits [B, V]; raise InputError if those of a row are NaN or infinite: any token would be its argmax.
+
+    A single logit may be minus infinity, of a token that is never chosen.
+    """
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise InputError(
+            f"the model's logits are NaN or infinite in {logits.dtype}, so it cannot answer; if its weights are whole, "
+            "choose a dtype of wider range, such as bfloat16 or float32"
+        )
+    return logits
 
 
 def end_ids(model: HRModel, processor: QuestionProcessor) -> list[int]:

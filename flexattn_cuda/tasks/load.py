@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from flexattn_cuda import checkpoints
 from flexattn_cuda.checkpoints import HubOptions, adapters
 from flexattn_cuda.checkpoints.config import FORMATS, read_config
-from flexattn_cuda.checkpoints.files import first_line, refusing
+from flexattn_cuda.checkpoints.files import first_line, refusing, within
+from flexattn_cuda.checkpoints.generation import check_generation_config
 from flexattn_cuda.devices import choose_device, choose_dtype
 from flexattn_cuda.errors import CheckpointError, InputError
 from flexattn_cuda.families.attach import attach, settings_for
@@ -28,6 +30,7 @@ from flexattn_cuda.tasks import lora
 from flexattn_cuda.tasks.models import HRModel, QuestionProcessor
 from flexattn_cuda.tasks.options import QUANTIZATIONS, ModelOptions
 
+_SECONDS = 10.0  # for a prompt, which takes milliseconds
 DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / "default"
 
 
@@ -214,9 +217,15 @@ class _Wanted:
             options |= {"quantization_config": quantization(self.quantize, self.dtype), "device_map": self.device}
         return options
 
-    def placed(self, model: Any) -> Any:
-        """Return a loaded model on the device, where a quantised one is already, ready to answer."""
-        return model.eval() if self.quantize is not None else model.eval().to(self.device)
+    def placed(self, model: Any, folder: Path) -> Any:
+        """Return a loaded model on the device, where a quantised one is already, ready to answer.
+
+        Raises:
+            CheckpointError: If a weight is NaN or infinite.
+        """
+        placed = model.eval() if self.quantize is not None else model.eval().to(self.device)
+        checkpoints.check_finite(folder, placed)
+        return placed
 
 
 def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditionalGeneration, FlexAttnLlavaProcessor]:
@@ -238,7 +247,8 @@ def _load_llava(folder: Path, wanted: _Wanted) -> tuple[FlexAttnLlavaForConditio
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     processor = FlexAttnLlavaProcessor.from_pretrained(folder, config=loaded.config)
     _check_vocabulary(folder, loaded, processor)
-    return wanted.placed(loaded), processor
+    _check_prompt(folder, processor)
+    return wanted.placed(loaded, folder), processor
 
 
 def _is_of_llava(adapter: str | Path) -> bool:
@@ -273,11 +283,13 @@ def _load_attached(folder: Path, wanted: _Wanted, name: str) -> tuple[AttachedMo
         raise
     except ValueError as error:
         raise CheckpointError(f"FlexAttention cannot be attached to {folder}: {first_line(error)}") from error
+    check_generation_config(folder, model.get_input_embeddings().num_embeddings, supported_alone=False)
     processor = processor_for(model)
+    _check_prompt(folder, processor)
     if wanted.adapter is not None and lora.is_in(Path(wanted.adapter)):
         model = lora.merge(model, Path(wanted.adapter))
     model.config._name_or_path = name  # an adapter names its base: a hub id, not a folder of the cache
-    return wanted.placed(model), processor
+    return wanted.placed(model, folder), processor
 
 
 def quantization(kind: str, dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
@@ -315,6 +327,22 @@ def _check_vocabulary(
             f"{folder} has a tokenizer with ids up to {max_id}, but its model embeds ids up to {embedded - 1} only; "
             "use the tokenizer that belongs to the model"
         )
+
+
+def _check_prompt(folder: Path, processor: QuestionProcessor) -> None:
+    """Raise CheckpointError if the checkpoint's chat template or tokenizer fails, or takes too long.
+
+    What they say in one sentence, such as that there is no template, is for those who ask a question.
+    """
+
+    def ask_for_length() -> None:
+        with refusing(f"the chat template or the tokenizer in {folder} fails", InputError):
+            processor.prompt_length("?", Image.new("RGB", (32, 32)))
+
+    try:
+        within(_SECONDS, f"the chat template or the tokenizer in {folder} cannot be used", ask_for_length)
+    except InputError:
+        pass
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import pickle
+import re
 import shutil
 import struct
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from transformers import GenerationConfig
 
 from flexattn_cuda.checkpoints import load_config
 from flexattn_cuda.errors import CheckpointError, InputError
+from flexattn_cuda.tasks import load as loading
 from flexattn_cuda.tasks.ask import ask
 from flexattn_cuda.tasks.load import load
 
@@ -275,6 +280,20 @@ def test_weights_that_are_something_else_are_refused(damaged, data):
     assert message is not None and is_a_sentence(message)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["q_proj.weight", "k_proj_hd.weight", "lm_head.weight", "norm.weight"])
+def test_weights_that_are_not_numbers_are_refused(damaged, name, value):
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        next(weight for key, weight in weights.items() if key.endswith(name)).view(-1)[7] = value
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    message = damaged("flexattn", damage)
+    assert message is not None and re.search(
+        f"1 weights in .* hold NaN or infinite numbers, the first is .*{name}", message
+    )
+
+
 def test_a_weight_under_another_name_is_missed(damaged):
     def rename(folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
@@ -420,6 +439,30 @@ def test_code_that_a_checkpoint_brings_along_is_never_executed(damaged, tmp_path
 
     assert is_a_sentence(damaged("llava", damage))
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
+def test_a_pipe_in_the_place_of_a_file_is_refused(whole, tmp_path, name):
+    """Reading it would wait for a writer for ever."""
+    folder = shutil.copytree(whole / "flexattn", tmp_path / "model")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=f"{name} is a pipe or a device; put a file there"):
+        load(folder, device="cpu")
+
+
+def test_a_chat_template_that_never_ends_is_refused(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "_SECONDS", 2.0)
+    folder = shutil.copytree(whole / "flexattn", tmp_path / "model")
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(endless)
+    threads = threading.active_count()
+    with pytest.raises(CheckpointError, match="the chat template or the tokenizer in .*: no end after 2 seconds"):
+        load(folder, device="cpu")
+    end = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < end:
+        time.sleep(0.05)
+    assert threading.active_count() == threads  # the template was ended
 
 
 @pytest.mark.parametrize("part", ["missing", None])

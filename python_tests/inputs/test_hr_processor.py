@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 from base64 import b64encode
@@ -239,6 +240,27 @@ def test_transparency_orientation_and_gray_are_handled_as_elsewhere():
 def test_what_is_not_an_image_is_refused(source, message):
     with pytest.raises(InputError, match=message):
         read_image(source)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_an_image_that_the_family_cannot_view_is_refused(name):
+    processor, thin = hr_processor(name), Image.new("RGB", (900, 3))
+    for call in (
+        lambda: processor(thin, processor.prompt(QUESTION)),
+        lambda: processor.prompt_length(QUESTION, thin),
+        lambda: processor.image_inputs([thin]),
+    ):
+        with pytest.raises(InputError, match="cannot be used by this model's image processor: .*aspect ratio"):
+            call()
+
+
+@pytest.mark.parametrize("deviation", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_image_processor_that_cannot_normalise_is_refused(deviation):
+    processor = hr_processor("internvl")
+    images = copy.deepcopy(processor.image_processor)
+    images.image_std = [0.5, deviation, 0.5]
+    with pytest.raises(InputError, match=r"image_std of the image processor is .*; it must be positive numbers"):
+        HRProcessor(ProcessorParts(images, processor.tokenizer), processor.family, 3, processor.cell)
 
 
 def test_a_chat_with_images_is_tokenized_at_once(tmp_path):

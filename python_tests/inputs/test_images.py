@@ -166,18 +166,49 @@ def test_values_that_are_not_numbers_are_not_pixels(tmp_path, value):
         open_image(tmp_path / "float.tiff")
 
 
-@pytest.mark.parametrize("values", [[0.0, 0.5], [1.0, 1.0], [-1.0, 100.0], [0.0, 70_000.0]])
-def test_grey_values_in_another_range_are_refused(tmp_path, values):
+@pytest.mark.parametrize("values", [[0.0, 0.5], [1.0, 1.0], [-1.0, 100.0], [0.0, 300.0]])
+@pytest.mark.parametrize("band", [1 << 24, 1])
+def test_grey_values_in_another_range_are_refused(tmp_path, monkeypatch, values, band):
     """Pillow would clip them: most floats in 0..1 would become black."""
-    Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / "float.tiff")
+    monkeypatch.setattr(images, "_BAND_PIXELS", band)
+    Image.fromarray(np.array([values], dtype=np.float32).T).save(tmp_path / "float.tiff")
     low, high = (f"{value:g}" for value in values)
-    with pytest.raises(InputError, match=f"grey values from {low} to {high}; scale them to 0..255 or 0..65535"):
+    with pytest.raises(
+        InputError, match=f"grey values from {low} to {high} in 32 bits, .*; scale them to 0..255, or save"
+    ):
         open_image(tmp_path / "float.tiff")
 
 
-@pytest.mark.parametrize("values, grey", [([0.0, 0.0], 0), ([0.0, 1.4], 1), ([0.0, 65_535.0], 255)])
-def test_float_images_have_the_range_of_integers(values, grey):
-    assert colours(upright_rgb(Image.fromarray(np.array([values], dtype=np.float32))))[1] == (grey,) * 3
+@pytest.mark.parametrize("values, grey", [([0.0, 0.0], 0), ([1.4, 0.0, 200.0], 1), ([254.7, 0.2, 0.0], 255)])
+@pytest.mark.parametrize("band", [1 << 24, 1])
+def test_floats_lie_in_0_to_255(monkeypatch, values, grey, band):
+    """Also where a part of the image is dark."""
+    monkeypatch.setattr(images, "_BAND_PIXELS", band)
+    image = upright_rgb(Image.fromarray(np.array([values], dtype=np.float32).T))
+    assert colours(image)[0] == (grey,) * 3
+
+
+@pytest.mark.parametrize("ending, mode", [("png", "I;16"), ("tiff", "I;16"), ("pgm", "I"), ("jp2", "I;16")])
+def test_dark_images_of_16_bits_are_dark(tmp_path, ending, mode):
+    """Their maximum does not say that they have 16 bits; their format and mode do."""
+    path = tmp_path / f"dark.{ending}"
+    levels = np.full((64, 64), 200, dtype=np.uint16)
+    if ending == "pgm":
+        path.write_bytes(b"P5 64 64 65535\n" + levels.astype(">u2").tobytes())
+    else:
+        Image.fromarray(levels).save(path, **({"irreversible": False} if ending == "jp2" else {}))
+    with Image.open(path) as lazy:
+        assert lazy.mode == mode
+    assert set(colours(open_image(path))) == {(1, 1, 1)}  # 200 / 257
+
+
+def test_integers_of_32_bits_lie_in_0_to_255(tmp_path):
+    path = tmp_path / "deep.tiff"
+    Image.fromarray(np.array([[0, 200]], dtype=np.int32)).save(path)
+    assert colours(open_image(path)) == [(0,) * 3, (200,) * 3]
+    Image.fromarray(np.array([[0, 40_000]], dtype=np.int32)).save(path)
+    with pytest.raises(InputError, match="grey values from 0 to 40000 in 32 bits"):
+        open_image(path)
 
 
 def test_an_image_that_pillow_fails_to_decode_is_refused(tmp_path, small_processor):
@@ -249,9 +280,38 @@ def test_files_that_are_not_images(tmp_path, kind, says):
 
 def test_an_image_beyond_the_limit_of_pixels(tmp_path, monkeypatch):
     noise(64, 64).save(tmp_path / "huge.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "_MAX_PIXELS", 4095)
+        with pytest.raises(InputError, match="64 x 64 pixels; at most 4095 are allowed"):
+            open_image(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # set by the user
     with pytest.raises(InputError, match="more than 2000 pixels"):
         open_image(tmp_path / "huge.png")
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_image_beyond_pillows_limit_is_read(tmp_path, monkeypatch):
+    """As a phone takes them: 200 million pixels."""
+    noise(64, 64).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(images, "_PILLOWS_LIMIT", 1000)
+    assert open_image(tmp_path / "huge.png").size == (64, 64) and Image.MAX_IMAGE_PIXELS == 1000
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "I;16", "F"])
+def test_bands_change_no_pixel(monkeypatch, mode):
+    image = noise(30, 50).convert("L" if mode in ("I;16", "F") else "RGBA").convert(mode)
+    if mode in ("RGBA", "LA", "PA"):
+        image.putalpha(noise(30, 50, seed=1).convert("L"))
+    whole = upright_rgb(image)
+    monkeypatch.setattr(images, "_BAND_PIXELS", 100)
+    assert colours(upright_rgb(image)) == colours(whole)
+
+
+def test_the_callers_image_is_left_as_it_is():
+    image = noise(8, 8)
+    image.info["dpi"] = (72, 72)
+    assert upright_rgb(image) is not image and image.info == {"dpi": (72, 72)}
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,12 @@ def test_it_reads_what_only_the_high_resolution_shows(loaded):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "question",
-    ["What number is on the purple sign?", "purple sign", "please tell me what the sign that is purple says", "Purple??"],
+    [
+        "What number is on the purple sign?",
+        "purple sign",
+        "please tell me what the sign that is purple says",
+        "Purple??",
+    ],
 )
 def test_it_understands_plain_questions(loaded, question):
     one = questions(EXAMPLES)[0]

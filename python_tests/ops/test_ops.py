@@ -511,7 +511,8 @@ def test_compiles_without_graph_breaks(device):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": torch.randn(2, 3, 11, 8)}, "q has 4 heads, expected a multiple of k's 3"),
+        ({"k": torch.randn(2, 3, 11, 8)}, "q has 4 heads, expected at least 1, a multiple of k's 3"),
+        ({"q": torch.randn(2, 0, 5, 8)}, "q has 0 heads, expected at least 1, a multiple of k's 2"),
         ({"k": torch.randn(2, 2, 11, 7)}, r"k has shape \[2, 2, 11, 7\], expected \[2, \*, \*, 8\]"),
         ({"v": torch.randn(2, 2, 11, 8).double()}, "v has dtype Double, expected Float"),
         ({"q": torch.randn(4, 5, 8)}, r"q has shape \[4, 5, 8\], expected \[\*, \*, \*, \*\]"),
@@ -600,6 +601,11 @@ def bad_write(message, **changes):
     return bad(ops.write_hr_kv, message, write_arguments(**changes))
 
 
+def bad_scatter(message, **changes):
+    arguments = dict(grad=torch.randn(1, 2, 3), index=index_of([2, 0]), num_tokens=4)
+    return bad(torch.ops.flexattn_cuda.gather_tokens_backward, message, arguments | changes)
+
+
 ONE_POOL = torch.zeros(7, 2, 4)
 
 
@@ -622,6 +628,10 @@ def bad_selection(message, **changes):
         bad_gather("index holds 2 twice in row 0", index=index_of([2, 2], [0, 1])),
         bad_gather("index has dtype Long, expected Int", index=torch.tensor([[2], [0]])),
         bad_gather("tokens has shape", tokens=(5, 3), index=index_of([2])),
+        bad_scatter("index holds 2 twice in row 0", index=index_of([2, 2])),
+        bad_scatter("index has values from 0 to 4, expected -1 to 3", index=index_of([4, 0])),
+        bad_scatter("num_tokens is -1, expected 0 to 2", num_tokens=-1),
+        bad_scatter("num_tokens is 4611686018427387904, expected 0 to 2", num_tokens=2**62),
         bad_assignment("index holds 4 twice in row 0", index=index_of([4, 4])),
         bad_assignment("index has values from 0 to 7, expected -1 to 6", index=index_of([0, 7])),
         bad_assignment("count has values from 3 to 3, expected 0 to 2", count=index_of(3)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 
 import numpy as np
 import pytest
@@ -48,6 +49,24 @@ def test_a_character_of_several_tokens_is_streamed_whole(loaded):
         pieces.put(torch.tensor([tokenizer.convert_tokens_to_ids(token)]))
     pieces.end()
     assert heard == ["a", "\u00e9", "b", "\ufffd"] and pieces.pieces == ["a", "", "\u00e9", "b", "\ufffd"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("call", [0, 3])
+def test_logits_that_are_not_numbers_are_no_answer(checkpoint, value, call):
+    """The first logits, and those of a later token: an empty answer before."""
+    model, processor = load(checkpoint, device="cpu")
+    calls = iter(range(9))
+
+    def spoil(module, arguments, logits):
+        if next(calls) == call:
+            logits[0, -1, 5] = value
+
+    model.lm_head.register_forward_hook(spoil)
+    with pytest.raises(
+        InputError, match="the model's logits are NaN or infinite in torch.float32, so it cannot answer"
+    ):
+        ask(model, processor, image(), QUESTION, max_new_tokens=6)
 
 
 def test_the_end_of_sequence_token_is_not_part_of_the_answer(loaded):

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import pytest
 import tiny_checkpoint
 import torch
 from PIL import Image
-from question_files import EXAMPLES, QUESTION, SIGNS
+from question_files import EXAMPLES, QUESTION, SIGNS, some, write
 from refusals import refused
+from safetensors.torch import load_file, save_file
 
 from flexattn_cuda.analysis import overlay as viz
 from flexattn_cuda.inputs.images import open_image
@@ -238,6 +240,16 @@ def test_checkpoints_that_cannot_be_used_are_refused(flexattn, image, tmp_path, 
     tiny_checkpoint.edit_json(folder / "config.json", **changes)
     assert says in refused(flexattn("ask", image, QUESTION, "--model", folder))
     assert says in refused(flexattn("info", "--model", folder))
+
+
+def test_a_checkpoint_whose_weights_are_not_numbers_ends_every_command(flexattn, checkpoint, folder, tmp_path):
+    spoiled = shutil.copytree(checkpoint, tmp_path / "spoiled")
+    weights = load_file(spoiled / "model.safetensors")
+    next(weight for name, weight in weights.items() if name.endswith("lm_head.weight"))[3, 3] = float("nan")
+    save_file(weights, spoiled / "model.safetensors", metadata={"format": "pt"})
+    questions = write(folder / "q.jsonl", some(2))
+    for arguments in (["ask", folder / "0.png", "why"], ["ask-batch", questions, "-o", folder / "a.jsonl"]):
+        assert "hold NaN or infinite numbers" in refused(flexattn(*arguments, "--model", spoiled))
 
 
 def test_a_gpu_without_enough_memory_is_reported(flexattn, image, monkeypatch):

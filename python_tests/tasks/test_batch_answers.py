@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from question_files import SIGNS, read, signs, some, write
+from question_files import SIGNS, read, signs, some, uninterrupted, write
 
 from flexattn_cuda import ask, load
 from flexattn_cuda.errors import InputError
@@ -122,6 +122,23 @@ def test_a_bad_line_is_reported_and_the_others_are_answered(checkpoint, folder):
         if isinstance(line, dict) and isinstance(line.get("question"), str):
             assert answer["question"] == line["question"]
     assert totals == Totals(len(BROKEN), len(BROKEN))
+
+
+def test_a_question_that_cannot_be_answered_costs_itself_alone(checkpoint, folder, monkeypatch):
+    records = [*some(3), {"image": "1.png", "question": "unanswerable"}]
+    generate = answering.generate_answers
+
+    def refusing(model, processor, images, questions, *rest):
+        if "unanswerable" in questions:
+            raise InputError("the image is 300 times as wide as high")
+        return generate(model, processor, images, questions, *rest)
+
+    expected = uninterrupted(checkpoint, write(folder / "q.jsonl", records))
+    monkeypatch.setattr(answering, "generate_answers", refusing)
+    totals = answer_file(folder / "q.jsonl", folder / "a.jsonl", checkpoint, "cpu", max_new_tokens=2)
+    answers = read(folder / "a.jsonl")
+    assert totals == Totals(3, 1) and answers[:3] == expected[:3]
+    assert answers[3]["error"] == "the image is 300 times as wide as high"
 
 
 def test_a_gpu_without_enough_memory_is_reported(checkpoint, folder, monkeypatch):

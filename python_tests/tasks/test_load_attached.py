@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from attached_checkpoint import CHECKPOINTS
 from question_files import image
 from refusals import refused
 from safetensors.torch import load_file
+from tiny_checkpoint import edit_json
 from transformers import AutoModelForImageTextToText
 
 import flexattn_cuda
@@ -30,6 +32,23 @@ QUESTION = "what is this"
 def folder(tmp_path_factory):
     """A checkpoint folder of InternVL, which no test changes."""
     return CHECKPOINTS["internvl_qwen2"].save(tmp_path_factory.mktemp("internvl"))
+
+
+@pytest.mark.parametrize(
+    "file, name, value, says",
+    [
+        ("generation_config.json", "bos_token_id", [None], "bos_token_id = .None.; it must be a token id"),
+        ("tokenizer_config.json", "model_max_length", "", "the chat template or the tokenizer in .* fails"),
+        ("preprocessor_config.json", "size", True, "an image of pixel_values_hr has shape"),
+        ("preprocessor_config.json", "image_std", [0.5, 0.0, 0.5], "image_std of the image processor is"),
+    ],
+)
+def test_a_damaged_value_is_refused_in_one_sentence(folder, tmp_path, file, name, value, says):
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    edit_json(damaged / file, **{name: value})
+    with pytest.raises((CheckpointError, InputError), match=says) as error:
+        ask(*load(damaged, "cpu"), image(), QUESTION, max_new_tokens=1)
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ FINE = [
 
 def check(records, folder, **options):
     one = processor()
-    return data.check(records, folder, lambda conversation: data.encode(one, conversation, 300), **options)
+    return data.check(records, folder, lambda conversation: data.encode(one, conversation, 300), **options).broken
 
 
 def test_every_broken_record_is_named_with_its_number_and_no_other(folder):
@@ -113,7 +113,7 @@ def test_a_conversation_that_the_processor_refuses_is_listed(folder):
         if not conversation.images:
             raise InputError("there is\nno image")
 
-    found = data.check([record("image.png"), record(), record("image.png")], folder, encode)
+    found = data.check([record("image.png"), record(), record("image.png")], folder, encode).broken
     assert list(map(str, found)) == ["record 1: conversation that cannot be asked: there is no image"]
 
 

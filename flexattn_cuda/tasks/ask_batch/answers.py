@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.inputs.image_sources import read_image
-from flexattn_cuda.inputs.images import is_url
 from flexattn_cuda.runs.progress import Progress
+from flexattn_cuda.runs.versions import FileVersion
 from flexattn_cuda.tasks import ask as answering
-from flexattn_cuda.tasks.ask_batch.lines import Line, Lines, Result, Results, usable_lines
+from flexattn_cuda.tasks.ask_batch.lines import Lines, Result, Results, usable_lines
 from flexattn_cuda.tasks.models import HRModel, QuestionProcessor
 
 Batch = list[int]  # numbers of lines
@@ -60,10 +61,10 @@ class BatchModel:
         for number in sorted(usable_lines(lines) - done.keys()):
             try:
                 line = lines[number]
-                image = self._image(line)
+                image = line.source(self.images)
                 lengths[number] = answering.prompt_length(self.model, self.processor, line.question, image)
             except InputError as error:
-                too_long[number] = Result(error=" ".join(str(error).split()))
+                too_long[number] = _failed(error)
         order = sorted(lengths, key=lambda number: (-lengths[number], number))
         size = self.batch_size
         return Plan([order[start : start + size] for start in range(0, len(order), size)], too_long)
@@ -87,27 +88,48 @@ class BatchModel:
             InputError: If the GPU does not have enough memory.
         """
         results: Results = {}
-        images = {}
+        images: dict[int, Image.Image] = {}
+        versions: dict[int, FileVersion | None] = {}
         for number, line in lines.items():
             try:
-                images[number] = read_image(self._image(line))
+                source = line.source(self.images)
+                versions[number] = _version(source)
+                images[number] = read_image(source)
             except InputError as error:
-                results[number] = Result(error=" ".join(str(error).split()))
-        if not images:
-            return results
-        questions = [lines[number].question for number in images]
+                results[number] = _failed(error)
+        answered = self._answers({number: lines[number].question for number in images}, images)
+        return results | {number: replace(result, image=versions[number]) for number, result in answered.items()}
+
+    def _answers(self, questions: dict[int, str], images: dict[int, Image.Image]) -> Results:
+        """Answer questions together or, if one of them cannot be answered, each by itself."""
+        if not questions:
+            return {}
+        own_images = [[images[number]] for number in questions]
         try:
             answers = answering.generate_answers(
-                self.model, self.processor, [[image] for image in images.values()], questions, self.max_new_tokens
+                self.model, self.processor, own_images, list(questions.values()), self.max_new_tokens
             )
         except torch.OutOfMemoryError:
             raise InputError(
                 f"the GPU does not have enough memory for {len(images)} questions at a time; use a smaller batch size, "
                 "finished answers are kept"
             ) from None
+        except InputError as error:
+            if len(questions) == 1:
+                return dict.fromkeys(questions, _failed(error))
+            alone = (self._answers({number: question}, images) for number, question in questions.items())
+            return {number: result for one in alone for number, result in one.items()}
         texts = (answering.answer_text(self.processor, tokens) for tokens in answers)
-        return results | {number: Result(answer=text) for number, text in zip(images, texts)}
+        return {number: Result(answer=text) for number, text in zip(questions, texts)}
 
-    def _image(self, line: Line) -> str | Path:
-        """Return the image's URL, or its path."""
-        return line.image if is_url(line.image) else self.images / line.image
+
+def _failed(error: InputError) -> Result:
+    return Result(error=" ".join(str(error).split()))
+
+
+def _version(source: str | Path) -> FileVersion | None:
+    """Return the version of an image file; None for a URL, and for a file that cannot be read at all."""
+    try:
+        return FileVersion.of(source) if isinstance(source, Path) else None
+    except (OSError, ValueError):  # ValueError: a null character in the name
+        return None

@@ -1,22 +1,28 @@
-"""Journals: the results of a run while it lasts, one file per process.
+"""Journals: the answers of a run while it lasts, one file per process.
 
-A journal is a header, which identifies the run, and one JSON object per line with the number of a line and its result.
+A journal is a header, which identifies the run, and a line for each answer, with the number of its question and the
+version of its image. Every line carries a checksum (`runs.records`), and that of an answer counts on from the header's:
+a line of another run is as good as damaged.
 """
 
 from __future__ import annotations
 
-import json
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.runs.files import fsync_file, fsync_folder, lock, os_errors_as_input_errors
 from flexattn_cuda.runs.fingerprint import Fingerprint
-from flexattn_cuda.tasks.ask_batch.lines import Result, Results, encode_json
+from flexattn_cuda.runs.records import encode_json, from_line, to_line
+from flexattn_cuda.runs.versions import FileVersion
+from flexattn_cuda.tasks.ask_batch.lines import Result, Results
 
-_FORMAT = "journal of flexattn ask-batch, 1"
+_NAME = "journal of flexattn ask-batch"
+_FORMAT = f"{_NAME}, 2"
+_BEGINNING = encode_json({"format": _NAME}).rstrip(b'"}')  # of every format
 
 
 def journal_path(output: Path, rank: int) -> Path:
@@ -34,14 +40,14 @@ class Journal:
     """A journal that is open for writing; what `append` has written survives this process."""
 
     def __init__(self, path: Path, fingerprint: Fingerprint):
-        self._path, self._fingerprint = path, fingerprint
+        self._path, self._header = path, _header(fingerprint)
 
     def __enter__(self) -> Journal:
         with os_errors_as_input_errors(self._path):
-            self._file = open(self._path, "ab")
+            self._file = open(self._path, "ab", buffering=0)  # a buffer would be written again after a full disk
             lock(self._file, self._path)
             if self._file.tell() == 0:
-                self._write(encode_json({"format": _FORMAT} | dict(self._fingerprint.facts)))
+                self._write(self._header)
                 fsync_folder(self._path.parent)
         return self
 
@@ -49,72 +55,91 @@ class Journal:
         self._file.close()
 
     def append(self, results: Results) -> None:
-        """Write results to the disk."""
+        """Write the answers among some results to the disk; a line that failed is tried again by the next run."""
+        key = zlib.crc32(self._header)
+        answers = {number: result for number, result in results.items() if result.answer is not None}
         with os_errors_as_input_errors(self._path):
-            self._write(b"".join(_Entry(number, result).to_line() for number, result in results.items()))
+            self._write(b"".join(to_line(_fields(number, result), key) for number, result in answers.items()))
 
     def _write(self, content: bytes) -> None:
-        self._file.write(content)
+        rest = memoryview(content)
+        while rest:
+            rest = rest[self._file.write(rest) :]
         fsync_file(self._file)
 
 
-def read_journal(path: Path, fingerprint: Fingerprint) -> Results:
-    """Return the results in a journal, and cut off a line whose writing was interrupted, so that it can be continued.
+@dataclass(frozen=True)
+class Journalled:
+    """What a journal holds: the answers, and the number of lines that were damaged."""
+
+    answers: Results
+    damaged: int
+
+
+def read_journal(path: Path, fingerprint: Fingerprint) -> Journalled:
+    """Read a journal, and cut off a line whose writing was interrupted, so that it can be continued.
+
+    Damaged lines stay where they are and are passed over.
 
     Raises:
         InputError: If another run is writing the journal, or it is not one of this fingerprint.
     """
-    results: Results = {}
     with os_errors_as_input_errors(path), open(path, "rb+") as file:
-        header = _read_header(file, path)
-        if header:
-            fingerprint.require_same(Fingerprint(json.loads(header)), f"{path}, an unfinished run,")
-        length = len(header)
-        for line in file:
-            entry = _Entry.from_line(line)
-            if entry is None:
-                break
-            results[entry.number] = entry.result
-            length += len(line)
-        file.truncate(length)
-        fsync_file(file)
-    return results
+        lock(file, path)
+        lines = file.readlines()
+        if lines and not lines[-1].endswith(b"\n"):
+            torn = lines.pop()
+            if not lines:
+                _check_beginning(torn, path)
+            file.truncate(file.tell() - len(torn))
+            fsync_file(file)
+    if not lines:
+        return Journalled({}, 0)
+    header, *records = lines
+    facts = from_line(header)
+    if facts is not None and facts.get("format") == _FORMAT:
+        fingerprint.require_same(Fingerprint(facts), f"{path}, an unfinished run,")
+        damaged_header = 0
+    else:  # what follows tells whether it is of this run
+        header, damaged_header = _header(fingerprint), 1
+    answers, damaged = _read_answers(records, zlib.crc32(header))
+    if damaged_header and not answers:
+        _check_beginning(lines[0], path)
+        raise InputError(
+            f"{path}, an unfinished run, is damaged or of an earlier version of this program, and cannot be resumed; "
+            "discard it with --restart"
+        )
+    return Journalled(answers, damaged + damaged_header)
 
 
 def discard_journal(path: Path) -> None:
     """Remove a journal; raise InputError if the file is something else, or another run is writing it."""
     with os_errors_as_input_errors(path), open(path, "rb") as file:
-        _read_header(file, path)
+        lock(file, path)
+        _check_beginning(file.readline(), path)
         path.unlink()
 
 
-def _read_header(file: BinaryIO, path: Path) -> bytes:
-    """Lock a journal and return its first line, or nothing if the writing of that was interrupted."""
-    lock(file, path)
-    header = file.readline()
-    beginning = encode_json({"format": _FORMAT}).rstrip(b"}\n")
-    if header[: len(beginning)] != beginning[: len(header)]:
+def _check_beginning(line: bytes, path: Path) -> None:
+    """Raise InputError unless a line may be the header of a journal, or as much of it as was written."""
+    if line[: len(_BEGINNING)] != _BEGINNING[: len(line)]:
         raise InputError(f"{path} is not a journal of this program, which would be written there; move it elsewhere")
-    return header if header.endswith(b"\n") else b""
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A line of a journal."""
+def _header(fingerprint: Fingerprint) -> bytes:
+    return to_line({"format": _FORMAT} | dict(fingerprint.facts))
 
-    number: int
-    result: Result
 
-    def to_line(self) -> bytes:
-        return encode_json({"line": self.number} | self.result.fields())
+def _fields(number: int, result: Result) -> dict[str, Any]:
+    return {"line": number, "answer": result.answer, "image": result.image}
 
-    @classmethod
-    def from_line(cls, line: bytes) -> _Entry | None:
-        """Read a line; return None if its writing was interrupted."""
-        if not line.endswith(b"\n"):
-            return None
-        try:
-            fields = json.loads(line)
-            return cls(fields.pop("line"), Result(**fields))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return None
+
+def _read_answers(lines: list[bytes], key: int) -> tuple[Results, int]:
+    """Return the answers, and the number of damaged lines."""
+    records = [from_line(line, key) for line in lines]
+    answers = {
+        record["line"]: Result(record["answer"], image=record["image"] and FileVersion(*record["image"]))
+        for record in records
+        if record is not None
+    }
+    return answers, records.count(None)

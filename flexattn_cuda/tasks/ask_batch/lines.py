@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flexattn_cuda.errors import InputError
+from flexattn_cuda.inputs.images import is_url
 from flexattn_cuda.inputs.questions import check_question
+from flexattn_cuda.runs.versions import FileVersion
 
 
 @dataclass(frozen=True)
@@ -20,16 +23,26 @@ class Line:
     question: str | None = None
     error: str | None = None
 
+    def source(self, folder: Path) -> str | Path:
+        """Return the image's URL, or its path from the folder of the questions."""
+        assert self.image is not None
+        return self.image if is_url(self.image) else folder / self.image
+
 
 @dataclass(frozen=True)
 class Result:
-    """What has become of a line: an answer, or an error in one sentence."""
+    """What has become of a line: an answer, or an error in one sentence.
+
+    Attributes:
+        image: The image file that was asked about, as it was then; None for a URL.
+    """
 
     answer: str | None = None
     error: str | None = None
+    image: FileVersion | None = None
 
     def fields(self) -> dict[str, str]:
-        """Return the fields of the output and of a journal."""
+        """Return the fields of the output."""
         return {"answer": self.answer} if self.error is None else {"error": self.error}
 
 
@@ -88,8 +101,3 @@ def _error_of(record: dict[str, Any], id_is_known: bool) -> str | None:
 def usable_lines(lines: Lines) -> set[int]:
     """Return the numbers of the lines that can be asked."""
     return {number for number, line in lines.items() if line.error is None}
-
-
-def encode_json(record: dict[str, Any]) -> bytes:
-    """Encode a line of JSON; half a surrogate pair, which UTF-8 cannot represent, becomes its JSON escape."""
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

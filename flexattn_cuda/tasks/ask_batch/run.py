@@ -17,10 +17,11 @@ from flexattn_cuda.runs.files import check_writable, fsync_file, fsync_folder, o
 from flexattn_cuda.runs.fingerprint import Fingerprint
 from flexattn_cuda.runs.processes import Processes
 from flexattn_cuda.runs.progress import Progress
+from flexattn_cuda.runs.records import encode_json
 from flexattn_cuda.tasks import load as loading
 from flexattn_cuda.tasks.ask_batch.answers import BatchModel
 from flexattn_cuda.tasks.ask_batch.journal import Journal, discard_journal, journal_path, journal_paths, read_journal
-from flexattn_cuda.tasks.ask_batch.lines import Lines, Result, Results, Totals, encode_json, read_lines
+from flexattn_cuda.tasks.ask_batch.lines import Lines, Result, Results, Totals, read_lines
 from flexattn_cuda.tasks.options import MAX_NEW_TOKENS, BatchOptions
 
 _CHECKPOINT_FILES = (".json", ".jinja", ".model", ".safetensors", ".bin")
@@ -33,12 +34,14 @@ class RunState:
     Attributes:
         fingerprint: What a resumed run must repeat.
         lines: The lines of the input.
-        results: The results of earlier runs.
+        results: The answers of earlier runs.
+        damaged: Number of lines of their journals that were damaged, and passed over.
     """
 
     fingerprint: Fingerprint
     lines: Lines
     results: Results
+    damaged: int = 0
 
 
 def answer_file(
@@ -115,6 +118,8 @@ def answer_questions(options: BatchOptions, progress: bool = False) -> Totals:
         share = plan.batches[processes.rank :: processes.count]
         what = "questions" if processes.count == 1 else f"questions of the first of {processes.count} processes"
         shown = Progress(sum(map(len, share)), what, progress and processes.rank == 0)
+        if state.damaged:
+            shown.say(f"{state.damaged} damaged lines of the journals were passed over; what they held is asked again")
         if state.results:
             shown.say(f"resuming: {len(state.results)} questions are answered, {sum(map(len, plan.batches))} are left")
         answered: Results = {}
@@ -152,10 +157,21 @@ def _start_or_resume(options: BatchOptions) -> RunState:
             discard_journal(path)
         options.output.unlink(missing_ok=True)
         return RunState(fingerprint, lines, {})
-    results: Results = {}
-    for path in journal_paths(options.output):
-        results |= read_journal(path, fingerprint)
-    return RunState(fingerprint, lines, results)
+    journals = [read_journal(path, fingerprint) for path in journal_paths(options.output)]
+    results = {number: result for journal in journals for number, result in journal.answers.items()}
+    _require_same_images(options, lines, results)
+    return RunState(fingerprint, lines, results, sum(journal.damaged for journal in journals))
+
+
+def _require_same_images(options: BatchOptions, lines: Lines, results: Results) -> None:
+    """Raise InputError if an image that was asked about has changed since: old and new answers would be mixed."""
+    asked = {(lines[number].source(options.input.parent), result.image) for number, result in results.items()}
+    changed = [path for path, version in asked if isinstance(path, Path) and version and not version.is_still(path)]
+    if changed:
+        raise InputError(
+            f"{len(changed)} images have changed since they were asked about, the first is {min(changed)}; put the old "
+            "ones back to resume the unfinished run, or discard it with --restart"
+        )
 
 
 def _read_input(path: Path) -> bytes:
@@ -197,8 +213,8 @@ def _finish(output: Path, lines: Lines, results: Results, processes: int) -> Tot
     merged = output.with_name(f"{output.name}.partial.merged")
     with os_errors_as_input_errors(merged), open(merged, "wb") as file:
         for number, line in lines.items():
-            result = results[number]
-            file.write(encode_json({"id": line.id, "image": line.image, "question": line.question} | result.fields()))
+            record = {"id": line.id, "image": line.image, "question": line.question} | results[number].fields()
+            file.write(encode_json(record) + b"\n")
         fsync_file(file)
     with os_errors_as_input_errors(output):
         os.replace(merged, output)

@@ -28,7 +28,7 @@ class BrokenList:
     def report_later(self, broken: Broken) -> None:
         """Add a record that broke after the check, in whichever process finds it, and say so."""
         print(f"{broken}; another record takes its place", file=sys.stderr, flush=True)
-        with open(self.path, "a") as file:
+        with os_errors_as_input_errors(self.path), open(self.path, "a") as file:
             file.write(_line(broken))
 
     def require_usable(self, found: Sequence[Broken], records: int, on_broken: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from flexattn_cuda.runs.files import os_errors_as_input_errors
 from flexattn_cuda.runs.progress import Progress
 
 
@@ -24,7 +25,7 @@ class LossFile(TrainerCallback):
         self._path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        with open(self._path, "w", newline="") as file:
+        with os_errors_as_input_errors(self._path), open(self._path, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(self.columns)
             writer.writerows(map(self._row, filter(_has_loss, state.log_history)))
@@ -32,7 +33,7 @@ class LossFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         entry = state.log_history[-1]
         if _has_loss(entry):
-            with open(self._path, "a", newline="") as file:
+            with os_errors_as_input_errors(self._path), open(self._path, "a", newline="") as file:
                 csv.writer(file).writerow(self._row(entry))
 
     def _row(self, entry: dict[str, Any]) -> list[Any]:

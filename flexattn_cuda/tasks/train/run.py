@@ -30,11 +30,7 @@ from flexattn_cuda.tasks.options import TrainOptions
 from flexattn_cuda.tasks.train.arguments import start_processes, training_arguments
 from flexattn_cuda.tasks.train.broken_list import BrokenList, print_summary
 from flexattn_cuda.tasks.train.callbacks import LossFile, ProgressBar
-from flexattn_cuda.tasks.train.checkpoints import (
-    last_complete_checkpoint,
-    remove_checkpoints,
-    remove_incomplete_checkpoints,
-)
+from flexattn_cuda.tasks.train.checkpoints import Resumable, keep_last_complete_checkpoint, remove_checkpoints, writing
 from flexattn_cuda.tasks.train.requirements import (
     choose_machine,
     require_accelerate,
@@ -42,7 +38,7 @@ from flexattn_cuda.tasks.train.requirements import (
     transformers_optimizer,
 )
 from flexattn_cuda.tasks.train.trainer import AdapterTrainer, FlexAttnTrainer, choose_trained
-from flexattn_cuda.tasks.training_data import Broken
+from flexattn_cuda.tasks.training_data import Broken, Checked
 
 
 @dataclass(frozen=True)
@@ -77,9 +73,9 @@ def train(options: TrainOptions, progress: bool = False) -> Outcome:
     """
     with TrainingRun(options, progress) as run:
         run.prepare()
-        broken = run.check()
-        losses = {} if options.check_only else run.fit(run.resume(broken), broken)
-        return Outcome(run.record_count, broken, losses)
+        checked = run.check()
+        losses = {} if options.check_only else run.fit(run.resume(checked), checked.broken)
+        return Outcome(run.record_count, checked.broken, losses)
 
 
 class TrainingRun:
@@ -167,43 +163,47 @@ class TrainingRun:
             reason = " ".join(str(error).split())
             raise InputError(f"the optimizer {self._options.optimizer} cannot be used: {reason}") from None
 
-    def check(self) -> list[Broken]:
-        """Lock the output folder, check all records, and return the broken ones."""
+    def check(self) -> Checked:
+        """Lock the output folder and check all records."""
         return self._processes.broadcast_from_rank0(self._check_on_rank0)
 
-    def _check_on_rank0(self) -> list[Broken]:
+    def _check_on_rank0(self) -> Checked:
         options = self._options
         self._open.enter_context(locked_folder(options.output))
         if not options.images.is_dir():
             raise InputError(f"there is no folder {options.images} of images")
         verdicts = options.output / "images.jsonl"
         with os_errors_as_input_errors(verdicts):
-            found = training_data.check(self._records, options.images, self._encode, verdicts, self._progress)
+            checked = training_data.check(self._records, options.images, self._encode, verdicts, self._progress)
+        found = checked.broken
         self._broken_list.write(found)
         if self._progress:
             print_summary(found, self.record_count)
         if not options.check_only:
             self._broken_list.require_usable(found, self.record_count, options.broken)
-        return found
+        return checked
 
-    def resume(self, broken: list[Broken]) -> Path | None:
+    def resume(self, checked: Checked) -> Path | None:
         """Return the checkpoint to resume from, or None to start at the first step."""
-        fingerprint = self._fingerprint(broken)
-        checkpoint = self._processes.broadcast_from_rank0(
+        fingerprint = self._fingerprint(checked)
+        found = self._processes.broadcast_from_rank0(
             lambda: _checkpoint_to_resume(self._options.output, fingerprint, self._options.restart)
         )
-        if checkpoint is not None and self._progress:
-            print(f"resuming from {checkpoint}", file=sys.stderr)
-        return checkpoint
+        for folder in found.damaged if self._progress else ():
+            print(f"{folder} is not as it was written, and was removed", file=sys.stderr)
+        if found.checkpoint is not None and self._progress:
+            print(f"resuming from {found.checkpoint}", file=sys.stderr)
+        return found.checkpoint
 
-    def _fingerprint(self, broken: list[Broken]) -> Fingerprint:
+    def _fingerprint(self, checked: Checked) -> Fingerprint:
         options = self._options
         return options.fingerprint().with_facts(
             data=hashlib.blake2b(options.data.read_bytes()).hexdigest(),
             images=str(options.images.resolve()),
+            content_of_images=checked.images_hash,
             precision=self._machine.precision,
             processes=self._processes.count,
-            set_of_broken_records=[one.record for one in broken],
+            set_of_broken_records=[one.record for one in checked.broken],
         )
 
     def fit(self, checkpoint: Path | None, broken: list[Broken]) -> dict[int, float]:
@@ -221,9 +221,10 @@ class TrainingRun:
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        trainer.save_model()
-        if options.lora is not None and self._processes.rank == 0:
-            self._beside_lora(options.output)
+        with writing(options.output):
+            trainer.save_model()
+            if options.lora is not None and self._processes.rank == 0:
+                self._beside_lora(options.output)
         losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
         if self._progress:
             first, last = min(losses), max(losses)
@@ -278,8 +279,8 @@ def _load_attached(options: TrainOptions, dtype: torch.dtype | None) -> tuple[At
     return model, processor
 
 
-def _checkpoint_to_resume(output: Path, fingerprint: Fingerprint, restart: bool) -> Path | None:
-    """Return the last complete checkpoint of an earlier run with the same fingerprint, and clear away the rest."""
+def _checkpoint_to_resume(output: Path, fingerprint: Fingerprint, restart: bool) -> Resumable:
+    """Return the last complete checkpoint of an earlier run with the same fingerprint, and clear away later ones."""
     written = output / "run.json"
     with os_errors_as_input_errors(output):
         if restart:
@@ -288,6 +289,6 @@ def _checkpoint_to_resume(output: Path, fingerprint: Fingerprint, restart: bool)
             fingerprint.require_same(
                 Fingerprint.read(written), f"the run in {output}", f"start another from it with --model {output}"
             )
-        remove_incomplete_checkpoints(output)
+        found = keep_last_complete_checkpoint(output)
         write_atomically(written, fingerprint.to_json())
-    return last_complete_checkpoint(output)
+    return found

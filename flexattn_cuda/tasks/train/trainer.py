@@ -15,7 +15,7 @@ from flexattn_cuda.checkpoints import adapters
 from flexattn_cuda.checkpoints.projections import is_projection
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.families.attach import attached_model, save_adapter
-from flexattn_cuda.tasks.train.checkpoints import checkpoint_folder, last_complete_checkpoint, mark_complete
+from flexattn_cuda.tasks.train.checkpoints import checkpoint_folder, last_complete_checkpoint, mark_complete, writing
 from flexattn_cuda.tasks.training_data import IGNORED
 
 _IN_PART: dict[str, Callable[[str], bool]] = {
@@ -164,10 +164,12 @@ class FlexAttnTrainer(Trainer):
         return None
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)
-        self.accelerator.wait_for_everyone()  # every process writes a part of its own
-        if self.args.should_save:
-            mark_complete(checkpoint_folder(self.args.output_dir, self.state.global_step))
+        folder = checkpoint_folder(self.args.output_dir, self.state.global_step)
+        with writing(folder):
+            super()._save_checkpoint(*args, **kwargs)
+            self.accelerator.wait_for_everyone()  # every process writes a part of its own
+            if self.args.should_save:
+                mark_complete(folder)
 
 
 class AdapterTrainer(FlexAttnTrainer):

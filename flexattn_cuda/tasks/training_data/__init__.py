@@ -7,7 +7,7 @@ r"""Training data in LLaVA's format: read, checked before anything is trained, a
 Records are numbered from 0. A bad record is reported and skipped.
 """
 
-from flexattn_cuda.tasks.training_data.checks import check
+from flexattn_cuda.tasks.training_data.checks import Checked, check
 from flexattn_cuda.tasks.training_data.dataset import Collator, Conversations
 from flexattn_cuda.tasks.training_data.labels import IGNORED, LabelledIds, encode, labelled_ids
 from flexattn_cuda.tasks.training_data.records import Broken, BrokenRecordError, Conversation, Turn, parse, read_records
@@ -16,6 +16,7 @@ __all__ = [
     "IGNORED",
     "Broken",
     "BrokenRecordError",
+    "Checked",
     "Collator",
     "Conversation",
     "Conversations",
