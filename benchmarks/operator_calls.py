@@ -84,6 +84,7 @@ def call_every_operator() -> None:
     decode(inputs)
     generic(inputs)
     gradients(inputs)
+    gradients_without_tensor_cores(inputs)
     selection_and_pool(inputs)
 
 
@@ -130,6 +131,14 @@ def gradients(inputs: Inputs) -> None:
             case.call(inputs, hr_from=int32(101))
             if capability == 70:  # the kernels that alpha takes are the same for both
                 case.call(inputs, hr_from=int32(101), alpha=torch.tensor([0.5]))
+
+
+def gradients_without_tensor_cores(inputs: Inputs) -> None:
+    for dtype in EVERY_DTYPE:
+        for head_dim in (256,) if dtype == torch.float16 else (64, 128, 256):
+            case = Attention(dtype, head_dim, queries=130, keys=130, heads=2, selected=130, side=8, backward=True)
+            case.call(inputs, hr_from=int32(101))
+            case.call(inputs, hr_from=int32(101), alpha=torch.tensor([0.5]))
 
 
 def selection_and_pool(inputs: Inputs) -> None:

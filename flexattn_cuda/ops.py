@@ -29,6 +29,7 @@ because reading them from a GPU would wait for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -445,10 +446,54 @@ def attention_path(
     Raises:
         ValueError: If `q` is not float32, float64, float16 or bfloat16.
     """
+    return _chosen(compiled.attention_path, (q, k, v, k_hr, v_hr), scale, capability)
+
+
+def attention_backward_path(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    k_hr: Tensor | None = None,
+    v_hr: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    capability: tuple[int, int] | None = None,
+) -> AttentionPath:
+    """Return which kernels the gradients of a call of `hierarchical_attention` take, given that of `out` is dense.
+
+    Args:
+        q: As for `hierarchical_attention`.
+        k: As for `hierarchical_attention`.
+        v: As for `hierarchical_attention`.
+        k_hr: As for `hierarchical_attention`.
+        v_hr: As for `hierarchical_attention`.
+        scale: As for `hierarchical_attention`.
+        softcap: As for `hierarchical_attention`.
+        capability: As for `attention_path`.
+
+    Returns:
+        The kernels and the reasons against faster ones.
+
+    Raises:
+        ValueError: If `q` is not float32, float64, float16 or bfloat16.
+    """
+    return _chosen(compiled.attention_backward_path, (q, k, v, k_hr, v_hr), scale, capability, softcap)
+
+
+def _chosen(
+    choose: Callable[..., tuple[str, list[str]]],
+    tensors: tuple[Tensor | None, ...],
+    scale: float | None,
+    capability: tuple[int, int] | None,
+    *others: float,
+) -> AttentionPath:
+    q = tensors[0]
+    assert q is not None
     if capability is None:
         if not q.is_cuda:
             return AttentionPath("cpu", (f"the tensors are on {q.device}",))
         capability = torch.cuda.get_device_capability(q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    path, reasons = compiled.attention_path(q, k, v, k_hr, v_hr, scale, 10 * capability[0] + capability[1])
+    path, reasons = choose(*tensors, scale, 10 * capability[0] + capability[1], *others)
     return AttentionPath(path, tuple(reasons))

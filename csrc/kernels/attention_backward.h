@@ -6,6 +6,7 @@
 namespace flexattn::cuda {
 
 void attention_backward_generic(const AttentionBackwardParams& params, Stream stream);
+void attention_backward_fma(const AttentionBackwardParams& params, Stream stream);
 void attention_backward_volta(const AttentionBackwardParams& params, int capability, Stream stream);
 void attention_backward_ampere(const AttentionBackwardParams& params, Stream stream);
 

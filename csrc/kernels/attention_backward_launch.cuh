@@ -23,10 +23,8 @@ void launch_row_tiles(const char* name, const AttentionBackwardParams& p, Stream
 template <typename Mma, int kD>
 void find_states(const AttentionBackwardParams& p, Stream stream) {
   const char* name = "hierarchical_attention_backward (states)";
-  if (!p.out) return launch_row_tiles<Mma, kD, true>(name, p, stream);
-  launch(name, grad_row_states<typename Mma::Element>,
-         blocks_for(p.in.batch * p.in.queries * p.in.heads, kStateThreads / kLanesOfState), kStateThreads, 0, stream,
-         p);
+  p.out ? launch_row_states<typename Mma::Element, 16>(name, p, stream)
+        : launch_row_tiles<Mma, kD, true>(name, p, stream);
 }
 
 template <typename Mma, int kD, int kWarps>

@@ -344,28 +344,98 @@ __device__ Softmax merge_splits(const Softmax* parts, int count) {
   return total;
 }
 
-// out, lse and lse_seq of a row: a block, with a thread per channel.
+// What a warp has merged of a row's splits: of those of the sequence, or of HR keys. A lane holds four channels.
+constexpr int kLaneChannels = 4, kMaxChannels = kLaneChannels * kWarp;
+struct Merged {
+  Softmax softmax;
+  Vector<float, kLaneChannels> output{};
+
+  // Add splits; one with row_sum 0 has no output.
+  template <int n>
+  __device__ __forceinline__ void add(const Softmax (&parts)[n], const Vector<float, kLaneChannels> (&outputs)[n]) {
+    float max_part = minus_infinity<float>();
+#pragma unroll
+    for (int i = 0; i < n; ++i) max_part = fmax(max_part, parts[i].row_max);
+    const float rescale = softmax.raise_max(max_part);
+#pragma unroll
+    for (int c = 0; c < kLaneChannels; ++c) output.element[c] *= rescale;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const float weight = softmax.weight(parts[i].row_max);
+      softmax.row_sum += weight * parts[i].row_sum;
+#pragma unroll
+      for (int c = 0; c < kLaneChannels; ++c)
+        output.element[c] += parts[i].row_sum == 0.f ? 0.f : weight * outputs[i].element[c];
+    }
+  }
+};
+
+// What the warps have merged: of the sequence, then of HR keys.
+struct MergedByWarps {
+  Softmax softmax[2 * kWarps];
+  float outputs[2 * kWarps][kMaxChannels];
+
+  // Softmax over the first `kinds` kinds, and in `output` the sum of values in channel c.
+  __device__ Softmax total(int kinds, int c, float& output) const {
+    Softmax all;
+    for (int i = 0; i < kinds * kWarps; ++i) all.row_max = fmax(all.row_max, softmax[i].row_max);
+    output = 0.f;
+    for (int i = 0; i < kinds * kWarps; ++i) {
+      all.merge(softmax[i]);
+      output += all.weight(softmax[i].row_max) * outputs[i][c];
+    }
+    return all;
+  }
+};
+
+// The warps take splits in turn, and of each warp a batch is in flight at a time: every one of up to 32 splits. Loads
+// are unconditional; what a split has not written is never used.
+__device__ void merge_by_warps(const AttentionInputs& in, const Splits& s, int64_t row, MergedByWarps& merged) {
+  constexpr int kBatch = 8;
+  const int channel = kLaneChannels * lane(), d = static_cast<int>(in.head_dim);
+  const Softmax* parts_of_row = s.softmax + row * s.all;
+  const float* outputs_of_row = s.outputs + row * s.all * d + (channel < d ? channel : 0);
+  Merged kinds[2];
+  for (int first = warp_in_block(); first < s.all; first += kWarps * kBatch) {
+    Softmax parts[2][kBatch];
+    Vector<float, kLaneChannels> outputs[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int split = first + i * kWarps, at = min(split, s.all - 1);
+      const Softmax part = parts_of_row[at];
+      outputs[i] = load<kLaneChannels>(outputs_of_row + static_cast<int64_t>(at) * d);
+      parts[0][i] = split < s.sequence ? part : Softmax();
+      parts[1][i] = split >= s.sequence && split < s.all ? part : Softmax();
+    }
+#pragma unroll
+    for (int kind = 0; kind < 2; ++kind) kinds[kind].add(parts[kind], outputs);
+  }
+#pragma unroll
+  for (int kind = 0; kind < 2; ++kind) {
+    const int at = kind * kWarps + warp_in_block();
+    if (lane() == 0) merged.softmax[at] = kinds[kind].softmax;
+    store(merged.outputs[at] + channel, kinds[kind].output);
+  }
+}
+
+// out, lse and lse_seq of a row: a block, in the end with a thread per channel.
 template <typename T>
 __device__ void combine_row(const AttentionForwardParams& p, const Splits& s, int64_t row) {
   const AttentionInputs& in = p.in;
   const int64_t n = row % in.queries, head = row / in.queries % in.heads, b = row / in.queries / in.heads,
                 c = threadIdx.x;
-  const Softmax* parts = s.softmax + row * s.all;
-  const Softmax all = merge_splits(parts, s.all), sequence = merge_splits(parts, s.sequence);
+  MergedByWarps& merged = *shared_memory<MergedByWarps>();
+  merge_by_warps(in, s, row, merged);
   const float alpha = hr_row_of_query(in, b, n) >= 0 ? mixing<float>(in, b) : 1.f;
+  __syncthreads();
+  float full, plain;
+  const Softmax all = merged.total(2, static_cast<int>(c), full),
+                sequence = merged.total(1, static_cast<int>(c), plain);
   if (c == 0) {
     static_cast<float*>(p.lse)[row] = all.log_sum_exp();
     static_cast<float*>(p.lse_seq)[row] = sequence.log_sum_exp();
   }
   if (c >= in.head_dim) return;
-  float full = 0.f, plain = 0.f;
-#pragma unroll 8
-  for (int i = 0; i < s.all; ++i) {
-    const Softmax part = parts[i];
-    const float output = part.row_sum == 0.f ? 0.f : s.outputs[(row * s.all + i) * in.head_dim + c];
-    full += all.weight(part.row_max) * output;
-    if (i < s.sequence) plain += sequence.weight(part.row_max) * output;
-  }
   full = all.average(full);
   plain = sequence.average(plain);
   static_cast<T*>(p.out)[((b * in.queries + n) * in.heads + head) * in.head_dim + c] =
@@ -434,8 +504,8 @@ void forward(const AttentionForwardParams& p, Stream stream) {
   }
   const int64_t rows = p.in.batch * p.in.heads * p.in.queries;
   const int64_t map = p.in.batch * p.in.rows * blocks_for(p.images * p.map_size, kThreads);
-  launch("hierarchical_attention (combine)", combine_splits<T>, rows + map, kThreads, p.in.heads * sizeof(float),
-         stream, p, s);
+  const size_t shared = std::max(sizeof(MergedByWarps), p.in.heads * sizeof(float));
+  launch("hierarchical_attention (combine)", combine_splits<T>, rows + map, kThreads, shared, stream, p, s);
 }
 
 }  // namespace

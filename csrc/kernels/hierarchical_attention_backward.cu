@@ -36,6 +36,8 @@ void hierarchical_attention_backward(const AttentionBackwardParams& params, Stre
   if (params.grad_k_hr) list_slots(params, stream);
   const int capability = compute_capability();
   switch (choose_backward_path(params, capability).path) {
+    case AttentionPath::kFma:
+      return attention_backward_fma(params, stream);
     case AttentionPath::kVolta:
       return attention_backward_volta(params, capability, stream);
     case AttentionPath::kAmpere:

@@ -9,16 +9,29 @@
 
 namespace flexattn::cuda {
 
+// What the lane's rows see of a tile, as bits from the lane's own first key on.
+template <typename Rows, typename Word>
+struct VisibleKeys {
+  Word keys[Rows::kLaneRows];
+  __device__ __forceinline__ bool operator()(int i) const { return keys[Rows::row_of(i)] >> Rows::key_of_score(i) & 1; }
+};
+template <typename Rows, typename Word>
+__device__ __forceinline__ VisibleKeys<Rows, Word> visible_keys(const AttentionInputs& in, const BlockWork& work,
+                                                                const KeyTile& tile) {
+  VisibleKeys<Rows, Word> visible;
+#pragma unroll
+  for (int which = 0; which < Rows::kLaneRows; ++which)
+    visible.keys[which] = work.visible_keys<Word>(in, tile, block_row<Rows>(which)) >> Rows::key_of_lane();
+  return visible;
+}
+
 template <typename Rows>
 __device__ __forceinline__ void mask_scores(const AttentionInputs& in, const BlockWork& work, const KeyTile& tile,
                                             float (&s)[Rows::kScores]) {
-  uint64_t visible[Rows::kLaneRows];
-#pragma unroll
-  for (int which = 0; which < Rows::kLaneRows; ++which)
-    visible[which] = work.visible_keys<uint64_t>(in, tile, block_row<Rows>(which)) >> Rows::key_of_lane();
+  const auto visible = visible_keys<Rows, uint64_t>(in, work, tile);
 #pragma unroll
   for (int i = 0; i < Rows::kScores; ++i)
-    if (!(visible[Rows::row_of(i)] >> Rows::key_of_score(i) & 1)) s[i] = -INFINITY;
+    if (!visible(i)) s[i] = -INFINITY;
 }
 
 // The reference of a row's weights follows its max only when that is 2^8 ahead: a weight of 256 is as precise as one of

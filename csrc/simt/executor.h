@@ -58,8 +58,6 @@ extern uintptr_t stack_begin;  // of the running thread
 inline bool on_stack(const void* address) { return reinterpret_cast<uintptr_t>(address) - stack_begin < kStackBytes; }
 // Whether the address is of threadIdx and the like, of what lanes exchange, or of the body of the launch.
 bool belongs_to_executor(const void* address);
-// Whether the address would not be memory on a GPU.
-inline bool is_own(const void* address) { return on_stack(address) || belongs_to_executor(address); }
 
 // Fail unless the address is a multiple of `bytes`.
 void require_alignment(const char* operation, const void* address, size_t bytes);

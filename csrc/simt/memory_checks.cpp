@@ -185,14 +185,21 @@ void count(const void* pointer, size_t size, Access access, const void* code) {
                is_shared(begin) ? begin - shared_begin : begin, size);
 }
 
+// Whether the address would be memory on a GPU.
+bool is_watched(const void* address) {
+  return watching && !on_stack(address) &&
+         (is_shared(reinterpret_cast<uintptr_t>(address)) || !belongs_to_executor(address));
+}
+
 void record(const void* address, size_t size, Access access, const void* code) {
-  if (!watching || is_own(address)) return;
+  if (!is_watched(address)) return;
   if (counting) count(address, size, access, code);
   check_access(address, size, access);
 }
 
 void record_aligned(const void* address, size_t size, Access access, const void* code) {
-  if (watching && !is_own(address)) require_alignment(access == Access::kWrite ? "writes" : "reads", address, size);
+  if (!is_watched(address)) return;
+  require_alignment(access == Access::kWrite ? "writes" : "reads", address, size);
   record(address, size, access, code);
 }
 

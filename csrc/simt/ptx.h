@@ -14,11 +14,25 @@
 namespace flexattn::cuda {
 namespace simt_ptx {
 
-template <typename T>
-float element(const simt::WarpBytes& lanes, int lane, int index) {
-  T value;
-  std::memcpy(&value, lanes[lane] + index * sizeof(T), sizeof(T));
-  return static_cast<float>(value);
+// Accesses registers alone: need not be watched.
+#define FLEXATTN_UNWATCHED __attribute__((no_sanitize("thread")))
+
+// A lane's elements of a, then of b, on their way to all lanes: widened once, by the lane that holds them.
+template <typename T, int a_words, int b_words>
+FLEXATTN_UNWATCHED const simt::WarpBytes& exchange_widened(const char* name, const uint32_t (&a)[a_words],
+                                                           const uint32_t (&b)[b_words]) {
+  constexpr int n = 2 * (a_words + b_words);
+  T elements[n];
+  std::memcpy(elements, a, sizeof a);
+  std::memcpy(elements + 2 * a_words, b, sizeof b);
+  float mine[n];
+  for (int i = 0; i < n; ++i) mine[i] = static_cast<float>(elements[i]);
+  return simt::exchange(name, mine, sizeof mine);
+}
+FLEXATTN_UNWATCHED inline float element(const simt::WarpBytes& lanes, int lane, int index) {
+  float value;
+  std::memcpy(&value, lanes[lane] + index * sizeof value, sizeof value);
+  return value;
 }
 
 // A quad-pair is the lanes q .. q + 3 and q + 16 .. q + 19; rows and columns 0..3 belong to the former, 4..7 to the
@@ -26,16 +40,15 @@ float element(const simt::WarpBytes& lanes, int lane, int index) {
 inline int in_quad_pair(int quad_pair, int row) { return 4 * quad_pair + row % 4 + 16 * (row / 4); }
 
 template <bool row_major_b>
-void mma_m8n8k4(const char* name, float (&d)[8], const uint32_t (&a)[2], const uint32_t (&b)[2]) {
-  const uint32_t mine[4] = {a[0], a[1], b[0], b[1]};
-  const simt::WarpBytes& lanes = simt::exchange(name, mine, sizeof mine);
+FLEXATTN_UNWATCHED void mma_m8n8k4(const char* name, float (&d)[8], const uint32_t (&a)[2], const uint32_t (&b)[2]) {
+  const simt::WarpBytes& lanes = exchange_widened<__half>(name, a, b);
   const int lane = simt::lane(), quad_pair = lane / 4 % 4;
   for (int i = 0; i < 8; ++i) {
     const int row = 4 * (lane / 16) + (i & 2) + (lane & 1), column = (i & 4) + (lane & 2) + (i & 1);
     for (int k = 0; k < 4; ++k) {
-      const float x = element<__half>(lanes, in_quad_pair(quad_pair, row), k);
-      const float y = row_major_b ? element<__half>(lanes, in_quad_pair(quad_pair, k + column / 4 * 4), 4 + column % 4)
-                                  : element<__half>(lanes, in_quad_pair(quad_pair, column), 4 + k);
+      const float x = element(lanes, in_quad_pair(quad_pair, row), k);
+      const float y = row_major_b ? element(lanes, in_quad_pair(quad_pair, k + column / 4 * 4), 4 + column % 4)
+                                  : element(lanes, in_quad_pair(quad_pair, column), 4 + k);
       d[i] += x * y;
     }
   }
@@ -76,15 +89,14 @@ inline void mma_m8n8k4_row_row(float (&d)[8], const uint32_t (&a)[2], const uint
 }
 
 template <typename T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-  const simt::WarpBytes& lanes = simt::exchange("mma.m16n8k16", mine, sizeof mine);
+FLEXATTN_UNWATCHED void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const simt::WarpBytes& lanes = simt_ptx::exchange_widened<T>("mma.m16n8k16", a, b);
   const int lane = simt::lane();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k)
-      d[i] += simt_ptx::element<T>(lanes, row % 8 * 4 + k % 8 / 2, 2 * (row / 8 + 2 * (k / 8)) + k % 2) *
-              simt_ptx::element<T>(lanes, column * 4 + k % 8 / 2, 8 + 2 * (k / 8) + k % 2);
+      d[i] += simt_ptx::element(lanes, row % 8 * 4 + k % 8 / 2, 2 * (row / 8 + 2 * (k / 8)) + k % 2) *
+              simt_ptx::element(lanes, column * 4 + k % 8 / 2, 8 + 2 * (k / 8) + k % 2);
   }
 }
 

@@ -55,14 +55,25 @@ const char* name_of(flexattn::AttentionPath path) {
   return "";
 }
 
-std::pair<std::string, std::vector<std::string>> attention_path(const at::Tensor& q, const at::Tensor& k,
-                                                                const at::Tensor& v,
-                                                                const std::optional<at::Tensor>& k_hr,
-                                                                const std::optional<at::Tensor>& v_hr, double scale,
-                                                                int capability) {
-  const flexattn::PathChoice choice = flexattn::choose_attention_path(
-      flexattn::torch_binding::attention_layout(q, k, v, k_hr, v_hr, scale), capability);
-  return {name_of(choice.path), choice.reasons};
+using Path = std::pair<std::string, std::vector<std::string>>;  // its name; reasons against a faster one
+
+Path described(const flexattn::PathChoice& choice) { return {name_of(choice.path), choice.reasons}; }
+
+Path attention_path(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const std::optional<at::Tensor>& k_hr, const std::optional<at::Tensor>& v_hr, double scale,
+                    int capability) {
+  const flexattn::AttentionInputs in = flexattn::torch_binding::attention_layout(q, k, v, k_hr, v_hr, scale);
+  return described(flexattn::choose_attention_path(in, capability));
+}
+
+// For a grad_out that is dense.
+Path attention_backward_path(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const std::optional<at::Tensor>& k_hr, const std::optional<at::Tensor>& v_hr, double scale,
+                             int capability, double softcap) {
+  flexattn::AttentionBackwardParams params{};
+  params.in = flexattn::torch_binding::attention_layout(q, k, v, k_hr, v_hr, scale);
+  params.in.softcap = softcap;
+  return described(flexattn::choose_backward_path(params, capability));
 }
 
 // Chunk and blocks of a decode call, from B * Hkv, the keys of each kind, and the blocks of a wave.
@@ -92,6 +103,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("decode_splits", &decode_splits, "See benchmarks/decode_waves.py.");
   module.def("block_order", &block_order, "See benchmarks/l2_traffic.py.");
   module.def("attention_path", &attention_path, "See flexattn_cuda.ops.attention_path.");
+  module.def("attention_backward_path", &attention_backward_path, "See flexattn_cuda.ops.attention_backward_path.");
 
   // flexattn_cuda.profiling
   using namespace flexattn::torch_binding;

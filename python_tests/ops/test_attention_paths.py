@@ -6,6 +6,7 @@ On the CPU's kernels, on the CUDA kernels in the executor (`make simt`), and on 
 import os
 import random
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -23,11 +24,20 @@ SIDE = 3
 HEAD_DIMS = (64, 80, 96, 128, 128)
 
 
-def choose_sizes(rng: random.Random, queries: list[int], head_dims: Sequence[int]) -> AttentionSizes:
+@dataclass
+class CaseKinds:
+    """What random cases are drawn from."""
+
+    queries: Sequence[int]
+    head_dims: Sequence[int] = HEAD_DIMS
+    softcaps: Sequence[float] = (0.0, 0.0, 2.0, 30.0)
+
+
+def choose_sizes(rng: random.Random, kinds: CaseKinds) -> AttentionSizes:
     B, Hkv = rng.choice([1, 1, 2]), rng.choice([1, 2])
     H = Hkv * rng.choice([1, 3, 4, 8] if B * Hkv == 1 else [1, 2])
-    N = rng.choice(queries)
-    Nk, d = N + rng.choice([0, 3, 30, 70]), rng.choice(head_dims)
+    N = rng.choice(kinds.queries)
+    Nk, d = N + rng.choice([0, 3, 30, 70]), rng.choice(kinds.head_dims)
     return AttentionSizes(B, H, Hkv, N, Nk, d, M=rng.choice([0, 1, 33, 63, 64, 70, 150]))
 
 
@@ -62,7 +72,7 @@ class CaseMaker(RandomTensors):
         if rng.random() < 0.3:
             others["key_mask"] = self.chances(x.B, x.Nk) < 0.7
         fill_hidden_keys(tensors, others, rng.choice([torch.nan, torch.inf]))
-        return tensors, others | {"softcap": rng.choice([0.0, 0.0, 2.0, 30.0])}
+        return tensors, others
 
     def pool(self) -> tuple[dict, dict]:
         rng, x = self.rng, self.sizes
@@ -85,7 +95,7 @@ class CaseMaker(RandomTensors):
         kind = rng.choice(["from", "rows", "bits"])
         if kind == "from":
             return {"hr_from": self.per_sample(lambda: rng.choice([0, x.N - 1, rng.randint(0, x.N)]))}
-        R = rng.randint(1, min(x.N, 20))
+        R = rng.randint(1, min(x.N, rng.choice([20, 40, 70])))
         others = {"hr_rows": self.distinct(x.N, R)}
         if R > 1:
             others["hr_rows"][0, -1] = -1
@@ -109,12 +119,11 @@ def fill_hidden_keys(tensors: dict, others: dict, value: float) -> None:
         tensors[name].transpose(1, 2)[~seen] = value
 
 
-def make_case(
-    rng: random.Random, dtype: torch.dtype, queries: list[int], head_dims: Sequence[int] = HEAD_DIMS
-) -> tuple[dict, dict]:
+def make_case(rng: random.Random, dtype: torch.dtype, kinds: CaseKinds) -> tuple[dict, dict]:
     """Return q, k, v and the pool; and everything else."""
-    maker = CaseMaker(rng, dtype, choose_sizes(rng, queries, head_dims))
+    maker = CaseMaker(rng, dtype, choose_sizes(rng, kinds))
     tensors, others = maker.sequence()
+    others["softcap"] = rng.choice(kinds.softcaps)
     if maker.sizes.M:
         pool, slots = maker.pool()
         tensors |= pool
@@ -161,7 +170,7 @@ def test_every_path_equals_the_reference(capability, dtype, queries, monkeypatch
     monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
     rng = random.Random(f"{capability} {dtype} {queries}")
     for _ in range(CASES):
-        tensors, others = make_case(rng, dtype, queries)
+        tensors, others = make_case(rng, dtype, CaseKinds(queries))
         check(tensors, others, dtype)
 
 
@@ -178,7 +187,7 @@ def test_head_sizes_without_tensor_cores(capability, dtype, head_dims, monkeypat
     monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
     rng = random.Random(f"{capability} {dtype} {head_dims}")
     for _ in range(CASES):
-        tensors, others = make_case(rng, dtype, [17, 63, 64, 65, 100], head_dims)
+        tensors, others = make_case(rng, dtype, CaseKinds([17, 63, 64, 65, 100], head_dims))
         path = ops.attention_path(*(tensors[name] for name in "qkv"), capability=divmod(capability, 10)).path
         assert path == "fma"
         check(tensors, others, dtype)
@@ -259,32 +268,51 @@ def check_gradients(tensors: dict, others: dict, dtype: torch.dtype, some: Colle
         )
 
 
-def check_random_gradients(seed: str, dtype: torch.dtype, queries: list[int], head_dims: Sequence[int]) -> None:
+def check_random_gradients(seed: str, dtype: torch.dtype, kinds: CaseKinds, expected_path: str) -> None:
     if DEVICE == "cpu" and BACKEND == "cpu":
         pytest.skip("test_ops.py tests the gradients of the CPU's one path")
+    capability = divmod(int(os.environ["FLEXATTN_CAPABILITY"]), 10)
     rng = random.Random(seed)
-    for _ in range(CASES // 2):  # the backward pass takes several times as long
-        tensors, others = make_case(rng, dtype, queries, head_dims)
+    for _ in range(CASES):
+        tensors, others = make_case(rng, dtype, kinds)
+        path = ops.attention_backward_path(**tensors, softcap=others["softcap"], capability=capability).path
+        assert path == expected_path
         some = rng.sample(sorted(tensors), rng.randint(1, len(tensors)))
         check_gradients(tensors, {name: x for name, x in others.items() if not name.startswith("map_")}, dtype, some)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "capability, dtype",
-    [(70, torch.float16), (75, torch.float16), (90, torch.float16), (90, torch.bfloat16), (70, torch.float32)],
+    "capability, dtype, path",
+    [
+        (70, torch.float16, "volta"),
+        (75, torch.float16, "volta"),
+        (90, torch.float16, "ampere"),
+        (90, torch.bfloat16, "ampere"),
+        (70, torch.float32, "fma"),
+        (70, torch.bfloat16, "fma"),
+    ],
 )
-def test_gradients_on_every_path_equal_the_reference(capability, dtype, monkeypatch):
+def test_gradients_on_every_path_equal_the_reference(capability, dtype, path, monkeypatch):
     monkeypatch.setenv("FLEXATTN_CAPABILITY", str(capability))
-    queries = [1, 2, 17, 63, 64, 65, 100, 140]
-    check_random_gradients(f"gradients {capability} {dtype}", dtype, queries, HEAD_DIMS)
+    kinds = CaseKinds([1, 2, 17, 63, 64, 65, 100, 140], softcaps=[0.0])
+    check_random_gradients(f"gradients {capability} {dtype}", dtype, kinds, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_with_a_softcap_equal_the_reference(dtype, monkeypatch):
+    monkeypatch.setenv("FLEXATTN_CAPABILITY", "90")
+    kinds = CaseKinds([1, 2, 17, 63, 64, 65], softcaps=[2.0, 30.0])
+    check_random_gradients(f"softcap {dtype}", dtype, kinds, "generic")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_gradients_of_head_sizes_without_tensor_cores(dtype, monkeypatch):
     monkeypatch.setenv("FLEXATTN_CAPABILITY", "70")
-    check_random_gradients(f"large heads {dtype}", dtype, [17, 63, 64, 65], (160, 256))
+    kinds = CaseKinds([17, 63, 64, 65], (160, 256), softcaps=[0.0])
+    check_random_gradients(f"large heads {dtype}", dtype, kinds, "fma")
 
 
 def make_hidden_case(queries: int, value: float, dtype: torch.dtype = torch.float16) -> tuple[dict, dict]:

@@ -719,6 +719,15 @@ def test_attention_path_tells_the_kernel_and_every_reason_against_a_faster_one()
     assert path == "generic" and reasons == ("rows of k_hr are 2 GiB or more apart",)
 
 
+def test_attention_backward_path_tells_the_kernels_of_the_gradients():
+    tensors = [torch.zeros(1, 2, 3, 64, dtype=torch.float16) for _ in "qkv"]
+    assert ops.attention_backward_path(*tensors).path == "cpu"
+    assert ops.attention_backward_path(*tensors, capability=(7, 0)) == ("volta", ())
+    assert ops.attention_backward_path(*(x.float() for x in tensors), capability=(7, 0)).path == "fma"
+    path, reasons = ops.attention_backward_path(*tensors, softcap=30.0, capability=(9, 0))
+    assert path == "generic" and [reason.partition(",")[0] for reason in reasons] == ["the logits have a softcap"]
+
+
 @pytest.mark.parametrize(
     "dtype, d, capability, reasons",
     [

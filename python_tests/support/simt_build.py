@@ -13,6 +13,7 @@ import importlib.util
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,12 +46,23 @@ def sources() -> list[Path]:
     return wanted + sorted((ROOT / "python_tests" / "simt").glob("*.c*"))
 
 
+def is_newer(target: Path, files: Iterable[Path]) -> bool:
+    """Return whether the target is newer than the files, and than what decides how it is built."""
+    files = [*files, Path(__file__), Path(flexattn_cuda.__file__), Path(torch.__file__)]
+    return target.exists() and target.stat().st_mtime > max(path.stat().st_mtime for path in files)
+
+
 def is_current(module: Path) -> bool:
-    """Return whether the module is newer than every native source and than its facts."""
+    """Return whether the module is newer than every native source."""
     folders = (CSRC, ROOT / "python_tests" / "simt")
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    files += [Path(__file__), Path(flexattn_cuda.__file__)]
-    return module.exists() and module.stat().st_mtime > max(path.stat().st_mtime for path in files)
+    return is_newer(module, (path for folder in folders for path in folder.rglob("*") if path.is_file()))
+
+
+def read_by(target: Path) -> list[Path]:
+    """Return the files of this repository that an object was compiled from; nothing if it was not compiled yet."""
+    rule = target.with_suffix(".d")
+    named = rule.read_text().replace("\\\n", " ").split()[1:] if rule.exists() else []
+    return [path for path in map(Path, named) if path.is_relative_to(ROOT)]
 
 
 def flags() -> list[str]:
@@ -69,7 +81,7 @@ def flags() -> list[str]:
 
 
 def build(kind: str) -> Path:
-    """Return the path of the module, rebuilt if a native source is newer."""
+    """Return the path of the module; rebuild what is older than a native source that it is made of."""
     common, kernels, link = (options.split() for options in KINDS[kind])
     folder = ROOT / "build" / "simt" / kind
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,8 +91,11 @@ def build(kind: str) -> Path:
 
     def compiled(source: Path) -> Path:
         target = folder / (source.name + ".o")
+        files = read_by(target)
+        if files and all(path.exists() for path in files) and is_newer(target, files):
+            return target
         special = kernels if source.suffix == ".cu" else ["-O2"] if source.parent.name == "simt" else []
-        command = ["g++", "-x", "c++", "-c", str(source), "-o", str(target), *common, *flags(), *special]
+        command = ["g++", "-x", "c++", "-c", str(source), "-o", str(target), "-MMD", *common, *flags(), *special]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr}")

@@ -114,30 +114,35 @@ inline PathChoice choose_decode_path(const AttentionInputs& in) {
   return reasons.choose(AttentionPath::kDecode);
 }
 
+// Of the kernels in tiles the fastest that nothing speaks against. of_tiles: the reasons against all of them.
+inline PathChoice choose_tiles(const AttentionInputs& in, int capability, const PathReasons& of_tiles) {
+  PathReasons tensor_cores, fma;
+  tensor_cores.check_tensor_cores(in, capability);
+  fma.check_fma(in, capability);
+  if (of_tiles.list.empty() && !tensor_cores.list.empty() && fma.list.empty())
+    return {AttentionPath::kFma, tensor_cores.list};
+  if (!tensor_cores.list.empty()) tensor_cores.add(fma);
+  tensor_cores.add(of_tiles);
+  return tensor_cores.choose(tensor_cores_of(capability));
+}
+
 // capability: 10 * major + minor of the GPU.
 inline PathChoice choose_attention_path(const AttentionInputs& in, int capability) {
   if (in.queries <= kMaxDecodeRows) return choose_decode_path(in);
-  PathReasons tensor_cores, fma, tiles;
-  tensor_cores.check_tensor_cores(in, capability);
-  fma.check_fma(in, capability);
+  PathReasons tiles;
   tiles.check_tiles(in);
-  if (tiles.list.empty() && !tensor_cores.list.empty() && fma.list.empty())
-    return {AttentionPath::kFma, tensor_cores.list};
-  if (!tensor_cores.list.empty()) tensor_cores.add(fma);
-  tensor_cores.add(tiles);
-  return tensor_cores.choose(tensor_cores_of(capability));
+  return choose_tiles(in, capability, tiles);
 }
 
 // The same for the backward pass, which has no path of its own for few queries.
 inline PathChoice choose_backward_path(const AttentionBackwardParams& p, int capability) {
-  PathReasons reasons;
-  reasons.check_tensor_cores(p.in, capability);
-  reasons.against(p.in.softcap > 0, "the logits have a softcap, whose derivative only the generic kernels compute");
-  reasons.check_tiles(p.in);
-  reasons.check_alignment("grad_out", p.grad_out, p.grad_out_strides, p.in.batch, p.in.dtype);
-  reasons.check_distance("grad_out", p.grad_out_strides, p.in.dtype);
-  reasons.check_alignment("out", p.out, {}, p.in.batch, p.in.dtype);
-  return reasons.choose(tensor_cores_of(capability));
+  PathReasons tiles;
+  tiles.against(p.in.softcap > 0, "the logits have a softcap, whose derivative only the generic kernels compute");
+  tiles.check_tiles(p.in);
+  tiles.check_alignment("grad_out", p.grad_out, p.grad_out_strides, p.in.batch, p.in.dtype);
+  tiles.check_distance("grad_out", p.grad_out_strides, p.in.dtype);
+  tiles.check_alignment("out", p.out, {}, p.in.batch, p.in.dtype);
+  return choose_tiles(p.in, capability, tiles);
 }
 
 }  // namespace flexattn
