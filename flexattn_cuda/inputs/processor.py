@@ -114,8 +114,8 @@ class FlexAttnLlavaProcessor(ProcessorMixin):
         """Return the prompt that asks `question` about `images` images, up to where the answer begins.
 
         Raises:
-            InputError: If the question is empty, or contains "<image>", the text of another special token, or a word that
-                a model with `keywords` does not know.
+            InputError: If the question is empty, or contains "<image>", the text of another special token, or a word
+                that a model with `keywords` does not know.
             CheckpointError: If the checkpoint's chat template fails, or does not mark every image.
         """
         check_question(question)

@@ -75,8 +75,8 @@ TEMPLATE = (
     "{{ ' <answer>' }}"
 )
 ABOUT = (
-    "it reads numbers, words and shapes on small signs that are red, green, blue, purple or black, and tells where they "
-    "are and how many"
+    "it reads numbers, words and shapes on small signs that are red, green, blue, purple or black, and tells where they"
+    " are and how many"
 )
 _HELD_OUT_SCENES = 200  # of each size, in stages 3 and 4
 _LARGE = (0.8, 1.2)  # scale of large signs at the low resolution, relative to that of small ones in a tile
