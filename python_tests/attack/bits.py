@@ -11,7 +11,7 @@ from flexattn_cuda.errors import InputError
 from flexattn_cuda.tasks.ask_batch.journal import read_journal
 from flexattn_cuda.tasks.train.checkpoints import keep_last_complete_checkpoint, mark_complete
 from python_tests.attack.damage import damaged, flipped
-from python_tests.attack.verdicts import Lost, Verdict, Wrong, is_a_sentence
+from python_tests.attack.verdicts import LostError, Verdict, WrongError, is_a_sentence
 from python_tests.tasks.test_journal import ANSWERS, RUN, written
 
 FLIPS, CHECKPOINTS = 100, 40  # of a case
@@ -35,15 +35,15 @@ class Journals:
             found = read_journal(self._path, RUN)
         except InputError as error:
             if is_flip or not is_a_sentence(str(error)):
-                raise Lost(f"bit {bit}: {error}") from error
+                raise LostError(f"bit {bit}: {error}") from error
             return Verdict.REFUSED
         if any(ANSWERS.get(line) != answer for line, answer in found.answers.items()):
-            raise Wrong(f"bit {bit}: {found.answers}")
+            raise WrongError(f"bit {bit}: {found.answers}")
         lost = len(ANSWERS) - len(found.answers)
         if is_flip and lost > 2:  # two, where the line break between them was hit
-            raise Lost(f"bit {bit} costs {lost} answers")
+            raise LostError(f"bit {bit} costs {lost} answers")
         if is_flip and lost and not found.damaged and bit // 8 != len(self._content) - 1:
-            raise Wrong(f"bit {bit} costs {lost} answers, and nobody says so")
+            raise WrongError(f"bit {bit} costs {lost} answers, and nobody says so")
         return Verdict.RIGHT
 
 
@@ -76,9 +76,9 @@ class TrainingCheckpoints:
         if changed == content:
             return Verdict.RIGHT
         if found.checkpoint == last:
-            raise Wrong(f"{path.name} is damaged, and resumed from")
+            raise WrongError(f"{path.name} is damaged, and resumed from")
         if found.checkpoint != before:
-            raise Lost(f"{path.name} is damaged, and {before.name} is not resumed from")
+            raise LostError(f"{path.name} is damaged, and {before.name} is not resumed from")
         if found.damaged != [last]:
-            raise Wrong("nobody says that a checkpoint is damaged")
+            raise WrongError("nobody says that a checkpoint is damaged")
         return Verdict.RIGHT

@@ -18,12 +18,10 @@ import torch
 from transformers import DynamicCache
 
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
-from python_tests.attack.verdicts import Verdict, Wrong
+from python_tests.attack.verdicts import Verdict, WrongError
 
 TRACED = ("/flexattn_cuda/", "/transformers/models/llama/", "/transformers/cache_utils.py")
 ERRORS = (KeyboardInterrupt, MemoryError, RuntimeError)
-
-
 
 
 class Interrupts:
@@ -55,13 +53,13 @@ class Interrupts:
         if again < len(self._calls):
             try:
                 if not torch.equal(self._call(model, self._calls[again], cache), expected[again]):
-                    raise Wrong(f"call {again} differs after an interrupt at line {line} of call {at}")
+                    raise WrongError(f"call {again} differs after an interrupt at line {line} of call {at}")
             except ValueError as error:
                 if "start again with a new cache" not in str(error):
                     raise
                 verdict = Verdict.REFUSED
         if not all(map(torch.equal, self._conversation(model), expected)):
-            raise Wrong(f"a new conversation differs after an interrupt at line {line} of call {at}")
+            raise WrongError(f"a new conversation differs after an interrupt at line {line} of call {at}")
         return verdict
 
     @torch.no_grad()

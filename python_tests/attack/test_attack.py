@@ -13,7 +13,7 @@ import pytest
 
 from flexattn_cuda.errors import InputError
 from python_tests.attack.runner import Findings, Kind, run
-from python_tests.attack.verdicts import Lost, Verdict, Wrong
+from python_tests.attack.verdicts import LostError, Verdict, WrongError
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,9 +38,9 @@ class Pretended:
             case 5:
                 time.sleep(60)
             case 6:
-                raise Wrong("42 is not 43")
+                raise WrongError("42 is not 43")
             case 7:
-                raise Lost("an answer is gone")
+                raise LostError("an answer is gone")
         return Verdict.RIGHT
 
 

@@ -14,7 +14,7 @@ import torch
 
 from flexattn_cuda.tasks.ask import ask
 from flexattn_cuda.tasks.load import load
-from python_tests.attack.verdicts import Verdict, Wrong
+from python_tests.attack.verdicts import Verdict, WrongError
 
 THREADS, QUESTIONS = 4, 60
 MAX_GROWTH = 16 << 20  # bytes over QUESTIONS; a cache that were kept would take more
@@ -37,7 +37,7 @@ class Threads:
         with ThreadPoolExecutor(THREADS) as threads:
             together = list(threads.map(answer, asked))
         if serial != together:
-            raise Wrong(f"alone {serial}, together {together}")
+            raise WrongError(f"alone {serial}, together {together}")
         return Verdict.RIGHT
 
 
@@ -53,12 +53,17 @@ class Growth:
         before = _resident()
         self._ask(QUESTIONS, rng)
         if (grown := _resident() - before) > MAX_GROWTH:
-            raise Wrong(f"{QUESTIONS} questions have left {grown} bytes")
+            raise WrongError(f"{QUESTIONS} questions have left {grown} bytes")
         return Verdict.RIGHT
 
     def _ask(self, count: int, rng: random.Random) -> None:
         for _ in range(count):
-            ask(*self._loaded, question_files.image(seed=rng.randrange(99)), "why" * rng.randint(1, 30), max_new_tokens=4)
+            ask(
+                *self._loaded,
+                question_files.image(seed=rng.randrange(99)),
+                "why" * rng.randint(1, 30),
+                max_new_tokens=4,
+            )
         gc.collect()
 
 
