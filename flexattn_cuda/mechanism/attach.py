@@ -149,6 +149,7 @@ class Attachment:
     def _before_text_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Hook:
         """Build the context of a call. Whatever can be refused is refused before anything kept is changed."""
         _check_not_bypassed(kwargs)
+        self._check_outputs(kwargs)
         request: HRRequest = kwargs.pop("flexattn_request", None) or HRRequest()
         sequence = _sequence(args, kwargs)
         cache = rename_cache(kwargs)
@@ -185,6 +186,15 @@ class Attachment:
         if images is not None and images.unfinished:
             images.unfinished = False
         return output
+
+    def _check_outputs(self, arguments: dict[str, Any]) -> None:
+        """Raise ValueError if attention weights are asked for, which a kernel never holds."""
+        used = self.family.text_model.config._attn_implementation
+        if arguments.get("output_attentions") and used == attention.NAME:
+            raise ValueError(
+                "output_attentions is True, but flexattn attention keeps no weights; pass flexattn_trace=Trace() for "
+                "the maps, or leave it out"
+            )
 
     @profiling.in_phase("lay_out_hr_tokens")
     def _lay_out(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,6 +17,7 @@ from flexattn_cuda import devices
 from flexattn_cuda.errors import CheckpointError, InputError
 
 Made = TypeVar("Made")
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Processes:
@@ -29,6 +33,8 @@ class Processes:
     def __init__(self) -> None:
         self.rank, self._local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.count > 1:
+            _end_with_launcher()
         self._owns_default_group = False
         self._group: distributed.ProcessGroup | None = None
 
@@ -78,3 +84,20 @@ class Processes:
         parts: list[Any] | None = [None] * self.count if self.rank == 0 else None
         distributed.gather_object(part, parts, dst=0, group=self._group)
         return parts or []
+
+
+@functools.cache
+def _end_with_launcher() -> None:
+    """End this process when its launcher is gone.
+
+    torchrun ends its workers itself, unless it is killed; they would wait for each other until a timeout of half an
+    hour.
+    """
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="flexattn-launcher", daemon=True).start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -339,10 +340,8 @@ def _check_prompt(folder: Path, processor: QuestionProcessor) -> None:
         with refusing(f"the chat template or the tokenizer in {folder} fails", InputError):
             processor.prompt_length("?", Image.new("RGB", (32, 32)))
 
-    try:
+    with suppress(InputError):
         within(_SECONDS, f"the chat template or the tokenizer in {folder} cannot be used", ask_for_length)
-    except InputError:
-        pass
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from PIL import Image
 from flexattn_cuda.tasks.ask import ask
 from flexattn_cuda.tasks.load import load
 from python_tests.attack.damage import damaged
-from python_tests.attack.verdicts import SENTENCES, Verdict, Wrong
+from python_tests.attack.verdicts import SENTENCES, Verdict, WrongError
 from python_tests.checkpoints import test_damaged
 
 # Values that no field of a checkpoint should have.
@@ -68,7 +68,7 @@ class Checkpoints:
             _answer(target, form)
         except SENTENCES as error:
             if not test_damaged.is_a_sentence(str(error)):
-                raise Wrong(f"{form}: {what}: {error}") from error
+                raise WrongError(f"{form}: {what}: {error}") from error
             raise
         except Exception as error:
             raise RuntimeError(f"{form}: {what}") from error

@@ -11,7 +11,7 @@ from PIL import Image
 
 from flexattn_cuda.inputs.images import image_size, open_image
 from python_tests.attack.damage import damaged
-from python_tests.attack.verdicts import Verdict, Wrong
+from python_tests.attack.verdicts import Verdict, WrongError
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16")
 EXACT = ("BMP", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF")  # formats that keep pixels as they are
@@ -47,9 +47,9 @@ class Images:
         Image.MAX_IMAGE_PIXELS = 1_000_000  # a damaged header may ask for gigabytes
         image = open_image(self._path)
         if (image.mode, image.info) != ("RGB", {}) or min(image.size) < 1:
-            raise Wrong(f"a damaged {form} of mode {mode} became {image}")
+            raise WrongError(f"a damaged {form} of mode {mode} became {image}")
         if image_size(self._path) != image.size:
-            raise Wrong(f"a damaged {form} has {image.size} pixels, not {image_size(self._path)} as was said")
+            raise WrongError(f"a damaged {form} has {image.size} pixels, not {image_size(self._path)} as was said")
         return Verdict.RIGHT
 
     def _check_whole(self, form: str, mode: str, content: bytes) -> Verdict:
@@ -59,9 +59,9 @@ class Images:
             keeps_alpha = "A" in read.getbands() or "transparency" in read.info
         expected = np.asarray(as_seen(picture(mode, form), keeps_alpha), dtype=int)
         if found.shape != expected.shape and form not in ("ICO", "ICNS", "WMF"):
-            raise Wrong(f"{form} of mode {mode} has shape {found.shape}")
+            raise WrongError(f"{form} of mode {mode} has shape {found.shape}")
         if form in EXACT and np.abs(found - expected).max() > 1:
-            raise Wrong(f"{form} of mode {mode} differs by {np.abs(found - expected).max()}")
+            raise WrongError(f"{form} of mode {mode} differs by {np.abs(found - expected).max()}")
         return Verdict.RIGHT
 
 

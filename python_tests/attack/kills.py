@@ -25,7 +25,7 @@ from flexattn_cuda.tasks.ask_batch import answer_file, journal
 from flexattn_cuda.tasks.train import run as training
 from flexattn_cuda.tasks.train import trainer
 from python_tests.attack.syscalls import Child, Ended, Strike, arm, calls_seen
-from python_tests.attack.verdicts import Lost, Verdict, Wrong, is_a_sentence
+from python_tests.attack.verdicts import LostError, Verdict, WrongError, is_a_sentence
 
 Tell = Callable[[Any], None]
 STRIKES = tuple(Strike)
@@ -40,11 +40,14 @@ class _Runs:
         self._model = tiny_checkpoint.save(folder / "model")
         self._prepare()
         (folder / "whole").mkdir()
-        ended = Child(
-            lambda tell: (arm(1 << 40, Strike.KILL), self._run(folder / "whole", tell), tell(calls_seen()))
-        ).end()
+        ended = Child(self._run_whole).end()
         assert not ended.error, ended.error
         self._calls = ended.told[-1]
+
+    def _run_whole(self, tell: Tell) -> None:
+        arm(1 << 40, Strike.KILL)  # never, but its calls are counted
+        self._run(self._folder / "whole", tell)
+        tell(calls_seen())
 
     def run(self, number: int, rng: random.Random) -> Verdict:
         target = self._folder / "target"
@@ -82,7 +85,7 @@ class _Runs:
             if one.error and (not one.is_ours or not is_a_sentence(one.error)):
                 raise RuntimeError(f"two at once: {one.error}")
         if all(one.error for one in ended):
-            raise Lost(f"both of two runs were refused: {[one.error for one in ended]}")
+            raise LostError(f"both of two runs were refused: {[one.error for one in ended]}")
         self._check(target, Ended(False, "", True, []), Child(lambda tell: self._run(target, tell)).end())
         return Verdict.RIGHT
 
@@ -120,11 +123,11 @@ class KilledAnswers(_Runs):
         if second.error and not ("already exists" in second.error and (target / "a.jsonl").exists()):
             raise RuntimeError(f"the second run: {second.error}")
         if question_files.read(target / "a.jsonl") != question_files.read(self._folder / "whole" / "a.jsonl"):
-            raise Wrong("the answers are not those of a run that nothing interrupted")
+            raise WrongError("the answers are not those of a run that nothing interrupted")
         kept = sum(one.get("kept", 0) for one in first.told)
         again = sum(len(one.get("asked", ())) for one in second.told)
         if again > 5 - kept:
-            raise Lost(f"{kept} answers were kept, but {again} of 5 questions were asked again")
+            raise LostError(f"{kept} answers were kept, but {again} of 5 questions were asked again")
 
 
 class KilledTraining(_Runs):
@@ -158,6 +161,6 @@ class KilledTraining(_Runs):
         complete = max((one.get("complete", 0) for one in first.told), default=0)
         resumed = max(one.get("resumed", 0) for one in second.told)
         if resumed < complete:
-            raise Lost(f"the checkpoint of step {complete} was complete, but step {resumed} was resumed from")
+            raise LostError(f"the checkpoint of step {complete} was complete, but step {resumed} was resumed from")
         if furthest(weights(target), weights(self._folder / "whole")) != 0:
-            raise Wrong("the weights are not those of a run that nothing interrupted")
+            raise WrongError("the weights are not those of a run that nothing interrupted")

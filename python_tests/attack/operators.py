@@ -23,7 +23,7 @@ from operator_arguments import (
 from strategies import attention_cases, selection_cases, slot_cases, write_cases
 
 from flexattn_cuda import ops, reference
-from python_tests.attack.verdicts import Verdict, Wrong
+from python_tests.attack.verdicts import Verdict, WrongError
 from python_tests.ops import test_ops
 
 VALID_CALLS, DAMAGED_CALLS = 10, 50  # of a case
@@ -130,11 +130,11 @@ def _call(operator: Any, definition: Any, arguments: dict[str, Any], rng: random
     try:
         expected = definition(**exact)
     except Exception as error:
-        raise Wrong(f"the reference raises {error!r}: {shown}") from error
+        raise WrongError(f"the reference raises {error!r}: {shown}") from error
     written = [(arguments[name], exact[name]) for name in ("k_pool", "v_pool", "table", "next_free") if name in exact]
     for one, two in [*zip(_tensors(found), _tensors(expected)), *written]:
         if not _alike(one, two):
-            raise Wrong(f"{_shown(one)} is not {_shown(two)}: {shown}")
+            raise WrongError(f"{_shown(one)} is not {_shown(two)}: {shown}")
     return Verdict.RIGHT
 
 

@@ -37,7 +37,7 @@ class Attack(Protocol):
             Its verdict, or the verdicts of several calls.
 
         Raises:
-            Wrong, Lost: If something is not right.
+            WrongError, LostError: If something is not right.
             Exception: As a user would see it; an error that the package raises on purpose is a refusal.
         """
         ...

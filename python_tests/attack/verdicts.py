@@ -28,11 +28,11 @@ class Verdict(str, enum.Enum):
 BAD = (Verdict.TRACEBACK, Verdict.CRASH, Verdict.HANG, Verdict.WRONG, Verdict.LOST)
 
 
-class Wrong(AssertionError):
+class WrongError(AssertionError):
     """Something was answered, selected or written that is not right, and nobody said so."""
 
 
-class Lost(AssertionError):
+class LostError(AssertionError):
     """Something was lost that had been finished."""
 
 
@@ -46,7 +46,7 @@ def judge(case: Callable[[], Counter[Verdict] | Verdict]) -> tuple[Counter[Verdi
     try:
         found = case()
         return (found if isinstance(found, Counter) else Counter([found])), ""
-    except Lost as error:
+    except LostError as error:
         return Counter([Verdict.LOST]), str(error)
     except AssertionError as error:
         return Counter([Verdict.WRONG]), f"{error}\n{traceback.format_exc(limit=-4)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import tiny
 import tiny_checkpoint
@@ -70,6 +72,17 @@ def attend(**options) -> torch.Tensor:
 def test_options_that_change_the_result_are_refused(option, value):
     with pytest.raises(ValueError, match="not causal" if option == "is_causal" else option):
         attend(**{option: value})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("images", [True, False])
+def test_attention_weights_that_nobody_keeps_are_refused(images):
+    """An empty tuple before."""
+    model, inputs = tiny.flex(), image_question() if images else {"input_ids": tiny.prompt(7)[None]}
+    for call in (model, partial(model.generate, max_new_tokens=2, return_dict_in_generate=True)):
+        with pytest.raises(ValueError, match="output_attentions is True, but flexattn attention keeps no weights"):
+            call(**inputs, output_attentions=True)
+        call(**inputs, output_attentions=False)
 
 
 def test_options_that_change_nothing_are_accepted():

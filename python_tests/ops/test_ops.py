@@ -484,6 +484,28 @@ def test_results_do_not_change_from_run_to_run(device):
             assert torch.equal(one, two), name
 
 
+@pytest.mark.skipif(BACKEND != "cpu", reason="the executor has threads of its own")
+@pytest.mark.parametrize("queries", [1, 130])
+def test_results_do_not_depend_on_the_number_of_threads(queries):
+    """To the last bit, the map's sums over heads included."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 8, rows, 64, generator=generator) for rows in (queries, 140, 140))
+    arguments = dict(
+        k_hr=torch.randn(60, 8, 64, generator=generator),
+        v_hr=torch.randn(60, 8, 64, generator=generator),
+        hr_slots=torch.arange(60).int().view(2, 30),
+        hr_count=ints([30, 17]),
+        hr_rows=torch.arange(queries).int().expand(2, -1).contiguous(),
+        map_ranges=ints([[[1, 101]], [[40, 140]]]),
+        map_size=100,
+    )
+    found = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        found.append(ops.hierarchical_attention(q, k, v, **arguments))
+    assert all(map(torch.equal, sum(found[1:], ()), 3 * found[0]))
+
+
 @device_cases
 def test_compiles_without_graph_breaks(device):
     arguments = calls(device)["hierarchical_attention"]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +73,35 @@ def test_one_process_resumes_a_run_of_several(checkpoint, folder, monkeypatch, a
     answer_file(questions, output, checkpoint, "cpu", max_new_tokens=2)
     assert read(output) == expected and sum(map(len, asked)) == 3
     assert not list(folder.glob("a.jsonl.partial*"))
+
+
+@pytest.mark.slow
+def test_workers_end_when_their_launcher_is_killed(tmp_path):
+    """They would wait for the others, which never come."""
+    worker = "import os; print(os.getpid(), flush=True); from flexattn_cuda.runs.processes import Processes; "
+    worker += "Processes().__enter__()"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    environment = {"PYTHONPATH": str(ROOT), "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    with socket.create_server(("localhost", 0)) as store:  # which never answers
+        environment["MASTER_PORT"] = str(store.getsockname()[1])
+        run = subprocess.Popen([sys.executable, "-c", launcher], env=os.environ | environment, stdout=subprocess.PIPE)
+        pid = int(run.stdout.readline())
+        store.settimeout(120)
+        store.accept()  # the worker has begun to wait
+        run.kill()
+        run.wait()
+        run.stdout.close()
+        end = time.monotonic() + 30
+        while is_running(pid) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_each_of_several_processes_takes_the_gpu_of_its_local_rank(monkeypatch):

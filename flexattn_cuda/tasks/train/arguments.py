@@ -34,7 +34,7 @@ def training_arguments(options: TrainOptions, machine: Machine) -> TrainingArgum
         dataloader_num_workers=options.workers,
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,  # a batch without images does not use the projections for HR tokens
-        ddp_backend="gloo" if machine.on_cpu and Processes().count > 1 else None,
+        ddp_backend="gloo" if Processes().count > 1 and machine.on_cpu else None,
         use_cpu=machine.on_cpu,
         log_level_replica="passive",
         report_to=["tensorboard"] if options.tensorboard else [],
