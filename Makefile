@@ -1,6 +1,8 @@
 # make demo           install into .venv and ask the example questions; fail if an answer is wrong
 # make test           install what is missing and run all tests, on all cores; those of the web page need Chromium
 # make test-fast      run the tests that take less than about a second each: under two minutes on two cores
+# make attack         attack the package for up to half an hour: damaged files, kills at every write, full disks; a table says
+#                     what became of each case. Run it again to resume; ATTACK="--seed N --minutes N KIND ..." chooses
 # make lint           run ruff, clang-format and mypy; check boundaries between rooms and sizes of functions and kernels
 # make format         format Python and C++, and apply ruff's safe fixes
 # make docs           build the documentation into build/docs; a warning is an error
@@ -36,7 +38,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfi
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 NO_BROWSER := $(if $(BROWSER),,not browser)
 
-.PHONY: demo test test-fast lint format docs cuda-compile sm70 sm80 gpu simt simt-races simt-sanitizers clean
+.PHONY: demo test test-fast attack lint format docs cuda-compile sm70 sm80 gpu simt simt-races simt-sanitizers clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/flexattn demo
@@ -47,6 +49,11 @@ test: $(VENV)/test-packages
 
 test-fast: $(VENV)/test-packages
 	$(PYTEST) -m "not slow" python_tests
+
+ATTACK ?=
+attack: $(VENV)/test-packages
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=.:python_tests/support \
+	  $(VENV)/bin/python -W ignore -m python_tests.attack $(ATTACK)
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)

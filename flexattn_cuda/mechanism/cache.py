@@ -33,6 +33,9 @@ class Counters:
 class HRCache:
     """The images of G prompts and the HR keys and values made of them.
 
+    A new key/value cache that is filled with the tensors of an old one has no such thing beside it, which cannot be
+    noticed: it answers as a model that never saw the images at high resolution. Copy or pickle the cache as a whole.
+
     The batch has B rows, B / G for each prompt (beams, samples), which share everything here.
 
     Attributes:
@@ -106,7 +109,8 @@ class HRCache:
             raise ValueError(f"this call has {batch} rows, but the cache holds images of {self.prompts} prompts")
 
     def append(self, later: HRCache) -> None:
-        """Add the images of the same prompts' next turn."""
+        """Add the images of the same prompts' next turn, in a call that `begin` notes."""
+        self.unfinished = True  # until the call has ended: an interrupt in here leaves some parts without them
         room = max(self.tokens.room, later.tokens.room)
         if self.tokens.room < room:
             self._make_room(room)

@@ -8,6 +8,7 @@ Run it again to resume.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from python_tests.attack.syscalls import preload
 
 def main() -> int:
     preload()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and its workers end with it
     from python_tests.attack.kinds import KINDS  # not before the program has started again
     from python_tests.attack.runner import Findings, run
 

@@ -222,6 +222,7 @@ class _Fork:
         self._pid = os.fork()
         if self._pid == 0:
             try:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.setpgid(0, 0)
                 quiet = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(quiet, 1)

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from flexattn_cuda.mechanism.cache import HRCache
+from flexattn_cuda.mechanism.tokens import HRTokens
 
 CLOSE = 2e-4  # float32, logits of the order of 10: batches of other sizes give other tile sums
 STEPS = 3
@@ -209,6 +210,20 @@ def test_a_cache_is_refused_after_a_decoding_step_that_failed(model):
     failing.mended = True
     with pytest.raises(ValueError, match="start again with a new cache"):
         model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_cache_is_refused_after_an_interrupt_between_images_and_layers(model, monkeypatch):
+    """The images of a second turn are laid out, and their tokens are not there yet."""
+    second = {"input_ids": tiny.prompt(3, "image", 6, seed=4)[None], "pixel_values_hr": tiny.images(1, 4)}
+    cache = started(model, image_question())
+    with monkeypatch.context() as patch:
+        patch.setattr(HRTokens, "append", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model(**second, past_key_values=cache)
+    for inputs in (second, {"input_ids": torch.tensor([[5]])}):
+        with pytest.raises(ValueError, match="start again with a new cache"):
+            model(**inputs, past_key_values=cache)
 
 
 @torch.no_grad()
