@@ -33,7 +33,7 @@ except ImportError:
     sys.exit("wavefronts: torch is missing; `make test` makes an environment with it.")
 
 # The executor's stand-ins for CUDA's types, and how cu++filt spells bool arguments.
-CUDA_NAMES = {"c10::Half": "__half", "c10::BFloat16": "__nv_bfloat16", ", false>": ", 0>", ", true>": ", 1>"}
+CUDA_NAMES = {"c10::Half": "__half", "c10::BFloat16": "__nv_bfloat16", ", false": ", 0", ", true": ", 1"}
 
 
 def symbols(module: Path) -> dict[int, str]:

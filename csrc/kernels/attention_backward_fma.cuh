@@ -103,6 +103,14 @@ __device__ void share_weighings(const AttentionBackwardParams& p, FmaRowShared<T
   }
 }
 
+// The first warp, between two barriers.
+template <typename T>
+__device__ void share_seen_keys(const AttentionInputs& in, FmaRowShared<T>& shared, const KeyTile& tile) {
+  if (warp_in_block() != 0) return;
+  const uint64_t seen = shared.work.sees_all(in, tile) ? ~uint64_t{0} : seen_keys<uint64_t>(in, shared.work, tile);
+  if (lane() == 0) shared.seen = seen;
+}
+
 // kStates: find out how the queries weigh their keys; otherwise, their gradients.
 template <typename T, int kD, bool kStates>
 __global__ void __launch_bounds__(kTileThreads, 2) grad_row_fma(AttentionBackwardParams p, BlockOrder order) {
@@ -124,9 +132,10 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_fma(AttentionBackwar
   if (kStates) states.begin();
   const float scale = static_cast<float>(in.scale * kLog2e);
   int t = work.seen_tile_from(in, 0);
-  // Rows are described anew for each slice: registers are scarcer here than instructions. And past the last tile, too:
-  // rows that stay what they were would take registers through the whole loop.
-  const auto keys = [&] { return key_rows<T>(work, work.tile(t)); };
+  // The tile is described anew for each slice: registers are scarcer here than instructions. And past the last one,
+  // too: rows that stay what they were would take registers through the whole loop.
+  const auto tile = [&] { return work.tile(t); };
+  const auto keys = [&] { return key_rows<T>(work, tile()); };
   const auto start_next = [&] {
     t = work.seen_tile_from(in, t + 1);
     products.start_scores(0, keys());
@@ -134,26 +143,22 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_fma(AttentionBackwar
   products.start_scores(0, keys());
   while (t < work.tiles) {
     float s[Rows::kScores], dp[Rows::kScores];
-    products.multiply(0, s, [&] { products.start_scores(1, value_rows<T>(work, work.tile(t))); });
-    const KeyTile tile = work.tile(t);
-    const bool masked = !work.sees_all(in, tile);
+    products.multiply(0, s, [&] { products.start_scores(1, value_rows<T>(work, tile())); });
     if constexpr (kStates) {
+      const KeyTile current = tile();
       products.multiply(1, dp, start_next);
-      states.add_to_d(tile.hr, visible_keys<Rows, uint64_t>(in, work, tile), s, dp, scale);
+      states.add_to_d(current.hr, visible_keys<Rows, uint64_t>(in, work, current), s, dp, scale);
     } else {
-      if (warp_in_block() == 0) {
-        const uint64_t seen = masked ? seen_keys<uint64_t>(in, work, tile) : ~uint64_t{0};
-        if (lane() == 0) shared.seen = seen;
-      }
       const auto weighing = [&](int i) -> const Weighing& {
-        return shared.weighings[tile.hr][block_row<Rows>(Rows::row_of(i))];
+        return shared.weighings[tile().hr][block_row<Rows>(Rows::row_of(i))];
       };
-      if (masked) mask_scores<Rows>(in, work, tile, s);
+      share_seen_keys(in, shared, tile());
+      if (!work.sees_all(in, tile())) mask_scores<Rows>(in, work, tile(), s);
       weigh(s, scale, weighing, [&](int i) { return s[i] != -INFINITY; });
       products.keep(s);
       products.multiply(1, dp, [&] { products.start_rows(keys(), shared.seen); });
       products.keep_gradients(dp, weighing);
-      products.add(grad_q, tile.end - tile.first, keys, shared.seen, start_next);
+      products.add(grad_q, tile().end - tile().first, keys, shared.seen, start_next);
     }
   }
 
@@ -172,12 +177,31 @@ struct alignas(16) FoundTile {
   int exists;
 };
 
+// What a lane knows of the queries of its scores.
+struct LaneQueries {
+  PassingQuery query[4];
+};
+
 template <typename T, typename Keys>
 struct FmaKeyShared {
   FmaOperands<T> operands;
-  PassingQueries known[kTileKeys / kPassingRows];
-  FoundTile found[2];  // the queries that pass by, and those after them
+  Weighing weighings[kTileKeys];  // of the queries that pass by, in the order of place()
+  Sight sights[kTileKeys];
+  FoundTile found[2];  // these queries, and those after them
   Keys keys;
+
+  // Lanes read queries 4 l + j, which lie side by side.
+  static __device__ int place(int query) { return query % 4 * (kTileKeys / 4) + query / 4; }
+
+  __device__ __forceinline__ LaneQueries of_lane() const {
+    LaneQueries queries;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int at = place(FmaRows<T, 64>::key_of_lane() + j);
+      queries.query[j] = {weighings[at], sights[at]};
+    }
+    return queries;
+  }
 };
 
 // Find the tile from `tile` on. The first warp, before a barrier.
@@ -195,8 +219,9 @@ __device__ void describe_queries(const AttentionBackwardParams& p, QueryTile til
   if (part >= kTileKeys / kPassingRows) return;
   tile.first += part * kPassingRows;
   const PassingQuery query = shared.keys.query(p, tile);
-  shared.known[part].weighing[lane()] = query.weighing;
-  shared.known[part].sight[lane()] = query.sight;
+  const int at = shared.place(part * kPassingRows + lane());
+  shared.weighings[at] = query.weighing;
+  shared.sights[at] = query.sight;
 }
 
 // kOfKeys, kOfValues: the gradients to compute. Both of 256 channels would not fit the registers.
@@ -224,11 +249,6 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_key_fma(AttentionBackwar
   const auto start_tile = [&](int which) {
     if (shared.found[which].exists) products.start_scores(0, queries(which));
   };
-  const auto known = [&](int i) -> const PassingQueries& {
-    return shared.known[(Rows::key_of_lane() + Rows::key_of_score(i)) / kPassingRows];
-  };
-  const auto number = [](int i) { return (Rows::key_of_lane() + Rows::key_of_score(i)) % kPassingRows; };
-  const auto weighing = [&](int i) -> const Weighing& { return known(i).weighing[number(i)]; };
 
   start_tile(0);
   for (; shared.found[at].exists; at ^= 1) {
@@ -244,9 +264,13 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_key_fma(AttentionBackwar
 #pragma unroll
     for (int which = 0; which < Rows::kLaneRows; ++which)
       key[which] = keys.key_of(p, shared.found[at].tile, block_row<Rows>(which));
-    weigh(s, scale, weighing, [&](int i) {
-      return Keys::visible(in, shared.found[at].tile, key[Rows::row_of(i)], known(i).sight[number(i)]);
-    });
+    const LaneQueries known = shared.of_lane();
+    weigh(
+        s, scale, [&](int i) { return known.query[Rows::key_of_score(i)].weighing; },
+        [&](int i) {
+          return Keys::visible(in, shared.found[at].tile, key[Rows::row_of(i)],
+                               known.query[Rows::key_of_score(i)].sight);
+        });
     products.keep(s);
     const int count = keys.end_of_queries - shared.found[at].tile.first;
     if constexpr (kOfValues)
@@ -254,7 +278,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_key_fma(AttentionBackwar
                    [&] { kOfKeys ? products.start_scores(1, grads()) : start_tile(at ^ 1); });
     if constexpr (kOfKeys) {
       products.multiply(1, s, [&] { products.start_rows(queries(at), kAll); });
-      products.keep_gradients(s, weighing);
+      const LaneQueries again = shared.of_lane();
+      products.keep_gradients(s, [&](int i) { return again.query[Rows::key_of_score(i)].weighing; });
       products.add(grad_k, count, [&] { return queries(at); }, kAll, [&] { start_tile(at ^ 1); });
     }
   }
