@@ -42,7 +42,7 @@ NO_BROWSER := $(if $(BROWSER),,not browser)
 
 demo: $(VENV)/installed
 	$(VENV)/bin/flexattn demo
-	@echo 'Next: source $(VENV)/bin/activate; flexattn ask flexattn-demo/1_picosdeeuropa.jpg "What number is on the purple sign?"'
+	@echo 'Next: source $(VENV)/bin/activate; flexattn ask flexattn-demo/1_picosdeeuropa.jpg "What does the sign say that is purple?"'
 
 test: $(VENV)/test-packages
 	$(PYTEST) -m "$(NO_BROWSER)" python_tests

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, required=True, help="folder of lomiri-wallpapers-16.04")
     parser.add_argument("--fonts", type=Path, required=True, help="folder of the fonts that the training uses")
     options = parser.parse_args()
-    look = Look(find_fonts([options.fonts], FONTS), scale=(0.9, 1.2), angle=(-6, 6), lengths=((2, 1),), words=WORDS)
+    look = Look(find_fonts([options.fonts], FONTS), scale=(0.9, 1.2), angle=(-6, 6), words=WORDS)
     examples = draw_examples(options.photographs, look)
     write_questions(HERE, examples)
     write_packaged([examples[0], examples[2]])

@@ -76,10 +76,10 @@ def test_the_readme_runs_as_it_is_written(request, place, examples):
     folder, _, output = request.getfixturevalue(place)
     lines = output.splitlines()
     assert f"{examples} of {examples} answers are right" in lines
-    assert lines.count("47") == 2, "asked in the shell and in Python for the number in the image at the top"
+    assert lines.count("89") == 2, "asked in the shell and in Python for the number in the image at the top"
     assert {name for name in IN_DEMO if (folder / name).exists()} == IN_DEMO and (folder / "overlay.png").exists()
     answers = [json.loads(line)["answer"] for line in (folder / "answers.jsonl").read_text().splitlines()]
-    assert answers[0] == "47" and len(answers) == examples
+    assert answers[0] == "89" and len(answers) == examples
 
 
 @pytest.mark.slow

@@ -166,11 +166,11 @@ def test_the_answer_appears_token_by_token(page, steps):
     page.press("#question", "Enter")
     steps.release()
     page.wait_for_selector("#with-hr .answer button")
-    assert answer(page) == "4" and page.inner_text("#send") == "Stop"
-    assert page.inner_text("#token-name") == "1 of 1: “4”" and outlined(drawn(page)).sum() > 100
+    assert answer(page) == "8" and page.inner_text("#send") == "Stop"
+    assert page.inner_text("#token-name") == "1 of 1: “8”" and outlined(drawn(page)).sum() > 100
     steps.release()
     page.wait_for_selector("#with-hr .answer button:nth-child(2)")
-    assert answer(page) == "47" and page.inner_text("#with-hr time") == ""
+    assert answer(page) == "89" and page.inner_text("#with-hr time") == ""
     steps.release()
     page.wait_for_selector("#with-hr time:not(:empty)")
     assert page.inner_text("#send") == "Ask"
@@ -184,7 +184,7 @@ def test_an_answer_can_be_stopped(page, steps):
     page.wait_for_selector("#with-hr .answer button")
     page.click("#send")
     page.locator("#send", has_text="Ask").wait_for()
-    assert answer(page) == "4" and page.is_hidden("#problem")
+    assert answer(page) == "8" and page.is_hidden("#problem")
 
 
 def test_the_low_resolution_model_is_compared(page, signs):

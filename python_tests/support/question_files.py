@@ -41,7 +41,7 @@ def some(count: int) -> list[dict]:
 def signs() -> list[dict]:
     """Questions for the default model: the example images, each with its own question and two of other lengths."""
     records = [{"image": str(EXAMPLES / one["file"]), "question": one["question"]} for one in SIGNS]
-    colours = ["Which digits are on the blue sign?", "What does the red sign say?", "black?"]
+    colours = ["Which digits are on the sign that is blue?", "What does the sign say that is red?", "black?"]
     return records + [{"image": records[n % 4]["image"], "question": colours[n % 3]} for n in range(5)]
 
 
