@@ -2,7 +2,7 @@
 
 Both are drawn on photographs that the training has not seen. The first and third also ship with the package.
 
-    python -m examples.make_examples --photographs FOLDER --fonts FOLDER
+    python examples/make_examples.py --photographs FOLDER --font DejaVuSans-Bold.ttf
 """
 
 from __future__ import annotations
@@ -15,36 +15,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL import Image
-
-from studies.default_model.evaluation import WORDS
-from studies.default_model.fonts import FONTS, find_fonts
-from studies.default_model.signs import Look, SignPainter, kind_of, text_of
-from studies.small.objects import Sign
+from signs import SIDE, SignPainter, digits_of
 
 HERE = Path(__file__).parent
 PACKAGED = HERE.parent / "flexattn_cuda" / "assets" / "examples"
 TESTS = HERE.parent / "python_tests" / "data" / "held_out"
-PIXELS, TEST_PIXELS = 1008, 384  # of the longer side
+PIXELS = 1008  # of the longer side
 TEST_IMAGES, TEST_SEED = 48, 100
-QUESTIONS = {
-    "number": "What number is on the {} sign?",
-    "word": "What does the {} sign say?",
-    "shape": "Which shape is on the {} sign?",
-}
 
 
 @dataclass(frozen=True)
 class Example:
-    """An image of the demo: a held-out photograph of lomiri-wallpapers-16.04 (LICENSES), its shape, the seed, the sign.
-
-    Attributes:
-        kind: What the sign shows that is asked about, a key of QUESTIONS.
-    """
+    """An image of the demo: a held-out photograph of lomiri-wallpapers-16.04 (LICENSES), its shape, and the seed."""
 
     photograph: str
     shape: tuple[float, float]
     seed: int
-    kind: str
 
     @property
     def file(self) -> str:
@@ -53,10 +39,10 @@ class Example:
 
 
 EXAMPLES = (
-    Example("picosdeeuropa_by_Aitzol_Berasategi.jpg", (1.0, 0.75), 1, "number"),
-    Example("Dragonfly_by_Bolly.jpg", (1.0, 1.0), 2, "shape"),
-    Example("free_by_Peter_Nerlich.jpg", (0.75, 1.0), 3, "word"),
-    Example("picosdeeuropa_by_Aitzol_Berasategi.jpg", (1.0, 1.0), 4, "number"),
+    Example("picosdeeuropa_by_Aitzol_Berasategi.jpg", (1.0, 0.75), 1),
+    Example("Dragonfly_by_Bolly.jpg", (1.0, 1.0), 2),
+    Example("free_by_Peter_Nerlich.jpg", (0.75, 1.0), 3),
+    Example("picosdeeuropa_by_Aitzol_Berasategi.jpg", (1.0, 1.0), 4),
 )
 
 
@@ -69,37 +55,28 @@ class AskedImage:
     answer: str
     box: tuple[float, float, float, float]
 
-    @classmethod
-    def about(cls, file: str, sign: Sign) -> AskedImage:
-        """Return the question about what a sign shows."""
-        question = QUESTIONS[kind_of(sign)].format(sign.color)
-        return cls(file, question, text_of(sign), tuple(round(edge) for edge in sign.box))
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photographs", type=Path, required=True, help="folder of lomiri-wallpapers-16.04")
-    parser.add_argument("--fonts", type=Path, required=True, help="folder of the fonts that the training uses")
+    parser.add_argument("--font", type=Path, required=True, help="DejaVuSans-Bold.ttf")
     options = parser.parse_args()
-    look = Look(find_fonts([options.fonts], FONTS), scale=(0.9, 1.2), angle=(-6, 6), words=WORDS)
-    examples = draw_examples(options.photographs, look)
+    examples = draw_examples(options.photographs, options.font)
     write_questions(HERE, examples)
     write_packaged([examples[0], examples[2]])
-    write_questions(TESTS, draw_tests(options.photographs, look))
+    write_questions(TESTS, draw_tests(options.photographs, options.font))
 
 
-def draw_examples(photographs: Path, look: Look) -> list[AskedImage]:
-    """Write the demo's images, and return a question about a sign of each."""
+def draw_examples(photographs: Path, font: Path) -> list[AskedImage]:
+    """Write the demo's images, and return the question about the first sign of each."""
     (HERE / "photographs").mkdir(exist_ok=True)
     asked = []
     for example in EXAMPLES:
-        painter = SignPainter([open_rgb(photographs / example.photograph)], look, random.Random(example.seed))
-        signs: list[Sign] = []
-        while not any(kind_of(sign) == example.kind for sign in signs):
-            drawing = painter.image(PIXELS, example.shape, count=4)
-            signs = drawing.signs
+        painter = SignPainter([open_rgb(photographs / example.photograph)], font, random.Random(example.seed))
+        drawing = painter.image(PIXELS, PIXELS / SIDE, example.shape)
         drawing.image.save(HERE / example.file, quality=92)
-        asked.append(AskedImage.about(example.file, next(sign for sign in signs if kind_of(sign) == example.kind)))
+        sign = drawing.signs[0]
+        asked.append(AskedImage(example.file, painter.question(sign.color), digits_of(sign), sign.box))
     return asked
 
 
@@ -110,16 +87,16 @@ def write_packaged(examples: list[AskedImage]) -> None:
     write_questions(PACKAGED, [replace(example, file=Path(example.file).name) for example in examples])
 
 
-def draw_tests(photographs: Path, look: Look) -> list[AskedImage]:
+def draw_tests(photographs: Path, font: Path) -> list[AskedImage]:
     """Write the test images, and return a question about a random sign of each."""
     TESTS.mkdir(parents=True, exist_ok=True)
     names = sorted({example.photograph for example in EXAMPLES})
-    painter = SignPainter([open_rgb(photographs / name) for name in names], look, random.Random(TEST_SEED))
+    painter = SignPainter([open_rgb(photographs / name) for name in names], font, random.Random(TEST_SEED))
     asked = []
     for number in range(TEST_IMAGES):
-        file, drawing = f"{number:02d}.jpg", painter.image(TEST_PIXELS, count=3)
-        drawing.image.save(TESTS / file, quality=92)
-        asked.append(AskedImage.about(file, painter.rng.choice(drawing.signs)))
+        file, question = f"{number:02d}.jpg", painter.ask_about_any_sign()
+        question.image.save(TESTS / file, quality=95)
+        asked.append(AskedImage(file, question.text, digits_of(question.sign), question.sign.box))
     return asked
 
 

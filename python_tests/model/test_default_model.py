@@ -30,41 +30,29 @@ def loaded():
     return flexattn_cuda.load(device="cpu")
 
 
+def digits_right(answers: list[str], asked: list[dict]) -> float:
+    pairs = [(a, b) for answer, one in zip(answers, asked) for a, b in zip(answer.ljust(2), one["answer"])]
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
 @pytest.mark.slow
 def test_it_reads_what_only_the_high_resolution_shows(loaded):
     model, processor = loaded
     asked = questions(HERE / "data" / "held_out")
-    right = {True: 0, False: 0}
+    answers = {True: [], False: []}
     for one in asked:
-        image = Image.open(HERE / "data" / "held_out" / one["file"])
-        for hr in right:
-            answer = flexattn_cuda.ask(model, processor, image, one["question"], high_resolution=hr)
-            right[hr] += answer.text == one["answer"]
-    assert right[True] >= 0.85 * len(asked)  # examples/README.md has the figures on 500 images of each kind
-    assert right[False] <= 0.35 * len(asked)  # shapes are easier to guess
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "question",
-    [
-        "What number is on the purple sign?",
-        "purple sign",
-        "please tell me what the sign that is purple says",
-        "Purple??",
-    ],
-)
-def test_it_understands_plain_questions(loaded, question):
-    one = questions(EXAMPLES)[0]
-    assert flexattn_cuda.ask(*loaded, EXAMPLES / one["file"], question).text == one["answer"]
-
-
-@pytest.mark.slow
-def test_it_says_that_there_is_no_such_sign(loaded):
-    one = questions(EXAMPLES)[0]  # has a purple, a black, a green and a blue sign
-    assert flexattn_cuda.ask(*loaded, EXAMPLES / one["file"], "What number is on the red sign?").text == "there is none"
-    assert flexattn_cuda.ask(*loaded, EXAMPLES / one["file"], "Is there a red sign?").text == "no"
-    assert flexattn_cuda.ask(*loaded, EXAMPLES / one["file"], "How many signs are there?").text == "4"
+        inputs = processor(
+            images=Image.open(HERE / "data" / "held_out" / one["file"]), text=processor.prompt(one["question"])
+        )
+        for hr in answers:
+            given = {name: value for name, value in inputs.items() if hr or name != "pixel_values_hr"}
+            output = model.generate(**given, max_new_tokens=3, do_sample=False)
+            answers[hr].append(
+                processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            )
+    exact = sum(answer == one["answer"] for answer, one in zip(answers[True], asked)) / len(asked)
+    assert exact >= 0.9  # examples/README.md has the figures on 500 images
+    assert digits_right(answers[True], asked) - digits_right(answers[False], asked) >= 0.75
 
 
 @pytest.mark.slow
