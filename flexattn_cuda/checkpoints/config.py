@@ -127,6 +127,15 @@ def _check_sizes(config: PreTrainedConfig) -> None:
 
 
 def _check_feature_layers(config: FlexAttnLlavaConfig) -> None:
+    check_vision_feature_layer(config)
+    if config.vision_feature_select_strategy != "default":
+        raise ValueError(
+            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; only 'default' is known"
+        )
+
+
+def check_vision_feature_layer(config: Any) -> None:
+    """Raise ValueError if the layers of the vision tower that a configuration takes the features from do not exist."""
     layers = config.vision_config.num_hidden_layers
     chosen = config.vision_feature_layer
     for layer in chosen if isinstance(chosen, (list, tuple)) and chosen else [chosen]:
@@ -134,10 +143,6 @@ def _check_feature_layers(config: FlexAttnLlavaConfig) -> None:
             raise ValueError(
                 f"vision_feature_layer is {chosen!r}; the vision tower has layers 1 to {layers}, or {-layers} to -1"
             )
-    if config.vision_feature_select_strategy != "default":
-        raise ValueError(
-            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; only 'default' is known"
-        )
 
 
 def is_whole(value: Any, low: int, high: int) -> bool:

@@ -103,7 +103,7 @@ class HRProcessor(ProcessorMixin):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
         deviation = getattr(processor.image_processor, "image_std", None)
-        if deviation is not None and not all(0 < one < math.inf for one in deviation):
+        if deviation is not None and not all(_is_positive(one) for one in deviation):
             raise InputError(f"image_std of the image processor is {deviation}; it must be positive numbers")
         self.wrapped, self.family, self.zoom, self.cell = processor, family, zoom, cell
         self.max_lr_tokens = max_lr_tokens
@@ -491,6 +491,10 @@ def _nested(pixels: torch.Tensor, counts: Sequence[int]) -> dict[str, torch.Tens
         values[row, :count] = pixels[end - count : end]
         mask[row, :count] = 1
     return {"pixel_values": values, "pixel_attention_mask": mask}
+
+
+def _is_positive(number: Any) -> bool:
+    return isinstance(number, (int, float)) and 0 < number < math.inf
 
 
 @contextmanager

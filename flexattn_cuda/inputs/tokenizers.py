@@ -48,6 +48,7 @@ def _finish(tokenizer: Any) -> None:
     if tokenizer.eos_token_id is None:
         raise ValueError("it has no end-of-sequence token")
     tokenizer.decode(ids, skip_special_tokens=True)
+    tokenizer.convert_tokens_to_ids("a token that it does not have")  # recurses without end if <unk> has no id
 
 
 def _sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 
 from flexattn_cuda import checkpoints
 from flexattn_cuda.checkpoints import HubOptions, adapters
-from flexattn_cuda.checkpoints.config import FORMATS, read_config
+from flexattn_cuda.checkpoints.config import FORMATS, check_vision_feature_layer, read_config
 from flexattn_cuda.checkpoints.files import first_line, refusing, within
 from flexattn_cuda.checkpoints.generation import check_generation_config
 from flexattn_cuda.devices import choose_device, choose_dtype
@@ -284,6 +284,9 @@ def _load_attached(folder: Path, wanted: _Wanted, name: str) -> tuple[AttachedMo
         raise
     except ValueError as error:
         raise CheckpointError(f"FlexAttention cannot be attached to {folder}: {first_line(error)}") from error
+    if hasattr(model.config, "vision_feature_layer") and hasattr(model.config.vision_config, "num_hidden_layers"):
+        with refusing(str(folder / "config.json")):
+            check_vision_feature_layer(model.config)
     check_generation_config(folder, model.get_input_embeddings().num_embeddings, supported_alone=False)
     processor = processor_for(model)
     _check_prompt(folder, processor)

@@ -225,6 +225,11 @@ def test_a_tokenizer_that_panics_is_refused(damaged):
     assert message is not None and "the tokenizer in" in message and is_a_sentence(message)
 
 
+def test_a_tokenizer_whose_unknown_token_has_no_id_is_refused(damaged):
+    message = damaged("released", lambda folder: edit_json(folder / "special_tokens_map.json", unk_token=""))
+    assert message is not None and "the tokenizer in" in message and is_a_sentence(message)
+
+
 def test_a_tokenizer_that_does_not_know_the_image_token_is_refused(damaged):
     def damage(folder: Path) -> None:
         added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]

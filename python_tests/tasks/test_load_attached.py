@@ -41,6 +41,8 @@ def folder(tmp_path_factory):
         ("tokenizer_config.json", "model_max_length", "", "the chat template or the tokenizer in .* fails"),
         ("preprocessor_config.json", "size", True, "an image of pixel_values_hr has shape"),
         ("preprocessor_config.json", "image_std", [0.5, 0.0, 0.5], "image_std of the image processor is"),
+        ("preprocessor_config.json", "image_std", [0.5, [None], 0.5], "image_std of the image processor is"),
+        ("config.json", "vision_feature_layer", 10**30, "vision_feature_layer is 1000000000000000000000000000000"),
     ],
 )
 def test_a_damaged_value_is_refused_in_one_sentence(folder, tmp_path, file, name, value, says):
