@@ -5,14 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 import string
+from pathlib import Path
 
 import pytest
 
 from flexattn_cuda.errors import CheckpointError, InputError
 from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
 from flexattn_cuda.inputs.vocabulary import Vocabulary
-from flexattn_cuda.tasks.load import DEFAULT_MODEL
+from studies.default_model.encoder import SIZES
+from studies.default_model.processor import build_processor
+from studies.small.presets import settings_for
+from studies.small.small_model import build_model
 
 WORDS = ("what", "number", "is", "on", "the", "red", "green", "sign", "write", "a")
 SPELLING = Vocabulary(WORDS, ("number", "green", "red", "sign"), "ask about signs")
@@ -54,10 +59,19 @@ def test_known_words_that_look_like_keywords_stay():
 
 @pytest.fixture(scope="module")
 def processor() -> FlexAttnLlavaProcessor:
-    return FlexAttnLlavaProcessor.from_pretrained(DEFAULT_MODEL)
+    return build_processor(settings_for("flexattn", SIZES))
 
 
-def test_the_default_model_reports_every_unknown_word(processor):
+@pytest.fixture(scope="module")
+def folder(processor, tmp_path_factory) -> Path:
+    """The processor in a checkpoint, without weights."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    processor.save_pretrained(folder)
+    build_model(processor, settings_for("flexattn", SIZES), SIZES).config.save_pretrained(folder)
+    return folder
+
+
+def test_every_unknown_word_is_reported(processor):
     unknown = (
         "yellow",
         "orange",
@@ -94,14 +108,19 @@ def test_a_typing_error_gives_the_same_prompt(processor):
         assert processor.tokenize(processor.prompt(question)) == expected
 
 
+def test_a_saved_processor_reports_unknown_words_too(folder):
+    with pytest.raises(InputError, match="does not know: yellow; it reads numbers"):
+        FlexAttnLlavaProcessor.from_pretrained(folder).prompt("What is on the yellow sign?")
+
+
 def test_a_processor_without_keywords_takes_any_word(processor):
     free = FlexAttnLlavaProcessor(processor.image_processor, processor.tokenizer)
     assert free.tokenize("what yellow house")
 
 
 @pytest.mark.parametrize("values", [{"keywords": "red"}, {"keywords": [1]}, {"about": 3}])
-def test_damaged_keywords_are_refused(processor, tmp_path, values):
-    processor.save_pretrained(tmp_path)
+def test_damaged_keywords_are_refused(folder, tmp_path, values):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "processor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     with pytest.raises(CheckpointError, match="they must be a list of words, and a text"):

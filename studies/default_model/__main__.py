@@ -39,15 +39,14 @@ from torch import nn
 
 from flexattn_cuda.checkpoints.projections import is_projection, start_projections
 from flexattn_cuda.cli import as_command, run_app
-from flexattn_cuda.inputs.processor import FlexAttnLlavaProcessor
 from flexattn_cuda.runs.files import write_atomically
 from flexattn_cuda.runs.options import Option, Options
-from studies.default_model import phrases
 from studies.default_model.encoder import SIZES, SignCrops, train_encoder
 from studies.default_model.evaluation import Condition, Result, conditions, evaluate
 from studies.default_model.fonts import FONTS, HELD_OUT_FONTS, find_fonts
 from studies.default_model.language import AnswerStage, LocaliseStage, Scenes
-from studies.default_model.questions import ANSWERS, WORDS, SignScenes, sign_question
+from studies.default_model.processor import build_processor
+from studies.default_model.questions import SignScenes, sign_question
 from studies.default_model.signs import Look, SignPainter, photographed
 from studies.small.attention_maps import record_maps
 from studies.small.encoded_scenes import encode_scenes, resolutions_of
@@ -62,22 +61,13 @@ from studies.small.presets import settings_for
 from studies.small.results import write_csv
 from studies.small.scenes import SIZES as SIGN_SIZES
 from studies.small.scenes import Scene, square_corner
-from studies.small.small_model import build_image_processor, build_model, build_tokenizer, draw_weights
+from studies.small.small_model import build_model, draw_weights
 from studies.small.stage import console, train_stage
 from studies.small.start import stored
 
 RATE = 8e-3
 BATCH = 40  # questions, in stage 5
 SYSTEMS = "attention,none,random,center"
-# The question ends in a token of its own: what predicts the answer does not depend on the question's last word.
-TEMPLATE = (
-    "{{ '<image>' }}{% for part in messages[0]['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{{ ' <answer>' }}"
-)
-ABOUT = (
-    "it reads numbers, words and shapes on small signs that are red, green, blue, purple or black, and tells where they"
-    " are and how many"
-)
 _HELD_OUT_SCENES = 200  # of each size, in stages 3 and 4
 _LARGE = (0.8, 1.2)  # scale of large signs at the low resolution, relative to that of small ones in a tile
 _SIDES = (288, 384, 384, 600)  # pixels of the longer side of an image
@@ -108,11 +98,7 @@ class DefaultModel:
     def __init__(self, options: TrainingOptions):
         self.options = options
         settings = settings_for("flexattn", SIZES)
-        tokenizer = build_tokenizer([*phrases.vocabulary(), *WORDS], "<image>", "<answer>", answers=ANSWERS)
-        images = build_image_processor(settings, SIZES)
-        self.processor = FlexAttnLlavaProcessor(
-            images, tokenizer, chat_template=TEMPLATE, keywords=phrases.keywords(), about=ABOUT
-        )
+        self.processor = build_processor(settings)
         torch.manual_seed(options.seed)
         self.model = build_model(self.processor, settings, SIZES)
         self._resolutions = resolutions_of([settings])

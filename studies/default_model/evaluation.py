@@ -65,7 +65,7 @@ class Condition:
                 continue
             text = question.text
             if self.phrases:
-                (color,) = (sign.color for sign in signs if (sign.box,) == question.boxes)
+                (color,) = (sign.color for sign in signs if sign.glyphs[0].box in question.boxes)
                 text = painter.rng.choice(self.phrases).format(c=color)
             yield Asked(self.saved(drawing.image, painter.rng), text, "".join(question.answer))
             count -= 1

@@ -194,6 +194,7 @@ _DESCRIBE = (
 )
 _BEFORE = ("please", "can you tell me", "could you tell me", "tell me", "i want to know", "hello", "look", "so", "and")
 _AFTER = ("please", "in this picture", "in the picture", "in the image", "in this photo", "here", "thank you", "now")
+_SHORT_KEYWORDS = ("the", "sign", "word", "text", "what", "read", "left")
 _OTHER_WORDS = (Path(__file__).parent / "other_words.txt").read_text().split()
 
 
@@ -250,9 +251,12 @@ def framed_templates() -> Iterator[str]:
 
 
 def keywords() -> list[str]:
-    """Return the words that the answer depends on, which a word with a typing error is taken for."""
-    words = {word for text in templates() for word in text.split() if len(word) > 3 and word != "{c}"}
-    return sorted(words.union(COLORS, ["the"]))
+    """Return the words that a word with a typing error is taken for.
+
+    Of short words, only those that the answer depends on: too many others differ in one letter from something else.
+    """
+    words = {word for text in templates() for word in text.split() if len(word) > 4}
+    return sorted(words.union(COLORS, _SHORT_KEYWORDS))
 
 
 def vocabulary() -> list[str]:

@@ -42,8 +42,8 @@ WORDS = (*SHAPES, "yes", "no", "left", "right", "above", "below")
 """Answers that are words of questions too."""
 _MIDDLE, _CLEAR = 0.1, 0.06  # of the image's side: the middle's half width, and what two signs must be apart
 
-Answer = tuple[tuple[str, ...], tuple[Box, ...]]
-"""The tokens of an answer, and the boxes to look at."""
+Answer = tuple[tuple[str, ...], tuple[tuple[Box, ...], ...]]
+"""The tokens of an answer, and for each the boxes to look at."""
 
 
 def sign_question(task: str, signs: Sequence[Sign], rng: random.Random) -> Question | None:
@@ -57,8 +57,8 @@ def sign_question(task: str, signs: Sequence[Sign], rng: random.Random) -> Quest
     made = _MAKERS[task](signs, rng)
     if made is None:
         return None
-    text, (answer, boxes) = made
-    return Question(task, text, answer, (boxes,) * len(answer))
+    text, (answer, looks) = made
+    return Question(task, text, answer, looks)
 
 
 def _read(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer]:
@@ -71,20 +71,20 @@ def _absent(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer] | N
     if color is None:
         return None
     if rng.random() < 1 / 3:
-        return phrases.where_phrase(color, rng), ((NONE,), ())
-    return phrases.read_phrase(rng.choice(list(KINDS)), color, rng), ((NONE,), ())
+        return phrases.where_phrase(color, rng), ((NONE,), ((),))
+    return phrases.read_phrase(rng.choice(list(KINDS)), color, rng), ((NONE,), ((),))
 
 
 def _presence(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer] | None:
     if rng.random() < 0.5:
         sign = rng.choice(signs)
-        return phrases.presence_phrase(sign.color, rng), (("yes",), (sign.box,))
+        return phrases.presence_phrase(sign.color, rng), (("yes",), ((sign.box,),))
     color = _missing_color(signs, rng)
-    return None if color is None else (phrases.presence_phrase(color, rng), (("no",), ()))
+    return None if color is None else (phrases.presence_phrase(color, rng), (("no",), ((),)))
 
 
 def _count(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer]:
-    return phrases.count_phrase(rng), ((str(len(signs)),), tuple(sign.box for sign in signs))
+    return phrases.count_phrase(rng), ((str(len(signs)),), (tuple(sign.box for sign in signs),))
 
 
 def _beside(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer] | None:
@@ -96,7 +96,7 @@ def _beside(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer] | N
     if abs(apart) < _CLEAR * SIDE:
         return None
     answer = {"left": ("left", "right"), "above": ("above", "below")}[side][apart > 0]
-    return phrases.beside_phrase(side, one.color, other.color, rng), ((answer,), (one.box, other.box))
+    return phrases.beside_phrase(side, one.color, other.color, rng), ((answer,), ((one.box, other.box),))
 
 
 def _where(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer] | None:
@@ -108,17 +108,17 @@ def _where(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer] | No
         return None  # between two parts
     else:
         part = PARTS[(x > 0) + 2 * (y > 0)]
-    return phrases.where_phrase(sign.color, rng), ((part,), (sign.box,))
+    return phrases.where_phrase(sign.color, rng), ((part,), ((sign.box,),))
 
 
 def _colourless(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer]:
-    answer = _content(signs[0]) if len(signs) == 1 else ((WHICH,), ())
+    answer = _content(signs[0]) if len(signs) == 1 else ((WHICH,), ((),))
     return phrases.colourless_phrase(rng), answer
 
 
 def _describe(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer]:
     boxes = tuple(sign.box for sign in signs)
-    return phrases.describe_phrase(rng), ((SIGNS[len(signs) - 1],), boxes)
+    return phrases.describe_phrase(rng), ((SIGNS[len(signs) - 1],), (boxes,))
 
 
 _MAKERS: dict[str, Callable[[Sequence[Sign], random.Random], tuple[str, Answer] | None]] = {
@@ -134,7 +134,7 @@ _MAKERS: dict[str, Callable[[Sequence[Sign], random.Random], tuple[str, Answer] 
 
 
 def _content(sign: Sign) -> Answer:
-    return tuple(glyph.name for glyph in sign.glyphs), (sign.box,)
+    return tuple(glyph.name for glyph in sign.glyphs), tuple((glyph.box,) for glyph in sign.glyphs)
 
 
 def _missing_color(signs: Sequence[Sign], rng: random.Random) -> str | None:
