@@ -68,7 +68,7 @@ from studies.small.start import stored
 RATE = 8e-3
 BATCH = 40  # questions, in stage 5
 SYSTEMS = "attention,none,random,center"
-_HELD_OUT_SCENES = 200  # of each size, in stages 3 and 4
+_HELD_OUT_SCENES = 200  # of each size at most, in stages 3 and 4
 _LARGE = (0.8, 1.2)  # scale of large signs at the low resolution, relative to that of small ones in a tile
 _SIDES = (288, 384, 384, 600)  # pixels of the longer side of an image
 
@@ -82,10 +82,10 @@ class TrainingOptions(Options):
     output: Annotated[Path, Option("Folder of the model.", metavar="DIR")]
     work: Annotated[Path, Option("Folder of what the stages keep.", metavar="DIR")] = Path("out/default_model")
     systems: Annotated[str, Option("Comma-separated systems to train.")] = SYSTEMS
-    encoder_steps: Annotated[int, Option("Steps of the encoder stage.", minimum=1)] = 6500
-    localise_steps: Annotated[int, Option("Steps of the localise stage.", minimum=1)] = 800
-    answer_steps: Annotated[int, Option("Steps of the answer stage.", minimum=1)] = 1800
-    steps: Annotated[int, Option("Steps of each system.", minimum=1)] = 800
+    encoder_steps: Annotated[int, Option("Steps of the encoder stage.", minimum=3)] = 6500
+    localise_steps: Annotated[int, Option("Steps of the localise stage.", minimum=3)] = 800
+    answer_steps: Annotated[int, Option("Steps of the answer stage.", minimum=3)] = 1800
+    steps: Annotated[int, Option("Steps of each system.", minimum=3)] = 800
     images: Annotated[int, Option("Number of images to train on, of each size of the signs.", minimum=1)] = 4000
     held_out: Annotated[int, Option("Number of pictures in each condition of the evaluation.", minimum=1)] = 500
     seed: Annotated[int, Option("Seed of weights and batches.", minimum=0)] = 0
@@ -113,7 +113,7 @@ class DefaultModel:
 
     def encode_images(self, held_out: bool) -> Scenes:
         """Run stage 2: return the images to train on, or those to measure the training by."""
-        count = _HELD_OUT_SCENES if held_out else self.options.images
+        count = min(_HELD_OUT_SCENES, self.options.images) if held_out else self.options.images
         return {size: self._encoded(size, held_out, count) for size in SIGN_SIZES}
 
     def train_language(self, images: Scenes) -> float:

@@ -21,6 +21,7 @@ from studies.small.scenes import SIZES as SIGN_SIZES
 from studies.small.stage import Stage
 
 _IMAGES, _QUESTIONS = 12, 10  # of a step, and about an image
+_MEASURED = 40  # held-out images of a size
 _MAP_WEIGHT = 0.3  # of the maps' loss beside that of the answers
 _TOO_FINE = ("read", "colourless")  # tasks that the low resolution of a small sign does not suffice for
 Scenes = Mapping[str, SignScenes]
@@ -70,7 +71,7 @@ class _LanguageStage(Stage):
         """Return the held-out figures by size: mass on the signs, largest cell on them, right tokens."""
         rows = []
         for size in SIGN_SIZES:
-            found = self.predict(self.held_out, [size] * 40, random.Random(size))
+            found = self.predict(self.held_out, [size] * _MEASURED, random.Random(size))
             looks = found.cells.any(-1)
             mass, largest = (part.mean() for part in mass_and_largest(found.maps[0][looks], found.cells[looks]))
             right = (found.logits.argmax(-1) == found.labels).float().mean()
