@@ -248,7 +248,7 @@ def rooms() -> None:
     layers = (
         ("cli", "one file per command", INK),
         ("serve", "HTTP API and web page", INK),
-        ("tasks", "load, ask, ask-batch, train", INK),
+        ("tasks", "load, ask, chat, ask-batch, train", INK),
         ("analysis", "FLOPs, memory, overlays", INK),
         ("families", "what the mechanism must know about a base model", LR),
         ("baselines", "the paper's other systems", LR),
