@@ -71,11 +71,11 @@ $(VENV)/%-packages: $(VENV)/installed
 # Its torchvision links CUDA; where torch does not, nothing here works with it and nothing needs it.
 $(VENV)/eval/ready: $(VENV)/test-packages
 	$(PYTHON) -m venv --without-pip $(VENV)/eval
-	$(VENV)/bin/python -c "import site; print(site.getsitepackages()[0])" >\
+	$(VENV)/bin/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" >\
 	  "$$($(VENV)/eval/bin/python -c 'import site; print(site.getsitepackages()[0])')/below.pth"
 	$(VENV)/eval/bin/python -m pip --disable-pip-version-check install "flexattn_cuda[eval]" \
 	  "$$($(VENV)/bin/python -c 'import torch; print("torch==" + torch.__version__)')"
-	$(VENV)/eval/bin/python -c "import torchvision" || $(VENV)/eval/bin/python -m pip uninstall --yes torchvision
+	$(VENV)/eval/bin/python -c "import torchvision" 2>/dev/null || $(VENV)/eval/bin/python -m pip uninstall --yes torchvision
 	touch $@
 
 CPP = $(shell git ls-files 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.h' 'python_tests/*.cu' 'python_tests/*.cpp')

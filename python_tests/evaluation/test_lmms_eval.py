@@ -41,7 +41,7 @@ def installed() -> None:
 @pytest.fixture(scope="module")
 def yes_or_no(tmp_path_factory):
     """The folder of a checkpoint that answers any question with yes or no, by the image."""
-    return evaluation_data.save_yes_or_no(tmp_path_factory.mktemp("yes_or_no"))
+    return evaluation_data.save_with_two_answers(tmp_path_factory.mktemp("yes_or_no"), "yes", "no")
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,7 @@ def evaluate(tmp_path_factory):
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
+    os.environ.setdefault("LMMS_EVAL_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
     return lambda model_args, tasks, **options: simple_evaluate(
         "flexattn", model_args, tasks=tasks, task_manager=manager, device="cpu", bootstrap_iters=0, **options
@@ -158,6 +159,21 @@ def test_vstar_is_scored_by_the_loss_of_each_option(evaluate, checkpoint, vstar,
     assert metrics["vstar_acc,none"] == sum(everything) / len(everything)
     for category, own in right.items():
         assert metrics[f"vstar_{category}_acc,none"] == sum(own) / len(own)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_magnifierbench_is_what_a_loop_over_its_questions_gives(evaluate, tmp_path, monkeypatch, batch_size):
+    from flexattn_cuda.evaluation import magnifier
+
+    folder = evaluation_data.save_with_two_answers(tmp_path / "model", "A", "C")
+    rows = evaluation_data.write_magnifierbench(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    found = evaluate(f"pretrained={folder}", ["magnifierbench"], batch_size=batch_size, gen_kwargs="max_new_tokens=1")
+    model, processor = load(folder, device="cpu")
+    said = [ask(model, processor, row["images"], magnifier.prompt(row), max_new_tokens=1).text for row in rows]
+    right = [one == row["answer"] for one, row in zip(said, rows)]
+    assert found["results"]["magnifierbench"]["magnifier_acc,none"] == sum(right) / len(right)
+    assert any(right) and not all(right)
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import question_files
 import tiny_checkpoint
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset, Image, Sequence
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -43,9 +44,9 @@ def write_vstar(folder: Path) -> Path:
 # ------------------------------------------------------------------------------------- benchmarks of lmms-eval's own
 
 
-def save_yes_or_no(folder: Path) -> Path:
-    """Save a checkpoint whose first token of any answer is yes or no."""
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "yes": 3, "no": 4, "USER": 5, "ASSISTANT": 6, ":": 7, "?": 8, "the": 9}
+def save_with_two_answers(folder: Path, first: str, second: str) -> Path:
+    """Save a checkpoint whose first token of any answer is one of two words."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, first: 3, second: 4, "USER": 5, "ASSISTANT": 6, ":": 7, "?": 8, "the": 9}
     backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(
@@ -55,13 +56,24 @@ def save_yes_or_no(folder: Path) -> Path:
     model = FlexAttnLlavaForConditionalGeneration.from_pretrained(folder)
     with torch.no_grad():
         heads = model.lm_head.weight
-        direction = heads[358].clone()  # one by which half of the questions below are answered with yes
+        direction = heads[358].clone()  # by which half of the questions below get the first
         heads.zero_()
         heads[3], heads[4] = direction, -direction  # one of the two is above the zero of all others
     model.save_pretrained(folder)
     images = tiny_checkpoint.processor().image_processor
     FlexAttnLlavaProcessor(images, tokenizer, tiny_checkpoint.IMAGE_ID, split_at_images=True).save_pretrained(folder)
     return folder
+
+
+def write_magnifierbench(folder: Path) -> list[dict]:
+    """Write MagnifierBench below a folder as on the hub, and return its rows."""
+    rows = [
+        {"id": str(number), "images": [question_files.image(128, 96, seed=number)], "answer": "ABCD"[number % 4]}
+        | {"instruction": f"Is there {'the ' * number}? A. 7, B. 8, C. 12, D. 42"}
+        for number in range(8)
+    ]
+    _write_rows(folder / "Otter-AI" / "MagnifierBench", "test", rows, {"images": Sequence(Image())})
+    return rows
 
 
 def write_benchmarks(folder: Path, said: Callable[[dict], str]) -> dict[str, list[dict]]:
@@ -92,8 +104,14 @@ def write_benchmarks(folder: Path, said: Callable[[dict], str]) -> dict[str, lis
     rows = {"POPE": pope, "MME": mme, "textvqa": textvqa}
     for name, own in rows.items():
         split = "validation" if name == "textvqa" else "test"
-        target = folder / "lmms-lab-encoder" / name / "data"
-        target.mkdir(parents=True)
-        images = Dataset.from_list(own).cast_column("image", Image())
-        images.to_parquet(target / f"{split}-00000-of-00001.parquet")
+        _write_rows(folder / "lmms-lab-encoder" / name, split, own, {"image": Image()})
     return rows
+
+
+def _write_rows(folder: Path, split: str, rows: list[dict], images: dict[str, Any]) -> None:
+    """Write the rows of a split, of which some columns are images, as the hub's parquet files lie."""
+    (folder / "data").mkdir(parents=True)
+    table = Dataset.from_list(rows)
+    for column, feature in images.items():
+        table = table.cast_column(column, feature)
+    table.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
