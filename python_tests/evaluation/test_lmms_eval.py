@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import evaluation_data
 import pytest
+import question_files
 from question_files import image
 from test_scoring import by_hand
 
@@ -33,6 +35,19 @@ SHORT = "\nAnswer the question using a single word or phrase."
 def installed() -> None:
     if importlib.util.find_spec("lmms_eval") is None:
         pytest.fail("lmms-eval is not installed; pip install 'flexattn_cuda[eval]', or pass -m 'not harness'")
+
+
+def run_lmms_eval(arguments: list[str], folder: Path, processes: int = 1) -> None:
+    """Run lmms-eval's own command in a folder, by torchrun if there are several processes."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "lmms_eval", *arguments],
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # -------------------------------------------------------------------------------------------------- lmms-eval's tasks
@@ -67,12 +82,7 @@ def results(request, benchmarks, yes_or_no, tmp_path_factory) -> dict[str, dict[
     arguments = ["--model", "flexattn", "--model_args", f"pretrained={yes_or_no}", "--device", "cpu"]
     arguments += ["--tasks", "pope,mme,textvqa_val", "--gen_kwargs", "max_new_tokens=1"]
     arguments += ["--batch_size", str(request.param), "--output_path", str(out)]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("hub"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "lmms_eval", *arguments],
-        cwd=folder, env=os.environ | offline, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_lmms_eval(arguments, folder)
     [written] = out.rglob("*results.json")
     return json.loads(written.read_text())["results"]
 
@@ -135,6 +145,10 @@ def evaluate(tmp_path_factory):
     )
 
 
+def losses_in(sample: dict[str, Any]) -> list[float]:
+    return [ast.literal_eval(text)[0] for text in sample["filtered_resps"]]
+
+
 @pytest.mark.parametrize("batch_size", [1, 5])
 @pytest.mark.parametrize("system", ["flexattn", "xattn"])
 def test_vstar_is_scored_by_the_loss_of_each_option(evaluate, checkpoint, vstar, system, batch_size):
@@ -150,15 +164,25 @@ def test_vstar_is_scored_by_the_loss_of_each_option(evaluate, checkpoint, vstar,
         asked = f"{question.question}{SHORT}"
         candidates = [Candidate([read_image(question.image)], asked, option) for option in question.options]
         losses = [by_hand(model, processor, candidate)[0] for candidate in candidates]
-        assert [json.loads(text.strip("()").split(",")[0]) for text in sample["filtered_resps"]] == pytest.approx(
-            losses, abs=1e-5
-        )
+        assert losses_in(sample) == pytest.approx(losses, abs=1e-5)
         right.setdefault(question.category, []).append(float(losses[0] == min(losses)))
     metrics = found["results"]["vstar_bench_loss"]
     everything = [one for each in right.values() for one in each]
     assert metrics["vstar_acc,none"] == sum(everything) / len(everything)
     for category, own in right.items():
         assert metrics[f"vstar_{category}_acc,none"] == sum(own) / len(own)
+
+
+def test_two_processes_score_as_one_does(evaluate, checkpoint, vstar, tmp_path):
+    arguments = ["--model", "flexattn", "--model_args", f"pretrained={checkpoint}", "--device", "cpu"]
+    arguments += ["--include_path", str(TASKS), "--tasks", "vstar_bench_loss", "--log_samples"]
+    run_lmms_eval([*arguments, "--output_path", str(tmp_path / "out")], tmp_path, processes=2)
+    [written] = (tmp_path / "out").rglob("*samples*.jsonl")
+    shared = {sample["doc_id"]: sample for sample in question_files.read(written)}
+    [alone] = evaluate(f"pretrained={checkpoint}", ["vstar_bench_loss"], batch_size=1)["samples"].values()
+    assert len(shared) == len(alone) == sum(map(len, evaluation_data.VSTAR.values()))
+    for sample in alone:
+        assert losses_in(shared[sample["doc_id"]]) == pytest.approx(losses_in(sample), abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
