@@ -1,5 +1,6 @@
 # make demo           install into .venv and ask the example questions; fail if an answer is wrong
 # make test           install what is missing and run all tests, on all cores; those of the web page need Chromium
+# make test-eval      install lmms-eval beside what is in .venv, and run the tests of the evaluation
 # make test-fast      run the tests that take less than about a second each: under two minutes on two cores
 # make attack         attack the package for up to half an hour: damaged files, kills at every write, full disks; a table says
 #                     what became of each case. Run it again to resume; ATTACK="--seed N --minutes N KIND ..." chooses
@@ -36,16 +37,19 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 PYTEST := HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 # Where there is no Chromium, the tests of the web page are left out, and pytest counts them as deselected.
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
-NO_BROWSER := $(if $(BROWSER),,not browser)
+NO_BROWSER := $(if $(BROWSER),,and not browser)
 
-.PHONY: demo test test-fast attack lint format docs cuda-compile sm70 sm80 gpu simt simt-races simt-sanitizers clean
+.PHONY: demo test test-fast test-eval attack lint format docs cuda-compile sm70 sm80 gpu simt simt-races simt-sanitizers clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/flexattn demo
 	@echo 'Next: source $(VENV)/bin/activate; flexattn ask flexattn-demo/1_picosdeeuropa.jpg "What does the sign say that is purple?"'
 
 test: $(VENV)/test-packages
-	$(PYTEST) -m "$(NO_BROWSER)" python_tests
+	$(PYTEST) -m "not harness $(NO_BROWSER)" python_tests
+
+test-eval: $(VENV)/eval/ready
+	HF_HUB_OFFLINE=1 $(VENV)/eval/bin/python -m pytest python_tests/evaluation
 
 test-fast: $(VENV)/test-packages
 	$(PYTEST) -m "not slow" python_tests
@@ -68,6 +72,17 @@ $(VENV)/installed: $(VENV)/torch $(NATIVE)
 # flexattn_cuda is installed already: these add the packages of one extra.
 $(VENV)/%-packages: $(VENV)/installed
 	$(PIP) install "flexattn_cuda[$*]"
+	touch $@
+
+# lmms-eval wants older versions of some packages than the other tests use, so it has an environment of its own on top.
+# Its torchvision links CUDA; where torch does not, nothing here works with it and nothing needs it.
+$(VENV)/eval/ready: $(VENV)/test-packages
+	$(PYTHON) -m venv --without-pip $(VENV)/eval
+	$(VENV)/bin/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" >\
+	  "$$($(VENV)/eval/bin/python -c 'import site; print(site.getsitepackages()[0])')/below.pth"
+	$(VENV)/eval/bin/python -m pip --disable-pip-version-check install "flexattn_cuda[eval]" \
+	  "$$($(VENV)/bin/python -c 'import torch; print("torch==" + torch.__version__)')"
+	$(VENV)/eval/bin/python -c "import torchvision" 2>/dev/null || $(VENV)/eval/bin/python -m pip uninstall --yes torchvision
 	touch $@
 
 CPP = $(shell git ls-files 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.h' 'python_tests/*.cu' 'python_tests/*.cpp')

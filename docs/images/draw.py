@@ -247,7 +247,7 @@ def rooms() -> None:
     drawing = Drawing(960, 570)
     layers = (
         ("cli", "one file per command", INK),
-        ("serve", "HTTP API and web page", INK),
+        ("serve, evaluation", "HTTP API and web page; models and tasks for lmms-eval", INK),
         ("tasks", "load, ask, chat, ask-batch, train", INK),
         ("analysis", "FLOPs, memory, overlays", INK),
         ("families", "what the mechanism must know about a base model", LR),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DISTRIBUTIONS = {"PIL": "pillow"}
+DISTRIBUTIONS = {"PIL": "pillow", "lmms_eval": "lmms-eval"}
 OWN = {"flexattn_cuda", "studies"}
 
 
@@ -42,10 +42,15 @@ def imports(folder: str) -> dict[str, set[str]]:
 
 CORE = declared("project", "dependencies")
 OPTIONAL = {
-    name: declared("project.optional-dependencies", name) for name in ("train", "plot", "study", "serve", "chat")
+    name: declared("project.optional-dependencies", name)
+    for name in ("train", "plot", "study", "serve", "chat", "eval")
 }
 # Those that import what their extra declares at their top, being imported late.
-ROOMS = {"serve": "flexattn_cuda/serve/", "chat": "flexattn_cuda/cli/chat_terminal.py"}
+ROOMS = {
+    "serve": "flexattn_cuda/serve/",
+    "chat": "flexattn_cuda/cli/chat_terminal.py",
+    "eval": "flexattn_cuda/evaluation/",
+}
 
 
 def test_the_lists_are_read():
@@ -56,7 +61,7 @@ def test_the_lists_are_read():
 def test_every_package_that_is_imported_is_declared(distribution):
     if distribution in CORE:
         return
-    extras = {name for name in ("train", "plot", "serve", "chat") if distribution in OPTIONAL[name]}
+    extras = {name for name in ("train", "plot", "serve", "chat", "eval") if distribution in OPTIONAL[name]}
     assert extras, f"{distribution} is not declared in pyproject.toml"
     rooms = tuple(ROOMS[name] for name in extras & ROOMS.keys())
     at_the_top = [file for file in imports("flexattn_cuda")[distribution] if not file.startswith(rooms)]

@@ -28,7 +28,7 @@ MARKS = {"gpu", "download", "long"}
 
 # Programs of others that start one of ours, and those whose own options are not checked.
 LAUNCHERS = {"torchrun", "accelerate", "nsys", "ncu"}
-FOREIGN = {"cmake", "nsys"}
+FOREIGN = {"cmake", "lmms-eval", "nsys"}
 
 _PATH = re.compile(r"`((?:[\w.-]+/)*[\w.-]+/?)`")
 _SOURCE = re.compile(r"[\w-]+\.(py|cu|cuh|cpp|h)")
