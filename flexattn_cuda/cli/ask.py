@@ -61,19 +61,19 @@ def ask(options: AskOptions) -> None:
 def _ask_folder(options: AskOptions, folder: Path) -> None:
     """Ask about every image of a folder; exit code 1 if no question was answered."""
     from flexattn_cuda.inputs.images import images_in
+    from flexattn_cuda.runs.records import encode_json
 
     names = images_in(folder)
     silence_transformers()
     from flexattn_cuda.tasks import load as loading
     from flexattn_cuda.tasks.ask_batch import BatchModel, answer_folder
-    from flexattn_cuda.tasks.ask_batch.lines import encode_json
 
     model = BatchModel(*loading.load_chosen(options), folder, options.batch_size, options.max_new_tokens)
 
     def show(name: str, result: Result) -> None:
         if options.json:
             record = {"image": name, "question": options.question} | result.fields()
-            print(encode_json(record).decode(), end="", flush=True)
+            print(encode_json(record).decode(), flush=True)
         elif result.error is None:
             print(f"{name}: {' '.join(result.answer.split())}", flush=True)
         else:

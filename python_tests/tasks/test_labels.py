@@ -117,5 +117,5 @@ def test_a_record_with_the_text_of_a_special_token_is_reported(tmp_path, options
     parts = [{"from": "human", "value": f"<image>\n{turn.question}"}, {"from": "gpt", "value": turn.answer}]
     records = [{"image": "image.png", "conversations": parts}]
     Image.new("RGB", (9, 9)).save(tmp_path / "image.png")
-    found = data.check(records, tmp_path, lambda conversation: data.encode(one, conversation, 400))
+    found = data.check(records, tmp_path, lambda conversation: data.encode(one, conversation, 400)).broken
     assert [(broken.record, broken.kind) for broken in found] == [(0, "conversation that cannot be asked")]

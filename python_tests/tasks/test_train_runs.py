@@ -121,7 +121,7 @@ def test_a_run_is_resumed_only_with_the_records_and_images_it_was_started_with(c
     files[1].unlink()
     moved.rename(files[1])
     (files[1] / "2.png").rename(tmp_path / "2.png")
-    with pytest.raises(InputError, match=r"was started with other options \(set of broken records\); "):
+    with pytest.raises(InputError, match=r"with other options \(content of images, set of broken records\); "):
         train_on(files, output, **settings)
     (tmp_path / "2.png").rename(files[1] / "2.png")
     train_on(files, output, **settings)
