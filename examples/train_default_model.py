@@ -22,8 +22,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -34,16 +33,15 @@ from rich.progress import Progress
 from sign_stages import BATCH, SIZES, SignCrops, train_encoder, train_localisation
 from signs import QUESTIONS, SignPainter, SignQuestion, digits_of
 
-from flexattn_cuda.checkpoints.projections import is_projection, start_projections
 from flexattn_cuda.cli import as_command, run_app
 from flexattn_cuda.runs.files import write_atomically
 from flexattn_cuda.runs.options import Option, Options
+from studies.default_model.systems import fine_tune_late_layers, selecting
 from studies.small.encoded_scenes import EncodedScenes, encode_scenes, resolutions_of
 from studies.small.encoder_stage import whiten
 from studies.small.evaluation import measure_selection
-from studies.small.finetuning import FineTuning, fine_tune
+from studies.small.finetuning import FineTuning
 from studies.small.objects import COLORS
-from studies.small.optimizer import train_only
 from studies.small.photographs import find_photographs
 from studies.small.presets import settings_for
 from studies.small.results import write_csv
@@ -137,7 +135,12 @@ class DefaultModel:
         """Run stage 3 for a system, from the end of stage 2."""
         self.model.load_state_dict(torch.load(self.options.work / "localise.pt"))
         checkpoints = self.options.work / f"{system}.checkpoints"
-        self._stage(system, lambda: self._fine_tune(system, images, share, checkpoints))
+        plan = FineTuning(checkpoints, self.options.answer_steps, BATCH, RATE, self.options.seed + 7)
+
+        def run() -> None:
+            fine_tune_late_layers(self.model, self.processor, images, system, share, plan)
+
+        self._stage(system, run)
         shutil.rmtree(checkpoints, ignore_errors=True)
 
     @torch.no_grad()
@@ -145,7 +148,7 @@ class DefaultModel:
         """Run stage 4 for a system: greedy answers to all questions."""
         exact = digits = 0
         torch.manual_seed(0)
-        with self._selecting(system, share), Progress(console=console, transient=True) as progress:
+        with selecting(self.model, system, share), Progress(console=console, transient=True) as progress:
             for question in progress.track(questions, description=f"evaluating {system}"):
                 given, expected = self._answer(question, system not in ("none", "HR off")), digits_of(question.sign)
                 exact += given == list(expected)
@@ -182,27 +185,6 @@ class DefaultModel:
     def _encode(self, held_out: bool, seed: int, count: int) -> EncodedScenes:
         scenes = self.painter(held_out, seed).scenes(count)
         return encode_scenes(self.model, self.processor, scenes, count, self._resolutions)
-
-    def _fine_tune(self, system: str, images: EncodedScenes, share: float, checkpoints: Path) -> None:
-        projections = [name for name, _ in self.model.named_parameters() if is_projection(name)]
-        start_projections(self.model, projections, self.model.config)
-        late = tuple(f"model.language_model.layers.{number}." for number in range(SIZES.first_layer, SIZES.layers))
-        train_only(self.model, lambda name: name.startswith((*late, "model.language_model.norm", "lm_head")))
-        plan = FineTuning(checkpoints, self.options.answer_steps, BATCH, RATE, self.options.seed + 7)
-        with self._selecting(system, share):
-            settings = None if system == "none" else self.model.config.flexattn
-            fine_tune(self.model, self.processor, images, settings, plan, lambda text: console.log(f"{system}: {text}"))
-
-    @contextmanager
-    def _selecting(self, system: str, share: float) -> Iterator[None]:
-        """Select tokens as a system does inside the block."""
-        before = self.model.config.flexattn_config
-        if system in ("random", "center"):
-            self.model.config.flexattn_config = before | {"strategy": system, "ratio": share}
-        try:
-            yield
-        finally:
-            self.model.config.flexattn_config = before
 
     def _answer(self, question: SignQuestion, high_resolution: bool) -> list[str]:
         """Return the digits of the greedy answer."""

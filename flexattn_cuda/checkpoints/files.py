@@ -35,10 +35,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def refuse_foreign_files(folder: Path) -> None:
-    """Raise CheckpointError if a file that would be read is a symbolic link to somewhere outside of the folder, or no
-    file but a pipe or device, on which reading might never end.
+    """Raise CheckpointError if what would be read is a link to outside of the folder, or a pipe or device.
 
-    Links of the hub cache are fine: snapshots/COMMIT/FILE -> blobs/HASH of the same repository.
+    Reading a pipe might never end. Links of the hub cache are fine: snapshots/COMMIT/FILE -> blobs/HASH of the same
+    repository.
     """
     for path in folder.iterdir():
         if path.suffix not in _READ_SUFFIXES:

@@ -123,6 +123,8 @@ class _Request:
         detail: How to generate, or the answer to score.
         doc_to_visual: Returns what a document shows.
         doc_id: Number of the document in its split.
+        task: Name of the task.
+        split: Name of the split of its data.
     """
 
     context: str

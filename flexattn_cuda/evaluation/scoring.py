@@ -13,7 +13,7 @@ from torch.nn import functional
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.inputs.questions import check_question
 from flexattn_cuda.tasks.ask import end_ids
-from flexattn_cuda.tasks.models import HRModel, TrainingProcessor, max_positions
+from flexattn_cuda.tasks.models import HRModel, TrainingProcessor, max_positions, on_device
 from flexattn_cuda.tasks.training_data import IGNORED, BrokenRecordError, Collator, Turn, labelled_ids
 
 
@@ -63,7 +63,7 @@ def score(model: HRModel, processor: TrainingProcessor, candidates: Sequence[Can
     """
     records = [_record(model, processor, candidate) for candidate in candidates]
     batch = Collator(processor.pad_id, processor.token_types)(records)
-    inputs = {name: _moved(value, model.device) for name, value in batch.items()}
+    inputs = on_device(batch, model.device)
     logits = model(**inputs, use_cache=False).logits  # type: ignore[operator]
     return _scores(logits, inputs["labels"])
 
@@ -80,8 +80,6 @@ def _record(model: HRModel, processor: TrainingProcessor, candidate: Candidate) 
         row = labelled_ids(processor, [turn], end_ids(model, processor), image_tokens)
     except BrokenRecordError as error:
         raise InputError(str(error)) from None
-    if processor.tokenizer.unk_token_id in row.labels:
-        raise InputError(f"the model's tokenizer has no token for a part of the answer {candidate.answer!r}")
     if len(row.ids) > max_positions(model):
         raise InputError(
             f"a question and its answer take {len(row.ids)} tokens, and the model has {max_positions(model)} positions"
@@ -105,7 +103,3 @@ def _scores(logits: torch.Tensor, labels: torch.Tensor) -> list[Score]:
         )
     lengths, hits = is_answer.sum(-1).tolist(), rows.argmax(-1) == wanted
     return [Score(loss.mean().item(), bool(hit.all())) for loss, hit in zip(losses.split(lengths), hits.split(lengths))]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return [one.to(device) for one in value] if isinstance(value, list) else value.to(device)

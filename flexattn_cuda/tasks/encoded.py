@@ -8,7 +8,7 @@ import torch
 
 from flexattn_cuda.families.attached import AttachedModel
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
-from flexattn_cuda.tasks.models import HRModel
+from flexattn_cuda.tasks.models import HRModel, on_device
 
 
 @torch.no_grad()
@@ -23,14 +23,10 @@ def encoded(model: HRModel, images: dict[str, Any]) -> dict[str, Any]:
         `image_features`, `hr_features` where there is an HR view, and `valid_rect` where there is one; in families that
         take no features (Qwen-VL), the images as they came.
     """
-    inputs = {name: _moved(value, model.device) for name, value in images.items()}
+    inputs = on_device(images, model.device)
     if isinstance(model, AttachedModel) and not model.hr_family.takes_features:
         return inputs
     assert isinstance(model, AttachedModel | FlexAttnLlavaForConditionalGeneration)
     rest = {name: inputs.pop(name) for name in ("valid_rect",) if name in inputs}
     lr, hr = model.encode(**inputs)
     return {"image_features": lr} | ({} if hr is None else {"hr_features": hr}) | rest
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return [one.to(device) for one in value] if isinstance(value, list) else value.to(device)

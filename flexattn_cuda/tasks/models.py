@@ -3,7 +3,7 @@ to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -84,6 +84,14 @@ def selects(model: HRModel) -> bool:
     """Return whether a model selects HR tokens by its attention maps."""
     settings = model.flexattn_settings
     return settings is not None and settings.system == "flexattn"
+
+
+def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a model's inputs, tensors or lists of tensors, on a device."""
+    return {
+        name: [one.to(device) for one in value] if isinstance(value, list) else value.to(device)
+        for name, value in inputs.items()
+    }
 
 
 def max_positions(model: HRModel) -> int:

@@ -15,6 +15,9 @@ from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks import training_data as data
 from flexattn_cuda.tasks.load import DEFAULT_MODEL
 from flexattn_cuda.tasks.training_data import BrokenRecordError, Conversation, Turn
+from studies.default_model.encoder import SIZES
+from studies.default_model.processor import build_processor
+from studies.small.presets import settings_for
 
 # As published with llava-hf/llava-1.5-7b-hf: no end after an answer. And one with a line break after the end.
 PLAIN = (
@@ -97,7 +100,7 @@ def test_a_template_that_renders_questions_alone_gets_the_answer_and_its_end():
     with pytest.raises(BrokenRecordError, match="renders single questions only; this conversation has 2"):
         data.labelled_ids(one, TURNS[:2])
     with pytest.raises(BrokenRecordError, match="makes 144 image tokens for 0 images"):
-        data.encode(one, Conversation([], [Turn("Hello?", 0, "Yes.")]), 500)
+        data.encode(one, Conversation([], [Turn("Hello?", 0, "42")]), 500)
 
 
 def test_a_record_of_exactly_the_maximum_length_is_accepted():
@@ -106,6 +109,17 @@ def test_a_record_of_exactly_the_maximum_length_is_accepted():
     assert len(data.encode(one, conversation, length)[0]) == length
     with pytest.raises(BrokenRecordError, match=f"takes {length} tokens, .* the maximum is {length - 1}"):
         data.encode(one, conversation, length - 1)
+
+
+def test_an_answer_that_the_tokenizer_has_no_token_for_is_reported():
+    one = build_processor(settings_for("flexattn", SIZES))
+    question = "What does the red sign say?"
+    letters = one.tokenizer.convert_tokens_to_ids(list("STOP"))
+    assert data.labelled_ids(one, [Turn(question, 1, "STOP")]).labels[-5:-1] == letters
+    with pytest.raises(BrokenRecordError, match="no token for a part of the answer 'stop'"):
+        data.labelled_ids(one, [Turn(question, 1, "stop")])
+    one.tokenizer.unk_token = one.tokenizer.eos_token  # as GPT-2's, which has a token for any text
+    assert data.labelled_ids(one, [Turn(question, 1, "STOP")]).labels[-1] == one.tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("options", PROCESSORS.values(), ids=PROCESSORS.keys())

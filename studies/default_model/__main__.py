@@ -37,7 +37,6 @@ import typer
 from PIL import Image
 from torch import nn
 
-from flexattn_cuda.checkpoints.projections import is_projection, start_projections
 from flexattn_cuda.cli import as_command, run_app
 from flexattn_cuda.runs.files import write_atomically
 from flexattn_cuda.runs.options import Option, Options
@@ -47,20 +46,20 @@ from studies.default_model.fonts import FONTS, HELD_OUT_FONTS, find_fonts
 from studies.default_model.language import AnswerStage, LocaliseStage, Scenes
 from studies.default_model.processor import build_processor
 from studies.default_model.questions import SignScenes, sign_question
-from studies.default_model.signs import Look, SignPainter, photographed
+from studies.default_model.signs import Look, SignPainter, photographed, signs_in_square
+from studies.default_model.systems import fine_tune_late_layers, selecting
 from studies.small.attention_maps import record_maps
 from studies.small.encoded_scenes import encode_scenes, resolutions_of
 from studies.small.encoder_stage import whiten
 from studies.small.evaluation import measure_selection
-from studies.small.finetuning import FineTuning, fine_tune
+from studies.small.finetuning import FineTuning
 from studies.small.low_resolution_stage import LowResolutionModel, masked_attention
-from studies.small.optimizer import train_only
 from studies.small.painter import SIDE
 from studies.small.photographs import find_photographs
 from studies.small.presets import settings_for
 from studies.small.results import write_csv
 from studies.small.scenes import SIZES as SIGN_SIZES
-from studies.small.scenes import Scene, square_corner
+from studies.small.scenes import Scene
 from studies.small.small_model import build_model, draw_weights
 from studies.small.stage import console, train_stage
 from studies.small.start import stored
@@ -118,15 +117,20 @@ class DefaultModel:
 
     def train_language(self, images: Scenes) -> float:
         """Run stages 3 and 4, and return the share of the HR tokens that the map selects."""
-        self._stage("localise", self.model, lambda: self._train_language(images, LocaliseStage))
-        self._stage("answer", self.model, lambda: self._train_language(images, AnswerStage))
+        self._stage("localise", self.model, lambda: self._train_localisation(images))
+        self._stage("answer", self.model, lambda: self._train_answers(images))
         return measure_selection(self.model, self.processor, images["small"]).share
 
     def train_system(self, system: str, images: SignScenes, share: float) -> None:
         """Run stage 5 for a system, from the end of stage 4."""
         self.model.load_state_dict(torch.load(self._kept("answer.pt")))
         checkpoints = self._kept(f"{system}.checkpoints")
-        self._stage(system, self.model, lambda: self._fine_tune(system, images, share, checkpoints))
+        plan = FineTuning(checkpoints, self.options.steps, BATCH, RATE, self.options.seed)
+
+        def run() -> None:
+            fine_tune_late_layers(self.model, self.processor, images, system, share, plan)
+
+        self._stage(system, self.model, run)
         shutil.rmtree(checkpoints, ignore_errors=True)
 
     def evaluate(self, system: str, condition: Condition, share: float) -> Result:
@@ -135,7 +139,7 @@ class DefaultModel:
         if not file.exists():
             torch.manual_seed(0)
             photographs, count = self._photographs[True], self.options.held_out
-            with self._selecting(system, share):
+            with selecting(self.model, system, share):
                 result = evaluate(self.model, self.processor, system, condition, photographs, count)
             write_atomically(file, json.dumps(asdict(result)))
         return Result(**json.loads(file.read_text()))
@@ -195,44 +199,28 @@ class DefaultModel:
         painter = SignPainter(self._photographs[held_out], look, rng)
         while count:
             drawing = painter.image(rng.choice(_SIDES))
-            corner, ratio = square_corner(drawing.image), SIDE / max(drawing.image.size)
-            signs = tuple(sign.moved(*corner, ratio) for sign in drawing.signs)
+            signs = signs_in_square(drawing)
             question = sign_question("read", signs, rng) if signs else None
             if question is not None:
                 yield Scene(photographed(drawing.image, rng), size, question, (), signs)
                 count -= 1
 
-    def _train_language(self, images: Scenes, stage: type[LocaliseStage] | type[AnswerStage]) -> None:
-        held_out, seed, first_layer = self.encode_images(True), self.options.seed, SIZES.first_layer
-        with masked_attention(self.model), record_maps(self.model, range(first_layer - 1, SIZES.layers)) as maps:
-            low = LowResolutionModel(self.model, self.processor, maps)
-            if stage is LocaliseStage:
-                draw_weights(nn.ModuleDict({"language_model": low.language}), SIZES)
-                steps, made = self.options.localise_steps, LocaliseStage(low, images, held_out, seed, first_layer)
-            else:
-                steps, made = self.options.answer_steps, AnswerStage(low, images, held_out, seed)
-            train_stage(made, steps, self._kept(f"{made.name}.keep"))
+    def _train_localisation(self, images: Scenes) -> None:
+        with self._low_resolution() as model:
+            draw_weights(nn.ModuleDict({"language_model": model.language}), SIZES)
+            stage = LocaliseStage(model, images, self.encode_images(True), self.options.seed, SIZES.first_layer)
+            train_stage(stage, self.options.localise_steps, self._kept("localise.keep"))
 
-    def _fine_tune(self, system: str, images: SignScenes, share: float, checkpoints: Path) -> None:
-        projections = [name for name, _ in self.model.named_parameters() if is_projection(name)]
-        start_projections(self.model, projections, self.model.config)
-        late = tuple(f"model.language_model.layers.{number}." for number in range(SIZES.first_layer, SIZES.layers))
-        train_only(self.model, lambda name: name.startswith((*late, "model.language_model.norm", "lm_head")))
-        plan = FineTuning(checkpoints, self.options.steps, BATCH, RATE, self.options.seed)
-        with self._selecting(system, share):
-            settings = None if system == "none" else self.model.config.flexattn
-            fine_tune(self.model, self.processor, images, settings, plan, lambda text: console.log(f"{system}: {text}"))
+    def _train_answers(self, images: Scenes) -> None:
+        with self._low_resolution() as model:
+            stage = AnswerStage(model, images, self.encode_images(True), self.options.seed)
+            train_stage(stage, self.options.answer_steps, self._kept("answer.keep"))
 
     @contextmanager
-    def _selecting(self, system: str, share: float) -> Iterator[None]:
-        """Select tokens as a system does inside the block."""
-        before = self.model.config.flexattn_config
-        if system in ("random", "center"):
-            self.model.config.flexattn_config = before | {"strategy": system, "ratio": share}
-        try:
-            yield
-        finally:
-            self.model.config.flexattn_config = before
+    def _low_resolution(self) -> Iterator[LowResolutionModel]:
+        layers = range(SIZES.first_layer - 1, SIZES.layers)
+        with masked_attention(self.model), record_maps(self.model, layers) as maps:
+            yield LowResolutionModel(self.model, self.processor, maps)
 
 
 def train(options: TrainingOptions) -> None:

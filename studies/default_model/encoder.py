@@ -7,7 +7,7 @@ place counted from the left and from the right. The projector's outputs are then
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +15,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from flexattn_cuda.inputs.processor import FlexAttnLlavaImageProcessor
-from studies.default_model.signs import LETTERS, MOST_GLYPHS, Look, SignPainter, photographed
+from studies.default_model.signs import LETTERS, MOST_GLYPHS, Look, SignPainter, photographed, signs_in_square
 from studies.small.encoder_data import normalised_pixels
 from studies.small.encoder_stage import EncoderStage
 from studies.small.objects import COLORS, SHAPES, Sign
 from studies.small.painter import REFERENCE_SIDE, SIDE
-from studies.small.scenes import square_corner
 from studies.small.small_model import ModelSizes
 from studies.small.stage import train_stage
 from studies.small.token_labels import GLYPH, PLATE, LabelledImages, TokenHeads, TokenLabels
@@ -40,7 +39,7 @@ _WHOLE_SHARE = 0.2  # of whole images among those of a batch
 _MARGIN = 32  # pixels that a tile's crop can move
 
 
-def token_labels(signs: list[Sign], with_glyphs: bool) -> list[torch.Tensor]:
+def token_labels(signs: Sequence[Sign], with_glyphs: bool) -> list[torch.Tensor]:
     """Return what each half of a token of a lowres x lowres image shows, for each of CLASSES and each half [S*S].
 
     A glyph's place is unsure if the end of the sign that it is counted from lies outside of the image.
@@ -66,7 +65,7 @@ class SignCrops(Dataset):
     Args:
         photographs: Backgrounds.
         look: Of the signs.
-        images: Of the processor.
+        images: The processor's image processor.
         seed: Of all batches.
         count: Images in a batch.
     """
@@ -104,9 +103,7 @@ class SignCrops(Dataset):
         """Return an image at low resolution, where glyphs cannot be read."""
         drawing = painter.image(SIDE)
         pixels = self.images([photographed(drawing.image, painter.rng)])["pixel_values"][0]
-        corner = square_corner(drawing.image)
-        signs = [sign.moved(*corner, SIZES.lowres / SIDE) for sign in drawing.signs]
-        return LabelledImages(pixels, token_labels(signs, False))
+        return LabelledImages(pixels, token_labels(signs_in_square(drawing, SIZES.lowres), False))
 
 
 def train_encoder(model, data: SignCrops, held_out: SignCrops, steps: int, keep: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,13 +15,12 @@ from rich.progress import Progress
 from studies.default_model.fonts import FONTS, HELD_OUT_FONTS, find_fonts
 from studies.default_model.phrases import held_out_phrases
 from studies.default_model.questions import NONE, sign_question
-from studies.default_model.signs import Look, SignPainter, as_jpeg, photographed
-from studies.small.painter import SIDE, Drawing
-from studies.small.scenes import square_corner
+from studies.default_model.signs import Look, SignPainter, as_jpeg, photographed, signs_in_square
+from studies.small.painter import Drawing
 from studies.small.stage import console
 from studies.small.statistics import wilson
 
-WORDS = (Path(__file__).parent / "test_words.txt").read_text().split()
+TEST_WORDS = (Path(__file__).parent / "test_words.txt").read_text().split()
 _BATCH = 10
 _MOST_TOKENS = 8
 
@@ -41,7 +41,8 @@ class Condition:
     Attributes:
         name: Of the condition.
         draw: Returns a picture with the signs on it.
-        task: A key of sign_questions.TASKS.
+        look: Of the signs.
+        task: A key of questions.TASKS.
         saved: Returns a picture as it is asked about.
         phrases: Questions in place of the task's own, with "{c}" for the sign's colour.
     """
@@ -58,8 +59,7 @@ class Condition:
         painter = SignPainter(photographs, self.look, random.Random(f"test {self.name}"))
         while count:
             drawing = self.draw(painter)
-            corner, ratio = square_corner(drawing.image), SIDE / max(drawing.image.size)
-            signs = [sign.moved(*corner, ratio) for sign in drawing.signs]
+            signs = signs_in_square(drawing)
             question = sign_question(self.task, signs, painter.rng) if signs else None
             if question is None:
                 continue
@@ -75,32 +75,38 @@ def conditions(fonts: Sequence[Path]) -> list[Condition]:
     """Return all conditions; fonts are looked for in these folders."""
     known, held_out = find_fonts(fonts, FONTS), find_fonts(fonts, HELD_OUT_FONTS)
     digits = Look(known, scale=(1, 1), angle=(0, 0), kinds=(("number", 1),), lengths=((1, 1), (2, 1)))
-    three, words = replace(digits, lengths=((3, 1),)), replace(digits, kinds=(("word", 1),), words=WORDS)
-    every = Look(held_out, kinds=(("number", 1), ("word", 1)), words=WORDS)
-    few = lambda painter: _ordinary(painter, painter.rng.randint(2, 4))  # noqa: E731
+    three, words = replace(digits, lengths=((3, 1),)), replace(digits, kinds=(("word", 1),), words=TEST_WORDS)
+    every = Look(held_out, kinds=(("number", 1), ("word", 1)), words=TEST_WORDS)
     return [
-        Condition("one and two digits", few, digits),
-        Condition("three digits", few, three),
-        Condition("words of 2 to 5 letters", few, words),
-        *(Condition(f"size x {scale}", few, replace(digits, scale=(scale, scale))) for scale in (0.7, 0.85, 1.15, 1.3)),
-        Condition("unseen fonts", few, replace(digits, fonts=held_out)),
-        Condition("turned left by 12 degrees", few, replace(digits, angle=(12, 12))),
-        Condition("turned right by 12 degrees", few, replace(digits, angle=(-12, -12))),
-        Condition("JPEG 50", few, digits, saved=lambda image, rng: as_jpeg(image, 50)),
+        Condition("one and two digits", _few, digits),
+        Condition("three digits", _few, three),
+        Condition("words of 2 to 5 letters", _few, words),
+        *(
+            Condition(f"size x {scale}", _few, replace(digits, scale=(scale, scale)))
+            for scale in (0.7, 0.85, 1.15, 1.3)
+        ),
+        Condition("unseen fonts", _few, replace(digits, fonts=held_out)),
+        Condition("turned left by 12 degrees", _few, replace(digits, angle=(12, 12))),
+        Condition("turned right by 12 degrees", _few, replace(digits, angle=(-12, -12))),
+        Condition("JPEG 50", _few, digits, saved=lambda image, rng: as_jpeg(image, 50)),
         Condition("4000 x 3000 pixels", lambda painter: painter.image(4000, (1, 0.75), 3), digits),
         Condition("portrait", lambda painter: painter.image(600, (0.6, 1), 3), digits),
-        Condition("unseen phrasings", few, digits, phrases=held_out_phrases()),
-        Condition("all of it", few, every, saved=photographed, phrases=held_out_phrases()),
-        Condition("no such sign", few, digits, "absent"),
-        Condition("shape", few, replace(digits, kinds=(("shape", 1),))),
-        Condition("where", few, replace(digits, kinds=Look.kinds), "where"),
-        Condition("left, right, above, below", few, replace(digits, kinds=Look.kinds), "beside"),
-        Condition("is there a", few, replace(digits, kinds=Look.kinds), "presence"),
-        Condition("how many", _ordinary, replace(digits, kinds=Look.kinds), "count"),
+        Condition("unseen phrasings", _few, digits, phrases=held_out_phrases()),
+        Condition("all of it", _few, every, saved=photographed, phrases=held_out_phrases()),
+        Condition("no such sign", _few, digits, "absent"),
+        Condition("shape", _few, replace(digits, kinds=(("shape", 1),))),
+        Condition("where", _few, replace(digits, kinds=Look.kinds), "where"),
+        Condition("left, right, above, below", _few, replace(digits, kinds=Look.kinds), "beside"),
+        Condition("is there a", _few, replace(digits, kinds=Look.kinds), "presence"),
+        Condition("how many", _any_number, replace(digits, kinds=Look.kinds), "count"),
     ]
 
 
-def _ordinary(painter: SignPainter, count: int | None = None) -> Drawing:
+def _few(painter: SignPainter) -> Drawing:
+    return _any_number(painter, painter.rng.randint(2, 4))
+
+
+def _any_number(painter: SignPainter, count: int | None = None) -> Drawing:
     return painter.image(painter.rng.choice((288, 384, 500, 800)), count=count)
 
 
@@ -137,7 +143,8 @@ def evaluate(model, processor, system: str, condition: Condition, photographs: l
     right = none = 0
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"{system}, {condition.name}", total=count)
-        for batch in _batches(condition.asked(photographs, count)):
+        pictures = condition.asked(photographs, count)
+        while batch := list(islice(pictures, _BATCH)):
             answers = answered(model, processor, batch, system != "none")
             right += sum(answer == one.answer for answer, one in zip(answers, batch))
             none += answers.count(NONE)
@@ -153,14 +160,3 @@ def answered(model, processor, batch: Sequence[Asked], high_resolution: bool = T
         inputs.pop("pixel_values_hr")
     output = model.generate(**inputs, max_new_tokens=_MOST_TOKENS, do_sample=False)
     return processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def _batches(asked: Iterator[Asked]) -> Iterator[list[Asked]]:
-    batch: list[Asked] = []
-    for one in asked:
-        batch.append(one)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

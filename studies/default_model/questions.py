@@ -91,7 +91,7 @@ def _beside(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer] | N
     if len(signs) < 2:
         return None
     one, other = rng.sample(list(signs), 2)
-    (x, y), (u, v) = _middle(one.box), _middle(other.box)
+    (x, y), (u, v) = one.box.middle, other.box.middle
     side, apart = rng.choice((("left", x - u), ("above", y - v)))
     if abs(apart) < _CLEAR * SIDE:
         return None
@@ -101,7 +101,7 @@ def _beside(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer] | N
 
 def _where(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer] | None:
     sign = rng.choice(signs)
-    x, y = (part / SIDE - 0.5 for part in _middle(sign.box))
+    x, y = (part / SIDE - 0.5 for part in sign.box.middle)
     if max(abs(x), abs(y)) < _MIDDLE:
         part = PARTS[-1]
     elif min(abs(x), abs(y)) < _CLEAR:
@@ -140,10 +140,6 @@ def _content(sign: Sign) -> Answer:
 def _missing_color(signs: Sequence[Sign], rng: random.Random) -> str | None:
     missing = [color for color in COLORS if color not in {sign.color for sign in signs}]
     return rng.choice(missing) if missing else None
-
-
-def _middle(box: Box) -> tuple[float, float]:
-    return (box.left + box.right) / 2, (box.top + box.bottom) / 2
 
 
 class SignScenes(EncodedScenes):

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
 from studies.small import painter, scenes
 from studies.small.objects import COLORS, SHAPES, Box, Glyph, Sign, shape_outline
-from studies.small.painter import FONT_PIXELS, REFERENCE_SIDE, Drawing, is_clear
+from studies.small.painter import FONT_PIXELS, REFERENCE_SIDE, SIDE, Drawing, is_clear
 
 KINDS = {"number": 0.45, "word": 0.4, "shape": 0.15}
 """What a sign shows, and how often in training."""
@@ -118,7 +118,7 @@ class SignPainter(painter.Painter):
         if min(room) < 1:
             return
         for _ in range(_TRIES):
-            left, top = (rng.randint(1, pixels) for pixels in room)
+            left, top = (rng.randint(1, free) for free in room)
             box = Box(left, top, left + plate.width, top + plate.height)
             if is_clear(box, drawing.signs, 3 * unit):
                 drawing.image.paste(plate, (left, top), plate)
@@ -146,6 +146,12 @@ class SignPainter(painter.Painter):
             x += advance
         small = (max(1, round(plate.width / factor)), max(1, round(plate.height / factor)))
         return plate.resize(small, Image.Resampling.BOX), glyphs
+
+
+def signs_in_square(drawing: Drawing, side: float = SIDE) -> tuple[Sign, ...]:
+    """Return a drawing's signs with boxes in pixels of the square of `side` that preprocessing makes of its image."""
+    corner, ratio = scenes.square_corner(drawing.image), side / max(drawing.image.size)
+    return tuple(sign.moved(*corner, ratio) for sign in drawing.signs)
 
 
 def photographed(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -189,13 +195,11 @@ def _turned(plate: Image.Image, glyphs: Sequence[Glyph], angle: float) -> tuple[
     """Turn a plate and its glyphs counterclockwise; a glyph's box keeps its size."""
     turned = plate.rotate(math.degrees(angle), Image.Resampling.BICUBIC, expand=True)
     cos, sin = math.cos(angle), math.sin(angle)
-    boxes = []
+    turned_glyphs = []
     for glyph in glyphs:
-        x, y = (
-            (glyph.box.left + glyph.box.right - plate.width) / 2,
-            (glyph.box.top + glyph.box.bottom - plate.height) / 2,
-        )
-        dx, dy = turned.width / 2 + x * cos + y * sin, turned.height / 2 - x * sin + y * cos
-        half_width, half_height = glyph.box.width / 2, glyph.box.height / 2
-        boxes.append(Glyph(glyph.name, Box(dx - half_width, dy - half_height, dx + half_width, dy + half_height)))
-    return turned, boxes
+        x, y = glyph.box.middle
+        from_middle, down = x - plate.width / 2, y - plate.height / 2
+        to_x = turned.width / 2 + from_middle * cos + down * sin
+        to_y = turned.height / 2 - from_middle * sin + down * cos
+        turned_glyphs.append(glyph.moved(x - to_x, y - to_y))
+    return turned, turned_glyphs

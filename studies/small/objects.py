@@ -35,6 +35,10 @@ class Box(NamedTuple):
     def height(self) -> float:
         return self.bottom - self.top
 
+    @property
+    def middle(self) -> tuple[float, float]:
+        return (self.left + self.right) / 2, (self.top + self.bottom) / 2
+
     def moved(self, left: float, top: float, scale: float = 1.0) -> Box:
         """Return the box in a crop that starts at (left, top) and is then scaled."""
         return Box(

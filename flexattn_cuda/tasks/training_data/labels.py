@@ -66,10 +66,6 @@ def encode(
             "conversation that the chat template cannot render",
             f"the model's chat template makes {image_tokens} image tokens for {len(conversation.images)} images",
         )
-    if processor.tokenizer.unk_token_id in labels:
-        raise BrokenRecordError(
-            "answer that the model cannot write", "the model's tokenizer has no token for a part of an answer"
-        )
     answers = sum(label != IGNORED for label in labels)
     if answers > max_length:
         raise BrokenRecordError("answer too long", f"the answers take {answers} tokens; the maximum is {max_length}")
@@ -104,7 +100,7 @@ def labelled_ids(
         image_tokens: Number of image tokens of each image; by default what every image takes, whatever its size.
 
     Raises:
-        BrokenRecordError: If the chat template cannot render such a conversation.
+        BrokenRecordError: If the chat template cannot render such a conversation, or the tokenizer an answer.
     """
     if image_tokens is None:
         image_tokens = _image_tokens(processor, [Path()] * sum(turn.images for turn in turns))
@@ -116,11 +112,17 @@ def labelled_ids(
         or tokenizer.by_template(end_text=processor.tokenizer.eos_token or "")
         or [tokenizer.single_turn()]
     )
+    unknown = {processor.tokenizer.unk_token_id}.difference(ends)  # some tokenizers name one token for both
     ids: list[int] = []
     labels: list[int] = []
-    for turn in tokenized:
-        ids += [*turn.prompt, *turn.answer]
-        labels += [IGNORED] * len(turn.prompt) + turn.answer
+    for turn, tokens in zip(turns, tokenized):
+        if unknown.intersection(tokens.answer):
+            raise BrokenRecordError(
+                "answer that the model cannot write",
+                f"the model's tokenizer has no token for a part of the answer {turn.answer!r}",
+            )
+        ids += [*tokens.prompt, *tokens.answer]
+        labels += [IGNORED] * len(tokens.prompt) + tokens.answer
     return LabelledIds(ids, labels)
 
 
