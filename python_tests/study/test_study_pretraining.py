@@ -203,10 +203,12 @@ def test_the_supervised_map_is_the_one_that_selects(built, encoded):
     assert inputs["attention_mask"].all()  # questions of one length: nothing is padded
     with torch.no_grad(), record_maps(model, [selecting]) as (recorded,):
         model(**inputs, use_cache=False, flexattn_trace=trace)
-        maps = recorded.map(causal_visibility(inputs["attention_mask"]))
+        before_answer = inputs["labels"].roll(-1, 1) != IGNORED
+        maps = recorded.map(causal_visibility(inputs["attention_mask"]), before_answer)
     start = inputs["input_ids"][0].tolist().index(processor.image_token_id)
     expected = trace.steps[0][selecting].map[:, :, 0]
-    torch.testing.assert_close(maps[:, -4:-1, start : start + 144] * SIZES.heads, expected, atol=1e-6, rtol=1e-4)
+    maps = maps.view(len(picks), 3, -1)[..., start : start + 144]
+    torch.testing.assert_close(maps * SIZES.heads, expected, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """The first stage of the default model: every token of an image learns what it shows of a sign.
 
 Linear heads, thrown away afterwards, tell from each half of a token the colour of the sign there, the glyph, and its
-place counted from the left and from the right. The projector's outputs are then whitened, and all is frozen.
+place counted from the left and from the right; others tell the token's own row and column. The projector's outputs are
+then whitened, and all is frozen.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ CLASSES = {
     "from left": _PLACES,
     "from right": _PLACES,
 }
+_SIDE = tuple(map(str, range(SIZES.lr_side)))
+_OWN_CLASSES = {"row": _SIDE, "column": _SIDE}  # of a token, whatever it shows
 _NOTHING_WEIGHTS = {"colour": 0.5, "glyph": 0.2, "from left": 0.2, "from right": 0.2}
 _WHOLE_SHARE = 0.2  # of whole images among those of a batch
 _MARGIN = 32  # pixels that a tile's crop can move
 
 
 def token_labels(signs: Sequence[Sign], with_glyphs: bool) -> list[torch.Tensor]:
-    """Return what each half of a token of a lowres x lowres image shows, for each of CLASSES and each half [S*S].
+    """Return what the tokens of a lowres x lowres image show: [S*S] for each of CLASSES and each half, row and column.
 
     A glyph's place is unsure if the end of the sign that it is counted from lies outside of the image.
     """
@@ -56,7 +59,8 @@ def token_labels(signs: Sequence[Sign], with_glyphs: bool) -> list[torch.Tensor]
             labels.mark("glyph", glyph.name, glyph.box, GLYPH, readable)
             labels.mark("from left", str(place), glyph.box, GLYPH, readable and first_inside)
             labels.mark("from right", str(last - place), glyph.box, GLYPH, readable and last_inside)
-    return labels.tensors()
+    rows, columns = torch.meshgrid(*[torch.arange(SIZES.lr_side)] * 2, indexing="ij")
+    return [*labels.tensors(), rows.flatten(), columns.flatten()]
 
 
 class SignCrops(Dataset):
@@ -109,7 +113,8 @@ class SignCrops(Dataset):
 def train_encoder(model, data: SignCrops, held_out: SignCrops, steps: int, keep: Path) -> None:
     """Train vision tower and projector, resuming from `keep` if that exists."""
     kinds = {f"{kind} {half}": names for kind, names in CLASSES.items() for half in range(HALVES)}
-    heads = TokenHeads(SIZES.width, kinds, [_NOTHING_WEIGHTS[kind.rpartition(" ")[0]] for kind in kinds])
+    nothing_weights = [_NOTHING_WEIGHTS[kind.rpartition(" ")[0]] for kind in kinds] + [1.0] * len(_OWN_CLASSES)
+    heads = TokenHeads(SIZES.width, kinds | _OWN_CLASSES, nothing_weights)
     held_out_batches = {"tiles": LabelledImages.stack([*map(held_out.tile, _painters(held_out, 96))])}
     stage = EncoderStage(model, heads, batches_from(data, steps), held_out_batches)
     stage.rate = 8e-3

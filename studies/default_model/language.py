@@ -94,7 +94,7 @@ def _asked(scenes: SignScenes, numbers: list[int], tasks: dict[str, float], rng:
 class LocaliseStage(_LanguageStage):
     """Trains the layers before `first_layer` so that the map of the last of them lies on the signs asked for."""
 
-    name = "localise"
+    name, rate = "localise", 3e-2
 
     def __init__(self, model: LowResolutionModel, images: Scenes, held_out: Scenes, seed: int, first_layer: int):
         super().__init__(model, images, held_out, seed, first_layer)

@@ -22,16 +22,21 @@ class LayerMap:
     def _keep(self, module: nn.Module, args: tuple, keywords: dict[str, Any]) -> None:
         self._hidden, self._rotary = keywords["hidden_states"], keywords["position_embeddings"]
 
-    def map(self, visible: torch.Tensor) -> torch.Tensor:
-        """Return the mean of the attention probabilities over the heads, [n, N, N].
+    def map(self, visible: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return the mean of the attention probabilities over the heads in R rows, [R, N].
 
         Args:
-            visible: Broadcastable to [n, 1, N, N] bool, row i sees key j.
+            visible: [n, 1, N, N] bool, row i sees key j.
+            rows: [n, N] bool, R of them True.
         """
         a, (n, length) = self._attention, self._hidden.shape[:2]
         q, k = (p(self._hidden).view(n, length, -1, a.head_dim).transpose(1, 2) for p in (a.q_proj, a.k_proj))
         q, k = apply_rotary_pos_emb(q, k, *self._rotary)
-        return (q @ k.transpose(-1, -2) * a.scaling).masked_fill(~visible, -torch.inf).softmax(-1).mean(1)
+        # A sequence has few of the rows: they come first, and none is computed after the most of any sequence.
+        order = rows.int().argsort(dim=1, descending=True, stable=True)[:, : int(rows.sum(1).max())]
+        q, visible = (part.take_along_dim(order[:, None, :, None], 2) for part in (q, visible))
+        maps = (q @ k.transpose(-1, -2) * a.scaling).masked_fill(~visible, -torch.inf).softmax(-1).mean(1)
+        return maps[rows.gather(1, order)]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 
 import torch
+from torch.nn import functional
 
 from flexattn_cuda.mechanism.config import FlexAttnConfig
 from flexattn_cuda.mechanism.trace import Trace
@@ -68,13 +69,13 @@ def measure_maps(model, processor, questions: EncodedScenes, settings: FlexAttnC
         for picks in _batches(questions):
             inputs = question_batch(questions, picks, processor, settings)
             model(**inputs, use_cache=False)
-            rows = torch.arange(len(picks))
-            first = (inputs["labels"] != IGNORED).int().argmax(1) - 1
+            answers = (inputs["labels"] != IGNORED).int()
+            before_answer = functional.one_hot(answers.argmax(1) - 1, answers.shape[1]).bool()
             image = inputs["input_ids"] == processor.image_token_id
             visible = causal_visibility(inputs["attention_mask"])
             cells = answer_cells(questions, picks).float()
             for layer, one in zip(layers, recorded):
-                maps = one.map(visible)[rows, first][image].view(len(picks), -1)
+                maps = one.map(visible, before_answer)[image].view(len(picks), -1)
                 for pick, values in zip(picks, _map_values(maps, cells)):
                     found.setdefault((layer, questions.scenes[pick.scene].size), []).append(values)
     return [MapFigures(layer, size, *torch.stack(values).mean(0).tolist()) for (layer, size), values in found.items()]

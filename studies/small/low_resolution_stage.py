@@ -99,7 +99,7 @@ class LowResolutionModel:
         rows = labels != IGNORED
         start, area = int(image[0].int().argmax()), packed.cells.shape[-1]
         first_map = len(self.language.layers) - len(self._maps)
-        maps = [one.map(packed.visible)[rows][:, start : start + area] for one in self._maps[: layers - first_map]]
+        maps = [one.map(packed.visible, rows)[:, start : start + area] for one in self._maps[: layers - first_map]]
         cells = packed.cells[rows].float()
         return Predictions(self.model.lm_head(hidden[rows]), labels[rows], torch.stack(maps), cells)
 
