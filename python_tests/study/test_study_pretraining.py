@@ -171,6 +171,8 @@ def test_packed_questions_are_answered_as_alone(plain, built, encoded):
     assert torch.equal(packed.labels, torch.cat(labels))
     looks = [boxes for pick in picks for boxes in (*pick.question.looks, pick.question.boxes)]
     assert torch.equal(packed.cells.bool(), torch.stack([cells_of(boxes, SIZES.lr_side) for boxes in looks]))
+    boxes = [pick.question.boxes for pick in picks for _ in range(len(pick.question.looks) + 1)]
+    assert torch.equal(packed.answer_cells.bool(), torch.stack([cells_of(one, SIZES.lr_side) for one in boxes]))
     assert packed.maps.shape == (SIZES.layers - SIZES.first_layer + 1, len(looks), SIZES.lr_side**2)
 
 

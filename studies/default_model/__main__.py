@@ -82,7 +82,7 @@ class TrainingOptions(Options):
     work: Annotated[Path, Option("Folder of what the stages keep.", metavar="DIR")] = Path("out/default_model")
     systems: Annotated[str, Option("Comma-separated systems to train.")] = SYSTEMS
     encoder_steps: Annotated[int, Option("Steps of the encoder stage.", minimum=3)] = 6500
-    localise_steps: Annotated[int, Option("Steps of the localise stage.", minimum=3)] = 800
+    localise_steps: Annotated[int, Option("Steps of the localise stage.", minimum=3)] = 300
     answer_steps: Annotated[int, Option("Steps of the answer stage.", minimum=3)] = 1800
     steps: Annotated[int, Option("Steps of each system.", minimum=3)] = 800
     images: Annotated[int, Option("Number of images to train on, of each size of the signs.", minimum=1)] = 4000

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from studies.default_model.questions import TASKS, SignScenes, sign_question
-from studies.small.attention_maps import mass_and_largest
+from studies.small.attention_maps import cross_entropy, mass_and_largest
 from studies.small.encoded_scenes import EncodedScenes
 from studies.small.low_resolution_stage import LowResolutionModel, Predictions
 from studies.small.optimizer import train_first_layers, train_only
@@ -73,7 +73,8 @@ class _LanguageStage(Stage):
         for size in SIGN_SIZES:
             found = self.predict(self.held_out, [size] * _MEASURED, random.Random(size))
             looks = found.cells.any(-1)
-            mass, largest = (part.mean() for part in mass_and_largest(found.maps[0][looks], found.cells[looks]))
+            values = mass_and_largest(found.maps[0][looks], found.answer_cells[looks])
+            mass, largest = (value.mean() for value in values)
             right = (found.logits.argmax(-1) == found.labels).float().mean()
             rows.append(f"{size} {mass:.2f} {largest:.2f} {right:.2f}")
         return "held-out mass, largest cell, right tokens: " + "; ".join(rows)
@@ -106,13 +107,13 @@ class LocaliseStage(_LanguageStage):
 
     def loss(self, step: int) -> torch.Tensor:
         """Return how far the maps are from the signs."""
-        return self.training_predictions(step).map_loss()
+        return map_losses(self.training_predictions(step))[0]
 
 
 class AnswerStage(_LanguageStage):
     """Trains the whole language model to answer what can be seen at low resolution, and its maps."""
 
-    name = "answer"
+    name, rate = "answer", 2e-2
 
     def __init__(self, model: LowResolutionModel, images: Scenes, held_out: Scenes, seed: int):
         super().__init__(model, images, held_out, seed, len(model.language.layers))
@@ -124,4 +125,14 @@ class AnswerStage(_LanguageStage):
     def loss(self, step: int) -> torch.Tensor:
         """Return the loss of the answers and of the maps."""
         predictions = self.training_predictions(step)
-        return predictions.answer_loss() + _MAP_WEIGHT * predictions.map_loss()
+        return predictions.answer_loss() + _MAP_WEIGHT * map_losses(predictions).sum()
+
+
+def map_losses(predictions: Predictions) -> torch.Tensor:
+    """Return how far each layer's maps are from where they should lie, in the rows that look at something: [layers].
+
+    The first map, which selects, lies on all of a sign; the later ones lie on the glyph that a row tells.
+    """
+    looks = predictions.cells.any(-1)
+    cells = torch.stack([predictions.answer_cells[looks], *[predictions.cells[looks]] * (len(predictions.maps) - 1)])
+    return cross_entropy(predictions.maps[:, looks], cells).mean(-1)

@@ -62,6 +62,7 @@ class PackedScenes:
         visible: [n, 1, N, N] bool, row i sees key j.
         image_features: [n, S*S, D] float32.
         cells: [n, N, S*S] bool, in the rows that predict an answer token: the LR cells that its boxes touch.
+        answer_cells: [n, N, S*S] bool, in these rows: those that any box of the answer touches.
     """
 
     input_ids: torch.Tensor
@@ -70,6 +71,7 @@ class PackedScenes:
     visible: torch.Tensor
     image_features: torch.Tensor
     cells: torch.Tensor
+    answer_cells: torch.Tensor
 
 
 @dataclass
@@ -83,6 +85,7 @@ class _PackedRow:
         shared: Number of tokens that the questions share.
         part: 0 for those, else the question's number from 1.
         looks: By row that predicts an answer token, the boxes to look at.
+        boxes: By the same rows, all boxes of the answer.
     """
 
     shared: int
@@ -91,16 +94,19 @@ class _PackedRow:
     labels: list[int]
     part: list[int]
     looks: dict[int, tuple[Box, ...]] = field(default_factory=dict)
+    boxes: dict[int, tuple[Box, ...]] = field(default_factory=dict)
 
     @classmethod
     def of_shared(cls, ids: list[int]) -> _PackedRow:
         """Return a row of the tokens that all questions share."""
         return cls(len(ids), ids, list(range(len(ids))), [IGNORED] * len(ids), [0] * len(ids))
 
-    def add(self, prompt: list[int], answer: list[int], looks: Sequence[tuple[Box, ...]]) -> None:
+    def add(self, prompt: list[int], answer: list[int], question: Question) -> None:
         """Append a question: the end of its prompt, its answer, and the boxes that each answer token looks at."""
-        before_answer = len(self.ids) + len(prompt) - 1
-        self.looks |= {before_answer + token: boxes for token, boxes in enumerate(looks)}
+        rows = range(len(self.ids) + len(prompt) - 1, len(self.ids) + len(prompt) + len(answer) - 1)
+        looks = (*question.looks, question.boxes)  # the end of the answer looks at all of it
+        self.looks |= dict(zip(rows, looks, strict=True))
+        self.boxes |= dict.fromkeys(rows, question.boxes)
         own = prompt + answer
         self.ids += own
         self.positions += range(self.shared, self.shared + len(own))
@@ -124,17 +130,22 @@ def pack_scenes(images: EncodedScenes, numbers: Sequence[int], processor) -> Pac
     part = padded((row.part for row in rows), -1)
     same_question = (part[:, None] == 0) | (part[:, None] == part[:, :, None])
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    cells = torch.zeros(len(rows), length, area, dtype=torch.bool)
-    for row, cells_of_row in zip(rows, cells):
-        for position, boxes in row.looks.items():
-            cells_of_row[position] = cells_of(boxes, side)
+
+    def cells(boxes: Iterable[dict[int, tuple[Box, ...]]]) -> torch.Tensor:
+        found = torch.zeros(len(rows), length, area, dtype=torch.bool)
+        for number, of_row in enumerate(boxes):
+            for position, one in of_row.items():
+                found[number, position] = cells_of(one, side)
+        return found
+
     return PackedScenes(
         input_ids=padded((row.ids for row in rows), processor.tokenizer.pad_token_id),
         position_ids=padded((row.positions for row in rows), 0),
         labels=padded((row.labels for row in rows), IGNORED),
         visible=(causal & same_question)[:, None],
         image_features=images.low[list(numbers)].float(),
-        cells=cells,
+        cells=cells(row.looks for row in rows),
+        answer_cells=cells(row.boxes for row in rows),
     )
 
 
@@ -143,8 +154,7 @@ def _pack(questions: Sequence[Question], image_tokens: int, processor) -> _Packe
     row = _PackedRow.of_shared(before + [processor.image_token_id] * image_tokens)
     for question in questions:
         _, after = split_prompt(processor, question)
-        looks = (*question.looks, question.boxes)  # the end of the answer looks at all of it
-        row.add(after, answer_ids(processor.tokenizer, question), looks)
+        row.add(after, answer_ids(processor.tokenizer, question), question)
     return row
 
 

@@ -42,13 +42,15 @@ class Predictions:
         logits: [R, V] float32.
         labels: [R] int64.
         maps: [layers, R, S*S] float32, attention over the image, from the layer before `first_layer` on.
-        cells: [R, S*S] float32, 1 where the map should lie; all 0 where there is nothing to look at.
+        cells: [R, S*S] float32, 1 where what the token tells is; all 0 where there is nothing to look at.
+        answer_cells: [R, S*S] float32, 1 where anything that the answer tells is.
     """
 
     logits: torch.Tensor
     labels: torch.Tensor
     maps: torch.Tensor
     cells: torch.Tensor
+    answer_cells: torch.Tensor
 
     def answer_loss(self) -> torch.Tensor:
         """Return the cross-entropy of the answer tokens."""
@@ -100,8 +102,8 @@ class LowResolutionModel:
         start, area = int(image[0].int().argmax()), packed.cells.shape[-1]
         first_map = len(self.language.layers) - len(self._maps)
         maps = [one.map(packed.visible, rows)[:, start : start + area] for one in self._maps[: layers - first_map]]
-        cells = packed.cells[rows].float()
-        return Predictions(self.model.lm_head(hidden[rows]), labels[rows], torch.stack(maps), cells)
+        cells, answer_cells = (part[rows].float() for part in (packed.cells, packed.answer_cells))
+        return Predictions(self.model.lm_head(hidden[rows]), labels[rows], torch.stack(maps), cells, answer_cells)
 
     def _run_layers(self, embedded: torch.Tensor, packed: PackedScenes, layers: int) -> torch.Tensor:
         """Return the normalised hidden states after the first layers, [n, N, D]."""
