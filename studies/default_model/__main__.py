@@ -47,6 +47,7 @@ from studies.default_model.language import AnswerStage, LocaliseStage, Scenes
 from studies.default_model.processor import build_processor
 from studies.default_model.questions import SignScenes, sign_question
 from studies.default_model.signs import Look, SignPainter, photographed, signs_in_square
+from studies.default_model.start import start_language
 from studies.default_model.systems import fine_tune_late_layers, selecting
 from studies.small.attention_maps import record_maps
 from studies.small.encoded_scenes import encode_scenes, resolutions_of
@@ -82,8 +83,8 @@ class TrainingOptions(Options):
     work: Annotated[Path, Option("Folder of what the stages keep.", metavar="DIR")] = Path("out/default_model")
     systems: Annotated[str, Option("Comma-separated systems to train.")] = SYSTEMS
     encoder_steps: Annotated[int, Option("Steps of the encoder stage.", minimum=3)] = 6500
-    localise_steps: Annotated[int, Option("Steps of the localise stage.", minimum=3)] = 300
-    answer_steps: Annotated[int, Option("Steps of the answer stage.", minimum=3)] = 1800
+    localise_steps: Annotated[int, Option("Steps of the localise stage.", minimum=3)] = 200
+    answer_steps: Annotated[int, Option("Steps of the answer stage.", minimum=3)] = 1500
     steps: Annotated[int, Option("Steps of each system.", minimum=3)] = 800
     images: Annotated[int, Option("Number of images to train on, of each size of the signs.", minimum=1)] = 4000
     held_out: Annotated[int, Option("Number of pictures in each condition of the evaluation.", minimum=1)] = 500
@@ -207,7 +208,7 @@ class DefaultModel:
 
     def _train_localisation(self, images: Scenes) -> None:
         with self._low_resolution() as model:
-            draw_weights(nn.ModuleDict({"language_model": model.language}), SIZES)
+            start_language(self.model, self.processor, images["large"])
             stage = LocaliseStage(model, images, self.encode_images(True), self.options.seed, SIZES.first_layer)
             train_stage(stage, self.options.localise_steps, self._kept("localise.keep"))
 
