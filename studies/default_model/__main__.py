@@ -85,7 +85,7 @@ class TrainingOptions(Options):
     encoder_steps: Annotated[int, Option("Steps of the encoder stage.", minimum=3)] = 6500
     localise_steps: Annotated[int, Option("Steps of the localise stage.", minimum=3)] = 200
     answer_steps: Annotated[int, Option("Steps of the answer stage.", minimum=3)] = 1500
-    steps: Annotated[int, Option("Steps of each system.", minimum=3)] = 800
+    steps: Annotated[int, Option("Steps of each system.", minimum=3)] = 1000
     images: Annotated[int, Option("Number of images to train on, of each size of the signs.", minimum=1)] = 4000
     held_out: Annotated[int, Option("Number of pictures in each condition of the evaluation.", minimum=1)] = 500
     seed: Annotated[int, Option("Seed of weights and batches.", minimum=0)] = 0
@@ -239,8 +239,11 @@ def train(options: TrainingOptions) -> None:
         default.train_system(system, images["small"], share)
         if system == "attention":
             default.save(options.output)
-        for condition in tests if system == "attention" else tests[:1]:
-            results.append(default.evaluate(system, condition, share))
+            asked = [*((system, condition) for condition in tests), ("HR off", tests[0])]
+        else:
+            asked = [(system, tests[0])]
+        for name, condition in asked:
+            results.append(default.evaluate(name, condition, share))
             console.log(str(results[-1]))
     write_csv(options.work / "default_model.csv", [result.columns() for result in results])
     console.log(f"{time.process_time() / 60:.1f} CPU minutes in this run")

@@ -21,6 +21,8 @@ from studies.small.stage import console
 from studies.small.statistics import wilson
 
 TEST_WORDS = (Path(__file__).parent / "test_words.txt").read_text().split()
+WITHOUT_HR = ("none", "HR off")
+"""Systems that see the low resolution alone: trained so, and "attention" without its HR tokens."""
 _BATCH = 10
 _MOST_TOKENS = 8
 
@@ -145,7 +147,7 @@ def evaluate(model, processor, system: str, condition: Condition, photographs: l
         task = progress.add_task(f"{system}, {condition.name}", total=count)
         pictures = condition.asked(photographs, count)
         while batch := list(islice(pictures, _BATCH)):
-            answers = answered(model, processor, batch, system != "none")
+            answers = answered(model, processor, batch, system not in WITHOUT_HR)
             right += sum(answer == one.answer for answer, one in zip(answers, batch))
             none += answers.count(NONE)
             progress.update(task, advance=len(batch))
