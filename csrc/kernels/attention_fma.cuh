@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_fma(AttentionForwardP
   if (work.sequence_tiles == 0) finish_sequence<Rows>(p, work, softmax, out);
   while (t < work.tiles) {
     const KeyTile tile = work.tile(t);
-    const bool masked = !work.sees_all(in, tile);
+    const bool masked = !work.sees_all(tile);
     const uint64_t seen = masked ? seen_keys<uint64_t>(in, work, tile) : ~uint64_t{0};
     // Rows are described anew for each slice: registers are scarcer here than instructions.
     const int number = t;
