@@ -3,9 +3,9 @@
     python benchmarks/sm80_report.py [--nvcc NVCC] [--ccbin g++-11]     (make sm80)
 
 Compiles the forward and the backward pass for sm_80 and looks at every kernel on AmpereMma: the main loop must hold
-HMMA.16816 (mma.m16n8k16), LDSM (ldmatrix) and LDGSTS (cp.async), and must not touch local memory; that of prefill has
-at most MAX_BESIDE other instructions per HMMA. Main loop and steady path are those of benchmarks/sass/flow.py. Exit 1: a
-kernel lacks something, one sentence each. Exit 2: it could not be measured.
+HMMA.16816 (mma.m16n8k16), LDSM (ldmatrix) and LDGSTS (cp.async), and must not touch local memory; that of prefill
+has at most MAX_BESIDE other instructions per HMMA. Main loop and steady path are those of benchmarks/sass/flow.py. Exit
+1: a kernel lacks something, one sentence each. Exit 2: it could not be measured.
 """
 
 from __future__ import annotations

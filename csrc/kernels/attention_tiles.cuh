@@ -28,7 +28,10 @@ struct TileRows {
 
   __device__ int position(int r) const { return min(first + r, last); }
   __device__ int listed(int at) const { return max(*row_in_global(slots, at, sizeof(int32_t)), 0); }
-  __device__ int number(int r) const { return slots ? listed(position(r)) : position(r); }
+  __device__ int number(int r) const {
+    const int at = position(r);
+    return slots ? listed(at) : at;
+  }
   __device__ const T* row(int r) const { return row_in_global(data, number(r), row_bytes); }
 };
 

@@ -42,8 +42,12 @@ struct BlockWork {
   __device__ const int32_t* seen_tiles() const { return reinterpret_cast<const int32_t*>(this + 1); }
 
   // Past the last tile, a tile of keys that do not exist: whoever loads it reads the last row.
+  // kBranches: more instructions, but fewer registers; likewise in sees_all.
+  template <bool kBranches = false>
   __device__ KeyTile tile(int t) const {
     const bool hr = t >= first_hr_tile;
+    if (kBranches && hr) return {true, spans[1].first + t * kTileKeys, spans[1].end};
+    if (kBranches) return {false, spans[0].first + t * kTileKeys, spans[0].end};
     const KeySpan& span = spans[hr];
     return {hr, span.first + t * kTileKeys, span.end};
   }
@@ -60,8 +64,11 @@ struct BlockWork {
   }
 
   // Whether every row sees every key of the tile.
+  template <bool kBranches = false>
   __device__ bool sees_all(const KeyTile& tile) const {
-    const KeyInterval common = spans[tile.hr].common;
+    if (kBranches && tile.hr) return tile.first + kTileKeys <= spans[1].common.end;
+    if (kBranches) return spans[0].common.begin <= tile.first && tile.first + kTileKeys <= spans[0].common.end;
+    const KeyInterval& common = spans[tile.hr].common;
     return common.begin <= tile.first && tile.first + kTileKeys <= common.end;
   }
 
