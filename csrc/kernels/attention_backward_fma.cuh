@@ -107,7 +107,7 @@ __device__ void share_weighings(const AttentionBackwardParams& p, FmaRowShared<T
 template <typename T>
 __device__ void share_seen_keys(const AttentionInputs& in, FmaRowShared<T>& shared, const KeyTile& tile) {
   if (warp_in_block() != 0) return;
-  const uint64_t seen = shared.work.sees_all(in, tile) ? ~uint64_t{0} : seen_keys<uint64_t>(in, shared.work, tile);
+  const uint64_t seen = shared.work.sees_all<true>(tile) ? ~uint64_t{0} : seen_keys<uint64_t>(in, shared.work, tile);
   if (lane() == 0) shared.seen = seen;
 }
 
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_fma(AttentionBackwar
   int t = work.seen_tile_from(in, 0);
   // The tile is described anew for each slice: registers are scarcer here than instructions. And past the last one,
   // too: rows that stay what they were would take registers through the whole loop.
-  const auto tile = [&] { return work.tile(t); };
+  const auto tile = [&] { return work.tile<true>(t); };
   const auto keys = [&] { return key_rows<T>(work, tile()); };
   const auto start_next = [&] {
     t = work.seen_tile_from(in, t + 1);
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_fma(AttentionBackwar
         return shared.weighings[tile().hr][block_row<Rows>(Rows::row_of(i))];
       };
       share_seen_keys(in, shared, tile());
-      if (!work.sees_all(in, tile())) mask_scores<Rows>(in, work, tile(), s);
+      if (!work.sees_all<true>(tile())) mask_scores<Rows>(in, work, tile(), s);
       weigh(s, scale, weighing, [&](int i) { return s[i] != -INFINITY; });
       products.keep(s);
       products.multiply(1, dp, [&] { products.start_rows(keys(), shared.seen); });

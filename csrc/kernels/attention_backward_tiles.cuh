@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) grad_row_tiles(AttentionBackw
 
   while (keys.exists()) {
     const KeyTile current = keys.tile();
-    const bool masked = !work.sees_all(in, current);
+    const bool masked = !work.sees_all(current);
     if (!kStates && masked && clear_unseen_rows<Mma, kPassingRows>(in, work, current, passing.rows(0))) __syncthreads();
     ++keys.half;
     keys.find();

@@ -83,19 +83,19 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_fma(AttentionForwardP
   shared.softmax.store(softmax);
   if (work.sequence_tiles == 0) finish_sequence<Rows>(p, work, softmax, out);
   while (t < work.tiles) {
-    const KeyTile tile = work.tile(t);
-    const bool masked = !work.sees_all(in, tile);
-    const uint64_t seen = masked ? seen_keys<uint64_t>(in, work, tile) : ~uint64_t{0};
-    // Rows are described anew for each slice: registers are scarcer here than instructions.
+    // Tiles and rows are described anew wherever they are asked for: registers are scarcer here than instructions.
     const int number = t;
+    const auto tile = [&] { return work.tile(number); };
+    const bool masked = !work.sees_all(tile());
+    const uint64_t seen = masked ? seen_keys<uint64_t>(in, work, tile()) : ~uint64_t{0};
     const auto issue_values = [&](int key) {
-      const TileRows<T> rows = value_rows<T>(work, work.tile(number));
+      const TileRows<T> rows = value_rows<T>(work, tile());
       ValueSlices<T, kD>::issue(stream, rows, seen, key, d);
     };
     float s[Rows::kScores] = {};
     multiply_keys(s, stream, scores, d, [&] { issue_values(0); });
     cap_scores_precisely(in, s, scale);
-    if (masked) mask_scores<Rows>(in, work, tile, s);
+    if (masked) mask_scores<Rows>(in, work, tile(), s);
     shared.softmax.load(softmax);
     float rescale[Rows::kLaneRows];
     softmax_step<Rows>(s, scale, softmax, rescale);
@@ -103,10 +103,10 @@ __global__ void __launch_bounds__(kTileThreads, 2) prefill_fma(AttentionForwardP
     shared.softmax.store(softmax);
     store_weights<Rows>(s, shared.weights);
     t = work.seen_tile_from(in, t + 1);
-    multiply_values<T, kD>(out, shared.weights, stream, min(kTileKeys, tile.end - tile.first), issue_values,
+    multiply_values<T, kD>(out, shared.weights, stream, min(kTileKeys, tile().end - tile().first), issue_values,
                            [&] { issue_keys(t); });
 
-    if (tile.hr || t < work.sequence_tiles) continue;
+    if (tile().hr || t < work.sequence_tiles) continue;
     shared.softmax.load(softmax);
     finish_sequence<Rows>(p, work, softmax, out);
   }

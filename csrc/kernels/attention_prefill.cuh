@@ -35,20 +35,32 @@ __device__ __forceinline__ void load_query(Mma& mma, const AttentionInputs& in, 
       static_cast<int>(in.head_dim));
 }
 
+template <typename Mma, int kD>
+using PrefillCopy = TileCopy<Mma, kD, kTileKeys, kTileThreads, Mma::kParts, true>;
+
+// Where the lane's first chunks of keys and of values lie. Ampere's kernels have registers to keep them in.
+template <typename Mma>
+struct LanePlaces {
+  int of_keys = Mma::kAsync ? opaque(Mma::first_of_keys()) : 0;
+  int of_values = Mma::kAsync ? opaque(Mma::first_of_values()) : 0;
+  __device__ int keys() const { return Mma::kAsync ? of_keys : Mma::first_of_keys(); }
+  __device__ int values() const { return Mma::kAsync ? of_values : Mma::first_of_values(); }
+};
+
 // The first tile has nothing to hide behind: all of it is in flight at once.
 template <typename Mma, int kD, typename T>
-__device__ __forceinline__ void load_keys(TileCopy<Mma, kD>& copy, const TileRows<T>& rows, int d, T* keys) {
+__device__ __forceinline__ void load_keys(PrefillCopy<Mma, kD>& copy, const TileRows<T>& rows, int d, T* keys) {
   TileCopy<Mma, kD, kTileKeys, kTileThreads, 1>().template load<KeyLayout<Mma>>(rows, d, keys);
   copy.find(rows);
 }
 
 // s = Q K^T; meanwhile the values of the tile are loaded, from the rows that its keys had.
 template <typename Mma, int kD, typename T>
-__device__ __forceinline__ void multiply_keys(const Mma& mma, float (&s)[Mma::kScores], const T* keys,
-                                              TileCopy<Mma, kD>& copy, const TileRows<T>& value_rows, int d,
-                                              T* values) {
+__device__ __forceinline__ void multiply_keys(const Mma& mma, const LanePlaces<Mma>& places, float (&s)[Mma::kScores],
+                                              const T* keys, PrefillCopy<Mma, kD>& copy, const TileRows<T>& value_rows,
+                                              int d, T* values) {
   copy.template start<ValueLayout<Mma>>(value_rows, d, values);
-  const int first = Mma::first_of_keys();
+  const int first = places.keys();
   unrolled<Mma::kParts>([&](auto part) {
     mma.template multiply_keys<part.value>(s, keys, first);
     copy.template advance<ValueLayout<Mma>, part.value>(value_rows, d, values);
@@ -57,11 +69,12 @@ __device__ __forceinline__ void multiply_keys(const Mma& mma, float (&s)[Mma::kS
 
 // out += P V; meanwhile the keys of the next tile are loaded, which has been started.
 template <typename Mma, int kD, typename T>
-__device__ __forceinline__ void multiply_values(const Mma& mma, float (&out)[Mma::kOutputs],
-                                                const float (&p)[Mma::kScores], const T* values,
-                                                TileCopy<Mma, kD>& copy, const TileRows<T>& next_rows, int d, T* keys) {
+__device__ __forceinline__ void multiply_values(const Mma& mma, const LanePlaces<Mma>& places,
+                                                float (&out)[Mma::kOutputs], const float (&p)[Mma::kScores],
+                                                const T* values, PrefillCopy<Mma, kD>& copy,
+                                                const TileRows<T>& next_rows, int d, T* keys) {
   typename Mma::Weights weights;
-  const int first = Mma::first_of_values();
+  const int first = places.values();
   unrolled<Mma::kParts>([&](auto part) {
     mma.template multiply_values<part.value>(out, p, weights, values, first);
     copy.template advance<KeyLayout<Mma>, part.value>(next_rows, d, keys);
@@ -84,7 +97,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 
   Mma mma;
   load_query(mma, in, work);
-  TileCopy<Mma, kD> copy;
+  const LanePlaces<Mma> places;
+  PrefillCopy<Mma, kD> copy;
   SoftmaxState<float> softmax[2];
   float out[Mma::kOutputs] = {};
 
@@ -94,9 +108,9 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   __syncthreads();
 
   while (t < work.tiles) {
-    const bool masked = !work.sees_all(in, work.tile(t));
+    const bool masked = !work.sees_all(work.tile(t));
     float s[Mma::kScores] = {};
-    multiply_keys(mma, s, keys, copy, value_rows<T>(work, work.tile(t)), d, values);
+    multiply_keys(mma, places, s, keys, copy, value_rows<T>(work, work.tile(t)), d, values);
     __syncthreads();  // V is loaded; K is no longer read
     if (masked && clear_unseen_rows<Mma, kTileKeys>(in, work, work.tile(t), values)) __syncthreads();
 
@@ -110,7 +124,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     float rescale[2];
     softmax_step<Mma>(s, scale, softmax, rescale);
     if (votes(rescale[0] != 1.f || rescale[1] != 1.f)) scale_outputs<Mma>(out, rescale);
-    multiply_values(mma, out, s, values, copy, next_rows, d, keys);
+    multiply_values(mma, places, out, s, values, copy, next_rows, d, keys);
     __syncthreads();  // the next K is loaded; V is no longer read
 
     if (t < work.sequence_tiles && next >= work.sequence_tiles) finish_sequence<Mma>(p, work, softmax, out);

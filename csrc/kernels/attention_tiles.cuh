@@ -26,9 +26,11 @@ struct TileRows {
   const int32_t* slots;  // or listed queries, -1 for none; null: the sequence
   int first, last;
 
+  __device__ int position(int r) const { return min(first + r, last); }
+  __device__ int listed(int at) const { return max(*row_in_global(slots, at, sizeof(int32_t)), 0); }
   __device__ int number(int r) const {
-    const int at = min(first + r, last);
-    return slots ? max(*row_in_global(slots, at, sizeof(int32_t)), 0) : at;
+    const int at = position(r);
+    return slots ? listed(at) : at;
   }
   __device__ const T* row(int r) const { return row_in_global(data, number(r), row_bytes); }
 };
@@ -59,8 +61,10 @@ __device__ void clear_rows(T* shared, int rows, int d) {
 }
 
 // A tile on its way, in kParts parts of which kAhead are in flight. find() its rows and start() loading; then
-// advance<part>() after each part of other work puts that part into shared memory.
-template <typename Mma, int kD, int kRows = kTileKeys, int kThreads = kTileThreads, int kParts = Mma::kParts>
+// advance<part>() after each part of other work puts that part into shared memory. kKept: where the thread's first
+// chunk lies stays in registers, if the others follow from it; otherwise it is computed again for every tile.
+template <typename Mma, int kD, int kRows = kTileKeys, int kThreads = kTileThreads, int kParts = Mma::kParts,
+          bool kKept = false>
 struct TileCopy {
   using T = typename Mma::Element;
   static constexpr unsigned kChunks = kD / 8;  // of a row, which may have room for more
@@ -69,33 +73,49 @@ struct TileCopy {
   static constexpr bool kColumn = kThreads % kChunks == 0;  // the chunks of a thread have one number in their rows
   static constexpr int kStep = kThreads / kChunks;          // and their rows this distance
   static constexpr int kAhead = kParts > 1 ? 2 : 1;
+  static constexpr bool kKeepsFirst = kKept && kColumn && Mma::kOneLayout;
   int numbers[kParts * kPerPart];  // of the rows of the thread's chunks
   uint4 held[Mma::kAsync ? 1 : kAhead * kPerPart];
+  int first_row, first_channel, first_place;  // if kKeepsFirst
+
+  __device__ TileCopy() {
+    if (!kKeepsFirst) return;
+    const int row = thread() / kChunks;
+    first_row = opaque(row);
+    first_channel = opaque(8 * chunk(0));
+    first_place = opaque(row * Mma::kRowChunks + KeyLayout<Mma>::chunk(row, chunk(0)));
+  }
 
   // The chunks are numbered row by row.
   static __device__ unsigned thread() { return !Mma::kAsync && kParts == 1 ? opaque(threadIdx.x) : threadIdx.x; }
   static __device__ bool exists(unsigned i) { return kFull || thread() + i * kThreads < kRows * kChunks; }
   // Shared memory serves 8 lanes at a time. If these hold chunks of two rows, the rows differ in their low four bits,
   // so that Mma's permutations of chunks send the end of one row and the start of the other to different banks.
-  static __device__ int row(unsigned i) {
+  __device__ int row(unsigned i) const {
+    if (kKeepsFirst) return first_row + i * kStep;
     if (kColumn) return thread() / kChunks + i * kStep;
     const unsigned n = (thread() + i * kThreads) / kChunks;
     return kChunks % 8 ? n ^ (n & 1) * 14 : n;
   }
   static __device__ int chunk(unsigned i) { return (thread() + (kColumn ? 0 : i * kThreads)) % kChunks; }
+  __device__ int channel(unsigned i) const { return kKeepsFirst ? first_channel : 8 * chunk(i); }
   // Where chunk i lies in shared memory. Layouts permute by bits of the row, and a step changes other bits than those
   // of row(0).
   template <typename Layout>
-  static __device__ int place(int i) {
+  __device__ int place(int i) const {
     if (!kColumn) return row(i) * Mma::kRowChunks + Layout::chunk(row(i), chunk(i));
-    const int first = row(0) * Mma::kRowChunks + Layout::chunk(row(0), chunk(0));
+    const int first = kKeepsFirst ? first_place : row(0) * Mma::kRowChunks + Layout::chunk(row(0), chunk(0));
     return (first ^ Layout::chunk(i * kStep, 0)) + i * kStep * Mma::kRowChunks;
   }
 
   __device__ void find(const TileRows<T>& rows) {
 #pragma unroll
     for (int i = 0; i < kParts * kPerPart; ++i)
-      if (exists(i)) numbers[i] = rows.number(row(i));
+      if (exists(i)) numbers[i] = rows.position(row(i));
+    if (!rows.slots) return;  // one branch for all of them
+#pragma unroll
+    for (int i = 0; i < kParts * kPerPart; ++i)
+      if (exists(i)) numbers[i] = rows.listed(numbers[i]);
   }
 
   __device__ void take(const TileCopy& other) {
@@ -125,8 +145,8 @@ struct TileCopy {
   __device__ void issue(const TileRows<T>& rows, int d, T* shared) {
 #pragma unroll
     for (int i = part * kPerPart; i < (part + 1) * kPerPart; ++i) {
-      if (!exists(i) || 8 * chunk(i) >= d) continue;
-      const T* from = row_in_global(rows.data + 8 * chunk(i), numbers[i], rows.row_bytes);
+      if (!exists(i) || channel(i) >= d) continue;
+      const T* from = row_in_global(rows.data + channel(i), numbers[i], rows.row_bytes);
       if constexpr (Mma::kAsync)
         cp_async_16(shared + 8 * place<Layout>(i), from);
       else
@@ -142,7 +162,7 @@ struct TileCopy {
     } else {
 #pragma unroll
       for (int i = part * kPerPart; i < (part + 1) * kPerPart; ++i)
-        if (exists(i) && 8 * chunk(i) < d)
+        if (exists(i) && channel(i) < d)
           reinterpret_cast<uint4*>(shared)[place<Layout>(i)] = held[i % (kAhead * kPerPart)];
     }
   }

@@ -26,6 +26,7 @@ struct AmpereMma {
   static constexpr int kParts = 1;
 
   // ldmatrix reads one chunk of 8 consecutive rows at a time.
+  static constexpr bool kOneLayout = true;  // of keys and values
   static __device__ int key_chunk(int row, int chunk) { return chunk ^ (row & 7); }
   static __device__ int value_chunk(int row, int chunk) { return chunk ^ (row & 7); }
 

@@ -30,6 +30,7 @@ struct VoltaMma {
   // Chunks are permuted within their row, so that the 8 lanes that shared memory serves at a time read 8 different
   // 16-byte groups of banks: for the keys these are 8 rows (0-3 and 8-11, or 4-7 and 12-15) of one chunk, for the
   // values 4 rows (l) of two neighbouring chunks (pc).
+  static constexpr bool kOneLayout = false;
   static __device__ int key_chunk(int row, int chunk) { return chunk ^ ((row & 3) | ((row >> 1) & 4)); }
   static __device__ int value_chunk(int row, int chunk) { return chunk ^ ((row & 3) << 1); }
 

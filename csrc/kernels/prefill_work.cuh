@@ -1,6 +1,7 @@
 // What a block of the kernels in tiles has to do: its query rows, and which tiles of keys they see.
 #pragma once
 
+#include <climits>
 #include <type_traits>
 
 #include "attention_tiles.cuh"
@@ -16,17 +17,23 @@ struct alignas(16) KeySource {
   int key_row_bytes, value_row_bytes;
 };
 
+// Which keys of one kind a block streams. Tile 0 of the block begins with key `first`.
+struct alignas(16) KeySpan {
+  int first, end;
+  KeyInterval common;  // the keys that every row is known to see, if there are any
+};
+
 // Lives in shared memory: registers are scarcest in this kernel.
 struct BlockWork {
   KeySource sources[2];  // of the sequence; of HR keys
+  KeySpan spans[2];
   int sample, head, kv_head;
   int first_row, rows;                 // queries first_row .. first_row + rows - 1
-  int first_key, end_of_keys;          // sequence keys that some row sees
-  KeyInterval common;                  // sequence keys that every row sees, if there are any
   int hr_count;                        // HR keys; 0 if no row of the block sees them
   int hr_from;                         // rows from here on see HR keys, unless rows are listed in hr_rows
   float alpha;                         // of the rows that see HR keys
   int sequence_tiles, tiles;           // tiles of the sequence; of sequence and HR keys
+  int first_hr_tile;                   // sequence_tiles, or INT_MAX without HR keys
   int hr_row[kTileRows];               // of each row: its index in hr_rows, or -1
   KeyInterval keys_of_row[kTileRows];  // the sequence keys that each row sees, but for those that key_mask hides
 
@@ -35,10 +42,14 @@ struct BlockWork {
   __device__ const int32_t* seen_tiles() const { return reinterpret_cast<const int32_t*>(this + 1); }
 
   // Past the last tile, a tile of keys that do not exist: whoever loads it reads the last row.
+  // kBranches: more instructions, but fewer registers; likewise in sees_all.
+  template <bool kBranches = false>
   __device__ KeyTile tile(int t) const {
-    const bool hr = t >= sequence_tiles && hr_count > 0;
-    if (hr) return {true, (t - sequence_tiles) * kTileKeys, hr_count};
-    return {false, first_key + t * kTileKeys, end_of_keys};
+    const bool hr = t >= first_hr_tile;
+    if (kBranches && hr) return {true, spans[1].first + t * kTileKeys, spans[1].end};
+    if (kBranches) return {false, spans[0].first + t * kTileKeys, spans[0].end};
+    const KeySpan& span = spans[hr];
+    return {hr, span.first + t * kTileKeys, span.end};
   }
 
   // The first tile from t on of which some row sees a key.
@@ -53,9 +64,12 @@ struct BlockWork {
   }
 
   // Whether every row sees every key of the tile.
-  __device__ bool sees_all(const AttentionInputs& in, const KeyTile& tile) const {
-    if (tile.hr) return in.hr_from && !in.hr_row_bits && first_row >= hr_from && tile.first + kTileKeys <= tile.end;
-    return !in.key_mask && common.begin <= tile.first && tile.first + kTileKeys <= common.end;
+  template <bool kBranches = false>
+  __device__ bool sees_all(const KeyTile& tile) const {
+    if (kBranches && tile.hr) return tile.first + kTileKeys <= spans[1].common.end;
+    if (kBranches) return spans[0].common.begin <= tile.first && tile.first + kTileKeys <= spans[0].common.end;
+    const KeyInterval& common = spans[tile.hr].common;
+    return common.begin <= tile.first && tile.first + kTileKeys <= common.end;
   }
 
   // The keys of the tile, or the first 32 of them, that a row sees, as bits.
@@ -122,10 +136,8 @@ __device__ inline void assign_rows(const AttentionInputs& in, const BlockOrder& 
   find_sources(in, work);
   const KeyInterval first = keys_of_query(in, sample, work.first_row),
                     last = keys_of_query(in, sample, work.first_row + work.rows - 1);
-  work.first_key = first.begin;
-  work.end_of_keys = last.end;
-  work.common = {last.begin, first.end};
-  work.sequence_tiles = static_cast<int>(blocks_for(max(0, work.end_of_keys - work.first_key), kTileKeys));
+  work.spans[0] = {first.begin, last.end, {last.begin, in.key_mask ? last.begin : first.end}};
+  work.sequence_tiles = static_cast<int>(blocks_for(max(0, last.end - first.begin), kTileKeys));
 }
 
 // The sequence keys that each row sees; a row that does not exist sees those of the last. The whole block.
@@ -154,6 +166,9 @@ __device__ inline void assign_hr_keys(const AttentionInputs& in, BlockWork& work
   work.hr_count = any ? hr_count : 0;
   work.alpha = work.hr_count > 0 ? mixing<float>(in, work.sample) : 1.f;
   work.tiles = work.sequence_tiles + static_cast<int>(blocks_for(work.hr_count, kTileKeys));
+  work.first_hr_tile = work.hr_count > 0 ? work.sequence_tiles : INT_MAX;
+  const bool all_rows = in.hr_from && !in.hr_row_bits && work.first_row >= work.hr_from;
+  work.spans[1] = {-work.sequence_tiles * kTileKeys, work.hr_count, {0, all_rows ? work.hr_count : 0}};
 }
 
 // Which HR tiles some row sees a key of. The whole block, a word per thread.

@@ -38,6 +38,14 @@ __device__ __forceinline__ void mask_scores(const AttentionInputs& in, const Blo
 // 1, and sums need rescaling only now and then.
 constexpr float kSoftmaxSlack = 8.f;
 
+// The number of the lane's first score of a row.
+template <typename Rows>
+FLEXATTN_HOST_DEVICE constexpr int first_score(int which) {
+  int i = 0;
+  while (Rows::row_of(i) != which) ++i;
+  return i;
+}
+
 // Turn scores into weights. The lanes of a row share its row_max; each has the row_sum of its own columns. Return in
 // `rescale` what outputs so far must be multiplied by.
 template <typename Rows>
@@ -46,7 +54,7 @@ __device__ __forceinline__ void softmax_step(float (&s)[Rows::kScores], float sc
                                              float (&rescale)[Rows::kLaneRows]) {
 #pragma unroll
   for (int which = 0; which < Rows::kLaneRows; ++which) {
-    float max_score = -INFINITY;
+    float max_score = s[first_score<Rows>(which)];
 #pragma unroll
     for (int i = 0; i < Rows::kScores; ++i)
       if (Rows::row_of(i) == which) max_score = fmaxf(max_score, s[i]);

@@ -470,6 +470,13 @@ def test_every_operator_is_checked():
     assert registered == {name.partition(":")[0] for name in calls("cpu")}
 
 
+def test_the_stable_abi_of_torch_2_10_can_pass_every_argument_and_result():
+    """It converts one by one; a SymInt passes as an int."""
+    schemas = [getattr(torch.ops.flexattn_cuda, name.partition(":")[0]).default._schema for name in calls("cpu")]
+    types = {str(value.real_type) for schema in schemas for value in (*schema.arguments, *schema.returns)}
+    assert types == {"Tensor", "Optional[Tensor]", "int", "float", "bool"}
+
+
 @device_cases
 def test_results_do_not_change_from_run_to_run(device):
     def outcome(name):
