@@ -195,7 +195,7 @@ class FlexAttn(lmms):
                 shown = one.request.images(self.task_dict)
                 of_document[one.request.key[:3]] = tuple(map(pixels_hash, shown))
         digests = [of_document[one.request.key[:3]] for one in asked]
-        planned = [Asked(one.request.key, one.alike, len(one.request.context), own) for one, own in zip(asked, digests)]
+        planned = [Asked(one.request.key, one.alike, one.text(self.task_dict), own) for one, own in zip(asked, digests)]
         chunks = cut(planned, self.batch_size)
         chunk_of = {tuple(batch): number for number, chunk in enumerate(chunks) for batch in chunk}
 
@@ -309,6 +309,9 @@ class _Question:
     def alike(self) -> Hashable:
         return self.max_new_tokens, self.regions
 
+    def text(self, tasks: Mapping[str, Any]) -> str:
+        return self.request.context
+
     def up_to_stop(self, text: str) -> str:
         return min((text.partition(stop)[0] for stop in self.stops if stop), key=len, default=text).strip()
 
@@ -327,11 +330,16 @@ class _Scored:
     def alike(self) -> Hashable:
         return None
 
+    def text(self, tasks: Mapping[str, Any]) -> str:
+        return f"{self.request.context}\n{self.answer(tasks)}"
+
     def candidate(self, tasks: Mapping[str, Any], images: Sequence[EncodedImage]) -> Candidate:
+        return Candidate(images, self.request.context, self.answer(tasks))
+
+    def answer(self, tasks: Mapping[str, Any]) -> str:
         """Return the answer without the space before it, which the chat template writes where one belongs."""
-        target, request = self.request.detail, self.request
-        answer = target(request.doc(tasks)) if callable(target) else target
-        return Candidate(images, request.context, str(answer).strip())
+        target = self.request.detail
+        return str(target(self.request.doc(tasks)) if callable(target) else target).strip()
 
 
 def pixels_hash(image: Image.Image) -> str:

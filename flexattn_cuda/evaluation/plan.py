@@ -9,6 +9,7 @@ processes, computes the same batches, and its results are the same to the last b
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
@@ -35,14 +36,19 @@ class Asked:
     Attributes:
         key: Its name in the journal.
         alike: Those of a batch have this in common.
-        length: Of its text.
+        text: What is asked, and the answer that is scored.
         images: Hashes of its images.
     """
 
     key: Key
     alike: Hashable
-    length: int
+    text: str
     images: tuple[str, ...]
+
+    @property
+    def length(self) -> int:
+        """Of the text, in characters."""
+        return len(self.text)
 
 
 @dataclass(frozen=True)
@@ -131,31 +137,35 @@ class JournalledRunner(Runner):
     Args:
         processes: Which share the questions.
         output: What the journals are named after.
-        fingerprint: What a resumed run must repeat.
+        fingerprint: What a resumed run must repeat, beside the questions.
+        name: Of the run, in progress.
         show: Print progress, in process 0.
     """
 
-    def __init__(self, processes: Processes, output: Path, fingerprint: Fingerprint, show: bool):
+    def __init__(self, processes: Processes, output: Path, fingerprint: Fingerprint, name: str, show: bool):
         super().__init__(show and processes.rank == 0)
-        self._processes, self._output, self._fingerprint = processes, output, fingerprint
+        self._processes, self._output, self._fingerprint, self._name = processes, output, fingerprint, name
         self._journal: Journal | None = None
 
     def run(
         self, asked: Sequence[Asked], chunks: Sequence[Chunk], answer: Callable[[Batch], list[Outcome]], what: str
     ) -> list[Outcome]:
         """As in `Runner`; every process returns what became of all questions."""
-        self.outcomes |= self._processes.broadcast_from_rank0(self._earlier)
+        what = f"{self._name}: {what}"
+        questions = repr([(one.key, one.text, one.images) for one in asked]).encode()
+        fingerprint = self._fingerprint.with_facts(questions=hashlib.blake2b(questions, digest_size=16).hexdigest())
+        self.outcomes |= self._processes.broadcast_from_rank0(lambda: self._earlier(fingerprint))
         keys = [one.key for one in asked]
         left = [[batch for batch in chunk if any(keys[n] not in self.outcomes for n in batch)] for chunk in chunks]
         share = [chunk for chunk in left if chunk][self._processes.rank :: self._processes.count]
         total = sum(len(batch) for chunk in share for batch in chunk)
         progress = Progress(total, what, enabled=self._show)
         if total < len(asked):
-            progress.say(f"{total} of {len(asked)} {what} are left to this process")
+            progress.say(f"{what}: {total} of {len(asked)} are left to this process")
         with ExitStack() as stack:
             if share:
                 path = journal_path(self._output, self._processes.rank)
-                self._journal = stack.enter_context(Journal(path, KIND, self._fingerprint))
+                self._journal = stack.enter_context(Journal(path, KIND, fingerprint))
             self._answer(asked, share, answer, progress)
         parts = self._processes.gather_to_rank0(self.outcomes)
         self.outcomes = self._processes.broadcast_from_rank0(
@@ -169,10 +179,10 @@ class JournalledRunner(Runner):
         assert self._journal is not None
         self._journal.append([{"requests": keys, "outcomes": [astuple(one) for one in outcomes]}])
 
-    def _earlier(self) -> dict[Key, Outcome]:
+    def _earlier(self, fingerprint: Fingerprint) -> dict[Key, Outcome]:
         found: dict[Key, Outcome] = {}
         for path in journal_paths(self._output):
-            for record in read_journal(path, KIND, self._fingerprint).records:
+            for record in read_journal(path, KIND, fingerprint).records:
                 keys = (tuple(key) for key in record["requests"])
                 found.update(zip(keys, (Outcome(*fields) for fields in record["outcomes"])))
         return found

@@ -29,9 +29,9 @@ VSTAR = {
 }
 
 
-def write_vstar(folder: Path) -> Path:
-    """Write `VSTAR` in the format of craigwu/vstar_bench."""
-    for category, questions in VSTAR.items():
+def write_vstar(folder: Path, categories: dict[str, list] = VSTAR) -> Path:
+    """Write questions in the format of craigwu/vstar_bench."""
+    for category, questions in categories.items():
         (folder / category).mkdir(parents=True)
         for number, (question, options) in enumerate(questions):
             path = folder / category / f"sa_{number}"
