@@ -166,13 +166,18 @@ def _load_tasks(options: EvalOptions) -> dict[str, Any]:
         except InputError:
             raise
         except Exception as error:  # of any library that reads data
-            attempt = getattr(error, "last_attempt", None)
-            cause = error if attempt is None else attempt.exception()
+            cause = _cause(error)
             raise InputError(
                 f"the data of the task {name} cannot be read ({type(cause).__name__}: {first_line(cause)}); it must be "
                 f"{path} as on the hub, or a copy of it in the folder that --data names"
             ) from error
     return found
+
+
+def _cause(error: Exception) -> BaseException:
+    """Return an error, or what went wrong at the last of several attempts, which lmms-eval makes."""
+    attempt = getattr(error, "last_attempt", None)
+    return error if attempt is None else attempt.exception()
 
 
 def _evaluate(
@@ -188,10 +193,13 @@ def _evaluate(
         found = simple_evaluate(
             model, tasks=[loaded], limit=options.limit, bootstrap_iters=0, distributed_executor_backend="torchrun"
         )
-    except (KeyError, AssertionError) as error:
+    except Exception as error:
+        cause = _cause(error)
+        if not isinstance(cause, (KeyError, AssertionError)):
+            raise
         raise InputError(
-            f"the data of the task {name} has another format than its code reads ({type(error).__name__}: "
-            f"{first_line(error)}); compare its fields with those of the data set on the hub"
+            f"the data of the task {name} has another format than its code reads ({type(cause).__name__}: "
+            f"{first_line(cause)}); compare its fields with those of the data set on the hub"
         ) from error
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
     metrics = {

@@ -151,10 +151,11 @@ def test_two_processes_give_what_one_gives(undisturbed, data, tmp_path):
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
-def evaluate(tmp_path: Path, data: Path, **options):
+def evaluate(tmp_path: Path, folder: Path, **options):
     from flexattn_cuda.evaluation.run import evaluate as run
 
-    return run(EvalOptions(**{"output": tmp_path / "out", "systems": "llava", "data": data, "device": "cpu"} | options))
+    given = {"output": tmp_path / "out", "systems": "llava", "data": folder, "device": "cpu"} | options
+    return run(EvalOptions(**given))
 
 
 @pytest.mark.parametrize(
