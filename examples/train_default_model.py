@@ -33,6 +33,7 @@ from rich.progress import Progress
 from sign_stages import BATCH, SIZES, SignCrops, train_encoder, train_localisation
 from signs import QUESTIONS, SignPainter, SignQuestion, digits_of
 
+from flexattn_cuda.analysis.intervals import wilson
 from flexattn_cuda.cli import as_command, run_app
 from flexattn_cuda.runs.files import write_atomically
 from flexattn_cuda.runs.options import Option, Options
@@ -48,7 +49,6 @@ from studies.small.results import write_csv
 from studies.small.small_model import build_model, build_processor
 from studies.small.stage import console
 from studies.small.start import stored
-from studies.small.statistics import wilson
 
 RATE = 1e-2
 SYSTEMS = "attention,none,random,center"

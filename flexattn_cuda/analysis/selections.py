@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from flexattn_cuda.inputs.frames import FrameOf
+from flexattn_cuda.mechanism.grid import Grid
 from flexattn_cuda.mechanism.trace import LayerTrace, Trace
 
 
@@ -48,11 +50,53 @@ def selection_of(trace: Trace, image: int, size: tuple[int, int], frame_of: Fram
     traced = [layers[number] for layers in trace.steps for number in sorted(layers)[:-1]]
     masks = [_mask(one, image) for one in traced]
     union = np.logical_or.reduce(masks)
-    tiles = traced[0].grids[0][image].tiles
-    per_tile = union.reshape(tiles.rows, union.shape[0] // tiles.rows, tiles.cols, union.shape[1] // tiles.cols)
     regions = [_in_pixels(cells, union.shape, size, frame_of) for cells in connected(union)]
     on_image = [one for one in regions if one.left < one.right and one.top < one.bottom]  # and not on its padding
-    return ImageSelection(float(np.mean(masks)), int(per_tile.any((1, 3)).sum()), on_image)
+    return ImageSelection(float(np.mean(masks)), tiles_of(union, traced[0].grids[0][image].tiles), on_image)
+
+
+def tiles_of(mask: np.ndarray, tiles: Grid) -> int:
+    """Return the number of tiles that hold a token of a mask [HR rows, HR cols]."""
+    per_tile = mask.reshape(tiles.rows, mask.shape[0] // tiles.rows, tiles.cols, mask.shape[1] // tiles.cols)
+    return int(per_tile.any((1, 3)).sum())
+
+
+class Selected(NamedTuple):
+    """How much of the images of a prompt was selected.
+
+    Attributes:
+        tokens: HR tokens, on average over the layers that select and the steps.
+        tiles: Tiles that hold a token that any of them selected.
+    """
+
+    tokens: float
+    tiles: int
+
+
+def selected_of_row(trace: Trace, row: int, images: int, first_layer: int, query: int = -1, steps: int = 1) -> Selected:
+    """Return how much was selected for a row of a batch.
+
+    Args:
+        trace: Of the batch.
+        row: Of the batch.
+        images: Number of images of the row.
+        first_layer: That attends to HR tokens. Maps that no layer uses count for nothing: those before the layer before
+            it, and the last one.
+        query: The query row of each step.
+        steps: Number of steps that count.
+    """
+    traced = [
+        layers[number]
+        for layers in trace.steps[:steps]
+        for number in [one for one in sorted(layers) if one >= first_layer - 1][:-1]
+    ]
+    tokens, tiles = 0.0, 0
+    for image in range(images):
+        masks = torch.stack([one.of_image(row, query, image)[1] for one in traced]).cpu().numpy()
+        tokens += masks.sum() / len(masks)
+        grids = traced[0].grids[row // (len(traced[0].map) // len(traced[0].grids))]
+        tiles += tiles_of(masks.any(0), grids[image].tiles)
+    return Selected(float(tokens), tiles)
 
 
 def _mask(traced: LayerTrace, image: int) -> np.ndarray:

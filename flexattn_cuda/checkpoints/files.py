@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 from flexattn_cuda.errors import CheckpointError
 
 _READ_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin")
+_HASHED_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".bin")
 _MAX_MESSAGE = 400  # characters of another library's message
 
 
@@ -113,3 +115,15 @@ def refusing(what: str, *passing: type[Exception]) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, which is never executed"
         raise CheckpointError(f"{what}: {reason}") from error
+
+
+def content_hash(folder: Path) -> str:
+    """Hash everything that determines a model's answers, wherever its folder is."""
+    total = hashlib.blake2b()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in _HASHED_SUFFIXES and path.is_file()):
+        one = hashlib.blake2b()
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                one.update(part)
+        total.update(path.name.encode("utf-8", "surrogateescape") + one.digest())
+    return total.hexdigest()

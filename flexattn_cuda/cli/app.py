@@ -12,6 +12,7 @@ from flexattn_cuda.cli.ask_batch import ask_batch
 from flexattn_cuda.cli.chat import chat
 from flexattn_cuda.cli.convert import convert
 from flexattn_cuda.cli.demo import demo
+from flexattn_cuda.cli.eval import eval  # noqa: A004 - the name of the command
 from flexattn_cuda.cli.flops import flops
 from flexattn_cuda.cli.info import info
 from flexattn_cuda.cli.options import as_command, examples_of
@@ -26,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-COMMANDS = (ask, chat, ask_batch, serve, tune, train, demo, info, flops, convert)
+COMMANDS = (ask, chat, ask_batch, serve, tune, train, eval, demo, info, flops, convert)
 for command in COMMANDS:
     app.command(epilog="\n\n".join(["Examples:", *examples_of(command)]))(as_command(command))
 

@@ -12,9 +12,12 @@ from torch.nn import functional
 
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.inputs.questions import check_question
+from flexattn_cuda.mechanism.trace import Trace
 from flexattn_cuda.tasks.ask import end_ids
+from flexattn_cuda.tasks.encoded import EncodedImage, encode_image
 from flexattn_cuda.tasks.models import HRModel, TrainingProcessor, max_positions, on_device
 from flexattn_cuda.tasks.training_data import IGNORED, BrokenRecordError, Collator, Turn, labelled_ids
+from flexattn_cuda.tasks.training_data.dataset import joined
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,12 @@ class Candidate:
     """An answer to score.
 
     Attributes:
-        images: What the question is about.
+        images: What the question is about; encoded or not.
         question: The question.
         answer: The answer, without its end.
     """
 
-    images: Sequence[Image.Image]
+    images: Sequence[Image.Image | EncodedImage]
     question: str
     answer: str
 
@@ -46,7 +49,9 @@ class Score:
 
 
 @torch.inference_mode()
-def score(model: HRModel, processor: TrainingProcessor, candidates: Sequence[Candidate]) -> list[Score]:
+def score(
+    model: HRModel, processor: TrainingProcessor, candidates: Sequence[Candidate], trace: Trace | None = None
+) -> list[Score]:
     """Score answers as one batch.
 
     Rows that predict a token of an answer see HR tokens with weight 1, each with its own selection, as the released
@@ -56,6 +61,7 @@ def score(model: HRModel, processor: TrainingProcessor, candidates: Sequence[Can
         model: The model.
         processor: Its processor.
         candidates: The answers, with their questions and images.
+        trace: Filled with what the rows look at.
 
     Raises:
         InputError: If a question or an answer is empty or cannot be written in the model's tokens, the two are too long
@@ -64,18 +70,18 @@ def score(model: HRModel, processor: TrainingProcessor, candidates: Sequence[Can
     records = [_record(model, processor, candidate) for candidate in candidates]
     batch = Collator(processor.pad_id, processor.token_types)(records)
     inputs = on_device(batch, model.device)
-    logits = model(**inputs, use_cache=False).logits  # type: ignore[operator]
+    logits = model(**inputs, use_cache=False, flexattn_trace=trace).logits  # type: ignore[operator]
     return _scores(logits, inputs["labels"])
 
 
 def _record(model: HRModel, processor: TrainingProcessor, candidate: Candidate) -> dict[str, Any]:
     """Return an answer after its prompt as the model's forward takes it, see `Collator`."""
-    images = list(candidate.images)
+    images = [one if isinstance(one, EncodedImage) else encode_image(model, processor, one) for one in candidate.images]
     check_question(candidate.question)
     if not candidate.answer.strip():
         raise InputError(f"an answer to {candidate.question!r} is empty, so there is nothing to score")
     turn = Turn(candidate.question, len(images), candidate.answer)
-    image_tokens = [processor.image_tokens_of(*image.size) for image in images]
+    image_tokens = [processor.image_tokens_of(image.width, image.height) for image in images]
     try:
         row = labelled_ids(processor, [turn], end_ids(model, processor), image_tokens)
     except BrokenRecordError as error:
@@ -88,7 +94,8 @@ def _record(model: HRModel, processor: TrainingProcessor, candidate: Candidate) 
     record: dict[str, Any] = {"input_ids": ids, "labels": labels}
     if processor.token_types is not None:
         record[processor.token_types] = (ids == processor.image_token_id).long()
-    return record | (processor.image_inputs(images) if images else {})
+    names = images[0].inputs if images else ()
+    return record | {name: joined([image.inputs[name] for image in images]) for name in names}
 
 
 def _scores(logits: torch.Tensor, labels: torch.Tensor) -> list[Score]:

@@ -11,17 +11,16 @@ The `text` of its `test_questions.jsonl`, which lmms-eval's own task `vstar_benc
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexattn_cuda.errors import InputError
+from flexattn_cuda.evaluation.data import SHORT_ANSWER, read_json
 
 REPOSITORY = "craigwu/vstar_bench"
 CATEGORIES = ("direct_attributes", "relative_position")
-SHORT_ANSWER = "Answer the question using a single word or phrase."
 _IMAGES = (".jpg", ".jpeg", ".png")
 
 
@@ -61,10 +60,7 @@ def read_questions(folder: Path) -> list[VStarQuestion]:
 
 
 def _read_question(category: str, file: Path) -> VStarQuestion:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from None
+    record = read_json(file)
     fields = record if isinstance(record, dict) else {}
     question, options = fields.get("question"), fields.get("options")
     texts = [question, *options] if isinstance(options, list) else []

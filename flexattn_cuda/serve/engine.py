@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from flexattn_cuda.mechanism.trace import Trace
 from flexattn_cuda.serve.errors import RequestError, timed_out
@@ -22,6 +21,7 @@ from flexattn_cuda.serve.jobs import Failed, Job
 from flexattn_cuda.serve.metrics import Metrics
 from flexattn_cuda.serve.rows import Row, Rows
 from flexattn_cuda.tasks.ask import end_ids, generate_greedily
+from flexattn_cuda.tasks.encoded import prompt_inputs
 from flexattn_cuda.tasks.models import HRModel, TrainingProcessor
 
 _HR_INPUTS = ("hr_features", "valid_rect")
@@ -140,33 +140,16 @@ class Engine:
         return kept
 
     def _inputs(self, batch: Sequence[Job], images: Sequence[Sequence[ServedImage]]) -> dict[str, Any]:
-        """Return what `generate` takes of prompts of different lengths, padded on the left, and of their images."""
-        rows = [job.prompt.inputs for job in batch]
-        inputs = {name: self._padded([row[name] for row in rows], name) for name in rows[0]}
-        inputs["attention_mask"] = self._padded([[1] * job.prompt.length for job in batch], "attention_mask")
+        """Return what `generate` takes of the prompts of a batch and of their images."""
         flat = [image.inputs for of_job in images for image in of_job]
-        for name in flat[0] if flat else ():
-            inputs[name] = _joined([values[name] for values in flat])
+        inputs = prompt_inputs([job.prompt.inputs for job in batch], flat, self._processor.pad_id, self._model.device)
         return inputs if batch[0].wanted.hr else self._without_hr(inputs)
-
-    def _padded(self, rows: Sequence[list[int]], name: str) -> torch.Tensor:
-        padding = self._processor.pad_id if name == "input_ids" else 0
-        tensors = [torch.tensor(row) for row in rows]
-        padded = pad_sequence(tensors, batch_first=True, padding_value=padding, padding_side="left")
-        return padded.to(self._model.device)
 
     def _without_hr(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Leave HR tokens out or, for families that take no features, without weight."""
         if "pixel_values_hr" in inputs:
             return inputs | {"hr_alpha": 0.0}
         return {name: value for name, value in inputs.items() if name not in _HR_INPUTS}
-
-
-def _joined(values: Sequence[Any]) -> Any:
-    """Concatenate tensors, or lists of tensors."""
-    if isinstance(values[0], torch.Tensor):
-        return torch.cat(list(values))
-    return [one for value in values for one in value]
 
 
 def _error_of(error: Exception, count: int) -> RequestError:

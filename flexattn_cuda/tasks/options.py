@@ -18,6 +18,7 @@ from flexattn_cuda.runs.options import STREAM, Option, Options
 MAX_NEW_TOKENS = 256
 TOKEN_VARIABLE = "FLEXATTN_TOKEN"
 QUANTIZATIONS = ("4bit", "8bit")
+OWN_SYSTEM = "own"
 SCHEDULES = (  # those of transformers that need no arguments
     "linear",
     "cosine",
@@ -315,6 +316,59 @@ class ConvertOptions(Options):
 
     model: Annotated[str, Option("Checkpoint folder or hub id with .bin weights.", positional=True, metavar="MODEL")]
     output: Annotated[Path, Option("New folder to write the checkpoint to.", flags=("--output", "-o"), metavar="DIR")]
+
+
+# ----------------------------------------------------------------------------------------------------- evaluating
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(Options):
+    """Options of `flexattn eval`."""
+
+    output: Annotated[Path, Option("Folder to write results to.", flags=("--output", "-o"), metavar="DIR")]
+    model: Model = None
+    adapter: Adapter = None
+    quantize: Quantize = None
+    systems: Annotated[
+        str, Option(f"Comma-separated systems: {', '.join(SYSTEMS)}, or own for the model as it is.")
+    ] = ",".join(SYSTEMS)
+    tasks: Annotated[
+        str, Option("Comma-separated tasks of lmms-eval or of this package; paper stands for those of its tables.")
+    ] = "paper"
+    data: Annotated[
+        Path | None, Option("Folder of the data sets; by default they come from the hub.", metavar="DIR")
+    ] = None
+    limit: Annotated[int | None, Option("Number of documents of each task; by default all.", minimum=1, fixed=True)] = (
+        None
+    )
+    batch_size: Annotated[int, Option("Number of questions per batch.", minimum=1, fixed=True)] = 8
+    pictures: Annotated[
+        int, Option("Number of right and of wrong answers of each system and task to draw.", minimum=0)
+    ] = 2
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS
+    restart: Annotated[bool, Option("Discard the answers of an earlier run.")] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = (*SYSTEMS, OWN_SYSTEM)
+        if unknown := [name for name in self.system_names if name not in known]:
+            raise InputError(f"there is no system {unknown[0]!r}; allowed: {', '.join(known)}")
+        if not all(self.task_names):
+            raise InputError(f"tasks is {self.tasks!r}; it must be names of tasks, separated by commas")
+        if self.data is not None and not self.data.is_dir():
+            raise InputError(f"there is no folder {self.data}; --data must name the folder of the data sets")
+
+    @property
+    def system_names(self) -> list[str]:
+        """The systems."""
+        return list(dict.fromkeys(name.strip() for name in self.systems.split(",")))
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks, "paper" as it was given."""
+        return list(dict.fromkeys(name.strip() for name in self.tasks.split(",")))
 
 
 # ------------------------------------------------------------------------------------------------------- training

@@ -200,6 +200,80 @@ def test_magnifierbench_is_what_a_loop_over_its_questions_gives(evaluate, tmp_pa
     assert any(right) and not all(right)
 
 
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A folder where all tasks of our own look for their data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLEXATTN_DATA", str(tmp_path))
+    return tmp_path
+
+
+def test_rsvqa_is_what_a_loop_over_its_questions_gives(evaluate, yes_or_no, answer, data):
+    rows = evaluation_data.write_rsvqa(data / "rsvqa_hrben")
+    found = evaluate(f"pretrained={yes_or_no}", ["rsvqa_hrben"], batch_size=2, gen_kwargs="max_new_tokens=1")
+    right: dict[str, list[bool]] = {}
+    for row in rows:
+        right.setdefault(row["category"], []).append(answer(row, row["question"] + SHORT) == row["answer"])
+    metrics, shares = found["results"]["rsvqa_hrben"], {name: sum(own) / len(own) for name, own in right.items()}
+    everything = [one for own in right.values() for one in own]
+    assert metrics["rsvqa_acc,none"] == sum(everything) / len(everything) and 0 < sum(everything) < len(everything)
+    assert {name: metrics[f"rsvqa_{name}_acc,none"] for name in shares} == shares
+    assert metrics["rsvqa_mean_acc,none"] == sum(shares.values()) / 2
+
+
+def test_refcoco_is_scored_by_the_size_of_the_object(evaluate, checkpoint, data, monkeypatch):
+    """One answer to all: the box of 50 x 40 and that of 25 x 20 pixels overlap it by half or more."""
+    from flexattn_cuda.evaluation import model
+
+    rows, asked = evaluation_data.write_refcoco(data), []
+    monkeypatch.setattr(model, "answer_text", lambda *_: "[0.1, 0.2, 0.5, 0.5]")
+    monkeypatch.setattr(
+        model.FlexAttn,
+        "_prompt",
+        lambda self, text, images, own=model.FlexAttn._prompt: asked.append(text) or own(self, text, images),
+    )
+    metrics = evaluate(f"pretrained={checkpoint}", ["refcoco_sizes"], batch_size=4)["results"]["refcoco_sizes"]
+    wanted = [sentence for row in rows for sentence in row["answer"]]
+    assert sorted(text.rpartition(": ")[2] for text in asked) == sorted(wanted)
+    found = {name: metrics[f"refcoco_{name},none"] for name in ("acc", "large_acc", "small_acc")}
+    assert found == {"acc": 1 / 4, "large_acc": 1.0, "small_acc": 0.0}
+
+
+def test_gqa_maps_are_scored_by_layer(evaluate, checkpoint, data):
+    from flexattn_cuda.evaluation import gqa
+    from flexattn_cuda.mechanism.trace import Trace
+
+    evaluation_data.write_gqa(data / "gqa_map")
+    metrics = evaluate(f"pretrained={checkpoint},dtype=float64,max_new_tokens=2", ["gqa_map"], batch_size=3)["results"][
+        "gqa_map"
+    ]
+    model, processor = load(checkpoint, device="cpu", dtype="float64")
+    by_layer: dict[int, list[float]] = {}
+    for row in gqa.read_rows(data / "gqa_map"):
+        shown, trace = read_image(row["image"]), Trace(every_layer=True)
+        inputs = processor(images=shown, text=processor.prompt(gqa.prompt(row)))
+        model.generate(**inputs, max_new_tokens=1, do_sample=False, flexattn_trace=trace)
+        for layer, traced in trace.steps[0].items():
+            attention = traced.of_image(row=0, query=-1, image=0)[0].float().numpy()
+            score = gqa.map_score(attention, processor.frame(*shown.size), shown.size, row["regions"])
+            by_layer.setdefault(layer, []).append(score)
+    assert len(by_layer) == model.config.text_config.num_hidden_layers
+    for layer, scores in by_layer.items():
+        assert metrics[f"gqa_map_layer_{layer:02d},none"] == pytest.approx(sum(scores) / len(scores), abs=1e-5)
+
+
+def test_an_image_is_encoded_once_for_all_its_questions(evaluate, yes_or_no, data, monkeypatch):
+    """Ten questions about each of three images, in batches of four."""
+    from flexattn_cuda.evaluation import model
+
+    encoded = []
+    original = model.encode_image
+    monkeypatch.setattr(model, "encode_image", lambda *given: encoded.append(given[2]) or original(*given))
+    evaluation_data.write_rsvqa(data / "rsvqa_hrben", kinds=("presence", "comp") * 15, per_image=10)
+    evaluate(f"pretrained={yes_or_no}", ["rsvqa_hrben"], batch_size=4, gen_kwargs="max_new_tokens=1")
+    assert len(encoded) == 3
+
+
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -209,9 +283,11 @@ def made(checkpoint: Path, **options):
     return FlexAttn(str(checkpoint), device="cpu", **options)
 
 
-def asking(detail: Any, shown: Any = (), context: str = "Why?") -> SimpleNamespace:
+def asking(detail: Any, shown: Any = (), context: str = "Why?", doc: int = 0) -> SimpleNamespace:
     """A request about a document that shows this."""
-    return SimpleNamespace(args=(context, detail, lambda doc: shown, 0, "some_task", "test"), task_name="some_task")
+    return SimpleNamespace(
+        args=(context, detail, lambda _: shown, doc, "some_task", "test"), task_name="some_task", idx=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -249,18 +325,19 @@ def test_a_task_of_several_rounds_is_refused(checkpoint):
 
 def test_an_answer_ends_before_the_first_stopping_sequence(checkpoint):
     model = made(checkpoint, max_new_tokens=12)
-    model.task_dict = {"some_task": {"test": [None]}}
+    model.task_dict = {"some_task": {"test": [None] * 2}}
     [whole] = model.generate_until([asking({})])
     stops = [whole[5], whole[3:5]]
-    [cut, none] = model.generate_until([asking({"until": stops}), asking({"until": "no such text"})])
+    [cut, none] = model.generate_until([asking({"until": stops}), asking({"until": "no such text"}, doc=1)])
     assert cut == min((whole.partition(stop)[0].strip() for stop in stops), key=len) != whole
     assert none == whole
 
 
 def test_questions_without_and_with_images_are_asked_together(checkpoint):
     model = made(checkpoint, batch_size=3, max_new_tokens=4)
-    model.task_dict = {"some_task": {"test": [None]}}
-    requests = [asking({}), asking({}, [image()]), asking({}, [image(), image(96, 160)])]
+    model.task_dict = {"some_task": {"test": [None] * 3}}
+    shown = ([], [image()], [image(), image(96, 160)])
+    requests = [asking({}, images, doc=number) for number, images in enumerate(shown)]
     together = model.generate_until(requests)
     assert together == [model.generate_until([one])[0] for one in requests]
     assert together[1] == ask(model.model, model.processor, image(), "Why?", max_new_tokens=4).text

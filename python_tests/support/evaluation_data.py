@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ VSTAR = {
 }
 
 
-def write_vstar(folder: Path) -> Path:
-    """Write `VSTAR` in the format of craigwu/vstar_bench."""
-    for category, questions in VSTAR.items():
+def write_vstar(folder: Path, categories: dict[str, list] = VSTAR) -> Path:
+    """Write questions in the format of craigwu/vstar_bench."""
+    for category, questions in categories.items():
         (folder / category).mkdir(parents=True)
         for number, (question, options) in enumerate(questions):
             path = folder / category / f"sa_{number}"
@@ -115,3 +115,71 @@ def _write_rows(folder: Path, split: str, rows: list[dict], images: dict[str, An
     for column, feature in images.items():
         table = table.cast_column(column, feature)
     table.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+
+
+# --------------------------------------------------------------------------------------------- other tasks of our own
+
+
+RSVQA_KINDS = ("presence", "comp", "count", "presence", "comp", "comp")
+
+
+def write_rsvqa(folder: Path, kinds: Iterable[str] = RSVQA_KINDS, per_image: int = 2) -> list[dict]:
+    """Write questions of these types as RSVQA's high-resolution set, and return the rows that are asked."""
+    (folder / "Data").mkdir(parents=True)
+    questions: list[dict] = []
+    answers: list[dict] = []
+    for number, kind in enumerate(kinds):
+        answer = "3" if kind == "count" else ("yes", "no")[number % 2]
+        text = f"Is there {'the ' * number}?"
+        own = {
+            "img_id": number // per_image,
+            "type": kind,
+            "question": text,
+            "answers_ids": [100 + number],
+            "active": True,
+        }
+        questions.append({"id": number, **own})
+        answers.append({"id": 100 + number, "question_id": number, "answer": answer, "active": True})
+    questions.append({"id": 99, "active": False})
+    answers.append({"id": 199, "active": False})
+    for number in {one["img_id"] for one in questions if one["active"]}:
+        question_files.image(128, 128, seed=number).save(folder / "Data" / f"{number}.tif")
+    (folder / "USGS_split_test_phili_questions.json").write_text(json.dumps({"questions": questions}))
+    (folder / "USGS_split_test_phili_answers.json").write_text(json.dumps({"answers": answers}))
+    return [
+        {"image": folder / "Data" / f"{question['img_id']}.tif", "question": question["question"]}
+        | {"category": "presence" if question["type"] == "presence" else "comparison", "answer": answer["answer"]}
+        for question, answer in zip(questions, answers)
+        if question.get("type") in ("presence", "comp")
+    ]
+
+
+def write_refcoco(folder: Path) -> list[dict]:
+    """Write RefCOCO below a folder as on the hub, and return its rows: boxes of 20, 5 and 1 % of the image."""
+    sides = ((50, 40), (25, 20), (10, 10))
+    rows = [
+        {"question_id": str(number), "image": question_files.image(100, 100, seed=number), "file_name": "a.jpg"}
+        | {"bbox": [10.0, 20.0, *map(float, side)], "answer": ["the sign", "the red sign"][: 1 + number % 2]}
+        for number, side in enumerate(sides)
+    ]
+    _write_rows(folder / "lmms-lab-encoder" / "RefCOCO", "val", rows, {"image": Image()})
+    return rows
+
+
+def write_gqa(folder: Path) -> dict[str, dict]:
+    """Write GQA's questions and scene graphs, and return the questions."""
+    (folder / "images").mkdir(parents=True)
+    scenes = {}
+    for number, (width, height) in enumerate([(160, 120), (96, 144)]):
+        question_files.image(width, height, seed=number).save(folder / "images" / f"{number}.jpg")
+        objects = {"7": {"x": 10, "y": 20, "w": 50, "h": 40}, "8": {"x": 40, "y": 0, "w": 30, "h": 90}}
+        scenes[str(number)] = {"width": width, "height": height, "objects": objects}
+    pointers = [{"question": {"1": "7"}, "fullAnswer": {"0": "8"}, "answer": {}}, {"question": {}, "fullAnswer": {}}]
+    questions = {
+        f"0{number}": {"imageId": str(number // 2), "question": f"What is {'the ' * number}?", "answer": "dog"}
+        | {"annotations": pointers[number % 3 == 2], "semantic": [{"operation": "select", "argument": "dog (7)"}]}
+        for number in range(4)
+    }
+    (folder / "val_balanced_questions.json").write_text(json.dumps(questions))
+    (folder / "val_sceneGraphs.json").write_text(json.dumps(scenes))
+    return questions

@@ -143,6 +143,7 @@ COMMANDS = {
     "chat": task_options.ChatOptions,
     "ask-batch": task_options.BatchOptions,
     "train": task_options.TrainOptions,
+    "eval": task_options.EvalOptions,
     "demo": task_options.DemoOptions,
     "info": task_options.InfoOptions,
     "flops": task_options.FlopsOptions,

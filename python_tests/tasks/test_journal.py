@@ -27,7 +27,7 @@ ANSWERS = {
 def written(path, answers=ANSWERS, run=RUN):
     with Journal(path, run) as journal:
         for number, result in answers.items():
-            journal.append({number: result})
+            journal.append_results({number: result})
     return path.read_bytes()
 
 
@@ -83,7 +83,7 @@ def test_a_full_disk_is_reported_and_costs_the_line_that_did_not_fit(tmp_path):
         with Journal(path, RUN) as journal:
             resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 40, limits[1]))
             with pytest.raises(InputError, match="journal cannot be written: File too large"):
-                journal.append({1: ANSWERS[1]})
+                journal.append_results({1: ANSWERS[1]})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.stat().st_size == whole + 40

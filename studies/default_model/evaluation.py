@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
+from flexattn_cuda.analysis.intervals import wilson
 from studies.default_model.fonts import FONTS, HELD_OUT_FONTS, find_fonts
 from studies.default_model.phrases import held_out_phrases
 from studies.default_model.questions import NONE, sign_question
 from studies.default_model.signs import Look, SignPainter, as_jpeg, photographed, signs_in_square
 from studies.small.painter import Drawing
 from studies.small.stage import console
-from studies.small.statistics import wilson
 
 TEST_WORDS = (Path(__file__).parent / "test_words.txt").read_text().split()
 WITHOUT_HR = ("none", "HR off")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flexattn_cuda.analysis.intervals import wilson
+
 Marks = Mapping[int, Mapping[int, bool]]
 """By seed and number of the question, whether the answer is right."""
 
@@ -105,14 +107,6 @@ class Verdict:
         if self.found is None:
             return None
         return self.found.above if self.expected == "above" else self.found.level
-
-
-def wilson(right: int, questions: int) -> tuple[float, float]:
-    """Return the lower and upper end of Wilson's 95 % interval of a share (E. B. Wilson, 1927)."""
-    share, extra = right / questions, 1.959964**2 / questions
-    middle = (share + extra / 2) / (1 + extra)
-    half = math.sqrt(share * (1 - share) * extra + extra * extra / 4) / (1 + extra)
-    return middle - half, middle + half
 
 
 def accuracy(marks: Marks) -> Accuracy | None:

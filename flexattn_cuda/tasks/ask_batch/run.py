@@ -12,19 +12,19 @@ import torch
 
 from flexattn_cuda import devices
 from flexattn_cuda.checkpoints import adapters
+from flexattn_cuda.checkpoints.files import content_hash
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.runs.files import check_writable, fsync_file, fsync_folder, os_errors_as_input_errors
 from flexattn_cuda.runs.fingerprint import Fingerprint
+from flexattn_cuda.runs.journal import discard_journal, journal_path, journal_paths
 from flexattn_cuda.runs.processes import Processes
 from flexattn_cuda.runs.progress import Progress
 from flexattn_cuda.runs.records import encode_json
 from flexattn_cuda.tasks import load as loading
 from flexattn_cuda.tasks.ask_batch.answers import BatchModel
-from flexattn_cuda.tasks.ask_batch.journal import Journal, discard_journal, journal_path, journal_paths, read_journal
+from flexattn_cuda.tasks.ask_batch.journal import KIND, Journal, read_journal
 from flexattn_cuda.tasks.ask_batch.lines import Lines, Result, Results, Totals, read_lines
 from flexattn_cuda.tasks.options import MAX_NEW_TOKENS, BatchOptions
-
-_CHECKPOINT_FILES = (".json", ".jinja", ".model", ".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def answer_questions(options: BatchOptions, progress: bool = False) -> Totals:
         answered: Results = {}
         if share:
             with Journal(journal_path(options.output, processes.rank), state.fingerprint) as journal, shown:
-                answered = batch_model.answer_share(state.lines, share, journal.append, shown)
+                answered = batch_model.answer_share(state.lines, share, journal.append_results, shown)
         results = state.results | plan.too_long
         for part in processes.gather_to_rank0(answered):
             results |= part
@@ -149,12 +149,12 @@ def _start_or_resume(options: BatchOptions) -> RunState:
             "path": os.path.relpath(options.input, options.output.parent),
             "hash": hashlib.blake2b(content).hexdigest(),
         },
-        model=_checkpoint_hash(loading.checkpoint_folder(options.model)),
-        adapter=None if options.adapter is None else _checkpoint_hash(adapters.find(options.adapter)),
+        model=content_hash(loading.checkpoint_folder(options.model)),
+        adapter=None if options.adapter is None else content_hash(adapters.find(options.adapter)),
     )
     if options.restart:
         for path in journal_paths(options.output):
-            discard_journal(path)
+            discard_journal(path, KIND)
         options.output.unlink(missing_ok=True)
         return RunState(fingerprint, lines, {})
     journals = [read_journal(path, fingerprint) for path in journal_paths(options.output)]
@@ -190,18 +190,6 @@ def _check_output(options: BatchOptions) -> None:
         raise InputError(
             f"{output} already exists, so there is nothing to do; pass --restart to answer everything again"
         )
-
-
-def _checkpoint_hash(folder: Path) -> str:
-    """Hash everything that determines a model's answers, wherever its folder is."""
-    total = hashlib.blake2b()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in _CHECKPOINT_FILES and path.is_file()):
-        one = hashlib.blake2b()
-        with open(path, "rb") as file:
-            while part := file.read(1 << 20):
-                one.update(part)
-        total.update(path.name.encode("utf-8", "surrogateescape") + one.digest())
-    return total.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------- finish

@@ -97,10 +97,10 @@ class Collator:
         ones = [torch.ones_like(record["input_ids"]) for record in records]
         batch["attention_mask"] = pad_sequence(ones, batch_first=True)
         others = dict.fromkeys(name for record in records for name in record if name not in batch)
-        return batch | {name: _joined([record[name] for record in records if name in record]) for name in others}
+        return batch | {name: joined([record[name] for record in records if name in record]) for name in others}
 
 
-def _joined(values: Sequence[Any]) -> Any:
+def joined(values: Sequence[Any]) -> Any:
     """Concatenate tensors, or lists of tensors."""
     if isinstance(values[0], torch.Tensor):
         return torch.cat(list(values))
