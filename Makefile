@@ -4,6 +4,8 @@
 # make test-fast      run the tests that take less than about a second each: under two minutes on two cores
 # make attack         attack the package for up to half an hour: damaged files, kills at every write, full disks; a table says
 #                     what became of each case. Run it again to resume; ATTACK="--seed N --minutes N KIND ..." chooses
+# make attack-sanitizers
+#                     attack the CPU operators under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint           run ruff, clang-format and mypy; check boundaries between rooms and sizes of functions and kernels
 # make format         format Python and C++, and apply ruff's safe fixes
 # make docs           build the documentation into build/docs; a warning is an error
@@ -39,7 +41,8 @@ PYTEST := HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfi
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 NO_BROWSER := $(if $(BROWSER),,and not browser)
 
-.PHONY: demo test test-fast test-eval attack lint format docs cuda-compile sm70 sm80 gpu simt simt-races simt-sanitizers clean
+.PHONY: demo test test-fast test-eval attack attack-sanitizers lint format docs cuda-compile sm70 sm80 gpu
+.PHONY: simt simt-races simt-sanitizers clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/flexattn demo
@@ -55,9 +58,18 @@ test-fast: $(VENV)/test-packages
 	$(PYTEST) -m "not slow" python_tests
 
 ATTACK ?=
+ATTACKS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=.:python_tests/support \
+  $(VENV)/bin/python -W ignore -m python_tests.attack
+SANITIZERS = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
+ASAN_OPTIONS := detect_leaks=0:detect_stack_use_after_return=0
 attack: $(VENV)/test-packages
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=.:python_tests/support \
-	  $(VENV)/bin/python -W ignore -m python_tests.attack $(ATTACK)
+	$(ATTACKS) $(ATTACK)
+# What a sanitizer says is in build/attack-sanitizers.PID.
+attack-sanitizers: $(VENV)/test-packages
+	$(VENV)/bin/python python_tests/support/simt_build.py cpu-sanitizers
+	FLEXATTN_BACKEND=cpu-sanitizers LD_PRELOAD="$(SANITIZERS)" \
+	  ASAN_OPTIONS=$(ASAN_OPTIONS):allocator_may_return_null=1:log_path=build/attack-sanitizers \
+	  $(ATTACKS) --cases 77 --out build/attack-sanitizers.jsonl "operators, valid" "operators, damaged"
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -120,8 +132,8 @@ simt-races: $(VENV)/test-packages
 	FLEXATTN_BACKEND=races $(VENV)/bin/python -m pytest $(SIMT_TESTS)
 simt-sanitizers: $(VENV)/test-packages
 	$(VENV)/bin/python python_tests/support/simt_build.py sanitizers
-	FLEXATTN_BACKEND=sanitizers LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 $(VENV)/bin/python -m pytest $(SIMT_TESTS)
+	FLEXATTN_BACKEND=sanitizers LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=$(ASAN_OPTIONS) \
+	  $(VENV)/bin/python -m pytest $(SIMT_TESTS)
 
 SM70_FLAGS ?=
 REPORT_PYTHON = $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from backend import BACKEND, load_executor
+from backend import BACKEND, load_backend
 
 try:
     from hypothesis import HealthCheck, settings
@@ -19,8 +19,7 @@ else:
     )
     settings.load_profile("flexattn")
 
-if BACKEND != "cpu":
-    load_executor()
+load_backend()
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,8 @@ KINDS = {
         Kind("exceptions", Interrupts, cases=600, short=20),
         Kind("threads", Threads, cases=20, short=1),
         Kind("long runs", Growth, cases=4, seconds=300.0, short=0),
-        Kind("killed ask-batch", KilledAnswers, cases=180, short=8),
-        Kind("killed train", KilledTraining, cases=48, seconds=300.0, short=0),
+        Kind("killed ask-batch", KilledAnswers, cases=336, seconds=300.0, short=8),
+        Kind("killed train", KilledTraining, cases=64, seconds=300.0, short=0),
         Kind("damaged models", Checkpoints, cases=1000, seconds=90.0, short=6),
     )
 }

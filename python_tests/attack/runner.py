@@ -168,7 +168,7 @@ class _Worker:
             return
         *lines, self._buffer = (self._buffer + part).split(b"\n")
         for message in map(json.loads, lines):
-            self._deadline = time.monotonic() + self._kind.seconds
+            self._allow(self._kind.seconds)
             if message["case"] == "start" and message["said"]:
                 raise RuntimeError(f"{self._kind.name} cannot start: {message['said']}")
             if message["case"] != "start":
@@ -178,14 +178,17 @@ class _Worker:
             self.stop()
 
     def silent(self) -> Iterator[Finding]:
-        """Yield that a case hangs, if it has taken too long."""
-        if time.monotonic() > self._deadline:
+        """Yield that a case hangs, if it has taken too long; time in which it waited for a processor is not its own."""
+        if time.monotonic() - self._process.seconds_without_processor() > self._deadline:
             self._process.stop()
             yield self._ended(Verdict.HANG, f"no end after {self._kind.seconds:.0f} s")
 
     def stop(self) -> None:
         self._process.stop()
         os.close(self._reading)
+
+    def _allow(self, seconds: float) -> None:
+        self._deadline = time.monotonic() - self._process.seconds_without_processor() + seconds
 
     def _ended(self, verdict: Verdict, said: str) -> Finding:
         """End the case that the process was at, and judge the others in another one."""
@@ -197,8 +200,9 @@ class _Worker:
 
     def _start(self) -> None:
         self._reading, writing = os.pipe()
-        self._buffer, self._deadline = b"", time.monotonic() + SECONDS_TO_START
+        self._buffer = b""
         self._process = _Fork(lambda: self._judge_all(writing))
+        self._allow(SECONDS_TO_START)
         os.close(writing)
 
     def _judge_all(self, writing: int) -> None:
@@ -230,6 +234,12 @@ class _Fork:
                 body()
             finally:
                 os._exit(0)
+
+    def seconds_without_processor(self) -> float:
+        """Return for how long the process could have run, but others did, as Linux counts it; 0 elsewhere."""
+        with suppress(OSError, IndexError, ValueError):
+            return int(Path(f"/proc/{self._pid}/schedstat").read_text().split()[1]) / 1e9
+        return 0.0
 
     def stop(self) -> int:
         """End the group, and return the status of the process."""

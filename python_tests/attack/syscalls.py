@@ -30,13 +30,13 @@ class Strike(enum.IntEnum):
 
 def preload() -> None:
     """Start this program again with the library, unless it has it already."""
-    if os.environ.get("LD_PRELOAD", "").startswith(str(LIBRARY)):
+    others = os.environ.get("LD_PRELOAD", "").split()
+    if str(LIBRARY) in others:
         return
     if not LIBRARY.exists() or LIBRARY.stat().st_mtime < SOURCE.stat().st_mtime:
         LIBRARY.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", LIBRARY, SOURCE, "-ldl"], check=True)
-    others = [os.environ["LD_PRELOAD"]] if os.environ.get("LD_PRELOAD") else []
-    environment = os.environ | {"LD_PRELOAD": ":".join([str(LIBRARY), *others])}
+    environment = os.environ | {"LD_PRELOAD": " ".join([*others, str(LIBRARY)])}  # AddressSanitizer must be the first
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flexattn_cuda.errors import InputError
-from python_tests.attack.runner import Findings, Kind, run
+from python_tests.attack.runner import Findings, Kind, _Fork, run
 from python_tests.attack.verdicts import LostError, Verdict, WrongError
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +63,33 @@ def test_every_end_of_a_case_has_its_verdict_and_a_run_is_resumed(tmp_path, caps
     again = Findings(tmp_path / "verdicts", seed=3)
     run([kind], again, lambda kind: pytest.fail("run again") if again.all == {} else 9, 2, time.monotonic() + 60, False)
     assert again.all == findings.all and Findings(tmp_path / "verdicts", seed=4).all == {}
+
+
+class Slow:
+    """An attack whose only case takes longer than it may."""
+
+    def __init__(self, folder: Path):
+        pass
+
+    def run(self, number: int, rng: random.Random) -> Verdict:
+        time.sleep(2.5)
+        return Verdict.RIGHT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("waits", "verdict"), [(False, "hang"), (True, "right")])
+def test_time_in_which_others_had_the_processor_is_no_hang(tmp_path, monkeypatch, waits, verdict):
+    monkeypatch.setattr(_Fork, "seconds_without_processor", lambda _: time.monotonic() if waits else 0.0)
+    findings = Findings(tmp_path / "verdicts", seed=3)
+    run([Kind("slow", Slow, cases=1, seconds=0.5)], findings, lambda kind: 1, 1, time.monotonic() + 60, False)
+    assert findings.all["slow", 0].verdicts == {verdict: 1}
+
+
+def test_a_process_knows_for_how_long_it_waited_for_a_processor():
+    process = _Fork(lambda: time.sleep(60))
+    assert process.seconds_without_processor() >= 0.0
+    process.stop()
+    assert process.seconds_without_processor() == 0.0  # it is gone
 
 
 @pytest.mark.slow

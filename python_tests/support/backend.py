@@ -1,6 +1,7 @@
-"""The kernels that the tests run on: FLEXATTN_BACKEND is cpu (default), races or sanitizers.
+"""The kernels that the tests run on: FLEXATTN_BACKEND is cpu (default), races, sanitizers or cpu-sanitizers.
 
-With races or sanitizers, CPU tensors go to the CUDA kernels on the executor of csrc/simt (`make simt`).
+With races or sanitizers, CPU tensors go to the CUDA kernels on the executor of csrc/simt (`make simt`); cpu-sanitizers
+are the CPU kernels under sanitizers (`make attack-sanitizers`).
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from pathlib import Path
 BACKEND = os.environ.get("FLEXATTN_BACKEND", "cpu")
 
 
-def load_executor() -> None:
-    """Load the executor in place of flexattn_cuda._C; one process builds it while the others wait."""
+def load_backend() -> None:
+    """Load the chosen kernels in place of flexattn_cuda._C; one process builds them while the others wait."""
+    if BACKEND == "cpu":
+        return
     import torch
     from simt_build import ROOT, load
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import resource
+from pathlib import Path
 
 import pytest
 from question_files import image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from train_runs import furthest, weights
 from training_data import train_on
 
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.tasks.train import last_complete_checkpoint
+from flexattn_cuda.tasks.train.checkpoints import writing
 
 SETTINGS = dict(steps=4, save_every=2, batch_size=4, learning_rate=1e-2, device="cpu", keep=3)
 
@@ -72,3 +76,12 @@ def test_a_full_disk_is_reported_and_the_run_resumed(checkpoint, files, tmp_path
     assert "\n" not in str(error.value)
     assert train_on(files, output, checkpoint, **SETTINGS).losses == whole.losses
     assert furthest(weights(output), weights(tmp_path / "whole")) == 0
+
+
+def test_a_tokenizer_that_does_not_fit_on_the_disk_is_reported():
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    says = "^out cannot be written: No space left on device .*; make room there, then repeat"
+    with pytest.raises(InputError, match=says), writing(Path("out")):
+        tokenizer.save("/dev/full")
+    with pytest.raises(KeyError), writing(Path("out")):  # a mistake of the program stays one
+        raise KeyError("name")

@@ -48,13 +48,15 @@ def mark_complete(folder: Path) -> None:
 def writing(folder: Path) -> Iterator[None]:
     """Turn what is raised where weights cannot be written, such as on a full disk, into InputError.
 
-    torch's own writer of files raises RuntimeError.
+    torch's own writer of files raises RuntimeError, that of tokenizers a bare Exception.
     """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
+            raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(
             f"{folder} cannot be written: {reason}; make room there, then repeat the command to resume"
