@@ -107,7 +107,8 @@ __device__ void share_weighings(const AttentionBackwardParams& p, FmaRowShared<T
 template <typename T>
 __device__ void share_seen_keys(const AttentionInputs& in, FmaRowShared<T>& shared, const KeyTile& tile) {
   if (warp_in_block() != 0) return;
-  const uint64_t seen = shared.work.sees_all<true>(tile) ? ~uint64_t{0} : seen_keys<uint64_t>(in, shared.work, tile);
+  const BlockWork& work = shared.work;
+  const uint64_t seen = work.sees_all<true>(tile) ? ~uint64_t{0} : seen_keys<uint64_t>(in, work, tile);
   if (lane() == 0) shared.seen = seen;
 }
 
