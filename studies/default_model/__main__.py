@@ -69,7 +69,8 @@ RATE = 8e-3
 BATCH = 40  # questions, in stage 5
 SYSTEMS = "attention,none,random,center"
 _HELD_OUT_SCENES = 200  # of each size at most, in stages 3 and 4
-_LARGE = (0.8, 1.2)  # scale of large signs at the low resolution, relative to that of small ones in a tile
+_SCALES = {"small": (0.6, 1.4), "large": tuple(SIDE / SIZES.lowres * scale for scale in (0.8, 1.2))}
+"""Ranges of the signs' scale: large ones at the low resolution are as large as small ones in a tile."""
 _SIDES = (288, 384, 384, 600)  # pixels of the longer side of an image
 
 
@@ -194,9 +195,7 @@ class DefaultModel:
     def _scenes(self, size: str, held_out: bool, count: int) -> Iterator[Scene]:
         """Yield photographs with signs of a size."""
         rng = random.Random(f"scenes {self.options.seed} {size} {held_out}")
-        look = self._look(held_out)
-        if size == "large":
-            look = replace(look, scale=tuple(SIDE / SIZES.lowres * scale for scale in _LARGE))
+        look = replace(self._look(held_out), scale=_SCALES[size])
         painter = SignPainter(self._photographs[held_out], look, rng)
         while count:
             drawing = painter.image(rng.choice(_SIDES))

@@ -98,7 +98,6 @@ def conditions(fonts: Sequence[Path]) -> list[Condition]:
         Condition("no such sign", _few, digits, "absent"),
         Condition("shape", _few, replace(digits, kinds=(("shape", 1),))),
         Condition("where", _few, replace(digits, kinds=Look.kinds), "where"),
-        Condition("left, right, above, below", _few, replace(digits, kinds=Look.kinds), "beside"),
         Condition("is there a", _few, replace(digits, kinds=Look.kinds), "presence"),
         Condition("how many", _any_number, replace(digits, kinds=Look.kinds), "count"),
     ]

@@ -152,22 +152,6 @@ _WHERE = (
     "in which part is {s}",
     "locate {s}",
 )
-_BESIDE = {
-    "left": (
-        "is {s} left or right of {t}",
-        "is {s} to the left or to the right of {t}",
-        "is {s} on the left or on the right of {t}",
-        "is {s} right or left of {t}",
-        "{s} left or right of {t}",
-    ),
-    "above": (
-        "is {s} above or below {t}",
-        "is {s} below or above {t}",
-        "is {s} over or under {t}",
-        "{s} above or below {t}",
-        "is {s} higher or lower than {t}",
-    ),
-}
 _COLOURLESS = (
     "what does the sign say",
     "what does it say",
@@ -194,7 +178,7 @@ _DESCRIBE = (
 )
 _BEFORE = ("please", "can you tell me", "could you tell me", "tell me", "i want to know", "hello", "look", "so", "and")
 _AFTER = ("please", "in this picture", "in the picture", "in the image", "in this photo", "here", "thank you", "now")
-_SHORT_KEYWORDS = ("the", "sign", "word", "text", "what", "read", "left")
+_SHORT_KEYWORDS = ("the", "sign", "word", "text", "what", "read")
 _OTHER_WORDS = (Path(__file__).parent / "other_words.txt").read_text().split()
 
 
@@ -218,11 +202,6 @@ def where_phrase(color: str, rng: random.Random) -> str:
     return _framed(_named(rng.choice(_WHERE), color, rng), rng)
 
 
-def beside_phrase(side: str, color: str, other: str, rng: random.Random) -> str:
-    """Return a question about where a sign is relative to another one: "left" or right of it, "above" or below it."""
-    return _framed(_named(rng.choice(_BESIDE[side]), color, rng, other), rng)
-
-
 def colourless_phrase(rng: random.Random) -> str:
     """Return a question about a sign that it does not name."""
     return _framed(rng.choice(_COLOURLESS), rng)
@@ -237,8 +216,6 @@ def templates() -> Iterator[str]:
     """Yield every phrase, with "{c}" for a colour, before other words are put between its own."""
     for phrase, sign in itertools.product(itertools.chain(*_READ.values(), _WHERE), _SIGNS):
         yield phrase.replace("{s}", sign)
-    for phrase, sign, other in itertools.product(itertools.chain(*_BESIDE.values()), _SIGNS, _SIGNS):
-        yield phrase.replace("{s}", sign).replace("{t}", other)
     yield from itertools.chain(_PRESENCE, _COUNT, _COLOURLESS, _DESCRIBE)
 
 
@@ -269,9 +246,8 @@ def held_out_phrases() -> list[str]:
     return json.loads(HELD_OUT.read_text())
 
 
-def _named(phrase: str, color: str, rng: random.Random, other: str = "") -> str:
-    named = phrase.replace("{s}", rng.choice(_SIGNS).replace("{c}", color))
-    return named.replace("{t}", rng.choice(_SIGNS).replace("{c}", other))
+def _named(phrase: str, color: str, rng: random.Random) -> str:
+    return phrase.replace("{s}", rng.choice(_SIGNS).replace("{c}", color))
 
 
 def _framed(phrase: str, rng: random.Random) -> str:

@@ -4,7 +4,6 @@ read        what a sign shows                       42, STOP, star
 absent      the same of a colour that no sign has   there is none
 presence    is there a sign of a colour             yes, no
 count       how many signs there are                3
-beside      one sign relative to another            left, right, above, below
 where       a sign's part of the image              at the top left, …, in the middle
 colourless  a question that names no sign           what the only sign shows, or: which one of them?
 describe    what the picture shows                  3 signs
@@ -23,12 +22,11 @@ from studies.small.painter import SIDE
 from studies.small.questions import Question
 
 TASKS = {
-    "read": 0.52,
+    "read": 0.61,
     "absent": 0.1,
-    "presence": 0.08,
+    "presence": 0.07,
     "count": 0.07,
-    "beside": 0.09,
-    "where": 0.06,
+    "where": 0.07,
     "colourless": 0.05,
     "describe": 0.03,
 }
@@ -38,9 +36,9 @@ SIGNS = ("1 sign", *(f"{count} signs" for count in range(2, MOST_SIGNS + 1)))
 PARTS = ("at the top left", "at the top right", "at the bottom left", "at the bottom right", "in the middle")
 ANSWERS = (*LETTERS, NONE, WHICH, *SIGNS, *PARTS)
 """Tokens of answers that are no words of questions."""
-WORDS = (*SHAPES, "yes", "no", "left", "right", "above", "below")
+WORDS = (*SHAPES, "yes", "no")
 """Answers that are words of questions too."""
-_MIDDLE, _CLEAR = 0.1, 0.06  # of the image's side: the middle's half width, and what two signs must be apart
+_MIDDLE, _CLEAR = 0.1, 0.06  # of the image's side: the middle's half width, and how far a corner's signs are from it
 
 Answer = tuple[tuple[str, ...], tuple[tuple[Box, ...], ...]]
 """The tokens of an answer, and for each the boxes to look at."""
@@ -87,28 +85,10 @@ def _count(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer]:
     return phrases.count_phrase(rng), ((str(len(signs)),), (tuple(sign.box for sign in signs),))
 
 
-def _beside(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer] | None:
-    if len(signs) < 2:
-        return None
-    one, other = rng.sample(list(signs), 2)
-    (x, y), (u, v) = one.box.middle, other.box.middle
-    side, apart = rng.choice((("left", x - u), ("above", y - v)))
-    if abs(apart) < _CLEAR * SIDE:
-        return None
-    answer = {"left": ("left", "right"), "above": ("above", "below")}[side][apart > 0]
-    return phrases.beside_phrase(side, one.color, other.color, rng), ((answer,), ((one.box, other.box),))
-
-
 def _where(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer] | None:
     sign = rng.choice(signs)
-    x, y = (part / SIDE - 0.5 for part in sign.box.middle)
-    if max(abs(x), abs(y)) < _MIDDLE:
-        part = PARTS[-1]
-    elif min(abs(x), abs(y)) < _CLEAR:
-        return None  # between two parts
-    else:
-        part = PARTS[(x > 0) + 2 * (y > 0)]
-    return phrases.where_phrase(sign.color, rng), ((part,), ((sign.box,),))
+    part = part_of(*(position / SIDE for position in sign.box.middle))
+    return None if part is None else (phrases.where_phrase(sign.color, rng), ((part,), ((sign.box,),)))
 
 
 def _colourless(signs: Sequence[Sign], rng: random.Random) -> tuple[str, Answer]:
@@ -126,11 +106,20 @@ _MAKERS: dict[str, Callable[[Sequence[Sign], random.Random], tuple[str, Answer] 
     "absent": _absent,
     "presence": _presence,
     "count": _count,
-    "beside": _beside,
     "where": _where,
     "colourless": _colourless,
     "describe": _describe,
 }
+
+
+def part_of(x: float, y: float) -> str | None:
+    """Return which of PARTS a point is in, from 0 to 1 to the right and down, or None between two of them."""
+    x, y = x - 0.5, y - 0.5
+    if max(abs(x), abs(y)) < _MIDDLE:
+        return PARTS[-1]
+    if min(abs(x), abs(y)) < _CLEAR:
+        return None
+    return PARTS[(x > 0) + 2 * (y > 0)]
 
 
 def _content(sign: Sign) -> Answer:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from studies.default_model.encoder import CLASSES, HALVES, SIZES, token_labels
+from studies.default_model.questions import PARTS, part_of
 from studies.small.encoded_scenes import EncodedScenes
 from studies.small.painter import SIDE
 from studies.small.small_model import draw_weights
@@ -44,7 +45,7 @@ def start_language(model, processor, large: EncodedScenes) -> None:
 
 
 def _start_words(model, tokenizer, large: EncodedScenes) -> None:
-    """Start colours as what tokens of their signs have in common, and the head's glyphs as what tokens of these have.
+    """Start colours as what tokens of their signs have in common, and the head's answers as what tokens of these have.
 
     Answers share a part with colours: the row of an answer attends to the colour in its question.
     """
@@ -53,8 +54,9 @@ def _start_words(model, tokenizer, large: EncodedScenes) -> None:
     for color, mean in token_means(large, "colour").items():
         embeddings[tokenizer.convert_tokens_to_ids(color)] = nn.functional.normalize(mean, dim=0) * _WORD + shared
     embeddings[tokenizer.convert_tokens_to_ids("<answer>")] += shared
-    for glyph, mean in token_means(large, "glyph").items():
-        token = tokenizer.convert_tokens_to_ids(glyph)
+    answers = {**token_means(large, "glyph"), **part_means(large)}
+    for answer, mean in answers.items():
+        token = tokenizer.convert_tokens_to_ids(answer)
         head[token] = nn.functional.normalize(mean, dim=0)
         embeddings[token] += shared
 
@@ -66,16 +68,38 @@ def token_means(scenes: EncodedScenes, kind: str) -> dict[str, torch.Tensor]:
         scenes: Images with signs that can be read at low resolution.
         kind: One of CLASSES.
     """
+    tokens, halves = _tokens(scenes), _labels(scenes, kind)
+    return {
+        name: sum(_mean_of(tokens, half == number) for half in halves if (half == number).any())
+        for number, name in enumerate(CLASSES[kind])
+        if any((half == number).any() for half in halves)
+    }
+
+
+def part_means(scenes: EncodedScenes) -> dict[str, torch.Tensor]:
+    """Return for each of PARTS what tokens of signs there differ in from all tokens of signs, [D]."""
+    steps = [(step + 0.5) / SIZES.lr_side for step in range(SIZES.lr_side)]
+    parts = [part_of(x, y) for y in steps for x in steps] * len(scenes.scenes[:_SCENES])
+    shown = _labels(scenes, "colour")[0]
+    on_sign = (shown >= 0) & (shown < len(CLASSES["colour"]))
+    tokens = _tokens(scenes)[on_sign]
+    inside = {name: torch.tensor([part == name for part in parts])[on_sign] for name in PARTS}
+    return {name: _mean_of(tokens, there) for name, there in inside.items() if there.any()}
+
+
+def _tokens(scenes: EncodedScenes) -> torch.Tensor:
+    return scenes.low[:_SCENES].float().flatten(0, 1)
+
+
+def _mean_of(tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    return tokens[chosen].mean(0) - tokens.mean(0)
+
+
+def _labels(scenes: EncodedScenes, kind: str) -> list[torch.Tensor]:
+    """Return the number in CLASSES of what all tokens show, for each half of a token."""
     first, ratio = HALVES * list(CLASSES).index(kind), SIZES.lowres / SIDE
     labels = [
         token_labels([sign.moved(0, 0, ratio) for sign in scene.signs], True)[first : first + HALVES]
         for scene in scenes.scenes[:_SCENES]
     ]
-    tokens = scenes.low[:_SCENES].float().flatten(0, 1)
-    mean = tokens.mean(0)
-    halves = [torch.cat(half) for half in zip(*labels)]
-    return {
-        name: sum(tokens[half == number].mean(0) - mean for half in halves if (half == number).any())
-        for number, name in enumerate(CLASSES[kind])
-        if any((half == number).any() for half in halves)
-    }
+    return [torch.cat(half) for half in zip(*labels)]
