@@ -154,16 +154,6 @@ def test_signs_are_counted():
     assert {question.answer for question in asked("describe", [RED])} == {("1 sign",)}
 
 
-def test_one_sign_relative_to_another():
-    middle = {"red": (55, 48), "blue": (320, 68), "green": (185, 338)}
-    for question in asked("beside"):
-        one, other = (middle[word] for word in question.text.split() if word in middle)
-        (answer,) = question.answer
-        x, y = one[0] - other[0], one[1] - other[1]
-        assert {"left": x < 0, "right": x > 0, "above": y < 0, "below": y > 0}[answer]
-    assert not asked("beside", [RED]), "there is no other"
-
-
 def test_where_a_sign_is():
     expected = {"red": PARTS[0], "blue": PARTS[1]}  # the green one is between two parts
     assert {colour_of(q.text): q.answer[0] for q in asked("where")} == expected
