@@ -85,8 +85,8 @@ class TrainingOptions(Options):
     systems: Annotated[str, Option("Comma-separated systems to train.")] = SYSTEMS
     encoder_steps: Annotated[int, Option("Steps of the encoder stage.", minimum=3)] = 6500
     localise_steps: Annotated[int, Option("Steps of the localise stage.", minimum=3)] = 200
-    answer_steps: Annotated[int, Option("Steps of the answer stage.", minimum=3)] = 1500
-    steps: Annotated[int, Option("Steps of each system.", minimum=3)] = 1000
+    answer_steps: Annotated[int, Option("Steps of the answer stage.", minimum=3)] = 4000
+    steps: Annotated[int, Option("Steps of each system.", minimum=3)] = 1600
     images: Annotated[int, Option("Number of images to train on, of each size of the signs.", minimum=1)] = 4000
     held_out: Annotated[int, Option("Number of pictures in each condition of the evaluation.", minimum=1)] = 500
     seed: Annotated[int, Option("Seed of weights and batches.", minimum=0)] = 0
