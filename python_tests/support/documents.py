@@ -243,7 +243,7 @@ def _all_known(options: list[str], text: str, program: str) -> None:
 
 def _check_make(rest: list[str]) -> None:
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.M).group(1).split())
+    targets = {name for names in re.findall(r"^\.PHONY: (.*)$", makefile, re.M) for name in names.split()}
     variables = set(re.findall(r"^([A-Z_0-9]+) \?=", makefile, re.M))
     for word in rest:
         name, assigned, _ = word.partition("=")
