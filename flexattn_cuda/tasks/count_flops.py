@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexattn_cuda.analysis import flops
+from flexattn_cuda.analysis.plots import check_plot
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.runs.files import check_writable, os_errors_as_input_errors
@@ -72,7 +73,7 @@ class FlopsReport:
 def prepare_flops(options: FlopsOptions) -> PreparedFlops:
     """Make the configurations of all systems; raise InputError or CheckpointError if anything cannot be used."""
     if options.plot is not None:
-        flops.check_plot(options.plot)
+        check_plot(options.plot)
     if options.json_file not in (None, STREAM):
         check_writable(options.json_file)
     shape = options.shape or "7b"
