@@ -10,9 +10,6 @@ from flexattn_cuda.checkpoints.projections import is_projection
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
 
-GIB = 2**30
-V100 = 16 * GIB  # the smaller of the two models
-
 # Share of the HR tokens that a row selects: with pooling to 9 x 9, the share that fits the published FLOPs (M = 2250 of
 # 5184); without pooling, "about 10 %" (section 4.1 of the paper).
 POOLED_SHARE, PLAIN_SHARE = 0.43, 0.10
