@@ -9,6 +9,7 @@ import typer
 import flexattn_cuda
 from flexattn_cuda.cli.ask import ask
 from flexattn_cuda.cli.ask_batch import ask_batch
+from flexattn_cuda.cli.bench import bench
 from flexattn_cuda.cli.chat import chat
 from flexattn_cuda.cli.convert import convert
 from flexattn_cuda.cli.demo import demo
@@ -27,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-COMMANDS = (ask, chat, ask_batch, serve, tune, train, eval, demo, info, flops, convert)
+COMMANDS = (ask, chat, ask_batch, serve, tune, train, eval, demo, info, flops, bench, convert)
 for command in COMMANDS:
     app.command(epilog="\n\n".join(["Examples:", *examples_of(command)]))(as_command(command))
 

@@ -508,20 +508,33 @@ class InfoOptions(Options):
             raise InputError("--adapter needs --model, the model that the adapter is for")
 
 
+CountedModel = Annotated[str | None, Option("Checkpoint folder or hub id, instead of --shape.")]
+CountedShape = Annotated[str | None, Option("Size of LLaVA-1.5: 7b (the default) or 13b.")]
+CountedSystems = Annotated[
+    str | None, Option(f"Comma-separated systems: {', '.join(SYSTEMS)}; by default those of the paper's table 5.")
+]
+TextTokens = Annotated[int, Option("Number of prompt tokens besides the image's.", minimum=1, metavar="T")]
+Tiles = Annotated[int | None, Option("Number of tiles with a selected token; by default all.", metavar="K")]
+
+
+def check_model_or_shape(model: str | None, shape: str | None) -> None:
+    """Raise InputError if both are given."""
+    if model is not None and shape is not None:
+        raise InputError("--model and --shape exclude each other; leave one of them out")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FlopsOptions(Options):
     """Options of `flexattn flops`."""
 
-    model: Annotated[str | None, Option("Checkpoint folder or hub id, instead of --shape.")] = None
-    shape: Annotated[str | None, Option("Size of LLaVA-1.5: 7b (the default) or 13b.")] = None
-    systems: Annotated[
-        str | None, Option(f"Comma-separated systems: {', '.join(SYSTEMS)}; by default those of the paper's table 5.")
-    ] = None
-    text_tokens: Annotated[int, Option("Number of prompt tokens besides the image's.", minimum=1, metavar="T")] = 80
+    model: CountedModel = None
+    shape: CountedShape = None
+    systems: CountedSystems = None
+    text_tokens: TextTokens = 80
     selected: Annotated[
         int | None, Option("Number of HR tokens that a layer selects; by default 43 % of them.", metavar="M")
     ] = None
-    tiles: Annotated[int | None, Option("Number of tiles with a selected token; by default all.", metavar="K")] = None
+    tiles: Tiles = None
     zoom: Annotated[
         int | None,
         Option("Number of tiles per side of the HR image; by default the model's own, or 3.", minimum=1, metavar="Z"),
@@ -541,5 +554,90 @@ class FlopsOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model is not None and self.shape is not None:
-            raise InputError("--model and --shape exclude each other; leave one of them out")
+        check_model_or_shape(self.model, self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(Options):
+    """Options of `flexattn bench`."""
+
+    model: Annotated[
+        str | None,
+        Option(
+            "Checkpoint folder or hub id, or a folder with a config.json alone for random weights; by default the "
+            "small model that ships with this package."
+        ),
+    ] = None
+    shape: Annotated[str | None, Option("Size of LLaVA-1.5, with random weights: 7b or 13b.")] = None
+    systems: Annotated[str, Option(f"Comma-separated systems: {', '.join(SYSTEMS)}.")] = ",".join(SYSTEMS)
+    zooms: Annotated[
+        str | None,
+        Option(
+            "Comma-separated sides of the high-resolution image, in low-resolution ones, such as 2,3,4; by default the "
+            "model's own. llava and hd have one resolution each.",
+            metavar="Z",
+        ),
+    ] = None
+    text_tokens: TextTokens = 80
+    selected: Annotated[
+        int | None,
+        Option(
+            "Number of HR tokens that a layer selects, whatever its map says; by default the share that flexattn info "
+            "assumes. random and center select their own.",
+            minimum=0,
+            metavar="M",
+        ),
+    ] = None
+    tiles: Tiles = None
+    new_tokens: Annotated[int, Option("Number of tokens to generate after the prompt.", minimum=1)] = 16
+    batch_size: Annotated[int, Option("Number of prompts at a time, each with an image of its own.", minimum=1)] = 1
+    repetitions: Annotated[int, Option("Number of answers to measure, after one to warm up.", minimum=1)] = 5
+    threads: Annotated[int | None, Option("Number of CPU threads; by default torch's choice.", minimum=1)] = None
+    device: Device = "auto"
+    dtype: Annotated[
+        str,
+        Option(
+            "Data type of the model: auto (the checkpoint's own, of a shape float16 on a GPU and float32 on the CPU), "
+            "float32, float16, bfloat16 or float64."
+        ),
+    ] = "auto"
+    csv: Annotated[Path | None, Option("Write a CSV file, with a row per system and resolution.", metavar="FILE")] = (
+        None
+    )
+    plot: Annotated[
+        Path | None, Option("Plot latencies and memory against the resolution (needs matplotlib).", metavar="FILE")
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_model_or_shape(self.model, self.shape)
+        if self.zooms is not None and not all(one.strip().isdecimal() for one in self.zooms.split(",")):
+            raise InputError(f"zooms is {self.zooms!r}; it must be whole numbers, separated by commas, such as 2,3,4")
+
+    @property
+    def system_names(self) -> list[str]:
+        """The systems."""
+        return list(dict.fromkeys(name.strip() for name in self.systems.split(",")))
+
+    @property
+    def zoom_numbers(self) -> list[int] | None:
+        """The zooms in order; None for the model's own."""
+        return None if self.zooms is None else sorted({int(one) for one in self.zooms.split(",")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(Options):
+    """Options of `flexattn predict`."""
+
+    model: CountedModel = None
+    shape: CountedShape = None
+    systems: CountedSystems = None
+    records: Annotated[
+        int | None, Option("Number of records to train on; by default those of LLaVA-1.5's second stage.", minimum=1)
+    ] = None
+    train_batch_size: Annotated[int, Option("Number of records per batch and GPU in training.", minimum=1)] = 4
+    eval_batch_size: Annotated[int, Option("Number of questions per batch in evaluation.", minimum=1)] = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_model_or_shape(self.model, self.shape)

@@ -147,6 +147,7 @@ COMMANDS = {
     "demo": task_options.DemoOptions,
     "info": task_options.InfoOptions,
     "flops": task_options.FlopsOptions,
+    "bench": task_options.BenchOptions,
 }
 
 
