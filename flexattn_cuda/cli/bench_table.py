@@ -21,7 +21,7 @@ def bench_title(prepared: PreparedBench) -> str:
     weights = "random weights" if prepared.random else "its weights"
     return (
         f"[bold]{escape(prepared.model)}[/bold] with {weights} in {dtype}, batches of {options.batch_size} prompts,"
-        f" each of an image and {options.text_tokens} text tokens, and {options.new_tokens} tokens after it: medians of "
+        f" each of an image and {options.text_tokens} text tokens; {options.new_tokens} more tokens: medians of "
         f"{options.repetitions} answers; {escape(str(prepared.machine))}"
     )
 
