@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import dataclass
 
 import torch
@@ -104,12 +106,19 @@ def expected_share(config: FlexAttnLlavaConfig) -> float:
 
 def _weights(config: FlexAttnLlavaConfig, dtype: torch.dtype) -> dict[str, int]:
     """Return the bytes of the model's parameters by part, for the parts that it has."""
+    counts = _parameters(json.dumps(config.to_dict(), sort_keys=True))
+    return {part: count * dtype.itemsize for part, count in counts.items()}
+
+
+@functools.lru_cache(maxsize=32)
+def _parameters(config: str) -> dict[str, int]:
+    """Return the number of parameters by part, of a configuration in JSON."""
     with torch.device("meta"):
-        model = FlexAttnLlavaForConditionalGeneration(config)
-    weights = dict.fromkeys(("vision tower", "projector", "language model", "HR projections"), 0)
+        model = FlexAttnLlavaForConditionalGeneration(FlexAttnLlavaConfig.from_dict(json.loads(config)))
+    counts = dict.fromkeys(("vision tower", "projector", "language model", "HR projections"), 0)
     for name, parameter in model.named_parameters():
-        weights[_part(name)] += parameter.numel() * dtype.itemsize
-    return {name: size for name, size in weights.items() if size}
+        counts[_part(name)] += parameter.numel()
+    return {part: count for part, count in counts.items() if count}
 
 
 def _part(parameter: str) -> str:

@@ -17,6 +17,7 @@ from flexattn_cuda.cli.eval import eval  # noqa: A004 - the name of the command
 from flexattn_cuda.cli.flops import flops
 from flexattn_cuda.cli.info import info
 from flexattn_cuda.cli.options import as_command, examples_of
+from flexattn_cuda.cli.predict import predict
 from flexattn_cuda.cli.runner import run_app
 from flexattn_cuda.cli.serve import serve
 from flexattn_cuda.cli.train import train
@@ -28,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-COMMANDS = (ask, chat, ask_batch, serve, tune, train, eval, demo, info, flops, bench, convert)
+COMMANDS = (ask, chat, ask_batch, serve, tune, train, eval, demo, info, flops, predict, bench, convert)
 for command in COMMANDS:
     app.command(epilog="\n\n".join(["Examples:", *examples_of(command)]))(as_command(command))
 
