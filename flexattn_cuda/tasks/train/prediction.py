@@ -17,8 +17,8 @@ def print_prediction(options: TrainOptions, config: FlexAttnLlavaConfig, records
     recipe = RECIPES[options.recipe]
     steps, batches = math.ceil(records / recipe.records_per_step), options.accumulated_batches(processes)
     print(
-        f"recipe {options.recipe} ({recipe.source}): epochs {recipe.epochs:g}, records {records}, steps {steps}; a step "
-        f"of {recipe.records_per_step} records is processes {processes} x batches {batches} x records "
+        f"recipe {options.recipe} ({recipe.source}): epochs {recipe.epochs:g}, records {records}, steps {steps}; a "
+        f"step of {recipe.records_per_step} records is processes {processes} x batches {batches} x records "
         f"{options.batch_size}",
         file=sys.stderr,
     )
