@@ -9,6 +9,7 @@ by a given number of tokens (`analysis.forced`), the same at every step, so that
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -131,6 +132,7 @@ def prepare_bench(options: BenchOptions) -> PreparedBench:
     if options.csv is not None:
         check_writable(options.csv)
     device, dtype = choose_device(options.device), choose_dtype(options.dtype)
+    _make_current(device)
     base, weights, name = _model(options)
     if dtype is None:
         half = options.shape is not None and device.type == "cuda"
@@ -144,6 +146,12 @@ def prepare_bench(options: BenchOptions) -> PreparedBench:
             cases.append(Case(system, config, weights, str(device), dtype, options, *selection))
             _check_length(config, options)
     return PreparedBench(options, name, weights is None, machine(device.type), cases)
+
+
+def _make_current(device: torch.device) -> None:
+    """Make a GPU the one that torch's facts and the meter are about."""
+    if device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def _model(options: BenchOptions) -> tuple[FlexAttnLlavaConfig, Path | None, str]:
@@ -230,6 +238,7 @@ def measure(case: Case) -> Row:
         InputError: If the model's logits are NaN or infinite.
     """
     options = case.options
+    _make_current(torch.device(case.device))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
@@ -336,7 +345,7 @@ class _Answering:
         if images is None or self._case.config.system != "flexattn":
             return None, None
         batch, layers = self._case.options.batch_size, len(self._case.config.hr_layers)
-        return round(images.counters.projected / (batch * layers)), round(images.counters.encoded / batch)
+        return round(images.counters.projected / (batch * layers)), math.ceil(images.counters.encoded / batch)
 
 
 # ------------------------------------------------------------------------------------------------------------- results
