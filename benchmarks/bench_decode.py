@@ -23,7 +23,6 @@ import measuring
 import tables
 import torch
 from model_cost.backbone import SHAPES, SIDE, TEXT, Backbone
-from model_cost.forced import forced
 from model_cost.systems import System
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -31,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, DynamicCache, StaticCache
 
 from flexattn_cuda import ops
+from flexattn_cuda.analysis.forced import forced
 from flexattn_cuda.mechanism import attention
 from flexattn_cuda.mechanism.cache import HRCache
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT

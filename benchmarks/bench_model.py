@@ -20,9 +20,11 @@ import tables
 import torch
 from measuring import machine
 from model_cost.backbone import SHAPES, SIDE, TEXT, Backbone
-from model_cost.measure import Meter, count_encoded_tiles, measure
+from model_cost.measure import count_encoded_tiles, measure
 from model_cost.results import Where, Zoom, make_rows, plot, print_ratios, print_rows, ratios
 from model_cost.systems import BY_ZOOM, SYSTEMS
+
+from flexattn_cuda.analysis.measuring import Meter
 
 ZOOM = 3
 

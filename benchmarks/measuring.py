@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # `make gpu` comes before anything is installed
 
-@dataclass(frozen=True)
-class Machine:
-    """Where a row was measured. The fields are columns of every table."""
+from flexattn_cuda.analysis.measuring import Machine, driver_version, machine
 
-    device: str
-    driver: str
-    torch: str
-    cuda: str
-
-    def columns(self) -> dict[str, str]:
-        return dataclasses.asdict(self)
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in self.columns().items())
-
-
-def machine(device: str) -> Machine:
-    """Return the machine's facts for tensors on `device`, "cpu" or "cuda"."""
-    import torch
-
-    if device == "cpu":
-        return Machine(torch.backends.cpu.get_cpu_capability(), "", torch.__version__, "")
-    return Machine(torch.cuda.get_device_name(), driver_version(), torch.__version__, str(torch.version.cuda))
-
-
-def driver_version() -> str:
-    """Return the version of the NVIDIA driver, or "unknown"."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+__all__ = ["Machine", "Timing", "driver_version", "machine", "medians", "wall_clock"]
 
 
 class Timing(NamedTuple):

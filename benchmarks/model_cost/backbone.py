@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig
 
-from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaConfig, FlexAttnLlavaForConditionalGeneration
+from flexattn_cuda import FlexAttnConfig, FlexAttnLlavaConfig
+from flexattn_cuda.tasks.bench import random_model
 
 SIDE, PATCH = 24, 14  # the LR grid, and pixels of a cell
 TEXT, HD_TOKENS = 64, 1024  # text tokens of the prompt; LLaVA-HD's extra image tokens
@@ -71,12 +72,7 @@ class Backbone:
     def __init__(self, shape: Shape, zoom: int, dtype: torch.dtype, device: str):
         self.device = device
         self.config = model_config(shape, zoom)
-        torch.manual_seed(0)
-        with torch.device(device):
-            default = torch.get_default_dtype()
-            torch.set_default_dtype(dtype)
-            self.model = FlexAttnLlavaForConditionalGeneration(self.config).eval()
-            torch.set_default_dtype(default)
+        self.model = random_model(self.config, torch.device(device), dtype)
         self.twin = self._make_twin()
         self._make_inputs(dtype)
 

@@ -3,65 +3,18 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from transformers import DynamicCache
 
 from flexattn_cuda import FlexAttnLlavaForConditionalGeneration
+from flexattn_cuda.analysis.forced import ForcedSelection, forced, selected
+from flexattn_cuda.analysis.measuring import Meter, Reading
 from flexattn_cuda.mechanism.cache import HRCache
 from model_cost.backbone import SHAPES, SIDE, Backbone, model_config
-from model_cost.forced import ForcedSelection, forced, selected
 from model_cost.systems import System
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One call: seconds, the peak of memory above what was in use, and the logits."""
-
-    seconds: float
-    peak_bytes: int
-    logits: torch.Tensor
-
-
-class Meter:
-    """Measures calls on the CPU or the GPU."""
-
-    def __init__(self, device: str):
-        self.cuda = device != "cpu"
-
-    def __call__(self, function: Callable[[], torch.Tensor]) -> Cost:
-        before = self._start_peak()
-        self._synchronize()
-        begin = time.perf_counter()
-        logits = function()
-        self._synchronize()
-        seconds = time.perf_counter() - begin
-        return Cost(seconds, self._peak() - before, logits)
-
-    def _synchronize(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def _start_peak(self) -> int:
-        """Start a new peak; return the bytes in use."""
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.memory_allocated()
-        Path("/proc/self/clear_refs").write_text("5")
-        return resident("VmRSS")
-
-    def _peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.cuda else resident("VmHWM")
-
-
-def resident(name: str) -> int:
-    """Return bytes of this process, as /proc has them."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 @dataclass
@@ -93,7 +46,7 @@ class Generation:
         self.selection = measured.system.selection(backbone, tokens)
         self.token: torch.Tensor | None = None
 
-    def step(self) -> Cost:
+    def step(self) -> Reading:
         """Run the prompt at first, and the next token later."""
         system = self.measured.system
         with forced(self.selection):
@@ -126,12 +79,12 @@ def repeat(backbone: Backbone, found: list[Measured], tokens: int, meter: Meter)
         cost, measured = generation.step(), generation.measured
         measured.prefill.append(cost.seconds)
         measured.decode.append([])
-        measured.prefill_bytes = max(measured.prefill_bytes, cost.peak_bytes)
+        measured.prefill_bytes = max(measured.prefill_bytes, cost.extra_bytes)
     for _ in range(tokens):
         for generation in generations:
             cost, measured = generation.step(), generation.measured
             measured.decode[-1].append(cost.seconds)
-            measured.decode_bytes = max(measured.decode_bytes, cost.peak_bytes)
+            measured.decode_bytes = max(measured.decode_bytes, cost.extra_bytes)
     for generation in generations:
         generation.measured.projected = generation.count_projected()
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+from flexattn_cuda.analysis.forced import ForcedSelection, random_selections
 from flexattn_cuda.mechanism.cache_argument import CACHE_ARGUMENT
 from model_cost.backbone import Backbone
-from model_cost.forced import ForcedSelection, random_selections
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,12 +21,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
+from flexattn_cuda.analysis.plots import check_plot
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.families.llava.config import as_system as llava_as_system
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.mechanism.counts import KnownCounts
-from flexattn_cuda.runs.files import check_writable, os_errors_as_input_errors
+from flexattn_cuda.runs.files import os_errors_as_input_errors
 
 # A part is what runs in modules of these names and in no other named here inside them.
 _MODULES = {
@@ -126,7 +126,7 @@ def count(
     Raises:
         InputError: If a number is out of range.
     """
-    selected, tiles = _checked(config, text_tokens, selected, tiles)
+    selected, tiles = checked_selection(config, text_tokens, selected, tiles)
     if published and config.system == "flexattn":
         config = config.with_settings(dataclasses.replace(config.flexattn, hr_rows="all"))
     with torch.device("meta"):
@@ -173,7 +173,10 @@ def prompt(config: FlexAttnLlavaConfig, text_tokens: int, device: str) -> dict[s
     return inputs
 
 
-def _checked(config: FlexAttnLlavaConfig, text_tokens: int, selected: int | None, tiles: int | None) -> tuple[int, int]:
+def checked_selection(
+    config: FlexAttnLlavaConfig, text_tokens: int, selected: int | None, tiles: int | None
+) -> tuple[int, int]:
+    """Return M and K of `count`, with their defaults; 0 for other systems. Raise InputError if they do not fit."""
     if text_tokens < 1:
         raise InputError(f"a prompt of {text_tokens} text tokens; it must have at least 1")
     if config.system != "flexattn":
@@ -299,15 +302,3 @@ def plot(points: dict[str, list[tuple[int, Cost]]], path: str | Path) -> None:
     axes.legend(fontsize="small")
     with os_errors_as_input_errors(Path(path)):
         figure.savefig(path, dpi=150, bbox_inches="tight")
-
-
-def check_plot(path: str | Path) -> None:
-    """Raise InputError if matplotlib is missing or no plot can be written at `path`."""
-    if find_spec("matplotlib") is None:
-        raise InputError("a plot needs matplotlib: pip install matplotlib")
-    from matplotlib.figure import Figure
-
-    formats = Figure().canvas.get_supported_filetypes()
-    if Path(path).suffix[1:].lower() not in formats:
-        raise InputError(f"{path} is not the name of a plot; it must end in {', '.join(sorted(formats))}")
-    check_writable(Path(path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +11,6 @@ import torch
 from flexattn_cuda.checkpoints.projections import is_projection
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.families.llava.model import FlexAttnLlavaForConditionalGeneration
-
-GIB = 2**30
-V100 = 16 * GIB  # the smaller of the two models
 
 # Share of the HR tokens that a row selects: with pooling to 9 x 9, the share that fits the published FLOPs (M = 2250 of
 # 5184); without pooling, "about 10 %" (section 4.1 of the paper).
@@ -107,12 +106,19 @@ def expected_share(config: FlexAttnLlavaConfig) -> float:
 
 def _weights(config: FlexAttnLlavaConfig, dtype: torch.dtype) -> dict[str, int]:
     """Return the bytes of the model's parameters by part, for the parts that it has."""
+    counts = _parameters(json.dumps(config.to_dict(), sort_keys=True))
+    return {part: count * dtype.itemsize for part, count in counts.items()}
+
+
+@functools.lru_cache(maxsize=32)
+def _parameters(config: str) -> dict[str, int]:
+    """Return the number of parameters by part, of a configuration in JSON."""
     with torch.device("meta"):
-        model = FlexAttnLlavaForConditionalGeneration(config)
-    weights = dict.fromkeys(("vision tower", "projector", "language model", "HR projections"), 0)
+        model = FlexAttnLlavaForConditionalGeneration(FlexAttnLlavaConfig.from_dict(json.loads(config)))
+    counts = dict.fromkeys(("vision tower", "projector", "language model", "HR projections"), 0)
     for name, parameter in model.named_parameters():
-        weights[_part(name)] += parameter.numel() * dtype.itemsize
-    return {name: size for name, size in weights.items() if size}
+        counts[_part(name)] += parameter.numel()
+    return {part: count for part, count in counts.items() if count}
 
 
 def _part(parameter: str) -> str:

@@ -1,4 +1,5 @@
-"""The command line: flexattn ask, chat, ask-batch, serve, tune, train, demo, info, flops, convert.
+"""The command line: flexattn ask, chat, ask-batch, serve, tune, train, eval, demo, info, flops, predict,
+bench, convert.
 
 A command is a function of one options dataclass in a file of its own. It imports heavy packages only when it runs: the
 version, the help and most errors need neither torch nor transformers.

@@ -9,6 +9,7 @@ import typer
 import flexattn_cuda
 from flexattn_cuda.cli.ask import ask
 from flexattn_cuda.cli.ask_batch import ask_batch
+from flexattn_cuda.cli.bench import bench
 from flexattn_cuda.cli.chat import chat
 from flexattn_cuda.cli.convert import convert
 from flexattn_cuda.cli.demo import demo
@@ -16,6 +17,7 @@ from flexattn_cuda.cli.eval import eval  # noqa: A004 - the name of the command
 from flexattn_cuda.cli.flops import flops
 from flexattn_cuda.cli.info import info
 from flexattn_cuda.cli.options import as_command, examples_of
+from flexattn_cuda.cli.predict import predict
 from flexattn_cuda.cli.runner import run_app
 from flexattn_cuda.cli.serve import serve
 from flexattn_cuda.cli.train import train
@@ -27,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-COMMANDS = (ask, chat, ask_batch, serve, tune, train, eval, demo, info, flops, convert)
+COMMANDS = (ask, chat, ask_batch, serve, tune, train, eval, demo, info, flops, predict, bench, convert)
 for command in COMMANDS:
     app.command(epilog="\n\n".join(["Examples:", *examples_of(command)]))(as_command(command))
 

@@ -13,6 +13,7 @@ from rich.table import Table
 import flexattn_cuda
 from flexattn_cuda import build
 from flexattn_cuda.analysis import memory
+from flexattn_cuda.analysis.gpus import GIB, V100_16
 from flexattn_cuda.errors import CheckpointError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.tasks.load import AttachableInfo, CheckpointInfo
@@ -41,7 +42,7 @@ def facts_table() -> Table:
 
 def _gpu(number: int) -> str:
     properties = torch.cuda.get_device_properties(number)
-    memory_size = properties.total_memory / memory.GIB
+    memory_size = properties.total_memory / GIB
     return f"{properties.name}, sm_{properties.major}{properties.minor}, {memory_size:.1f} GiB"
 
 
@@ -134,15 +135,15 @@ def _memory_table(config: FlexAttnLlavaConfig, estimates: list[memory.MemoryEsti
 
 
 def _verdict(estimate: memory.MemoryEstimate) -> str:
-    left = memory.V100 - estimate.total
+    left = V100_16.memory - estimate.total
     if left < 0:
         return f"not enough, {_size(-left)} short"
     rest = f"{_size(left)} left for activations and the CUDA context"
-    return f"barely enough, {rest}" if left < memory.GIB else f"enough, {rest}"
+    return f"barely enough, {rest}" if left < GIB else f"enough, {rest}"
 
 
 def _size(amount: int) -> str:
-    for unit, name in ((memory.GIB, "GiB"), (2**20, "MiB")):
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
         if amount >= unit:
             return f"{amount / unit:.2f} {name}"
     return f"{amount / 1024:.0f} KiB"

@@ -22,7 +22,7 @@ from flexattn_cuda.runs.processes import Processes
 from flexattn_cuda.runs.progress import Progress
 
 KIND = JournalKind("journal of flexattn eval", 1)
-_IMAGES_OF_A_CHUNK = 16  # are kept encoded at a time: 16 x 47 MB for LLaVA-7B with 1008 pixels in float16
+IMAGES_OF_A_CHUNK = 16  # are kept encoded at a time: 16 x 47 MB for LLaVA-7B with 1008 pixels in float16
 
 Batch = list[int]  # numbers of questions
 Chunk = list[Batch]
@@ -81,7 +81,7 @@ def cut(asked: Sequence[Asked], batch_size: int) -> list[Chunk]:
             if one.alike == alike:
                 about.setdefault(one.images, []).append(number)
         groups = sorted(about.values(), key=lambda own: -max(asked[number].length for number in own))
-        size = max(_IMAGES_OF_A_CHUNK, batch_size)
+        size = max(IMAGES_OF_A_CHUNK, batch_size)
         for start in range(0, len(groups), size):
             numbers = [number for own in groups[start : start + size] for number in own]
             numbers.sort(key=lambda number: -asked[number].length)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -15,7 +13,7 @@ from flexattn_cuda.analysis.intervals import wilson
 from flexattn_cuda.evaluation.plan import Key, Outcome
 from flexattn_cuda.evaluation.published import SECONDS, TABLES, TFLOPS, Column, Table
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
-from flexattn_cuda.runs.files import os_errors_as_input_errors, write_atomically
+from flexattn_cuda.runs.files import os_errors_as_input_errors, write_atomically, write_csv
 from flexattn_cuda.runs.records import encode_json
 
 
@@ -195,9 +193,9 @@ def write_results(folder: Path, results: Sequence[TaskResult], systems: Sequence
         rows = [
             [one.system, one.task, name, *astuple(metric)] for one in results for name, metric in one.metrics.items()
         ]
-        _write_csv(folder / "results.csv", ["system", "task", "metric", "value", "low", "high", "documents"], rows)
+        write_csv(folder / "results.csv", ["system", "task", "metric", "value", "low", "high", "documents"], rows)
         costs = [[one.system, one.task, *astuple(one.cost)] for one in results]
-        _write_csv(folder / "costs.csv", ["system", "task", *(field.name for field in fields(Cost))], costs)
+        write_csv(folder / "costs.csv", ["system", "task", *(field.name for field in fields(Cost))], costs)
         for table in tables_of(results):
             parts = ("", " low", " high", " published")
             header = ["system", *(column.title + part for column in table.columns for part in parts)]
@@ -205,7 +203,7 @@ def write_results(folder: Path, results: Sequence[TaskResult], systems: Sequence
                 [system, *(value for column in table.columns for value in astuple(cell(results, system, column)))]
                 for system in systems
             ]
-            _write_csv(folder / f"{table.name}.csv", header, body)
+            write_csv(folder / f"{table.name}.csv", header, body)
         for one in results:
             path = folder / "samples" / one.system / f"{one.task}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,11 +214,3 @@ def _sample(sample: Mapping[str, Any], metrics: Mapping[str, Metric]) -> str:
     marks = {name: mark_of(sample[name]) for name in metrics if name in sample}
     record = {"doc_id": sample["doc_id"], "answers": sample["filtered_resps"], "target": str(sample["target"])} | marks
     return encode_json(record).decode() + "\n"
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from flexattn_cuda.errors import InputError
 
@@ -95,6 +97,15 @@ def write_atomically(path: Path, text: str) -> None:
         fsync_file(file)
     os.replace(new, path)
     fsync_folder(path.parent)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Replace a CSV file in one step; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
 
 
 def fsync_file(file: IO[bytes]) -> None:

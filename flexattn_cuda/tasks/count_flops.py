@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexattn_cuda.analysis import flops
+from flexattn_cuda.analysis.plots import check_plot
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.runs.files import check_writable, os_errors_as_input_errors
@@ -72,16 +73,38 @@ class FlopsReport:
 def prepare_flops(options: FlopsOptions) -> PreparedFlops:
     """Make the configurations of all systems; raise InputError or CheckpointError if anything cannot be used."""
     if options.plot is not None:
-        flops.check_plot(options.plot)
+        check_plot(options.plot)
     if options.json_file not in (None, STREAM):
         check_writable(options.json_file)
     shape = options.shape or "7b"
-    base = flops.llava_shape(shape) if options.model is None else read_checkpoint_info(options.model).config
-    systems = flops.COMPARED if options.systems is None else options.systems.split(",")
-    configs = {system.strip(): flops.as_system(base, system.strip(), options.zoom) for system in systems}
+    base = base_config(options.model, shape)
+    configs = configs_of(options.model, shape, options.systems, options.zoom)
     _refuse_unused_selection(options, configs)
     is_the_papers = options.model is None and shape == "7b" and options.zoom in (None, 3)
     return PreparedFlops(options, base, configs, flops.PAPER.get(options.text_tokens, {}) if is_the_papers else {})
+
+
+def base_config(model: str | None, shape: str | None) -> FlexAttnLlavaConfig:
+    """Return the configuration of a checkpoint, or of a size of LLaVA-1.5, by default 7B.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or its configuration cannot be used.
+        InputError: If there is no such size.
+    """
+    return flops.llava_shape(shape or "7b") if model is None else read_checkpoint_info(model).config
+
+
+def configs_of(
+    model: str | None, shape: str | None, systems: str | None, zoom: int | None = None
+) -> dict[str, FlexAttnLlavaConfig]:
+    """Return the configurations of systems, separated by commas, by default those of table 5.
+
+    Raises:
+        CheckpointError: As `base_config` does.
+        InputError: If there is no such size or system, or it does not fit the model.
+    """
+    base, names = base_config(model, shape), flops.COMPARED if systems is None else systems.split(",")
+    return {name.strip(): flops.as_system(base, name.strip(), zoom) for name in names}
 
 
 def _refuse_unused_selection(options: FlopsOptions, configs: dict[str, FlexAttnLlavaConfig]) -> None:

@@ -374,6 +374,37 @@ class EvalOptions(Options):
 # ------------------------------------------------------------------------------------------------------- training
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a published model was trained. The vision tower is frozen.
+
+    Attributes:
+        source: Where it is published.
+        epochs: Passes through the data.
+        records_per_step: Of all processes together, in all batches that a step accumulates.
+        learning_rate: The maximum.
+        schedule: Of the learning rate.
+        train: What is trained.
+        records: Number of records of the published data.
+        text_tokens: Tokens of such a record besides the image's, on average.
+    """
+
+    source: str
+    epochs: float
+    records_per_step: int
+    learning_rate: float
+    schedule: str
+    train: str
+    records: int
+    text_tokens: int
+
+
+RECIPES = {
+    # 665,298 records in 1.03 GB of JSON are about 900 letters of text each.
+    "paper": Recipe("section 5.2", 1.0, 1152, 2e-5, "cosine", "all", records=665_298, text_tokens=250)
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(Options):
     """Options of `flexattn train` and `flexattn_cuda.tasks.train.train`."""
@@ -399,6 +430,15 @@ class TrainOptions(Options):
     system: Annotated[
         str | None, Option(f"Train the checkpoint as another system: {', '.join(SYSTEMS)}.", fixed=True)
     ] = None
+    recipe: Annotated[
+        str | None,
+        Option(
+            "Train as published: paper stands for one epoch, 1152 records per step, 2e-5, cosine, all but the tower. "
+            "Options that say otherwise are refused.",
+            choices=tuple(RECIPES),
+            fixed=True,
+        ),
+    ] = None
     epochs: Annotated[float | None, Option("Number of passes through the data; by default 1.", above=0, fixed=True)] = (
         None
     )
@@ -406,7 +446,10 @@ class TrainOptions(Options):
         None
     )
     batch_size: Annotated[int, Option("Number of records per batch and process.", minimum=1, fixed=True)] = 4
-    accumulate: Annotated[int, Option("Number of batches per optimizer step.", minimum=1, fixed=True)] = 1
+    accumulate: Annotated[
+        int | None,
+        Option("Number of batches per optimizer step; by default 1, or what --recipe needs.", minimum=1, fixed=True),
+    ] = None
     learning_rate: Annotated[float, Option("Maximum learning rate.", minimum=0, fixed=True)] = 2e-5
     optimizer: Annotated[str, Option("Optimizer: adamw, sgd or another name of transformers.", fixed=True)] = "adamw"
     schedule: Annotated[
@@ -470,6 +513,7 @@ class TrainOptions(Options):
                 "--lora adapts attention, not the projector; leave one of --lora and --train projector out"
             )
         self._check_adapter_only()
+        self._check_recipe()
         if self.save_every % self.log_every:
             raise InputError(
                 f"save every is {self.save_every} and log every is {self.log_every}; "
@@ -480,6 +524,42 @@ class TrainOptions(Options):
         """Return the values that must stay when a run is resumed: not its length, unless the schedule does."""
         found = super().fingerprint()
         return found.without("steps", "epochs") if self.schedule in ENDLESS_SCHEDULES else found
+
+    def accumulated_batches(self, processes: int) -> int:
+        """Return the number of batches that a step accumulates.
+
+        Raises:
+            InputError: If the batches of so many processes do not make up the recipe's step.
+        """
+        if self.recipe is None:
+            return 1 if self.accumulate is None else self.accumulate
+        wanted, together = RECIPES[self.recipe].records_per_step, self.batch_size * processes
+        batches = wanted // together if self.accumulate is None else self.accumulate
+        if batches * together != wanted:
+            times = "" if self.accumulate is None else f" and --accumulate {self.accumulate}"
+            raise InputError(
+                f"--recipe {self.recipe} takes {wanted} records per step, which --batch-size {self.batch_size} on "
+                f"{processes} processes{times} cannot make up; choose a batch size that divides it, and leave "
+                "--accumulate out"
+            )
+        return batches
+
+    def _check_recipe(self) -> None:
+        if self.recipe is None:
+            return
+        recipe = RECIPES[self.recipe]
+        for name in ("lora", "steps"):
+            if getattr(self, name) is not None:
+                raise InputError(f"--recipe {self.recipe} has no {name}; leave one of --recipe and --{name} out")
+        if self.adapter_only:
+            raise InputError(f"--recipe {self.recipe} trains the model; leave one of --recipe and --adapter-only out")
+        for name in ("epochs", "learning_rate", "schedule", "train"):
+            given, own = getattr(self, name), getattr(recipe, name)
+            if given not in (None, own):
+                flag = name.replace("_", "-")
+                raise InputError(
+                    f"--recipe {self.recipe} says --{flag} {own}, not {given}; leave one of --recipe and --{flag} out"
+                )
 
     def _check_adapter_only(self) -> None:
         if self.adapter is not None and not self.adapter_only:
@@ -508,20 +588,33 @@ class InfoOptions(Options):
             raise InputError("--adapter needs --model, the model that the adapter is for")
 
 
+CountedModel = Annotated[str | None, Option("Checkpoint folder or hub id, instead of --shape.")]
+CountedShape = Annotated[str | None, Option("Size of LLaVA-1.5: 7b (the default) or 13b.")]
+CountedSystems = Annotated[
+    str | None, Option(f"Comma-separated systems: {', '.join(SYSTEMS)}; by default those of the paper's table 5.")
+]
+TextTokens = Annotated[int, Option("Number of prompt tokens besides the image's.", minimum=1, metavar="T")]
+Tiles = Annotated[int | None, Option("Number of tiles with a selected token; by default all.", metavar="K")]
+
+
+def check_model_or_shape(model: str | None, shape: str | None) -> None:
+    """Raise InputError if both are given."""
+    if model is not None and shape is not None:
+        raise InputError("--model and --shape exclude each other; leave one of them out")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FlopsOptions(Options):
     """Options of `flexattn flops`."""
 
-    model: Annotated[str | None, Option("Checkpoint folder or hub id, instead of --shape.")] = None
-    shape: Annotated[str | None, Option("Size of LLaVA-1.5: 7b (the default) or 13b.")] = None
-    systems: Annotated[
-        str | None, Option(f"Comma-separated systems: {', '.join(SYSTEMS)}; by default those of the paper's table 5.")
-    ] = None
-    text_tokens: Annotated[int, Option("Number of prompt tokens besides the image's.", minimum=1, metavar="T")] = 80
+    model: CountedModel = None
+    shape: CountedShape = None
+    systems: CountedSystems = None
+    text_tokens: TextTokens = 80
     selected: Annotated[
         int | None, Option("Number of HR tokens that a layer selects; by default 43 % of them.", metavar="M")
     ] = None
-    tiles: Annotated[int | None, Option("Number of tiles with a selected token; by default all.", metavar="K")] = None
+    tiles: Tiles = None
     zoom: Annotated[
         int | None,
         Option("Number of tiles per side of the HR image; by default the model's own, or 3.", minimum=1, metavar="Z"),
@@ -541,5 +634,90 @@ class FlopsOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model is not None and self.shape is not None:
-            raise InputError("--model and --shape exclude each other; leave one of them out")
+        check_model_or_shape(self.model, self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(Options):
+    """Options of `flexattn bench`."""
+
+    model: Annotated[
+        str | None,
+        Option(
+            "Checkpoint folder or hub id, or a folder with a config.json alone for random weights; by default the "
+            "small model that ships with this package."
+        ),
+    ] = None
+    shape: Annotated[str | None, Option("Size of LLaVA-1.5, with random weights: 7b or 13b.")] = None
+    systems: Annotated[str, Option(f"Comma-separated systems: {', '.join(SYSTEMS)}.")] = ",".join(SYSTEMS)
+    zooms: Annotated[
+        str | None,
+        Option(
+            "Comma-separated sides of the high-resolution image, in low-resolution ones, such as 2,3,4; by default the "
+            "model's own. llava and hd have one resolution each.",
+            metavar="Z",
+        ),
+    ] = None
+    text_tokens: TextTokens = 80
+    selected: Annotated[
+        int | None,
+        Option(
+            "Number of HR tokens that a layer selects, whatever its map says; by default the share that flexattn info "
+            "assumes. random and center select their own.",
+            minimum=0,
+            metavar="M",
+        ),
+    ] = None
+    tiles: Tiles = None
+    new_tokens: Annotated[int, Option("Number of tokens to generate after the prompt.", minimum=1)] = 16
+    batch_size: Annotated[int, Option("Number of prompts at a time, each with an image of its own.", minimum=1)] = 1
+    repetitions: Annotated[int, Option("Number of answers to measure, after one to warm up.", minimum=1)] = 5
+    threads: Annotated[int | None, Option("Number of CPU threads; by default torch's choice.", minimum=1)] = None
+    device: Device = "auto"
+    dtype: Annotated[
+        str,
+        Option(
+            "Data type of the model: auto (the checkpoint's own, of a shape float16 on a GPU and float32 on the CPU), "
+            "float32, float16, bfloat16 or float64."
+        ),
+    ] = "auto"
+    csv: Annotated[Path | None, Option("Write a CSV file, with a row per system and resolution.", metavar="FILE")] = (
+        None
+    )
+    plot: Annotated[
+        Path | None, Option("Plot latencies and memory against the resolution (needs matplotlib).", metavar="FILE")
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_model_or_shape(self.model, self.shape)
+        if self.zooms is not None and not all(one.strip().isdecimal() for one in self.zooms.split(",")):
+            raise InputError(f"zooms is {self.zooms!r}; it must be whole numbers, separated by commas, such as 2,3,4")
+
+    @property
+    def system_names(self) -> list[str]:
+        """The systems."""
+        return list(dict.fromkeys(name.strip() for name in self.systems.split(",")))
+
+    @property
+    def zoom_numbers(self) -> list[int] | None:
+        """The zooms in order; None for the model's own."""
+        return None if self.zooms is None else sorted({int(one) for one in self.zooms.split(",")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(Options):
+    """Options of `flexattn predict`."""
+
+    model: CountedModel = None
+    shape: CountedShape = None
+    systems: CountedSystems = None
+    records: Annotated[
+        int | None, Option("Number of records to train on; by default those of LLaVA-1.5's second stage.", minimum=1)
+    ] = None
+    train_batch_size: Annotated[int, Option("Number of records per batch and GPU in training.", minimum=1)] = 4
+    eval_batch_size: Annotated[int, Option("Number of questions per batch in evaluation.", minimum=1)] = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_model_or_shape(self.model, self.shape)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from flexattn_cuda import FlexAttnLlavaForConditionalGeneration, ops
-from flexattn_cuda.analysis import flops
+from flexattn_cuda.analysis import flops, plots
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.mechanism.config import SYSTEMS
 from flexattn_cuda.tasks.load import DEFAULT_MODEL
@@ -225,6 +225,6 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_counted(fle
 
 
 def test_without_matplotlib_the_plot_says_what_to_install(monkeypatch, flexattn):
-    monkeypatch.setattr(flops, "find_spec", lambda _: None)
+    monkeypatch.setattr(plots, "find_spec", lambda _: None)
     code, _, err = flexattn("flops", "--plot", "cost.png")
     assert code == 2 and "pip install matplotlib" in err

@@ -147,6 +147,8 @@ COMMANDS = {
     "demo": task_options.DemoOptions,
     "info": task_options.InfoOptions,
     "flops": task_options.FlopsOptions,
+    "predict": task_options.PredictOptions,
+    "bench": task_options.BenchOptions,
 }
 
 

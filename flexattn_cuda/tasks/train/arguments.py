@@ -10,13 +10,14 @@ from flexattn_cuda.tasks.train.requirements import Machine, transformers_optimiz
 
 
 def training_arguments(options: TrainOptions, machine: Machine) -> TrainingArguments:
-    """Return the arguments of the Trainer."""
+    """Return the arguments of the Trainer; InputError if its batches do not make up the recipe's step."""
+    processes = Processes().count
     return TrainingArguments(
         output_dir=str(options.output),
         num_train_epochs=1 if options.epochs is None else options.epochs,
         max_steps=-1 if options.steps is None else options.steps,
         per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulate,
+        gradient_accumulation_steps=options.accumulated_batches(processes),
         learning_rate=options.learning_rate,
         optim=transformers_optimizer(options.optimizer),
         lr_scheduler_type=options.schedule,
@@ -34,7 +35,7 @@ def training_arguments(options: TrainOptions, machine: Machine) -> TrainingArgum
         dataloader_num_workers=options.workers,
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,  # a batch without images does not use the projections for HR tokens
-        ddp_backend="gloo" if Processes().count > 1 and machine.on_cpu else None,
+        ddp_backend="gloo" if processes > 1 and machine.on_cpu else None,
         use_cpu=machine.on_cpu,
         log_level_replica="passive",
         report_to=["tensorboard"] if options.tensorboard else [],

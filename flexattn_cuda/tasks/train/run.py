@@ -31,6 +31,7 @@ from flexattn_cuda.tasks.train.arguments import start_processes, training_argume
 from flexattn_cuda.tasks.train.broken_list import BrokenList, print_summary
 from flexattn_cuda.tasks.train.callbacks import LossFile, ProgressBar
 from flexattn_cuda.tasks.train.checkpoints import Resumable, keep_last_complete_checkpoint, remove_checkpoints, writing
+from flexattn_cuda.tasks.train.prediction import print_prediction
 from flexattn_cuda.tasks.train.requirements import (
     choose_machine,
     require_accelerate,
@@ -179,6 +180,8 @@ class TrainingRun:
         self._broken_list.write(found)
         if self._progress:
             print_summary(found, self.record_count)
+            if options.recipe is not None:
+                print_prediction(options, self._model.config, self.record_count - len(found), self._processes.count)
         if not options.check_only:
             self._broken_list.require_usable(found, self.record_count, options.broken)
         return checked

@@ -35,13 +35,20 @@ def forced(stand_in: ForcedSelection | None) -> Iterator[None]:
         context.select = real
 
 
-def selected(tokens: torch.Tensor, total: int, device: str) -> ops.SelectedTokens:
-    """Return what the operator gives for these of `total` tokens."""
-    index = torch.full((1, total), -1, dtype=torch.int32)
-    index[0, : len(tokens)] = tokens.sort().values.int()
-    bits = ops.pack_bits(torch.arange(total)[None, None] < len(tokens))
-    count = torch.tensor([len(tokens)], dtype=torch.int32)
+def selected(tokens: torch.Tensor, total: int, device: str, rows: int = 1) -> ops.SelectedTokens:
+    """Return what the operator gives for these of `total` tokens, in each of so many rows of a batch."""
+    index = torch.full((rows, total), -1, dtype=torch.int32)
+    index[:, : len(tokens)] = tokens.sort().values.int()
+    bits = ops.pack_bits((torch.arange(total) < len(tokens)).expand(rows, 1, total))
+    count = torch.full((rows,), len(tokens), dtype=torch.int32)
     return ops.SelectedTokens(*(part.to(device) for part in (index, count, bits)))
+
+
+def in_tiles(count: int, tiles: int, side: int, zoom: int) -> torch.Tensor:
+    """Return random tokens [count] of the first of zoom x zoom tiles of a grid of side x side tokens."""
+    tile = torch.arange(side) // (side // zoom)
+    inside = (tile[:, None] * zoom + tile < tiles).flatten().nonzero().flatten()
+    return inside[torch.randperm(len(inside), generator=torch.Generator().manual_seed(1))[:count]]
 
 
 def random_selections(share: float, churn: float, total: int, steps: int, device: str) -> list[ops.SelectedTokens]:
