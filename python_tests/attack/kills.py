@@ -22,6 +22,7 @@ from train_runs import furthest, weights
 from flexattn_cuda.tasks import ask as answering
 from flexattn_cuda.tasks import load as loading
 from flexattn_cuda.tasks.ask_batch import answer_file, journal
+from flexattn_cuda.tasks.ask_batch.lines import Results
 from flexattn_cuda.tasks.train import run as training
 from flexattn_cuda.tasks.train import trainer
 from python_tests.attack.syscalls import Child, Ended, Strike, arm, calls_seen
@@ -104,17 +105,17 @@ class KilledAnswers(_Runs):
         self._loaded = loading.load(self._model, "cpu")
 
     def _run(self, target: Path, tell: Tell) -> None:
-        generate, append = answering.generate_answers, journal.Journal.append
+        generate, append = answering.generate_answers, journal.Journal.append_results
 
         def asked(model: Any, processor: Any, images: Any, questions: list[str], *rest: Any) -> Any:
             tell({"asked": questions})
             return generate(model, processor, images, questions, *rest)
 
-        def appended(self: Any, results: Any) -> None:
+        def appended(self: Any, results: Results) -> None:
             append(self, results)
-            tell({"kept": len(results)})
+            tell({"kept": sum(result.answer is not None for result in results.values())})
 
-        answering.generate_answers, journal.Journal.append = asked, appended
+        answering.generate_answers, journal.Journal.append_results = asked, appended
         loading.load = lambda *_, **__: self._loaded
         options = dict(device="cpu", max_new_tokens=2, batch_size=1)
         answer_file(self._questions / "q.jsonl", target / "a.jsonl", self._model, **options)

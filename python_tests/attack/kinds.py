@@ -17,7 +17,7 @@ KINDS = {
         Kind("operators, valid", ValidOperators, cases=600, short=11),
         Kind("operators, damaged", DamagedOperators, cases=200, short=16),
         Kind("images", Images, cases=2000, seconds=20.0, short=200),
-        Kind("bits in journals", Journals, cases=30, short=3),
+        Kind("bits in journals", Journals, cases=40, short=3),
         Kind("bits in checkpoints", TrainingCheckpoints, cases=40, short=3),
         Kind("exceptions", Interrupts, cases=600, short=20),
         Kind("threads", Threads, cases=20, short=1),

@@ -223,6 +223,7 @@ class _Fork:
     """A child process with a group of its own, which ends with it."""
 
     def __init__(self, body: Callable[[], None]):
+        self._waited: dict[int, float] = {}  # by process, also of those that have ended
         self._pid = os.fork()
         if self._pid == 0:
             try:
@@ -236,10 +237,11 @@ class _Fork:
                 os._exit(0)
 
     def seconds_without_processor(self) -> float:
-        """Return for how long the process could have run, but others did, as Linux counts it; 0 elsewhere."""
-        with suppress(OSError, IndexError, ValueError):
-            return int(Path(f"/proc/{self._pid}/schedstat").read_text().split()[1]) / 1e9
-        return 0.0
+        """Return for how long it and its children could have run, but others did, as Linux counts it; 0 elsewhere."""
+        for pid in _with_children(self._pid):
+            with suppress(OSError, IndexError, ValueError):
+                self._waited[pid] = int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+        return sum(self._waited.values())
 
     def stop(self) -> int:
         """End the group, and return the status of the process."""
@@ -250,6 +252,13 @@ class _Fork:
         with suppress(ChildProcessError):
             return os.waitpid(self._pid, 0)[1]
         return 0
+
+
+def _with_children(pid: int) -> Iterator[int]:
+    yield pid
+    with suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            yield from _with_children(int(child))
 
 
 def _send(descriptor: int, message: dict[str, Any]) -> None:

@@ -85,11 +85,28 @@ def test_time_in_which_others_had_the_processor_is_no_hang(tmp_path, monkeypatch
     assert findings.all["slow", 0].verdicts == {verdict: 1}
 
 
-def test_a_process_knows_for_how_long_it_waited_for_a_processor():
-    process = _Fork(lambda: time.sleep(60))
-    assert process.seconds_without_processor() >= 0.0
-    process.stop()
-    assert process.seconds_without_processor() == 0.0  # it is gone
+def wait_for_children_that_share_a_processor() -> None:
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+    for _ in range(2):
+        if os.fork() == 0:
+            while True:
+                pass
+    time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone counts it")
+def test_time_in_which_children_waited_for_a_processor_counts():
+    process, until = _Fork(wait_for_children_that_share_a_processor), time.monotonic() + 60
+    own, all_of_them = 0.0, 0.0
+    try:
+        while all_of_them < own + 0.5 and time.monotonic() < until:
+            time.sleep(0.05)
+            own = int(Path(f"/proc/{process._pid}/schedstat").read_text().split()[1]) / 1e9
+            all_of_them = process.seconds_without_processor()
+    finally:
+        process.stop()
+    assert all_of_them >= own + 0.5
+    assert process.seconds_without_processor() >= all_of_them  # what has ended is not forgotten
 
 
 @pytest.mark.slow

@@ -66,6 +66,13 @@ def test_plain_llava_has_no_high_resolution():
     assert set(pixels) == {"pixel_values", "valid_rect"} and pixels["pixel_values"].shape == (1, 3, 48, 48)
 
 
+@pytest.mark.parametrize("deviation", [0.0, -0.5])
+def test_an_image_processor_that_divides_by_nothing_is_refused(deviation):
+    """Its pixels would be infinite, and every answer empty."""
+    with pytest.raises(InputError, match="image_mean must lie in 0..1 and image_std above 0"):
+        FlexAttnLlavaImageProcessor(48, 144, lr_side=6, image_std=[0.5, deviation, 0.5])
+
+
 def test_padding_has_the_colour_of_the_mean(small_processor):
     pixels = small_processor(Image.new("RGB", (100, 20), "red"))["pixel_values_hr"][0]
     assert tuple(int(x * 255) for x in small_processor.image_mean) == GREY
