@@ -17,6 +17,7 @@ from flexattn_cuda.evaluation.published import SECONDS, TABLES, TFLOPS, Column, 
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.runs.files import os_errors_as_input_errors, write_atomically
 from flexattn_cuda.runs.records import encode_json
+from flexattn_cuda.tasks.options import CROP_SYSTEM
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Cost:
         text_tokens: Tokens of a prompt besides the images', on average over the requests.
         selected: HR tokens that a layer selected, on average; None where none are selected.
         tiles: Tiles that held a selected token, on average.
-        tflops_published: TFLOPs of a prompt, counted as the released code runs; None for models that are not counted.
-        tflops_here: TFLOPs of a prompt as here.
+        tflops_published: TFLOPs of a prompt, counted as the released code runs; None for models that are not counted,
+            and for the system that crops, which is not the paper's.
+        tflops_here: TFLOPs of a prompt as here; of the system that crops, of both its prompts.
         tflops_paper: What the paper says.
         seconds: Of all documents, on this machine.
         seconds_per_document: Of one.
@@ -91,14 +93,14 @@ class Cost:
         text = sum(one.text_tokens for one in every) / len(every)
         selected, tiles = (_mean(getattr(one, name) for one in every) for name in ("selected", "tiles"))
         settings = model.flexattn_settings
-        counted = _tflops(model.config, text, selected, tiles)
+        published, here = _tflops(system, model.config, text, selected, tiles)
         return cls(
             documents=documents,
             text_tokens=text,
             selected=selected,
             tiles=tiles,
-            tflops_published=None if counted is None else counted.published_tflops,
-            tflops_here=None if counted is None else counted.here_tflops,
+            tflops_published=published,
+            tflops_here=here,
             tflops_paper=TFLOPS.get(task, {}).get(system),
             seconds=seconds,
             seconds_per_document=seconds / documents,
@@ -113,14 +115,23 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _tflops(config: Any, text: float, selected: float | None, tiles: float | None) -> flops.Cost | None:
-    """Count a prompt of the mean length with the mean selection; None for models that are not this package's."""
+def _tflops(
+    system: str, config: Any, text: float, selected: float | None, tiles: float | None
+) -> tuple[float | None, float | None]:
+    """Count a prompt of the mean length with the mean selection, as published and as here; None for no count."""
     if not isinstance(config, FlexAttnLlavaConfig):
-        return None
+        return None, None
+    length = max(1, round(text))
+    if system == CROP_SYSTEM:
+        # The second prompt has as many more positions, and the image that is encoded for it is the crop.
+        prompts = [flops.cost(config, length + crops * config.image_tokens) for crops in (0, 1)]
+        return None, sum(one.here_tflops for one in prompts)
     if selected is None or tiles is None:
-        return flops.cost(config, max(1, round(text)))
-    per_tile = config.hr_side**2 // config.flexattn.zoom**2
-    return flops.cost(config, max(1, round(text)), round(selected), max(round(tiles), math.ceil(selected / per_tile)))
+        counted = flops.cost(config, length)
+    else:
+        per_tile = config.hr_side**2 // config.flexattn.zoom**2
+        counted = flops.cost(config, length, round(selected), max(round(tiles), math.ceil(selected / per_tile)))
+    return counted.published_tflops, counted.here_tflops
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ from flexattn_cuda.runs.fingerprint import Fingerprint
 from flexattn_cuda.runs.journal import discard_journal
 from flexattn_cuda.runs.processes import Processes
 from flexattn_cuda.tasks.load import checkpoint_folder
-from flexattn_cuda.tasks.models import selects
 from flexattn_cuda.tasks.options import OWN_SYSTEM, EvalOptions
 
 _TASKS = Path(__file__).parent / "tasks"
@@ -83,7 +82,7 @@ def evaluate(options: EvalOptions, progress: bool = False) -> list[TaskResult]:
                 max_new_tokens=options.max_new_tokens,
             )
             for name, task in tasks.items():
-                if name != MAP_TASK or selects(model.model):
+                if name != MAP_TASK or model.has_maps:
                     results.append(_evaluate(options, processes, system, model, {name: task}, progress))
             del model
             gc.collect()
