@@ -194,6 +194,47 @@ def cell(results: Sequence[TaskResult], system: str, column: Column) -> Cell:
     return Cell(*(None if value is None else value * column.unit for value in own), published)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Cropping beside FlexAttention in a column of a table.
+
+    Attributes:
+        title: Of the column.
+        crop: The figure of the system that crops.
+        flexattn: FlexAttention's.
+        flops: TFLOPs of a question, as a share of FlexAttention's; None where they are not counted.
+    """
+
+    title: str
+    crop: Cell
+    flexattn: Cell
+    flops: float | None
+
+    @property
+    def better(self) -> bool:
+        """Whether cropping has the larger figure."""
+        return (self.crop.value or 0.0) > (self.flexattn.value or 0.0)
+
+    @property
+    def apart(self) -> bool:
+        """Whether the intervals are known, and do not overlap."""
+        ends = (self.crop.low, self.crop.high, self.flexattn.low, self.flexattn.high)
+        return None not in ends and (self.crop.low > self.flexattn.high or self.flexattn.low > self.crop.high)
+
+
+def comparisons(results: Sequence[TaskResult]) -> list[Comparison]:
+    """Return cropping beside FlexAttention in every column that has both figures, each metric once."""
+    found: dict[tuple[str, str], Comparison] = {}
+    costs = {(one.system, one.task): one.cost.tflops_here for one in results}
+    for column in (column for table in tables_of(results) for column in table.columns):
+        crop, flexattn = (cell(results, system, column) for system in (CROP_SYSTEM, "flexattn"))
+        if crop.value is not None and flexattn.value is not None:
+            spent, other = (costs.get((system, column.task)) for system in (CROP_SYSTEM, "flexattn"))
+            ratio = spent / other if spent and other else None
+            found.setdefault((column.task, column.metric), Comparison(column.title, crop, flexattn, ratio))
+    return list(found.values())
+
+
 def tables_of(results: Sequence[TaskResult]) -> list[Table]:
     """Return the paper's tables for which there is a figure."""
     tasks = {one.task for one in results}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from flexattn_cuda.checkpoints import adapters
 from flexattn_cuda.checkpoints.files import content_hash, first_line
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.evaluation.data import DATA_VARIABLE
+from flexattn_cuda.evaluation.judged import missing_key, no_marks, unscored
 from flexattn_cuda.evaluation.model import FlexAttn
 from flexattn_cuda.evaluation.pictures import draw
 from flexattn_cuda.evaluation.plan import KIND, JournalledRunner
@@ -69,6 +71,7 @@ def evaluate(options: EvalOptions, progress: bool = False) -> list[TaskResult]:
         loaded: list[dict[str, Any]] = []
         processes.broadcast_from_rank0(lambda: loaded.append(_load_tasks(options)))  # others read what it has cached
         tasks = loaded[0] if loaded else _load_tasks(options)
+        _leave_unscored(tasks, progress and processes.rank == 0)
         results: list[TaskResult] = []
         for system in options.system_names:
             model = _Kept(
@@ -171,6 +174,15 @@ def _load_tasks(options: EvalOptions) -> dict[str, Any]:
                 f"{path} as on the hub, or a copy of it in the folder that --data names"
             ) from error
     return found
+
+
+def _leave_unscored(tasks: Mapping[str, Any], say: bool) -> None:
+    """Let the tasks score nothing whose judge lacks its key: it would call the network, and mark all as wrong."""
+    for name, task in tasks.items():
+        if (variable := missing_key(name)) is not None:
+            task.config.process_results = no_marks
+            if say:
+                print(unscored(name, variable), file=sys.stderr, flush=True)
 
 
 def _cause(error: Exception) -> BaseException:
