@@ -46,7 +46,8 @@ class Figure:
     scores: list[tuple[float, str]]
 
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640.0, 300.0, 48.0, 36.0, 10.0  # of the drawing, its axes and what is above them
+WIDTH, HEIGHT = 640, 320  # of the drawing
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 56  # its margins
 
 
 def figure_of(results: Sequence[TaskResult]) -> Figure | None:
@@ -63,10 +64,10 @@ def figure_of(results: Sequence[TaskResult]) -> Figure | None:
     top = 4 * step
 
     def x(layer: int) -> float:
-        return LEFT + (WIDTH - LEFT - 12) * layer / max(1, last)
+        return _LEFT + (WIDTH - _LEFT - _RIGHT) * layer / max(1, last)
 
     def y(score: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - score / top)
+        return _TOP + (HEIGHT - _TOP - _BOTTOM) * (1 - score / top)
 
     every = max(1, -(-last // 8))
     return Figure(

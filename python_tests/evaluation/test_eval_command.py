@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import random
 from pathlib import Path
 
 import evaluation_data
 import pytest
-from eval_runs import ENCODED, TIMES, Command, answered, costs, files, random_moments, write_data
+from eval_runs import ENCODED, TIMES, Command, answered, costs, files, lines, write_data
 
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.tasks.options import EvalOptions
@@ -66,9 +67,9 @@ def test_an_image_with_ten_questions_is_encoded_once(undisturbed):
 
 def test_a_run_that_is_killed_at_any_moment_is_resumed(undisturbed, command, tmp_path):
     """Killed at a random line of its journals, and again while it is resumed; no request is answered twice."""
-    output, moments = tmp_path / "out", random_moments(undisturbed, 2)
-    command.run_killed(output, moments)
-    assert files(output) == files(undisturbed), moments
+    output, most = tmp_path / "out", lines(undisturbed) // 3
+    at = command.run_killed(output, [random.SystemRandom().randint(1, most) for _ in range(2)])
+    assert files(output) == files(undisturbed), at
     assert costs(output, TIMES + ENCODED) == costs(undisturbed, TIMES + ENCODED)
     assert answered(output) == answered(undisturbed) and len(set(answered(output))) == len(answered(output))
 

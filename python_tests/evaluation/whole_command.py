@@ -1,63 +1,85 @@
 """Kills `flexattn eval` on all systems and six tasks at random moments, and compares what it leaves behind.
 
-    HF_HUB_OFFLINE=1 PYTHONPATH=.:python_tests/support python python_tests/evaluation/whole_command.py [KILLS] [FOLDER]
+    HF_HUB_OFFLINE=1 PYTHONPATH=.:python_tests/support python python_tests/evaluation/whole_command.py FOLDER [PART ...]
 
-It needs lmms-eval, and takes about twenty minutes on two busy cores; the tests do the same with two systems.
+The parts are data, undisturbed, killed, two (processes) and compare; by default all of them, one after the other, and
+after data the next three can run beside each other. It needs lmms-eval. The tests do the same with two systems.
 """
 
 from __future__ import annotations
 
+import random
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import evaluation_data
-from eval_runs import ENCODED, TIMES, Command, answered, costs, files, lines, random_moments, write_data
+from eval_runs import ENCODED, TIMES, Command, answered, costs, files, lines, write_data
 
 from flexattn_cuda.mechanism.config import SYSTEMS
 
 TASKS = ("vstar_bench_loss", "rsvqa_hrben", "textvqa_val", "refcoco_sizes", "pope", "gqa_map")
+KILLS, APART = 5, 60  # times, each after at most so many new lines of journals
 
 
-def main(kills: int, folder: Path) -> None:
-    """Run the command undisturbed, killed, and with two processes; an AssertionError if anything differs."""
+def make_data(folder: Path) -> None:
+    """Write the data of the six tasks."""
     data = write_data(folder / "data")
     evaluation_data.write_refcoco(data)
     evaluation_data.write_gqa(data / "gqa_map")
-    command = Command((*SYSTEMS, "crop"), TASKS, data)
 
-    started = time.perf_counter()
-    command.run(folder / "undisturbed")
-    expected = files(folder / "undisturbed")
-    print(f"undisturbed: {len(expected)} files, {lines(folder / 'undisturbed')} lines of journals, {_since(started)}")
-    for row in costs(folder / "undisturbed"):
+
+def run_undisturbed(folder: Path) -> None:
+    """Run the command once."""
+    command_of(folder).run(folder / "undisturbed")
+
+
+def run_killed(folder: Path) -> None:
+    """Kill the command five times, each time it is started again, and then let it end."""
+    moments = [random.SystemRandom().randint(1, APART) for _ in range(KILLS)]
+    at = command_of(folder).run_killed(folder / "killed", moments)
+    print(f"killed -9 when the journals had {at} lines", flush=True)
+
+
+def run_two(folder: Path) -> None:
+    """Run the command with two processes."""
+    command_of(folder).run(folder / "two", processes=2)
+
+
+def compare(folder: Path) -> None:
+    """Raise AssertionError if a killed run, or that of two processes, left other results than an undisturbed one."""
+    undisturbed = folder / "undisturbed"
+    expected = files(undisturbed)
+    for name, without in (("killed", TIMES + ENCODED), ("two", TIMES)):
+        found = files(folder / name)
+        assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+        assert not [one for one in found if found[one] != expected[one]]
+        assert costs(folder / name, without) == costs(undisturbed, without)
+        assert answered(folder / name) == answered(undisturbed)
+    requests = answered(undisturbed)
+    assert len(set(requests)) == len(requests)
+    print(f"{len(expected)} files and {len(requests)} requests in {lines(undisturbed)} lines: equal in all three runs")
+    for row in costs(undisturbed):
         if row["task"] == "rsvqa_hrben":
-            print(f"  {row['system']}: {row['documents']} questions, {row['images_encoded']} images encoded")
-
-    started, moments = time.perf_counter(), random_moments(folder / "undisturbed", kills)
-    command.run_killed(folder / "killed", moments)
-    _compare(folder / "killed", folder / "undisturbed", TIMES + ENCODED)
-    assert answered(folder / "killed") == answered(folder / "undisturbed")
-    print(f"killed -9 at lines {moments}: all files equal, no request lost or answered twice, {_since(started)}")
-
-    started = time.perf_counter()
-    command.run(folder / "two", processes=2)
-    _compare(folder / "two", folder / "undisturbed", TIMES)
-    print(f"two processes: all files equal, {_since(started)}")
+            print(f"{row['system']}: {row['documents']} questions, {row['images_encoded']} images encoded")
 
 
-def _compare(output: Path, undisturbed: Path, without: tuple[str, ...]) -> None:
-    found, expected = files(output), files(undisturbed)
-    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-    assert not [name for name in found if found[name] != expected[name]]
-    assert costs(output, without) == costs(undisturbed, without)
+def command_of(folder: Path) -> Command:
+    """Return the command on the folder's data."""
+    return Command((*SYSTEMS, "crop"), TASKS, folder / "data")
 
 
-def _since(started: float) -> str:
-    return f"{time.perf_counter() - started:.0f} s"
-
+PARTS: dict[str, Callable[[Path], None]] = {
+    "data": make_data,
+    "undisturbed": run_undisturbed,
+    "killed": run_killed,
+    "two": run_two,
+    "compare": compare,
+}
 
 if __name__ == "__main__":
-    number = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    main(number, Path(sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp()))
+    for part in sys.argv[2:] or PARTS:
+        started = time.perf_counter()
+        PARTS[part](Path(sys.argv[1]))
+        print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)

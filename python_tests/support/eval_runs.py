@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -65,20 +64,23 @@ class Command:
         assert process.returncode == 0, said
         return said
 
-    def run_killed(self, output: Path, moments: Sequence[int]) -> None:
-        """Kill the command when its journals have so many lines, each time it is started again, and then not."""
+    def run_killed(self, output: Path, moments: Sequence[int]) -> list[int]:
+        """Kill the command each time that its journals have so many new lines, start it again, and then let it end.
+
+        Returns:
+            The number of lines at each kill.
+        """
+        killed = []
         for moment in moments:
-            process = self.start(output)
-            while process.poll() is None and lines(output) < moment:
+            before, process = lines(output), self.start(output)
+            while process.poll() is None and lines(output) < before + moment:
                 time.sleep(0.01)
+            assert process.poll() is None, f"it ended before it could be killed: {process.communicate()[1]}"
             process.send_signal(signal.SIGKILL)
             process.communicate()
+            killed.append(lines(output))
         self.run(output)
-
-
-def random_moments(undisturbed: Path, count: int) -> list[int]:
-    """Return numbers of lines of the journals at which to kill a run like one that nothing disturbed."""
-    return sorted(random.SystemRandom().sample(range(1, lines(undisturbed)), count))
+        return killed
 
 
 def lines(output: Path) -> int:
