@@ -26,7 +26,7 @@ from flexattn_cuda.checkpoints import adapters
 from flexattn_cuda.checkpoints.files import content_hash, first_line
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.evaluation.data import DATA_VARIABLE
-from flexattn_cuda.evaluation.judged import missing_key, no_marks, unscored
+from flexattn_cuda.evaluation.judged import loadable, missing_key, no_marks, unscored
 from flexattn_cuda.evaluation.model import FlexAttn
 from flexattn_cuda.evaluation.pictures import draw
 from flexattn_cuda.evaluation.plan import KIND, JournalledRunner
@@ -158,22 +158,28 @@ def _load_tasks(options: EvalOptions) -> dict[str, Any]:
     for name in dict.fromkeys(names):
         if name not in manager.all_tasks or name in (*manager.all_groups, *manager.all_tags):
             raise InputError(f"there is no single task {name!r}; `lmms-eval tasks list` prints those of lmms-eval")
-        path = load_yaml_config(manager.task_index[name]["yaml_path"], mode="full").get("dataset_path")
-        if options.data is not None and path is not None and not Path(path).is_dir():
-            raise InputError(
-                f"the task {name} reads {path}, and there is no folder {options.data / path}; copy that data set there"
-            )
-        try:
-            found |= get_task_dict([name], manager)
-        except InputError:
-            raise
-        except Exception as error:  # of any library that reads data
-            cause = _cause(error)
-            raise InputError(
-                f"the data of the task {name} cannot be read ({type(cause).__name__}: {first_line(cause)}); it must be "
-                f"{path} as on the hub, or a copy of it in the folder that --data names"
-            ) from error
+        with loadable(name):
+            found |= _load_task(options, manager, name)
     return found
+
+
+def _load_task(options: EvalOptions, manager: TaskManager, name: str) -> dict[str, Any]:
+    path = load_yaml_config(manager.task_index[name]["yaml_path"], mode="full").get("dataset_path")
+    if options.data is not None and path is not None and not Path(path).is_dir():
+        raise InputError(
+            f"the task {name} reads {path}, and there is no folder {options.data / path}; copy that data set there"
+        )
+    try:
+        loaded: dict[str, Any] = get_task_dict([name], manager)
+        return loaded
+    except InputError:
+        raise
+    except Exception as error:  # of any library that reads data
+        cause = _cause(error)
+        raise InputError(
+            f"the data of the task {name} cannot be read ({type(cause).__name__}: {first_line(cause)}); it must be "
+            f"{path} as on the hub, or a copy of it in the folder that --data names"
+        ) from error
 
 
 def _leave_unscored(tasks: Mapping[str, Any], say: bool) -> None:

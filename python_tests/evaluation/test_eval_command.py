@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import random
 from pathlib import Path
 
@@ -80,14 +81,26 @@ def test_two_processes_give_what_one_gives(undisturbed, command, tmp_path):
     assert costs(tmp_path / "out", TIMES) == costs(undisturbed, TIMES)
 
 
+def test_what_no_judge_scores_is_written_unscored(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    evaluation_data.write_mmvet(tmp_path / "data")
+    [result] = evaluate(tmp_path, tmp_path / "data", tasks="mmvet", progress=True, max_new_tokens=4)
+    assert result.metrics == {} and result.cost.documents == 2
+    records = [json.loads(line) for line in (tmp_path / "out" / "samples" / "llava" / "mmvet.jsonl").open()]
+    assert [(one["doc_id"], one["target"]) for one in records] == [(0, "a sign <AND> 42"), (1, "a sign <AND> 42")]
+    assert all(isinstance(answer, str) for one in records for answer in one["answers"])
+    assert "the answers to mmvet are written unscored" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
-def evaluate(tmp_path: Path, folder: Path, **options):
+def evaluate(tmp_path: Path, folder: Path, progress: bool = False, **options):
     from flexattn_cuda.evaluation.run import evaluate as run
 
     given = {"output": tmp_path / "out", "systems": "llava", "data": folder, "device": "cpu"} | options
-    return run(EvalOptions(**given))
+    return run(EvalOptions(**given), progress)
 
 
 @pytest.mark.parametrize(

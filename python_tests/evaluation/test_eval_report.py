@@ -37,7 +37,14 @@ def results(crop: float = 0.9) -> list[TaskResult]:
 
 
 def page(folder: Path, found: list[TaskResult]) -> str:
-    write_report(EvalOptions(output=folder, systems="llava,flexattn,crop", model="a-model"), found)
+    write_report(
+        EvalOptions(
+            output=folder,
+            systems="llava,flexattn,crop",
+            model="/a/folder/with/a/name/that/is/longer/than/a/phone/is/wide",
+        ),
+        found,
+    )
     return (folder / "report.html").read_text()
 
 
