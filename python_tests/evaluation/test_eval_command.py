@@ -10,9 +10,13 @@ from pathlib import Path
 
 import evaluation_data
 import pytest
+from datasets import Dataset
 from eval_runs import ENCODED, TIMES, Command, answered, costs, files, lines, write_data
 
+import flexattn_cuda
 from flexattn_cuda.errors import InputError
+from flexattn_cuda.evaluation.data import SHORT_ANSWER
+from flexattn_cuda.tasks.cropping import Cropper
 from flexattn_cuda.tasks.options import EvalOptions
 
 pytestmark = [pytest.mark.slow, pytest.mark.harness]
@@ -64,6 +68,16 @@ def test_an_image_with_ten_questions_is_encoded_once(undisturbed):
         assert found[system, "vstar_bench_loss"]["images_encoded"] == str(2 + 3 * crops)
     assert found["flexattn", "rsvqa_hrben"]["tiles_encoded"] == "27" and found["crop", "pope"]["selected"] == ""
     assert float(found["flexattn", "pope"]["selected"]) > 0 and 0 < float(found["flexattn", "pope"]["tiles"]) <= 9
+
+
+def test_the_crop_system_answers_as_a_loop_over_the_questions(undisturbed, command):
+    cropper = Cropper.of(None, *flexattn_cuda.load(None, "cpu", system="llava"))
+    records = [json.loads(line) for line in (undisturbed / "samples" / "crop" / "pope.jsonl").open()]
+    rows = Dataset.from_parquet(str(command.data / "lmms-lab-encoder/POPE/data/*.parquet"), cache_dir=str(undisturbed))
+    said = [
+        cropper.ask(row["image"], f"{row['question']}\n{SHORT_ANSWER}", max_new_tokens=128).text.lower() for row in rows
+    ]
+    assert [one["answers"][0].lower() for one in records] == said and len(said) == 8
 
 
 def test_a_run_that_is_killed_at_any_moment_is_resumed(undisturbed, command, tmp_path):
