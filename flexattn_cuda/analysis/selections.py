@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from flexattn_cuda.inputs.frames import FrameOf
+from flexattn_cuda.inputs.frames import FrameOf, Region
 from flexattn_cuda.mechanism.grid import Grid
 from flexattn_cuda.mechanism.trace import LayerTrace, Trace
-
-
-class Region(NamedTuple):
-    """A rectangle in pixels of an image, half-open."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
 
 
 @dataclass(frozen=True)
@@ -50,7 +40,7 @@ def selection_of(trace: Trace, image: int, size: tuple[int, int], frame_of: Fram
     traced = [layers[number] for layers in trace.steps for number in sorted(layers)[:-1]]
     masks = [_mask(one, image) for one in traced]
     union = np.logical_or.reduce(masks)
-    regions = [_in_pixels(cells, union.shape, size, frame_of) for cells in connected(union)]
+    regions = [frame_of(*size).in_pixels(cells, union.shape, size) for cells in connected(union)]
     on_image = [one for one in regions if one.left < one.right and one.top < one.bottom]  # and not on its padding
     return ImageSelection(float(np.mean(masks)), tiles_of(union, traced[0].grids[0][image].tiles), on_image)
 
@@ -119,16 +109,3 @@ def connected(mask: np.ndarray) -> list[Region]:
         rows, cols = zip(*group)
         found.append(Region(min(cols), min(rows), max(cols) + 1, max(rows) + 1))
     return sorted(found, key=lambda region: (region.top, region.left))
-
-
-def _in_pixels(cells: Region, grid: Sequence[int], size: tuple[int, int], frame_of: FrameOf) -> Region:
-    """Return a rectangle of cells in pixels of the image, cut at its edges."""
-    width, height = size
-    frame = frame_of(width, height)
-    across, down = frame.width / grid[1], frame.height / grid[0]
-    return Region(
-        round(min(max(frame.left + cells.left * across, 0), width)),
-        round(min(max(frame.top + cells.top * down, 0), height)),
-        round(min(max(frame.left + cells.right * across, 0), width)),
-        round(min(max(frame.top + cells.bottom * down, 0), height)),
-    )

@@ -49,6 +49,9 @@ def ask(options: AskOptions) -> None:
     model, processor = loading.load_chosen(options)
     if options.map is not None or options.compare:
         _check_layers(options.layers_to_draw, model)
+    if options.crops:
+        _ask_cropping(model, processor, images, options)
+        return
     low = _asked(model, processor, images, options, high_resolution=False) if options.compare else None
     answer = _asked(model, processor, images, options)
     if options.json:
@@ -122,6 +125,16 @@ def _asked(
     if not options.json:
         print(flush=True)
     return answer
+
+
+def _ask_cropping(model: HRModel, processor: QuestionProcessor, images: list[Image.Image], options: AskOptions) -> None:
+    """Ask, find what the model looked at, and ask again with a crop of each image."""
+    from flexattn_cuda.tasks.cropping import Cropper
+
+    cropper = Cropper.of(options.model, model, processor)
+    on_text = None if options.json else AnswerPrinter()
+    answer = cropper.ask(images, options.question, max_new_tokens=options.max_new_tokens, on_text=on_text)
+    print(json.dumps(_described(options, answer, None), ensure_ascii=False) if options.json else "", flush=True)
 
 
 def _described(options: AskOptions, answer: Answer, low: Answer | None) -> dict[str, Any]:

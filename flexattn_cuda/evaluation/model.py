@@ -26,12 +26,14 @@ from flexattn_cuda.inputs.image_sources import read_image
 from flexattn_cuda.mechanism.trace import Trace
 from flexattn_cuda.runs.processes import Processes
 from flexattn_cuda.tasks.ask import answer_text, end_ids, generate_greedily, room, until_end
+from flexattn_cuda.tasks.cropping import Cropper, low_resolution_maps
 from flexattn_cuda.tasks.encoded import EncodedImage, encode_image, prompt_inputs
 from flexattn_cuda.tasks.load import load_chosen
 from flexattn_cuda.tasks.models import TrainingProcessor, selects
 from flexattn_cuda.tasks.options import ModelOptions
 
 _GREEDY = {"temperature": 0, "do_sample": False, "num_beams": 1}  # other values would change an answer
+_CROPS_KEPT = 64  # questions whose crops are kept encoded: options to choose from come one by one
 
 
 class FlexAttn(lmms):
@@ -46,6 +48,7 @@ class FlexAttn(lmms):
             max_new_tokens is the maximum length of an answer where a task sets none.
 
     Attributes:
+        cropper: Of the system "crop", whose questions are asked twice; None for others.
         runner: Has the batches answered.
         images_encoded: Number of images that were encoded so far.
 
@@ -79,8 +82,12 @@ class FlexAttn(lmms):
         self.max_new_tokens = chosen.max_new_tokens
         self.model, processor = load_chosen(chosen)
         self.processor = cast(TrainingProcessor, processor)
+        self.cropper = Cropper.of(name, self.model, processor) if chosen.crops else None
+        if self.cropper is not None:
+            self.processor = self.cropper.pairs
         self.runner, self.images_encoded = Runner(show=self._rank == 0), 0
         self._kept: dict[str, EncodedImage] = {}
+        self._crops: dict[tuple[tuple[str, ...], str], list[EncodedImage]] = {}
         self._chunk: int | None = None
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
@@ -170,11 +177,16 @@ class FlexAttn(lmms):
         assert settings is not None
         return Outcome(result, 0.0, text, *selected_of_row(trace, row, len(images), settings.first_layer, query, steps))
 
+    @property
+    def has_maps(self) -> bool:
+        """Whether the maps of the model's layers can be scored: it selects by them, or is a plain LLaVA."""
+        return selects(self.model) or (self.model.flexattn_settings is None and self.cropper is None)
+
     def _map_scores(
         self, asked: _Question, images: Sequence[EncodedImage], trace: Trace | None, row: int
     ) -> dict[int, float]:
         """Return the score of each layer's map at the prompt's last row."""
-        if trace is None:
+        if not self.has_maps:
             raise InputError(
                 f"the task {asked.request.task} scores attention maps, which this system does not have; leave it out"
             )
@@ -182,7 +194,11 @@ class FlexAttn(lmms):
         size = (image.width, image.height)
         regions = asked.request.doc(self.task_dict)[asked.regions]
         frame = self.processor.frame(*size)
-        maps = {layer: traced.of_image(row, -1, 0)[0] for layer, traced in sorted(trace.steps[0].items())}
+        if trace is None:  # of a plain LLaVA, which is asked once more
+            found = low_resolution_maps(self.model, self.processor, images, asked.request.context)
+            maps = {layer: of_images[0] for layer, of_images in found.items()}
+        else:
+            maps = {layer: traced.of_image(row, -1, 0)[0] for layer, traced in sorted(trace.steps[0].items())}
         return {
             layer: map_score(attention.float().cpu().numpy(), frame, size, regions) for layer, attention in maps.items()
         }
@@ -203,7 +219,7 @@ class FlexAttn(lmms):
             started = time.perf_counter()
             self._begin_chunk(chunk_of[tuple(batch)])
             before = self.images_encoded
-            images = [self._encoded(asked[number].request, digests[number]) for number in batch]
+            images = [self._shown(asked[number].request, digests[number]) for number in batch]
             outcomes = answer([asked[number] for number in batch], images)
             seconds = (time.perf_counter() - started) / len(batch)
             outcomes = [dataclasses.replace(one, seconds=seconds) for one in outcomes]
@@ -211,13 +227,34 @@ class FlexAttn(lmms):
 
         self._chunk = None
         outcomes = self.runner.run(planned, chunks, answered, what)
-        self._kept.clear()
+        self._forget()
         return [one.result for one in outcomes]
 
     def _begin_chunk(self, number: int) -> None:
         if self._chunk != number:
             self._chunk = number
-            self._kept.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        self._kept.clear()
+        self._crops.clear()
+
+    def _shown(self, request: _Request, digests: tuple[str, ...]) -> list[EncodedImage]:
+        """Return what a question is asked about: its images, of a system that crops each with its crop.
+
+        Crops are made once for a question, by itself: the batches that it is in later decide nothing about them.
+        """
+        images = self._encoded(request, digests)
+        if self.cropper is None or not images:
+            return images
+        question = (digests, request.context)
+        if question not in self._crops:
+            if len(self._crops) == _CROPS_KEPT:
+                del self._crops[next(iter(self._crops))]
+            windows, whole = self.cropper.windows(images, request.context), request.images(self.task_dict)
+            self._crops[question] = [self.cropper.with_crop(*one) for one in zip(images, whole, windows)]
+            self.images_encoded += len(windows)
+        return self._crops[question]
 
     def _encoded(self, request: _Request, digests: Sequence[str]) -> list[EncodedImage]:
         """Return the images of a question, those encoded that were not in this chunk."""
@@ -293,8 +330,9 @@ class _Question:
     def of(cls, instance: Instance, model: FlexAttn) -> _Question:
         request = _Request.of(instance)
         options = dict(request.detail)
+        greedily = options.get("do_sample") is False  # where a temperature changes nothing
         for name, greedy in _GREEDY.items():
-            if options.get(name) not in (None, greedy):
+            if options.get(name) not in (None, greedy) and not (greedily and name == "temperature"):
                 raise InputError(
                     f"the task {request.task} asks for {name}={options[name]}, and flexattn answers greedily; pass "
                     f"--gen_kwargs {name}={greedy}"

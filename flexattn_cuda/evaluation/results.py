@@ -15,6 +15,7 @@ from flexattn_cuda.evaluation.published import SECONDS, TABLES, TFLOPS, Column, 
 from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.runs.files import os_errors_as_input_errors, write_atomically, write_csv
 from flexattn_cuda.runs.records import encode_json
+from flexattn_cuda.tasks.options import CROP_SYSTEM
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ class Cost:
         text_tokens: Tokens of a prompt besides the images', on average over the requests.
         selected: HR tokens that a layer selected, on average; None where none are selected.
         tiles: Tiles that held a selected token, on average.
-        tflops_published: TFLOPs of a prompt, counted as the released code runs; None for models that are not counted.
-        tflops_here: TFLOPs of a prompt as here.
+        tflops_published: TFLOPs of a prompt, counted as the released code runs; None for models that are not counted,
+            and for the system that crops, which is not the paper's.
+        tflops_here: TFLOPs of a prompt as here; of the system that crops, of both its prompts.
         tflops_paper: What the paper says.
         seconds: Of all documents, on this machine.
         seconds_per_document: Of one.
@@ -89,14 +91,14 @@ class Cost:
         text = sum(one.text_tokens for one in every) / len(every)
         selected, tiles = (_mean(getattr(one, name) for one in every) for name in ("selected", "tiles"))
         settings = model.flexattn_settings
-        counted = _tflops(model.config, text, selected, tiles)
+        published, here = _tflops(system, model.config, text, selected, tiles)
         return cls(
             documents=documents,
             text_tokens=text,
             selected=selected,
             tiles=tiles,
-            tflops_published=None if counted is None else counted.published_tflops,
-            tflops_here=None if counted is None else counted.here_tflops,
+            tflops_published=published,
+            tflops_here=here,
             tflops_paper=TFLOPS.get(task, {}).get(system),
             seconds=seconds,
             seconds_per_document=seconds / documents,
@@ -111,14 +113,23 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _tflops(config: Any, text: float, selected: float | None, tiles: float | None) -> flops.Cost | None:
-    """Count a prompt of the mean length with the mean selection; None for models that are not this package's."""
+def _tflops(
+    system: str, config: Any, text: float, selected: float | None, tiles: float | None
+) -> tuple[float | None, float | None]:
+    """Count a prompt of the mean length with the mean selection, as published and as here; None for no count."""
     if not isinstance(config, FlexAttnLlavaConfig):
-        return None
+        return None, None
+    length = max(1, round(text))
+    if system == CROP_SYSTEM:
+        # The second prompt has as many more positions, and the image that is encoded for it is the crop.
+        prompts = [flops.cost(config, length + crops * config.image_tokens) for crops in (0, 1)]
+        return None, sum(one.here_tflops for one in prompts)
     if selected is None or tiles is None:
-        return flops.cost(config, max(1, round(text)))
-    per_tile = config.hr_side**2 // config.flexattn.zoom**2
-    return flops.cost(config, max(1, round(text)), round(selected), max(round(tiles), math.ceil(selected / per_tile)))
+        counted = flops.cost(config, length)
+    else:
+        per_tile = config.hr_side**2 // config.flexattn.zoom**2
+        counted = flops.cost(config, length, round(selected), max(round(tiles), math.ceil(selected / per_tile)))
+    return counted.published_tflops, counted.here_tflops
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,47 @@ def cell(results: Sequence[TaskResult], system: str, column: Column) -> Cell:
         return Cell(published=published)
     own = (found[0].value, found[0].low, found[0].high)
     return Cell(*(None if value is None else value * column.unit for value in own), published)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Cropping beside FlexAttention in a column of a table.
+
+    Attributes:
+        title: Of the column.
+        crop: The figure of the system that crops.
+        flexattn: FlexAttention's.
+        flops: TFLOPs of a question, as a share of FlexAttention's; None where they are not counted.
+    """
+
+    title: str
+    crop: Cell
+    flexattn: Cell
+    flops: float | None
+
+    @property
+    def better(self) -> bool:
+        """Whether cropping has the larger figure."""
+        return (self.crop.value or 0.0) > (self.flexattn.value or 0.0)
+
+    @property
+    def apart(self) -> bool:
+        """Whether the intervals are known, and do not overlap."""
+        ends = (self.crop.low, self.crop.high, self.flexattn.low, self.flexattn.high)
+        return None not in ends and (self.crop.low > self.flexattn.high or self.flexattn.low > self.crop.high)
+
+
+def comparisons(results: Sequence[TaskResult]) -> list[Comparison]:
+    """Return cropping beside FlexAttention in every column that has both figures, each metric once."""
+    found: dict[tuple[str, str], Comparison] = {}
+    costs = {(one.system, one.task): one.cost.tflops_here for one in results}
+    for column in (column for table in tables_of(results) for column in table.columns):
+        crop, flexattn = (cell(results, system, column) for system in (CROP_SYSTEM, "flexattn"))
+        if crop.value is not None and flexattn.value is not None:
+            spent, other = (costs.get((system, column.task)) for system in (CROP_SYSTEM, "flexattn"))
+            ratio = spent / other if spent and other else None
+            found.setdefault((column.task, column.metric), Comparison(column.title, crop, flexattn, ratio))
+    return list(found.values())
 
 
 def tables_of(results: Sequence[TaskResult]) -> list[Table]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from flexattn_cuda.checkpoints import adapters
 from flexattn_cuda.checkpoints.files import content_hash, first_line
 from flexattn_cuda.errors import InputError
 from flexattn_cuda.evaluation.data import DATA_VARIABLE
+from flexattn_cuda.evaluation.judged import loadable, missing_key, no_marks, unscored
 from flexattn_cuda.evaluation.model import FlexAttn
 from flexattn_cuda.evaluation.pictures import draw
 from flexattn_cuda.evaluation.plan import KIND, JournalledRunner
@@ -36,7 +38,6 @@ from flexattn_cuda.runs.fingerprint import Fingerprint
 from flexattn_cuda.runs.journal import discard_journal
 from flexattn_cuda.runs.processes import Processes
 from flexattn_cuda.tasks.load import checkpoint_folder
-from flexattn_cuda.tasks.models import selects
 from flexattn_cuda.tasks.options import OWN_SYSTEM, EvalOptions
 
 _TASKS = Path(__file__).parent / "tasks"
@@ -70,6 +71,7 @@ def evaluate(options: EvalOptions, progress: bool = False) -> list[TaskResult]:
         loaded: list[dict[str, Any]] = []
         processes.broadcast_from_rank0(lambda: loaded.append(_load_tasks(options)))  # others read what it has cached
         tasks = loaded[0] if loaded else _load_tasks(options)
+        _leave_unscored(tasks, progress and processes.rank == 0)
         results: list[TaskResult] = []
         for system in options.system_names:
             model = _Kept(
@@ -83,7 +85,7 @@ def evaluate(options: EvalOptions, progress: bool = False) -> list[TaskResult]:
                 max_new_tokens=options.max_new_tokens,
             )
             for name, task in tasks.items():
-                if name != MAP_TASK or selects(model.model):
+                if name != MAP_TASK or model.has_maps:
                     results.append(_evaluate(options, processes, system, model, {name: task}, progress))
             del model
             gc.collect()
@@ -156,22 +158,37 @@ def _load_tasks(options: EvalOptions) -> dict[str, Any]:
     for name in dict.fromkeys(names):
         if name not in manager.all_tasks or name in (*manager.all_groups, *manager.all_tags):
             raise InputError(f"there is no single task {name!r}; `lmms-eval tasks list` prints those of lmms-eval")
-        path = load_yaml_config(manager.task_index[name]["yaml_path"], mode="full").get("dataset_path")
-        if options.data is not None and path is not None and not Path(path).is_dir():
-            raise InputError(
-                f"the task {name} reads {path}, and there is no folder {options.data / path}; copy that data set there"
-            )
-        try:
-            found |= get_task_dict([name], manager)
-        except InputError:
-            raise
-        except Exception as error:  # of any library that reads data
-            cause = _cause(error)
-            raise InputError(
-                f"the data of the task {name} cannot be read ({type(cause).__name__}: {first_line(cause)}); it must be "
-                f"{path} as on the hub, or a copy of it in the folder that --data names"
-            ) from error
+        with loadable(name):
+            found |= _load_task(options, manager, name)
     return found
+
+
+def _load_task(options: EvalOptions, manager: TaskManager, name: str) -> dict[str, Any]:
+    path = load_yaml_config(manager.task_index[name]["yaml_path"], mode="full").get("dataset_path")
+    if options.data is not None and path is not None and not Path(path).is_dir():
+        raise InputError(
+            f"the task {name} reads {path}, and there is no folder {options.data / path}; copy that data set there"
+        )
+    try:
+        loaded: dict[str, Any] = get_task_dict([name], manager)
+        return loaded
+    except InputError:
+        raise
+    except Exception as error:  # of any library that reads data
+        cause = _cause(error)
+        raise InputError(
+            f"the data of the task {name} cannot be read ({type(cause).__name__}: {first_line(cause)}); it must be "
+            f"{path} as on the hub, or a copy of it in the folder that --data names"
+        ) from error
+
+
+def _leave_unscored(tasks: Mapping[str, Any], say: bool) -> None:
+    """Let the tasks score nothing whose judge lacks its key: it would call the network, and mark all as wrong."""
+    for name, task in tasks.items():
+        if (variable := missing_key(name)) is not None:
+            task.config.process_results = no_marks
+            if say:
+                print(unscored(name, variable), file=sys.stderr, flush=True)
 
 
 def _cause(error: Exception) -> BaseException:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+
+class Region(NamedTuple):
+    """A rectangle in pixels of an image, or in cells of a grid, half-open."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
 
 
 class Frame(NamedTuple):
@@ -16,6 +25,23 @@ class Frame(NamedTuple):
     top: float
     width: float
     height: float
+
+    def in_pixels(self, cells: Region, grid: Sequence[int], size: tuple[int, int]) -> Region:
+        """Return a rectangle of cells of a view in pixels of the image, cut at its edges.
+
+        Args:
+            cells: The rectangle.
+            grid: Rows and columns of the view.
+            size: Width and height of the image.
+        """
+        width, height = size
+        across, down = self.width / grid[1], self.height / grid[0]
+        return Region(
+            round(min(max(self.left + cells.left * across, 0), width)),
+            round(min(max(self.top + cells.top * down, 0), height)),
+            round(min(max(self.left + cells.right * across, 0), width)),
+            round(min(max(self.top + cells.bottom * down, 0), height)),
+        )
 
 
 FrameOf = Callable[[int, int], Frame]

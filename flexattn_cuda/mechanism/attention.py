@@ -7,16 +7,26 @@ language model.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flexattn_cuda import ops
-from flexattn_cuda.mechanism.context import AttentionModule, HRArguments, HRContext
+from flexattn_cuda.mechanism.context import AttentionModule, HRArguments
 from flexattn_cuda.mechanism.masks import VisibleKeys, visible_keys
 
 NAME = "flexattn"
+
+
+class LayerContext(Protocol):
+    """What goes with a forward call to every layer: `context.HRContext`, or what records maps alone."""
+
+    def before_attention(self, module: AttentionModule, device: torch.device) -> HRArguments:
+        """Return what the attention of a layer needs beside its sequence."""
+
+    def after_attention(self, module: AttentionModule, attention_map: torch.Tensor) -> None:
+        """Take the layer's map [B, R, I, C], empty where none was asked for."""
 
 
 def flexattn_attention(
@@ -27,7 +37,7 @@ def flexattn_attention(
     attention_mask: VisibleKeys | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    flexattn: HRContext | None = None,
+    flexattn: LayerContext | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend, in transformers' attention interface.

@@ -86,19 +86,20 @@ def load(
 
 
 def load_chosen(options: ModelOptions) -> tuple[HRModel, QuestionProcessor]:
-    """Load a model as the options of a command say.
+    """Load a model as the options of a command say; one that crops, as the LLaVA that it is.
 
     Raises:
         CheckpointError: As `load` does.
         InputError: As `load` and `changed_settings` do.
     """
     changes = options.changes
+    system = "llava" if options.crops else options.system
     return load(
         options.model,
         options.device,
         options.dtype,
-        flexattn=changed_settings(options.model, options.system, **changes) if changes else None,
-        system=None if changes else options.system,
+        flexattn=changed_settings(options.model, system, **changes) if changes else None,
+        system=None if changes else system,
         adapter=options.adapter,
         quantize=options.quantize,
     )

@@ -19,6 +19,7 @@ MAX_NEW_TOKENS = 256
 TOKEN_VARIABLE = "FLEXATTN_TOKEN"
 QUANTIZATIONS = ("4bit", "8bit")
 OWN_SYSTEM = "own"
+CROP_SYSTEM = "crop"  # "llava", which is asked again with a crop of the image, see tasks/cropping.py
 SCHEDULES = (  # those of transformers that need no arguments
     "linear",
     "cosine",
@@ -88,7 +89,12 @@ class ModelOptions(Options):
     adapter: Adapter = None
     quantize: Quantize = None
     system: Annotated[
-        str | None, Option(f"Load the model as another system: {', '.join(SYSTEMS)}.", choices=SYSTEMS)
+        str | None,
+        Option(
+            f"Load the model as another system: {', '.join(SYSTEMS)}; or {CROP_SYSTEM}: llava, asked again with a crop "
+            "of the image.",
+            choices=(*SYSTEMS, CROP_SYSTEM),
+        ),
     ] = None
     preset: Annotated[
         str | None, Option(f"Settings in place of the model's own: {' or '.join(PRESETS)}.", choices=tuple(PRESETS))
@@ -110,6 +116,11 @@ class ModelOptions(Options):
             raise InputError(f"an adapter has settings of its own; leave one of --{changed} and --adapter out")
         if self.preset is not None and self.system is not None:
             raise InputError("--preset and --system exclude each other: a system has settings of its own")
+
+    @property
+    def crops(self) -> bool:
+        """Whether the model is asked again with a crop of the image."""
+        return self.system == CROP_SYSTEM
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -175,6 +186,8 @@ class AskOptions(ModelOptions):
 
     def _check_folders(self) -> None:
         folders = [image for image in self.images if os.path.isdir(image)]
+        if folders and self.crops:
+            raise InputError(f"{folders[0]} is a folder; --system {CROP_SYSTEM} takes images, so name one")
         if folders and len(self.images) > 1:
             raise InputError(f"{folders[0]} is a folder, whose images are asked about one by one; name it alone")
         if folders and (self.map is not None or self.compare):
@@ -228,6 +241,8 @@ class ChatOptions(ModelOptions):
             raise InputError("the name of the image is empty; it must be a path or a URL")
         if self.image == str(STREAM):
             raise InputError("the image is '-', but standard input holds the questions; name a file")
+        if self.crops:
+            raise InputError(f"--system {CROP_SYSTEM} answers single questions; use `flexattn ask`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,8 +345,8 @@ class EvalOptions(Options):
     adapter: Adapter = None
     quantize: Quantize = None
     systems: Annotated[
-        str, Option(f"Comma-separated systems: {', '.join(SYSTEMS)}, or own for the model as it is.")
-    ] = ",".join(SYSTEMS)
+        str, Option(f"Comma-separated systems: {', '.join((*SYSTEMS, CROP_SYSTEM))}, or own for the model as it is.")
+    ] = ",".join((*SYSTEMS, CROP_SYSTEM))
     tasks: Annotated[
         str, Option("Comma-separated tasks of lmms-eval or of this package; paper stands for those of its tables.")
     ] = "paper"
@@ -352,7 +367,7 @@ class EvalOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = (*SYSTEMS, OWN_SYSTEM)
+        known = (*SYSTEMS, CROP_SYSTEM, OWN_SYSTEM)
         if unknown := [name for name in self.system_names if name not in known]:
             raise InputError(f"there is no system {unknown[0]!r}; allowed: {', '.join(known)}")
         if not all(self.task_names):

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from flexattn_cuda import Trace
-from flexattn_cuda.analysis.selections import Region, connected, selection_of
-from flexattn_cuda.inputs.frames import padded_square, whole_image
+from flexattn_cuda.analysis.selections import connected, selection_of
+from flexattn_cuda.inputs.frames import Region, padded_square, whole_image
 from flexattn_cuda.mechanism.grid import Grid, ImageGrids
 from flexattn_cuda.mechanism.trace import LayerTrace
 

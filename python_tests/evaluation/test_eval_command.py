@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import os
+import json
 import random
-import signal
-import subprocess
-import sys
-import time
-import zlib
 from pathlib import Path
 
 import evaluation_data
 import pytest
+from datasets import Dataset
+from eval_runs import ENCODED, TIMES, Command, answered, costs, files, lines, write_data
 
+import flexattn_cuda
 from flexattn_cuda.errors import InputError
-from flexattn_cuda.runs.records import from_line
+from flexattn_cuda.evaluation.data import SHORT_ANSWER
+from flexattn_cuda.tasks.cropping import Cropper
 from flexattn_cuda.tasks.options import EvalOptions
 
 pytestmark = [pytest.mark.slow, pytest.mark.harness]
 
-SYSTEMS, TASKS = ("flexattn", "llava"), ("vstar_bench_loss", "rsvqa_hrben", "pope")
-# In the words of that model. The first question of each category is about the same image.
-VSTAR = {
-    "direct_attributes": [
-        ("What does the sign say that is red?", ["89", "1 7", "4"]),
-        ("Which digits are on the sign that is blue?", ["23", "5"]),
-    ],
-    "relative_position": [("What does the sign say that is black?", ["7", "70", "8 8"])],
-}
-TIMES = ("seconds", "seconds_per_document")
-ENCODED = ("images_encoded", "tiles_encoded")  # a run that is resumed encodes the images of its last chunk again
+SYSTEMS, TASKS = ("flexattn", "crop"), ("vstar_bench_loss", "rsvqa_hrben", "pope")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,71 +31,29 @@ def installed() -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A folder with V* Bench, RSVQA (ten questions about each of three images) and POPE."""
-    folder = tmp_path_factory.mktemp("data")
-    evaluation_data.write_vstar(folder / "vstar_bench", VSTAR)
-    evaluation_data.write_rsvqa(folder / "rsvqa_hrben", kinds=("presence", "comp") * 15, per_image=10)
-    evaluation_data.write_benchmarks(folder, lambda row: "42")
-    return folder
-
-
-def start(data: Path, output: Path, processes: int = 1) -> subprocess.Popen[str]:
-    """Start the command, by torchrun if there are several processes."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    arguments = ["--systems", ",".join(SYSTEMS), "--tasks", ",".join(TASKS), "--data", data, "--output", output]
-    options = ["--batch-size", "2", "--pictures", "1", "--device", "cpu"]
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "flexattn_cuda.cli", "eval", *map(str, arguments), *options],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(output.parent / "hub"), "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    _, said = process.communicate()
-    assert process.returncode == 0, said
+def command(tmp_path_factory) -> Command:
+    return Command(SYSTEMS, TASKS, write_data(tmp_path_factory.mktemp("data")))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory) -> Path:
+def data(command) -> Path:
+    return command.data
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory) -> Path:
     """The output of a run that nothing interrupts."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    finish(start(data, output))
+    command.run(output)
     return output
-
-
-def costs(output: Path, without: tuple[str, ...] = ()) -> list[dict[str, str]]:
-    rows = csv.DictReader((output / "costs.csv").read_text().splitlines())
-    return [{name: value for name, value in row.items() if name not in without} for row in rows]
-
-
-def files(output: Path) -> dict[str, bytes]:
-    """Return all results but those that hold times."""
-    found = [
-        *output.glob("results.csv"),
-        *output.glob("table_*.csv"),
-        *output.glob("samples/*/*"),
-        *output.glob("pictures/*"),
-    ]
-    return {str(path.relative_to(output)): path.read_bytes() for path in found}
-
-
-def answered(output: Path) -> list[tuple]:
-    """Return what the journals name, in which a request that was answered twice stands twice."""
-    lines = [(path, line) for path in output.glob("journals/*/*") for line in path.read_bytes().splitlines(True)]
-    headers = dict(reversed(lines))
-    records = [(path, from_line(line, zlib.crc32(headers[path]))) for path, line in lines if line != headers[path]]
-    return sorted((path.parent.name, *key) for path, record in records if record for key in record["requests"])
 
 
 def test_the_results_are_written_beside_the_papers(undisturbed):
     names = files(undisturbed)
     assert {"results.csv", "table_1.csv", "table_2.csv", "table_3.csv"} < set(names)
     assert {f"samples/{system}/{task}.jsonl" for system in SYSTEMS for task in TASKS} < set(names)
-    [flexattn, llava] = csv.DictReader(names["table_1.csv"].decode().splitlines())
-    assert (flexattn["V* overall published"], llava["V* overall published"]) == ("54.5", "47.6")
+    [flexattn, crop] = csv.DictReader(names["table_1.csv"].decode().splitlines())
+    assert (flexattn["V* overall published"], crop["V* overall published"]) == ("54.5", "")
     assert float(flexattn["V* overall low"]) <= float(flexattn["V* overall"]) <= float(flexattn["V* overall high"])
     page = (undisturbed / "report.html").read_text()
     assert all(f'src="{name}"' in page for name in names if name.startswith("pictures/")) and "pictures/" in page
@@ -114,48 +61,60 @@ def test_the_results_are_written_beside_the_papers(undisturbed):
 
 def test_an_image_with_ten_questions_is_encoded_once(undisturbed):
     found = {(row["system"], row["task"]): row for row in costs(undisturbed)}
-    for system in SYSTEMS:
+    for system, crops in (("flexattn", 0), ("crop", 1)):
         row = found[system, "rsvqa_hrben"]
-        assert (row["documents"], row["images_encoded"]) == ("30", "3")
-        assert found[system, "vstar_bench_loss"]["images_encoded"] == "2"  # for eight options
-    assert found["flexattn", "rsvqa_hrben"]["tiles_encoded"] == "27" and found["llava", "pope"]["selected"] == ""
+        assert (row["documents"], row["images_encoded"]) == ("30", str(3 + 30 * crops))
+        # Two images and three questions, with eight options.
+        assert found[system, "vstar_bench_loss"]["images_encoded"] == str(2 + 3 * crops)
+    assert found["flexattn", "rsvqa_hrben"]["tiles_encoded"] == "27" and found["crop", "pope"]["selected"] == ""
     assert float(found["flexattn", "pope"]["selected"]) > 0 and 0 < float(found["flexattn", "pope"]["tiles"]) <= 9
 
 
-def test_a_run_that_is_killed_at_any_moment_is_resumed(undisturbed, data, tmp_path):
+def test_the_crop_system_answers_as_a_loop_over_the_questions(undisturbed, command):
+    cropper = Cropper.of(None, *flexattn_cuda.load(None, "cpu", system="llava"))
+    records = [json.loads(line) for line in (undisturbed / "samples" / "crop" / "pope.jsonl").open()]
+    rows = Dataset.from_parquet(str(command.data / "lmms-lab-encoder/POPE/data/*.parquet"), cache_dir=str(undisturbed))
+    said = [
+        cropper.ask(row["image"], f"{row['question']}\n{SHORT_ANSWER}", max_new_tokens=128).text.lower() for row in rows
+    ]
+    assert [one["answers"][0].lower() for one in records] == said and len(said) == 8
+
+
+def test_a_run_that_is_killed_at_any_moment_is_resumed(undisturbed, command, tmp_path):
     """Killed at a random line of its journals, and again while it is resumed; no request is answered twice."""
-    output, lines = tmp_path / "out", sum(path.read_bytes().count(b"\n") for path in undisturbed.glob("journals/*/*"))
-    moments = sorted(random.SystemRandom().sample(range(1, lines), 2))
-    for moment in moments:
-        process = start(data, output)
-        while process.poll() is None and _lines(output) < moment:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    finish(start(data, output))
-    assert files(output) == files(undisturbed), moments
+    output, most = tmp_path / "out", lines(undisturbed) // 3
+    at = command.run_killed(output, [random.SystemRandom().randint(1, most) for _ in range(2)])
+    assert files(output) == files(undisturbed), at
     assert costs(output, TIMES + ENCODED) == costs(undisturbed, TIMES + ENCODED)
     assert answered(output) == answered(undisturbed) and len(set(answered(output))) == len(answered(output))
 
 
-def _lines(output: Path) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in output.glob("journals/*/*"))
-
-
-def test_two_processes_give_what_one_gives(undisturbed, data, tmp_path):
-    finish(start(data, tmp_path / "out", processes=2))
+def test_two_processes_give_what_one_gives(undisturbed, command, tmp_path):
+    command.run(tmp_path / "out", processes=2)
     assert files(tmp_path / "out") == files(undisturbed)
     assert costs(tmp_path / "out", TIMES) == costs(undisturbed, TIMES)
+
+
+def test_what_no_judge_scores_is_written_unscored(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    evaluation_data.write_mmvet(tmp_path / "data")
+    [result] = evaluate(tmp_path, tmp_path / "data", tasks="mmvet", progress=True, max_new_tokens=4)
+    assert result.metrics == {} and result.cost.documents == 2
+    records = [json.loads(line) for line in (tmp_path / "out" / "samples" / "llava" / "mmvet.jsonl").open()]
+    assert [(one["doc_id"], one["target"]) for one in records] == [(0, "a sign <AND> 42"), (1, "a sign <AND> 42")]
+    assert all(isinstance(answer, str) for one in records for answer in one["answers"])
+    assert "the answers to mmvet are written unscored" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
-def evaluate(tmp_path: Path, folder: Path, **options):
+def evaluate(tmp_path: Path, folder: Path, progress: bool = False, **options):
     from flexattn_cuda.evaluation.run import evaluate as run
 
     given = {"output": tmp_path / "out", "systems": "llava", "data": folder, "device": "cpu"} | options
-    return run(EvalOptions(**given))
+    return run(EvalOptions(**given), progress)
 
 
 @pytest.mark.parametrize(

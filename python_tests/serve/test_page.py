@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import served
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from served import NAME, ROOT, data_url, message
 
 from flexattn_cuda.serve.rows import Rows
@@ -23,17 +22,6 @@ EXAMPLES = ROOT / "examples"
 SIGNS = json.loads((EXAMPLES / "questions.json").read_text())
 SIGN = SIGNS[0]
 OUTLINE = (0, 230, 255)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.fail("there is no Chromium; install it (Debian: apt-get install chromium), or pass -m 'not browser'")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

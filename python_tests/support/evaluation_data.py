@@ -108,6 +108,16 @@ def write_benchmarks(folder: Path, said: Callable[[dict], str]) -> dict[str, lis
     return rows
 
 
+def write_mmvet(folder: Path) -> None:
+    """Write two questions of MM-Vet below a folder as on the hub."""
+    rows = [
+        {"question_id": f"v1_{number}", "image": question_files.image(128, 96, seed=number), "question": "What is it?"}
+        | {"answer": "a sign <AND> 42", "capability": "ocr,rec"}
+        for number in range(2)
+    ]
+    _write_rows(folder / "lmms-lab-encoder" / "MMVet", "test", rows, {"image": Image()})
+
+
 def _write_rows(folder: Path, split: str, rows: list[dict], images: dict[str, Any]) -> None:
     """Write the rows of a split, of which some columns are images, as the hub's parquet files lie."""
     (folder / "data").mkdir(parents=True)

@@ -109,7 +109,7 @@ def completed(line: str, monkeypatch) -> tuple[list[str], set[str]]:
         ("flexattn ", [function.__name__.replace("_", "-") for function in FUNCTIONS]),
         ("flexattn as", ["ask", "ask-batch"]),
         ("flexattn ask --ma", ["--max-new-tokens", "--map", "--map-tokens", "--map-layers"]),
-        ("flexattn ask image.jpg --system ", list(SYSTEMS)),
+        ("flexattn ask image.jpg --system ", [*SYSTEMS, "crop"]),
         ("flexattn chat --system fl", ["flexattn", "flexattn-paper"]),
         ("flexattn ask --preset ", ["paper", "released"]),
         ("flexattn ask imag", []),  # the shell completes names of files
