@@ -24,10 +24,17 @@ class Resolution(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """A question about the scene with a number."""
+    """A question about the scene with a number.
+
+    Attributes:
+        scene: The number.
+        question: The question.
+        more: Further questions, each of which sees the ones before it and their answers; for training.
+    """
 
     scene: int
     question: Question
+    more: tuple[Question, ...] = ()
 
 
 @dataclass
