@@ -66,7 +66,7 @@ from studies.small.stage import console, train_stage
 from studies.small.start import stored
 
 RATE = 8e-3
-BATCH = 40  # images, in stage 5
+BATCH = 40  # questions, in stage 5
 SYSTEMS = "attention,none,random,center"
 _THRESHOLD = 12.0  # of the maps: at 48, the released one, every seventh glyph is missed by what they select; at 12, 4 %
 _HELD_OUT_SCENES = 200  # of each size at most, in stages 3 and 4

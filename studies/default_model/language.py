@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from studies.default_model.questions import TASKS, SignScenes, questions_about
+from studies.default_model.questions import TASKS, SignScenes, sign_question
 from studies.small.attention_maps import cross_entropy, mass_and_largest
 from studies.small.encoded_scenes import EncodedScenes
 from studies.small.low_resolution_stage import LowResolutionModel, Predictions
@@ -84,8 +84,10 @@ def _asked(scenes: SignScenes, numbers: list[int], tasks: dict[str, float], rng:
     """Return scenes with random questions about each."""
     asked = []
     for number in numbers:
-        scene = scenes.scenes[number]
-        questions = questions_about(scene.signs, _QUESTIONS, rng, tasks)
+        scene, questions = scenes.scenes[number], []
+        while len(questions) < _QUESTIONS:
+            question = sign_question(rng.choices(list(tasks), list(tasks.values()))[0], scene.signs, rng)
+            questions += [question] if question is not None else []
         asked.append(replace(scene, questions=tuple(questions)))
     return EncodedScenes(scenes.low[numbers], {}, scenes.valid_rect[numbers], asked)
 

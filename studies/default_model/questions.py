@@ -12,7 +12,7 @@ describe    what the picture shows                  3 signs
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from studies.default_model import phrases
 from studies.default_model.signs import KINDS, LETTERS, MOST_SIGNS, kind_of
@@ -39,8 +39,6 @@ ANSWERS = (*LETTERS, NONE, WHICH, *SIGNS, *PARTS)
 WORDS = (*SHAPES, "yes", "no")
 """Answers that are words of questions too."""
 _MIDDLE, _CLEAR = 0.1, 0.06  # of the image's side: the middle's half width, and how far a corner's signs are from it
-
-_MORE = 4  # questions about an image after the first one
 
 Answer = tuple[tuple[str, ...], tuple[tuple[Box, ...], ...]]
 """The tokens of an answer, and for each the boxes to look at."""
@@ -133,25 +131,6 @@ def _missing_color(signs: Sequence[Sign], rng: random.Random) -> str | None:
     return rng.choice(missing) if missing else None
 
 
-def questions_about(
-    signs: Sequence[Sign], count: int, rng: random.Random, tasks: Mapping[str, float] = TASKS
-) -> list[Question]:
-    """Return questions about an image's signs.
-
-    Args:
-        signs: See `sign_question`.
-        count: Number of questions.
-        rng: Source of all randomness.
-        tasks: The shares of tasks, where they suit the signs.
-    """
-    questions: list[Question] = []
-    while len(questions) < count:
-        (task,) = rng.choices(list(tasks), list(tasks.values()))
-        question = sign_question(task, signs, rng)
-        questions += [question] if question is not None else []
-    return questions
-
-
 class SignScenes(EncodedScenes):
     """Encoded images with signs, about which questions are made as they are drawn."""
 
@@ -161,7 +140,7 @@ class SignScenes(EncodedScenes):
         return cls(scenes.low, scenes.high, scenes.valid_rect, scenes.scenes)
 
     def sample(self, rng: random.Random, count: int) -> list[Pick]:
-        """Return questions for training: a task by its share, then a scene that suits it, and more about the scene."""
+        """Return questions for training: a task by its share, then a scene that suits it."""
         return [self._pick(task, rng) for task in rng.choices(list(TASKS), list(TASKS.values()), k=count)]
 
     def _pick(self, task: str, rng: random.Random) -> Pick:
@@ -172,4 +151,4 @@ class SignScenes(EncodedScenes):
                 continue  # one sign and several are asked about as often
             question = sign_question(task, signs, rng) if signs else None
             if question is not None:
-                return Pick(number, question, tuple(questions_about(signs, _MORE, rng)))
+                return Pick(number, question)

@@ -28,6 +28,7 @@ def question_batch(
         answers: Append the answers and add labels, for training and scoring; if False, end with the prompts, for
             `generate`.
     """
+    tokenizer, image_id = processor.tokenizer, processor.image_token_id
     numbers = [pick.scene for pick in picks]
     batch = {"image_features": images.low[numbers].float()}
     image_tokens = images.low.shape[1]
@@ -35,27 +36,19 @@ def question_batch(
         batch["hr_features"] = images.high[settings.zoom, settings.highres_size][numbers].float()
         batch["valid_rect"] = images.valid_rect[numbers]
         image_tokens += batch["hr_features"].shape[1] if settings.system == "hd" else 0
-    rows, labels = zip(*(_ids_and_labels(pick, processor, image_tokens, answers) for pick in picks))
+    rows, labels = [], []
+    for pick in picks:
+        before, after = split_prompt(processor, pick.question)
+        answer = answer_ids(tokenizer, pick.question) if answers else []
+        rows.append(before + [image_id] * image_tokens + after + answer)
+        labels.append(answer)
     length = max(map(len, rows))
     padding = [length - len(row) for row in rows]
-    pad_id = processor.tokenizer.pad_token_id
-    batch["input_ids"] = torch.tensor([[pad_id] * pad + row for pad, row in zip(padding, rows)])
+    batch["input_ids"] = torch.tensor([[tokenizer.pad_token_id] * pad + row for pad, row in zip(padding, rows)])
     batch["attention_mask"] = (torch.arange(length) >= torch.tensor(padding)[:, None]).long()
     if answers:
-        batch["labels"] = torch.tensor([[IGNORED] * pad + row for pad, row in zip(padding, labels)])
+        batch["labels"] = torch.tensor([[IGNORED] * (length - len(answer)) + answer for answer in labels])
     return batch
-
-
-def _ids_and_labels(pick: Pick, processor, image_tokens: int, answers: bool) -> tuple[list[int], list[int]]:
-    before, _ = split_prompt(processor, pick.question)
-    ids = before + [processor.image_token_id] * image_tokens
-    labels = [IGNORED] * len(ids)
-    for question in (pick.question, *pick.more):
-        _, after = split_prompt(processor, question)
-        answer = answer_ids(processor.tokenizer, question) if answers else []
-        ids += after + answer
-        labels += [IGNORED] * len(after) + answer
-    return ids, labels
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,10 @@ class Resolution(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """A question about the scene with a number.
-
-    Attributes:
-        scene: The number.
-        question: The question.
-        more: Further questions, each of which sees the ones before it and their answers; for training.
-    """
+    """A question about the scene with a number."""
 
     scene: int
     question: Question
-    more: tuple[Question, ...] = ()
 
 
 @dataclass
