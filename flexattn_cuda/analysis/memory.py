@@ -104,6 +104,11 @@ def expected_share(config: FlexAttnLlavaConfig) -> float:
     return POOLED_SHARE if settings.pool else PLAIN_SHARE
 
 
+def expected_tokens(config: FlexAttnLlavaConfig) -> int:
+    """Return the number of HR tokens that one row selects: `expected_share` of an image's."""
+    return round(expected_share(config) * config.hr_side**2)
+
+
 def _weights(config: FlexAttnLlavaConfig, dtype: torch.dtype) -> dict[str, int]:
     """Return the bytes of the model's parameters by part, for the parts that it has."""
     counts = _parameters(json.dumps(config.to_dict(), sort_keys=True))

@@ -65,9 +65,7 @@ class Prediction:
 
 def selected_tokens(config: FlexAttnLlavaConfig) -> int | None:
     """Return the number of HR tokens that a layer is taken to select; None for systems that select none."""
-    if config.system != "flexattn":
-        return None
-    return round(memory.expected_share(config) * config.hr_side**2)
+    return memory.expected_tokens(config) if config.system == "flexattn" else None
 
 
 def predict_answers(
@@ -195,10 +193,8 @@ def _activation_bytes(config: FlexAttnLlavaConfig, run: TrainingRun) -> float:
     tokens, in half precision. With checkpointing, of all layers their inputs in float32, and of one layer the rest.
     """
     text, positions = config.text_config, config.image_tokens + run.text_tokens
-    hr_tokens = selected_tokens(config) or (config.hr_side**2 if config.system == "xattn" else 0)
-    layer = HALF.itemsize * (
-        positions * (9 * text.hidden_size + 4 * text.intermediate_size) + 2 * hr_tokens * text.hidden_size
-    )
+    own, hr = 9 * text.hidden_size + 4 * text.intermediate_size, 2 * text.hidden_size
+    layer = HALF.itemsize * (positions * own + memory.expected_tokens(config) * hr)
     inputs = 4 * positions * text.hidden_size
     layers = text.num_hidden_layers * inputs + layer if run.checkpointing else text.num_hidden_layers * (layer + inputs)
     hr_features = HALF.itemsize * config.hr_side**2 * text.hidden_size

@@ -12,8 +12,11 @@ import jinja2
 from flexattn_cuda.evaluation.judged import missing_key, unscored
 from flexattn_cuda.evaluation.published import MAP_TASK
 from flexattn_cuda.evaluation.results import TaskResult, cell, comparisons, tables_of
+from flexattn_cuda.inputs.frames import Region
 from flexattn_cuda.runs.files import os_errors_as_input_errors, write_atomically
 from flexattn_cuda.tasks.options import EvalOptions
+
+AREA = Region(64, 12, 628, 264)  # where the curves are in the drawing of map scores
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,17 @@ class Figure:
         curves: One for each system.
         layers: Positions and labels of the axis of layers.
         scores: Positions and labels of the axis of scores.
+        width: Of the drawing.
+        height: Of the drawing.
+        area: Where the curves are.
     """
 
     curves: list[Curve]
     layers: list[tuple[float, str]]
     scores: list[tuple[float, str]]
-
-
-WIDTH, HEIGHT = 640, 320  # of the drawing
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 56  # its margins
+    width: int = 640
+    height: int = 320
+    area: Region = AREA
 
 
 def figure_of(results: Sequence[TaskResult]) -> Figure | None:
@@ -64,10 +69,10 @@ def figure_of(results: Sequence[TaskResult]) -> Figure | None:
     top = 4 * step
 
     def x(layer: int) -> float:
-        return _LEFT + (WIDTH - _LEFT - _RIGHT) * layer / max(1, last)
+        return AREA.left + (AREA.right - AREA.left) * layer / max(1, last)
 
     def y(score: float) -> float:
-        return _TOP + (HEIGHT - _TOP - _BOTTOM) * (1 - score / top)
+        return AREA.bottom - (AREA.bottom - AREA.top) * score / top
 
     every = max(1, -(-last // 8))
     return Figure(

@@ -182,8 +182,7 @@ def _selection(config: FlexAttnLlavaConfig, options: BenchOptions) -> tuple[int 
     count = options.selected
     if count is None:
         tiles = config.flexattn.zoom**2 if options.tiles is None else options.tiles
-        count = round(memory.expected_share(config) * config.hr_side**2)
-        count = min(count, tiles * config.hr_side**2 // config.flexattn.zoom**2)
+        count = min(memory.expected_tokens(config), tiles * config.hr_side**2 // config.flexattn.zoom**2)
     return flops.checked_selection(config, options.text_tokens, count, options.tiles)
 
 

@@ -14,7 +14,7 @@ from flexattn_cuda.families.llava.config import FlexAttnLlavaConfig
 from flexattn_cuda.runs.files import check_writable, os_errors_as_input_errors
 from flexattn_cuda.runs.options import STREAM
 from flexattn_cuda.tasks.load import read_checkpoint_info
-from flexattn_cuda.tasks.options import FlopsOptions
+from flexattn_cuda.tasks.options import FlopsOptions, names_in
 
 _ZOOMS = range(1, 5)  # of the plot
 
@@ -103,8 +103,8 @@ def configs_of(
         CheckpointError: As `base_config` does.
         InputError: If there is no such size or system, or it does not fit the model.
     """
-    base, names = base_config(model, shape), flops.COMPARED if systems is None else systems.split(",")
-    return {name.strip(): flops.as_system(base, name.strip(), zoom) for name in names}
+    base, names = base_config(model, shape), flops.COMPARED if systems is None else names_in(systems)
+    return {name: flops.as_system(base, name, zoom) for name in names}
 
 
 def _refuse_unused_selection(options: FlopsOptions, configs: dict[str, FlexAttnLlavaConfig]) -> None:

@@ -54,6 +54,11 @@ Quantize = Annotated[
 MaxNewTokens = Annotated[int, Option("Maximum length of an answer in tokens.", minimum=1, fixed=True)]
 
 
+def names_in(text: str) -> list[str]:
+    """Return names that are separated by commas, each of them once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
 # --------------------------------------------------------------------------------------------------------- tuning
 
 
@@ -378,12 +383,12 @@ class EvalOptions(Options):
     @property
     def system_names(self) -> list[str]:
         """The systems."""
-        return list(dict.fromkeys(name.strip() for name in self.systems.split(",")))
+        return names_in(self.systems)
 
     @property
     def task_names(self) -> list[str]:
         """The tasks, "paper" as it was given."""
-        return list(dict.fromkeys(name.strip() for name in self.tasks.split(",")))
+        return names_in(self.tasks)
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -712,7 +717,7 @@ class BenchOptions(Options):
     @property
     def system_names(self) -> list[str]:
         """The systems."""
-        return list(dict.fromkeys(name.strip() for name in self.systems.split(",")))
+        return names_in(self.systems)
 
     @property
     def zoom_numbers(self) -> list[int] | None:

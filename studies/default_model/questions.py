@@ -38,7 +38,7 @@ ANSWERS = (*LETTERS, NONE, WHICH, *SIGNS, *PARTS)
 """Tokens of answers that are no words of questions."""
 WORDS = (*SHAPES, "yes", "no")
 """Answers that are words of questions too."""
-_MIDDLE, _CLEAR = 0.1, 0.06  # of the image's side: the middle's half width, and how far a corner's signs are from it
+_MIDDLE, _CLEAR = 0.1, 0.06  # of the image's side: half the middle's width, and the gap between two corners
 
 Answer = tuple[tuple[str, ...], tuple[tuple[Box, ...], ...]]
 """The tokens of an answer, and for each the boxes to look at."""
