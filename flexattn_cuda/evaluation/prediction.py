@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexattn_cuda.analysis.gpus import PREDICTED
 from flexattn_cuda.analysis.prediction import Prediction, Workload, predict_answers
@@ -26,7 +26,7 @@ WORKLOADS = {
     "mmvet": Workload(200, 218, 55, 100),
     MAP_TASK: Workload(10_234, 132_062, 55, 2),
 }
-SELECTING = ("flexattn", "flexattn-paper", "random", "center")
+SELECTING = ("flexattn", "flexattn-paper", "random", "center")  # systems that have maps; LLaVA is asked for them
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,17 @@ def predict_tasks(configs: dict[str, FlexAttnLlavaConfig], batch_size: int) -> l
             predict_answers(config, work, batch_size, IMAGES_OF_A_CHUNK, PREDICTED),
             SECONDS.get(task, {}).get(system),
         )
-        for task, work in WORKLOADS.items()
+        for task in WORKLOADS
         for system, config in configs.items()
-        if task != MAP_TASK or system in SELECTING
+        if (work := workload(task, system)) is not None
     ]
+
+
+def workload(task: str, system: str) -> Workload | None:
+    """Return what a task asks of a system; None if it leaves the system out."""
+    work = WORKLOADS[task]
+    if task != MAP_TASK or system in SELECTING:
+        return work
+    if system == "llava":  # each question is asked once more, for its maps and without an answer
+        return replace(work, prompts=2 * work.prompts, steps=work.steps // 2)
+    return None

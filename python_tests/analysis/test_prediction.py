@@ -11,7 +11,7 @@ from flexattn_cuda import FlexAttnLlavaForConditionalGeneration
 from flexattn_cuda.analysis import flops, prediction
 from flexattn_cuda.analysis.gpus import GIB, H100, PREDICTED, V100, Gpu
 from flexattn_cuda.analysis.prediction import TrainingRun, Workload, predict_answers, predict_training
-from flexattn_cuda.evaluation.prediction import WORKLOADS, predict_tasks
+from flexattn_cuda.evaluation.prediction import WORKLOADS, predict_tasks, workload
 from flexattn_cuda.evaluation.published import MAP_TASK, PAPER_TASKS, SECONDS, TFLOPS
 from flexattn_cuda.tasks.options import RECIPES
 
@@ -115,8 +115,11 @@ def test_every_task_of_the_papers_tables_is_predicted():
     assert set(PAPER_TASKS) | {"mmbench_en_dev", "mmvet"} == set(WORKLOADS)
     configs = {name: flops.as_system(CONFIG, name) for name in ("llava", "flexattn")}
     found = predict_tasks(configs, batch_size=8)
-    assert [one.system for one in found if one.task == MAP_TASK] == ["flexattn"]  # llava has no map
-    assert len(found) == 2 * len(WORKLOADS) - 1
+    llava, flexattn = (one for one in found if one.task == MAP_TASK)
+    assert (llava.system, flexattn.system, len(found)) == ("llava", "flexattn", 2 * len(WORKLOADS))
+    assert llava.work.prompts == 2 * flexattn.work.prompts, "its maps are those of a prompt of their own"
+    assert llava.work.prompts * llava.work.steps == flexattn.work.prompts * flexattn.work.steps
+    assert workload(MAP_TASK, "hd") is None and workload(MAP_TASK, "random") == WORKLOADS[MAP_TASK]
     [magnifier] = [one for one in found if (one.task, one.system) == ("magnifierbench", "flexattn")]
     assert magnifier.published_seconds == 112
 
